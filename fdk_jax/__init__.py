@@ -1,0 +1,1 @@
+"""Fused dequantise-matmul for low-bit weights in JAX."""

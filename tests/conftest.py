@@ -1,0 +1,23 @@
+"""Strict JAX for every test: 8 virtual CPU devices, no implicit dtype or rank promotion."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _strict_jax():
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """Fresh random inputs on every run; the seed is printed when a test fails."""
+    seed = np.random.SeedSequence().entropy
+    print(f"seed={seed}")
+    return np.random.default_rng(seed)
