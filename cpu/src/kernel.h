@@ -1,0 +1,110 @@
+// What a kernel sees of a multiplication, and what it has to offer.
+//
+// One translation unit an instruction set defines a Level: its kernels from the most special to the
+// most general. dispatch.cpp takes the first kernel that supports a Plan, from the best level that
+// the machine has down to the scalar twin, which supports everything.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "fdk.h"
+#include "layout.h"
+
+namespace fdk {
+
+// At most this many activations share a scale in the integer arithmetics; also the length of a
+// Block, so that no integer sum over a block can overflow.
+inline constexpr int64_t kMaxBlock = 64;
+
+// Columns [k0, k0 + length) of one group: length is a multiple of 8 except at the end of K, and at
+// most kMaxBlock. A group of more than 64 columns is cut into blocks of nearly equal length.
+// A block touches the steps [step_begin, step_end); where those reach beyond the block, a kernel
+// pairs the foreign weights with activations of zero.
+struct Block {
+  int32_t k0;
+  int32_t length;
+  int32_t group;
+  int32_t step_begin;
+  int32_t step_end;
+};
+
+// The integer image of a codebook: value = offset + factor * level. Shared by all machines, so
+// that integer sums agree everywhere.
+struct Levels {
+  const uint8_t *level8;   // [2**bits], 0..255; level8[q] = q when the codebook is affine
+  float offset8, factor8;  //
+  const int16_t *level16;  // [2**bits], signed; affine: q (0..255)
+  float offset16, factor16;
+  // Largest |int16 activation|: x_limit16 * max |level16| * kMaxBlock fits in int32.
+  int32_t x_limit16;
+};
+
+struct Plan {
+  // The problem. x [m, k], y [m, n], bias [n] or null.
+  int64_t m, n, k;
+  int bits;
+  int64_t group_size;
+  bool uniform;  // every codebook is affine in the code (always true at 1 bit)
+  fdk_arithmetic arithmetic;
+  const void *x;
+  fdk_dtype x_dtype;
+  void *y;
+  fdk_dtype y_dtype;
+  const void *bias;
+  fdk_dtype bias_dtype;
+  const uint8_t *packed;  // [tiles][steps][64]
+  const void *scales;     // [tiles][groups][16] of scales_dtype
+  fdk_dtype scales_dtype;
+
+  // Derived.
+  int64_t tiles, steps, groups;
+  std::span<const Block> blocks;  // in the order of k; every column is in exactly one
+  int64_t num_codebooks;          // row n uses codebook n / (n_total / num_codebooks)
+  const float *codebook;          // [num_codebooks][2**bits], rounded to scales_dtype
+  const Levels *levels;           // [num_codebooks]; null for FDK_EXACT
+
+  const uint8_t *tile_packed(int64_t tile) const { return packed + tile * steps * kStepBytes; }
+};
+
+// A piece of work: whole tiles that use one codebook. Only rows in [row_begin, row_end) are stored
+// (a tile may be shared by two codebooks, and the last one may be ragged).
+struct Range {
+  int64_t tile_begin, tile_end;
+  int64_t row_begin, row_end;
+  int64_t codebook;
+};
+
+// prepare() turns the activations into the form that run() reads (quantised, permuted, padded with
+// zeros; or tables of their sums) in a buffer of prepared_bytes(plan), aligned to 64 bytes and
+// shared by all threads. It is called for disjoint ranges of tokens, possibly in parallel.
+// run() then computes y for a Range; scratch is scratch_bytes(plan) for each thread, aligned to 64.
+struct Kernel {
+  const char *name;
+  bool (*supports)(const Plan &plan);
+  size_t (*prepared_bytes)(const Plan &plan);
+  void (*prepare)(const Plan &plan, void *prepared, int64_t token_begin, int64_t token_end);
+  size_t (*scratch_bytes)(const Plan &plan);  // null: none
+  void (*run)(const Plan &plan, const void *prepared, void *scratch, const Range &range);
+  int64_t preferred_tiles;  // run() is at its best on multiples of this many tiles
+};
+
+// Rows [row_begin, row_end) of y = x w^T for dense bfloat16 w [n, k], all m tokens.
+using DenseRows = void (*)(const fdk_dense_args &args, int64_t row_begin, int64_t row_end);
+using ProbeCopy = void (*)(const void *source, void *target, size_t bytes);
+using ProbeSum = int64_t (*)(const int32_t *source, size_t count);
+
+struct Level {
+  const char *name;
+  bool (*available)();  // may this machine run it?
+  std::span<const Kernel> kernels;
+  DenseRows dense_rows;  // null: the next level's
+  ProbeCopy probe_copy;  // likewise
+  ProbeSum probe_sum;
+};
+
+// Every level in this build, the best first, "scalar" last (levels.cpp).
+std::span<const Level *const> all_levels();
+
+}  // namespace fdk
