@@ -11,6 +11,7 @@ padded with zero codes. The kernels' layouts below hold the same codes in an ord
 reads well; each has an exact inverse and none is ever written to a file.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -29,18 +30,26 @@ def pack(codes: ArrayLike, bits: int) -> Array:
     """Packs codes into bytes, first element in the highest bits.
 
     Args:
-        codes: uint8 [..., K], each below 2**bits (higher bits are dropped).
+        codes: uint8 [..., K], each below 2**bits.
         bits: 1, 2, 4 or 8.
 
     Returns:
         uint8 [..., ceil(K / E)]; the last byte is padded with zero codes.
+
+    Raises:
+        TypeError: the codes are not uint8.
+        ValueError: a code does not fit (checked outside jit; inside, its higher bits are dropped).
     """
     e = codes_per_byte(bits)
     codes = jnp.asarray(codes)
     if codes.dtype != jnp.uint8:
-        raise TypeError(f"codes must be uint8, got {codes.dtype}; cast them with .astype(jnp.uint8)")
+        raise TypeError(
+            f"codes must be uint8, got {codes.dtype}; cast them with .astype(jnp.uint8)"
+        )
     if codes.ndim == 0:
         raise ValueError("codes must have at least one axis, got a scalar")
+    if not isinstance(codes, jax.core.Tracer) and codes.size and int(codes.max()) >= 2**bits:
+        raise ValueError(f"code {int(codes.max())} does not fit into {bits=}")
     k = codes.shape[-1]
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -k % e)])
     fields = codes.reshape(*codes.shape[:-1], -(-k // e), e) & jnp.uint8(2**bits - 1)
@@ -67,7 +76,77 @@ def unpack(packed: ArrayLike, bits: int, k: int) -> Array:
         raise TypeError(f"packed must be uint8, got {packed.dtype}")
     if packed.ndim == 0 or packed.shape[-1] != -(-k // e):
         raise ValueError(f"{packed.shape=} does not hold rows of {k=} codes of {bits=}")
-    fields = [
-        (packed >> jnp.uint8(8 - bits * (i + 1))) & jnp.uint8(2**bits - 1) for i in range(e)
-    ]
+    fields = [(packed >> jnp.uint8(8 - bits * (i + 1))) & jnp.uint8(2**bits - 1) for i in range(e)]
     return jnp.stack(fields, axis=-1).reshape(*packed.shape[:-1], -1)[..., :k]
+
+
+def _unchanged(packed, scales, **_):
+    return packed, scales
+
+
+# layout: (from interchange, to interchange); both map (packed, scales) to (packed, scales) and take
+# bits, group_size, out_features and in_features.
+LAYOUTS = {
+    "interchange": (_unchanged, _unchanged),
+}
+
+
+def convert(
+    packed: Array,
+    scales: Array,
+    source: str,
+    target: str,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+) -> tuple[Array, Array]:
+    """Moves packed codes and scales from one layout to another, exactly.
+
+    Args:
+        packed: the codes in layout `source`, any leading axes.
+        scales: their scales in layout `source`.
+        source: a key of `LAYOUTS`.
+        target: a key of `LAYOUTS`.
+        bits: width of a code.
+        group_size: weights a scale.
+        out_features: N.
+        in_features: K.
+
+    Returns:
+        (packed, scales) in layout `target`.
+    """
+    for layout in (source, target):
+        if layout not in LAYOUTS:
+            raise ValueError(f"{layout=} is not one of {tuple(LAYOUTS)}")
+    if source == target:
+        return packed, scales
+    facts = dict(
+        bits=bits, group_size=group_size, out_features=out_features, in_features=in_features
+    )
+    packed, scales = LAYOUTS[source][1](packed, scales, **facts)
+    return LAYOUTS[target][0](packed, scales, **facts)
+
+
+def layout_struct(
+    layout: str, *, bits: int, group_size: int, out_features: int, in_features: int, dtype
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of (packed, scales) of one matrix in a layout; `dtype` is that of the scales."""
+    n, k = out_features, in_features
+    packed = jax.ShapeDtypeStruct((n, -(-k // codes_per_byte(bits))), jnp.uint8)
+    scales = jax.ShapeDtypeStruct((n, -(-k // group_size)), dtype)
+    return jax.eval_shape(
+        lambda p, s: convert(
+            p,
+            s,
+            "interchange",
+            layout,
+            bits=bits,
+            group_size=group_size,
+            out_features=n,
+            in_features=k,
+        ),
+        packed,
+        scales,
+    )

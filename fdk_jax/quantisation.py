@@ -1,0 +1,259 @@
+"""Scales, nearest codes, and `quantise` of one array."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from fdk_jax import codebooks, packing
+from fdk_jax.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
+
+SCALES = ("auto", "absmax", "absmean", "rms", "none")
+CODEBOOKS = ("uniform", "nf4", "kmeans")
+_MIN_SCALE = 1e-12
+
+
+def quantise_array(
+    weight: ArrayLike,
+    bits: int = 4,
+    *,
+    group_size: int = 64,
+    codebook: Any = "uniform",
+    scale: str = "auto",
+    axes: str = "nk",
+    dtype: Any = None,
+    importance: ArrayLike | None = None,
+    seed: int = 0,
+) -> QuantisedTensor:
+    """Quantises one weight to the interchange layout.
+
+    Each group of `group_size` weights along K is divided by its scale; a code is the number of midpoints
+    between codebook entries strictly below the quotient (ties go to the lower code). Everything is computed
+    in the weight's dtype, bit for bit as in the published format (docs/format.md).
+
+    Args:
+        weight: float [..., *shape] with one axis of `shape` for each letter of `axes`.
+        bits: 1, 2, 4 or 8.
+        group_size: weights along K that share a scale.
+        codebook: "uniform", "nf4" (4 bits only), "kmeans", or at most 2**bits ascending values.
+        scale: "absmax", "absmean", "rms", "none" (ones) or "auto": absmean up to 2 bits, else absmax.
+        axes: "k" (contracted) or "n" (output) for each trailing axis: "nk" for a [N, K] matrix, "kn"
+            for a Flax kernel. Axes to the left of them are stacked matrices.
+        dtype: compute dtype, to which the weight is cast first; None keeps its own.
+        importance: for "kmeans": non-negative weights of the same shape as `weight`.
+        seed: for "kmeans".
+
+    Returns:
+        A `QuantisedTensor`. Stacked matrices each get a codebook of their own from "kmeans".
+
+    Raises:
+        TypeError: the weight is not a float array.
+        ValueError: an argument out of range, or a weight that is not finite.
+    """
+    _check_options(bits, group_size, codebook, scale)
+    matrix, batch, shape = _as_matrix(weight, axes, dtype)
+    if not isinstance(matrix, jax.core.Tracer) and not bool(jnp.isfinite(matrix).all()):
+        raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
+    kind = resolve_scale(scale, bits)
+    if isinstance(codebook, str) and codebook == "kmeans":
+        if isinstance(matrix, jax.core.Tracer):
+            raise TypeError('codebook="kmeans" fits on the values and cannot run under jit')
+        values = _fit_each(matrix, bits, group_size, kind, importance, axes, seed)
+        uniform = bits == 1
+    else:
+        values = resolve_codebook(codebook, bits)
+        uniform = bits == 1 or codebooks.is_uniform(values)
+        values = np.broadcast_to(values, (*batch, *values.shape))
+    packed, scales = _encode(matrix, jnp.asarray(values), bits, group_size, kind)
+    return QuantisedTensor(
+        packed, scales, jnp.asarray(values), bits, group_size, shape, axes, uniform=uniform
+    )
+
+
+def resolve_scale(scale: str, bits: int) -> str:
+    """The rule that "auto" stands for: absmean up to 2 bits, else absmax."""
+    if scale not in SCALES:
+        raise ValueError(f"{scale=} is not one of {SCALES}")
+    return scale if scale != "auto" else ("absmean" if bits <= 2 else "absmax")
+
+
+def resolve_codebook(codebook: Any, bits: int) -> np.ndarray:
+    """float32 [2**bits] of a named ("uniform", "nf4") or given codebook."""
+    if isinstance(codebook, str):
+        if codebook == "uniform":
+            return codebooks.uniform(bits)
+        if codebook == "nf4":
+            return codebooks.nf4()
+        raise ValueError(f"{codebook=} is not one of {CODEBOOKS} or an array")
+    return codebooks.check(codebook, bits)
+
+
+def _check_options(bits, group_size, codebook, scale) -> None:
+    packing.codes_per_byte(bits)
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size must be a positive integer, got {group_size!r}")
+    resolve_scale(scale, bits)
+    if isinstance(codebook, str):
+        if codebook not in CODEBOOKS:
+            raise ValueError(f"{codebook=} is not one of {CODEBOOKS} or an array")
+        if codebook == "nf4" and bits != 4:
+            raise ValueError(f'codebook="nf4" has 16 values: use bits=4, not {bits=}')
+
+
+def _as_matrix(weight, axes, dtype) -> tuple[Array, tuple[int, ...], tuple[int, ...]]:
+    """[..., N, K] of a weight, its leading shape and its own shape."""
+    if set(axes) != {"k", "n"}:
+        raise ValueError(f'{axes=} must hold a "k" or an "n" for each axis, e.g. "kn"')
+    weight = jnp.asarray(weight)
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"weights must be bfloat16, float16 or float32, got {weight.dtype}; cast them first"
+        )
+    dtype = weight.dtype if dtype is None else jnp.dtype(dtype)
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be bfloat16, float16 or float32, got {dtype}")
+    if weight.ndim < len(axes):
+        raise ValueError(f"a weight of shape {weight.shape} has too few axes for {axes=}")
+    return to_matrix(weight.astype(dtype), axes)
+
+
+def to_matrix(weight: Array, axes: str) -> tuple[Array, tuple[int, ...], tuple[int, ...]]:
+    """[..., N, K] from [..., *shape], with the leading shape and `shape`."""
+    lead = weight.ndim - len(axes)
+    batch, shape = weight.shape[:lead], weight.shape[lead:]
+    order = [lead + i for i, a in enumerate(axes) if a == "n"]
+    order += [lead + i for i, a in enumerate(axes) if a == "k"]
+    n = math.prod(d for d, a in zip(shape, axes, strict=True) if a == "n")
+    k = math.prod(d for d, a in zip(shape, axes, strict=True) if a == "k")
+    return weight.transpose(*range(lead), *order).reshape(*batch, n, k), batch, shape
+
+
+def from_matrix(matrix: Array, shape: tuple[int, ...], axes: str) -> Array:
+    """The inverse of `to_matrix`: [..., *shape] from [..., N, K]."""
+    batch = matrix.shape[:-2]
+    order = [i for i, a in enumerate(axes) if a == "n"] + [
+        i for i, a in enumerate(axes) if a == "k"
+    ]
+    weight = matrix.reshape(*batch, *(shape[i] for i in order))
+    lead = len(batch)
+    return weight.transpose(*range(lead), *(lead + int(i) for i in np.argsort(order)))
+
+
+def _round(x: Array, dtype: Any) -> Array:
+    """Rounds float32 to the grid of `dtype` where XLA may otherwise keep excess precision."""
+    info = jnp.finfo(dtype)
+    return x if dtype == jnp.float32 else jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+
+def _mean(x: Array) -> Array:
+    """Mean over the last axis, summed in one fixed order: the same bits on every platform.
+
+    The order is numpy's for up to 128 values (eight running sums, joined as a tree).
+    """
+    g = x.shape[-1]
+    full = g // 8 * 8
+    if full:
+        rows = x[..., :full].reshape(*x.shape[:-1], full // 8, 8)
+        sums = functools.reduce(jnp.add, [rows[..., i, :] for i in range(full // 8)])
+        pairs = sums[..., 0::2] + sums[..., 1::2]
+        fours = pairs[..., 0::2] + pairs[..., 1::2]
+        total = fours[..., 0] + fours[..., 1]
+        rest = range(full, g)
+    else:
+        total, rest = x[..., 0], range(1, g)
+    for i in rest:
+        total = total + x[..., i]
+    return total / jnp.float32(g)
+
+
+def group_scales(groups: Array, kind: str, dtype: Any) -> Array:
+    """float32 scales of float32 groups [..., G], rounded to `dtype` and at least 1e-12."""
+    if kind == "none":
+        return jnp.ones(groups.shape[:-1], jnp.float32)
+    if kind == "absmax":
+        scale = jnp.abs(groups).max(-1)
+    elif kind == "absmean":
+        scale = _mean(jnp.abs(groups))
+    else:
+        scale = jnp.sqrt(_mean(groups * groups))
+    # float16 has no 1e-12: its smallest normal number keeps the division finite.
+    floor = max(_MIN_SCALE, float(jnp.finfo(dtype).tiny))
+    return jnp.maximum(_round(scale, dtype), _round(jnp.float32(floor), dtype))
+
+
+def _per_group(matrix: Array, group_size: int, function: Callable[[Array], Array]) -> Array:
+    """Applies `function` to groups [..., G], full ones first, then a short last one."""
+    k = matrix.shape[-1]
+    full = k // group_size * group_size
+    head = matrix[..., :full].reshape(*matrix.shape[:-1], k // group_size, group_size)
+    parts = [function(head)] if full else []
+    if full < k:
+        parts.append(function(matrix[..., None, full:]))
+    return jnp.concatenate(parts, axis=-1) if parts else jnp.zeros((*matrix.shape[:-1], 0))
+
+
+def scaled(matrix: Array, group_size: int, kind: str) -> tuple[Array, Array]:
+    """(quotients float32 [..., N, K], scales float32 [..., N, ceil(K / G)]) of a float matrix."""
+    dtype = matrix.dtype
+    wide = matrix.astype(jnp.float32)
+    scales = _per_group(wide, group_size, lambda g: group_scales(g, kind, dtype))
+    spread = jnp.repeat(scales, group_size, axis=-1)[..., : matrix.shape[-1]]
+    return _round(wide / spread, dtype), scales
+
+
+def nearest_codes(quotients: Array, codebook: Array, dtype: Any) -> Array:
+    """uint8 codes: the number of midpoints of `codebook` strictly below each quotient.
+
+    Args:
+        quotients: float32 [N, K], on the grid of `dtype`.
+        codebook: float32 [2**bits] or [C, 2**bits].
+        dtype: compute dtype of the midpoints.
+    """
+    rows = codebook.reshape(-1, codebook.shape[-1])
+    values = _round(rows, dtype)
+    middle = _round(_round(values[:, 1:] + values[:, :-1], dtype) / 2, dtype)
+    blocks = quotients.reshape(rows.shape[0], -1)
+    if middle.shape[-1] <= 15:
+        codes = jnp.zeros(blocks.shape, jnp.uint8)
+        for i in range(middle.shape[-1]):
+            codes += (blocks > middle[:, i : i + 1]).astype(jnp.uint8)
+    else:
+        codes = jax.vmap(functools.partial(jnp.searchsorted, side="left"))(middle, blocks)
+        codes = codes.astype(jnp.uint8)
+    return codes.reshape(quotients.shape)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _encode(matrix, codebook, bits, group_size, kind) -> tuple[Array, Array]:
+    """(packed, scales) of [..., N, K] with a codebook for each leading index."""
+    if matrix.ndim > 2:
+        return jax.vmap(lambda m, c: _encode(m, c, bits, group_size, kind))(matrix, codebook)
+    quotients, scales = scaled(matrix, group_size, kind)
+    codes = nearest_codes(quotients, codebook, matrix.dtype)
+    return packing.pack(codes, bits), scales.astype(matrix.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quotients(matrix, group_size, kind):
+    return scaled(matrix, group_size, kind)[0]
+
+
+def _fit_each(matrix, bits, group_size, kind, importance, axes, seed) -> np.ndarray:
+    """float32 [..., 2**bits]: a k-means codebook for each leading index."""
+    batch = matrix.shape[:-2]
+    if importance is not None:
+        importance = to_matrix(jnp.asarray(importance), axes)[0]
+        if importance.shape != matrix.shape:
+            raise ValueError("importance must have the shape of the weight")
+    out = np.zeros((*batch, 2**bits), np.float32)
+    for index in np.ndindex(*batch):
+        part = None if importance is None else importance[index]
+        quotients = _quotients(matrix[index], group_size, kind)
+        out[index] = codebooks.kmeans(quotients, bits, importance=part, seed=seed)
+    return out

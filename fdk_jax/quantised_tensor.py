@@ -1,0 +1,201 @@
+"""`QuantisedTensor`: low-bit weights as a pytree."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fdk_jax import packing
+
+FLOAT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
+_DATA_FIELDS = ("packed", "scales", "codebook")
+_META_FIELDS = ("bits", "group_size", "shape", "axes", "layout", "uniform")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QuantisedTensor:
+    """A weight matrix of `bits`-bit codes, one scale a group and a codebook.
+
+        w[n, k] = scales[n, k // group_size] * codebook[codes[n, k]]
+
+    with the codebook rounded to the dtype of the scales. N is the number of output features, K of
+    input features, G the group size, E = 8 / bits. The arrays may have leading axes (stacked layers);
+    `vmap` and `scan` take them off. Invariants, checked by `validate`:
+
+    Attributes:
+        packed: uint8 [..., N, ceil(K / E)] in the layout "interchange" (`fdk_jax.packing`); the
+            kernels' layouts have shapes and dtypes of their own.
+        scales: bfloat16, float16 or float32 [..., N, ceil(K / G)]; the last group may be short.
+        codebook: float32 [..., 2**bits] ascending; or [..., C, 2**bits] where C divides N and row n
+            uses codebook[n // (N // C)], so that projections joined along N keep their own.
+        bits: 1, 2, 4 or 8.
+        group_size: G >= 1.
+        shape: shape of the original weight without leading axes, e.g. (K, N) for a Flax kernel.
+        axes: one letter for each axis of `shape`: "k" contracted, "n" output; "kn" is a Flax kernel,
+            "nk" a PyTorch weight, "knn" and "kkn" are DenseGeneral kernels.
+        layout: "interchange", "planar" (Pallas kernels) or "tiled" (CPU library).
+        uniform: the codebook is affine in the code (always so at 1 bit); kernels may then decode
+            arithmetically from its first and last entries.
+    """
+
+    packed: Array
+    scales: Array
+    codebook: Array
+    bits: int
+    group_size: int
+    shape: tuple[int, ...]
+    axes: str = "nk"
+    layout: str = "interchange"
+    uniform: bool = False
+
+    @property
+    def in_features(self) -> int:
+        """K, the size of the contraction."""
+        return math.prod(d for d, a in zip(self.shape, self.axes, strict=True) if a == "k")
+
+    @property
+    def out_features(self) -> int:
+        """N, the number of outputs."""
+        return math.prod(d for d, a in zip(self.shape, self.axes, strict=True) if a == "n")
+
+    @property
+    def num_groups(self) -> int:
+        """Groups in a row, ceil(K / G)."""
+        return -(-self.in_features // self.group_size)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes, () for one matrix."""
+        return tuple(self.packed.shape[: self.packed.ndim - len(self._struct()[0].shape)])
+
+    @property
+    def dtype(self) -> Any:
+        """Compute dtype of the weight: the dtype of its scales."""
+        return self.scales.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the three arrays hold."""
+        arrays = (self.packed, self.scales, self.codebook)
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Measured bytes a weight: close to bits / 8 + scale bytes / group_size."""
+        weights = math.prod(self.batch_shape) * math.prod(self.shape)
+        return self.nbytes / weights if weights else 0.0
+
+    def validate(self) -> None:
+        """Checks every invariant of the class docstring.
+
+        Raises:
+            TypeError: an array has the wrong dtype.
+            ValueError: shapes, static metadata or codebook values do not fit together.
+        """
+        _validate_static(self)
+        if self.scales.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"scales must be bfloat16, float16 or float32, got {self.scales.dtype}")
+        if self.codebook.dtype != jnp.float32:
+            raise TypeError(f"codebook must be float32, got {self.codebook.dtype}")
+        packed, scales = self._struct()
+        if self.packed.dtype != packed.dtype:
+            raise TypeError(f"packed must be {packed.dtype}, got {self.packed.dtype}")
+        batch = self.packed.shape[: max(0, self.packed.ndim - len(packed.shape))]
+        if self.packed.shape != batch + packed.shape:
+            raise ValueError(
+                f"{self.packed.shape=} does not end in {packed.shape}: {self._facts()}"
+            )
+        if self.scales.shape != batch + scales.shape:
+            raise ValueError(
+                f"{self.scales.shape=} must be {batch + scales.shape}: {self._facts()}"
+            )
+        tail = self.codebook.shape[len(batch) :]
+        if (
+            self.codebook.shape[: len(batch)] != batch
+            or len(tail) not in (1, 2)
+            or tail[-1] != 2**self.bits
+        ):
+            raise ValueError(
+                f"{self.codebook.shape=} must be {batch} + (2**bits,) or {batch} + (C, 2**bits):"
+                f" {self._facts()}"
+            )
+        if len(tail) == 2 and (tail[0] == 0 or self.out_features % tail[0]):
+            raise ValueError(f"{tail[0]} codebooks do not divide {self.out_features} output rows")
+        if isinstance(self.codebook, jax.core.Tracer):
+            return
+        values = np.asarray(self.codebook)
+        if not np.isfinite(values).all() or (np.diff(values, axis=-1) < 0).any():
+            raise ValueError(f"codebook must be finite and ascending, got {values}; sort it first")
+
+    def dequantise(self, dtype: Any = None) -> Array:
+        """The weight as a float array of its original shape; see `fdk_jax.dequantise`."""
+        from fdk_jax import reference
+
+        return reference.dequantise(self, dtype)
+
+    def _struct(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        return packing.layout_struct(
+            self.layout,
+            bits=self.bits,
+            group_size=self.group_size,
+            out_features=self.out_features,
+            in_features=self.in_features,
+            dtype=self.scales.dtype,
+        )
+
+    def _facts(self) -> str:
+        return ", ".join(f"{f}={getattr(self, f)!r}" for f in _META_FIELDS)
+
+    def __repr__(self) -> str:
+        if not all(hasattr(a, "shape") for a in (self.packed, self.scales, self.codebook)):
+            # jax puts placeholders of any kind into pytrees (axis numbers, None, object()).
+            return f"QuantisedTensor({self._facts()})"
+        shape = "x".join(map(str, (*self.batch_shape, *self.shape)))
+        before = math.prod(self.batch_shape) * math.prod(self.shape) * self.dtype.itemsize
+        return (
+            f"QuantisedTensor({shape} {self.axes}, {self.bits} bits, group {self.group_size},"
+            f" {self.dtype}, {self.layout}, {self.nbytes:,} bytes, {before / max(1, self.nbytes):.2f}x"
+            f" smaller)"
+        )
+
+
+def _validate_static(w: QuantisedTensor) -> None:
+    packing.codes_per_byte(w.bits)
+    if not isinstance(w.group_size, int) or w.group_size < 1:
+        raise ValueError(f"group_size must be a positive integer, got {w.group_size!r}")
+    if len(w.axes) != len(w.shape) or set(w.axes) != {"k", "n"}:
+        raise ValueError(f'axes={w.axes!r} must have a "k" or "n" for each axis of shape={w.shape}')
+    if w.layout not in packing.LAYOUTS:
+        raise ValueError(f"layout={w.layout!r} is not one of {tuple(packing.LAYOUTS)}")
+
+
+def _flatten_with_keys(w: QuantisedTensor):
+    # The key of `packed` carries the static metadata: a checkpointer that names arrays by their path
+    # then fails on a tensor whose metadata changed, instead of restoring a silently wrong model.
+    shape = "x".join(map(str, w.shape))
+    kind = "uniform" if w.uniform else "codebook"
+    name = f"packed_{w.bits}bit_g{w.group_size}_{shape}_{w.axes}_{w.layout}_{kind}"
+    key = jax.tree_util.DictKey
+    children = ((key(name), w.packed), (key("scales"), w.scales), (key("codebook"), w.codebook))
+    return children, tuple(getattr(w, f) for f in _META_FIELDS)
+
+
+def _flatten(w: QuantisedTensor):
+    children = tuple(getattr(w, f) for f in _DATA_FIELDS)
+    return children, tuple(getattr(w, f) for f in _META_FIELDS)
+
+
+def _unflatten(meta, children) -> QuantisedTensor:
+    return QuantisedTensor(*children, *meta)
+
+
+jax.tree_util.register_pytree_with_keys(QuantisedTensor, _flatten_with_keys, _unflatten, _flatten)
+
+
+def is_quantised(leaf: Any) -> bool:
+    """Whether a pytree node is a `QuantisedTensor`; use as `is_leaf`."""
+    return isinstance(leaf, QuantisedTensor)
