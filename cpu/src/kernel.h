@@ -68,9 +68,11 @@ struct Plan {
   const uint8_t *tile_packed(int64_t tile) const { return packed + tile * steps * kStepBytes; }
 };
 
-// A piece of work: whole tiles that use one codebook. Only rows in [row_begin, row_end) are stored
-// (a tile may be shared by two codebooks, and the last one may be ragged).
+// A piece of work: some tokens by whole tiles that use one codebook. Only rows in
+// [row_begin, row_end) are stored (a tile may be shared by two codebooks, and the last one may be
+// ragged).
 struct Range {
+  int64_t token_begin, token_end;
   int64_t tile_begin, tile_end;
   int64_t row_begin, row_end;
   int64_t codebook;

@@ -37,7 +37,7 @@ void exact_run(const Plan &plan, const void *prepared, void *, const Range &rang
   const float *codebook = plan.codebook + (range.codebook << plan.bits);
   for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
     const uint8_t *packed = plan.tile_packed(tile);
-    for (int64_t token = 0; token < plan.m; ++token) {
+    for (int64_t token = range.token_begin; token < range.token_end; ++token) {
       float sums[kTileRows] = {};
       for (const Block &block : plan.blocks) {
         float scales[kTileRows];
@@ -114,7 +114,7 @@ void integer_run(const Plan &plan, const void *prepared, void *, const Range &ra
   const float factor = int8 ? levels.factor8 : levels.factor16;
   for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
     const uint8_t *packed = plan.tile_packed(tile);
-    for (int64_t token = 0; token < plan.m; ++token) {
+    for (int64_t token = range.token_begin; token < range.token_end; ++token) {
       const IntegerToken in(plan, const_cast<void *>(prepared), token);
       float sums[kTileRows] = {};
       for (size_t b = 0; b < plan.blocks.size(); ++b) {
