@@ -1,0 +1,220 @@
+// The C boundary: checks, then work; exceptions become error codes here and nowhere else.
+#include "api.h"
+
+#include <cstring>
+#include <exception>
+#include <new>
+#include <string>
+
+#include "convert.h"
+#include "dispatch.h"
+#include "layout.h"
+#include "numeric.h"
+#include "plan.h"
+
+namespace fdk {
+namespace {
+
+// A fixed buffer: recording a failure must not fail.
+thread_local char t_message[512] = "";
+
+fdk_status fail(fdk_status status, const char *message) noexcept {
+  std::strncpy(t_message, message, sizeof t_message - 1);
+  t_message[sizeof t_message - 1] = '\0';
+  return status;
+}
+
+template <typename Function>
+fdk_status guarded(Function function) noexcept {
+  t_message[0] = '\0';
+  try {
+    function();
+    return FDK_OK;
+  } catch (const Error &error) {
+    return fail(error.status, error.what());
+  } catch (const std::bad_alloc &) {
+    return fail(FDK_OUT_OF_MEMORY, "out of memory");
+  } catch (const std::exception &error) {
+    return fail(FDK_INTERNAL, error.what());
+  } catch (...) {
+    return fail(FDK_INTERNAL, "unknown failure");
+  }
+}
+
+int threads_or_default(int32_t threads) {
+  require(threads >= 0 && threads <= 4096, "num_threads must be in [0, 4096]");
+  return threads > 0 ? threads : default_num_threads();
+}
+
+void check_dense(const fdk_dense_args &args) {
+  require(args.struct_size == sizeof(fdk_dense_args), "fdk_dense_args.struct_size is wrong");
+  require(args.m >= 1 && args.out_features >= 1 && args.in_features >= 1,
+          "m, out_features and in_features must be positive");
+  check_size("x", args.x, args.x_bytes, checked_product(args.m, args.in_features, 2));
+  check_size("weight", args.weight, args.weight_bytes,
+             checked_product(args.out_features, args.in_features, 2));
+  check_size("y", args.y, args.y_bytes, checked_product(args.m, args.out_features, 2));
+}
+
+struct LayoutSizes {
+  size_t packed, scales, tiled_packed, tiled_scales;
+};
+
+LayoutSizes check_layout(const fdk_layout &layout) {
+  require(layout.struct_size == sizeof(fdk_layout), "fdk_layout.struct_size is wrong");
+  check_bits(layout.bits);
+  check_group_size(layout.group_size);
+  check_dtype(layout.scales_dtype, "scales_dtype");
+  const int64_t n = layout.out_features;
+  const int64_t k = layout.in_features;
+  require(n >= 1 && k >= 1 && n < (int64_t{1} << 40) && k < (int64_t{1} << 40),
+          "out_features and in_features must be positive (and below 2**40)");
+  const int64_t groups = ceil_div(k, layout.group_size);
+  const size_t scale_size = dtype_size(layout.scales_dtype);
+  return {checked_product(n, ceil_div(k * layout.bits, 8)),
+          checked_product(n, groups) * scale_size,
+          checked_product(num_tiles(n), num_steps(k, layout.bits), kStepBytes),
+          checked_product(num_tiles(n), groups, kTileRows) * scale_size};
+}
+
+// Runs work(begin, end) over the tiles of the layout.
+template <typename Work>
+void for_tiles(const fdk_layout &layout, Work work) {
+  for_pieces(openmp_team(), threads_or_default(layout.num_threads), num_tiles(layout.out_features),
+             1, work);
+}
+
+}  // namespace
+
+fdk_status matmul(const fdk_weight *weight, const fdk_matmul_args *args, const Team &team) {
+  return guarded([&] {
+    require(weight != nullptr && args != nullptr, "weight or args is null");
+    const OwnedPlan plan(*weight, *args);
+    run_plan(plan.get(), team, threads_or_default(args->num_threads));
+  });
+}
+
+}  // namespace fdk
+
+using namespace fdk;
+
+extern "C" {
+
+int32_t fdk_abi_version(void) { return FDK_ABI_VERSION; }
+
+const char *fdk_last_error(void) { return t_message; }
+
+fdk_status fdk_matmul(const fdk_weight *weight, const fdk_matmul_args *args) {
+  return matmul(weight, args, openmp_team());
+}
+
+fdk_status fdk_kernel_name(const fdk_weight *weight, const fdk_matmul_args *args,
+                           const char **name) {
+  return guarded([&] {
+    require(weight != nullptr && args != nullptr && name != nullptr, "an argument is null");
+    const OwnedPlan plan(*weight, *args);
+    *name = choose_kernel(plan.get()).name;
+  });
+}
+
+fdk_status fdk_dense_matmul(const fdk_dense_args *args) {
+  return guarded([&] {
+    require(args != nullptr, "args is null");
+    check_dense(*args);
+    run_dense(*args, openmp_team(), threads_or_default(args->num_threads));
+  });
+}
+
+fdk_status fdk_tiled_packed_bytes(int64_t out_features, int64_t in_features, int32_t bits,
+                                  size_t *bytes) {
+  return guarded([&] {
+    require(bytes != nullptr, "bytes is null");
+    const fdk_layout layout{sizeof(fdk_layout), out_features, in_features, 8, bits, FDK_F32, 1, 0};
+    *bytes = check_layout(layout).tiled_packed;
+  });
+}
+
+fdk_status fdk_tiled_scales_count(int64_t out_features, int64_t in_features, int64_t group_size,
+                                  size_t *count) {
+  return guarded([&] {
+    require(count != nullptr, "count is null");
+    const fdk_layout layout{sizeof(fdk_layout), out_features, in_features, group_size, 8,
+                            FDK_BF16,           1,            0};
+    *count = check_layout(layout).tiled_scales / dtype_size(FDK_BF16);
+  });
+}
+
+fdk_status fdk_to_tiled(const fdk_layout *layout, const uint8_t *packed, size_t packed_bytes,
+                        const void *scales, size_t scales_bytes, uint8_t *tiled_packed,
+                        size_t tiled_packed_bytes, void *tiled_scales, size_t tiled_scales_bytes) {
+  return guarded([&] {
+    require(layout != nullptr, "layout is null");
+    const LayoutSizes sizes = check_layout(*layout);
+    check_size("packed", packed, packed_bytes, sizes.packed);
+    check_size("scales", scales, scales_bytes, sizes.scales);
+    check_size("tiled_packed", tiled_packed, tiled_packed_bytes, sizes.tiled_packed);
+    check_size("tiled_scales", tiled_scales, tiled_scales_bytes, sizes.tiled_scales);
+    for_tiles(*layout, [&](int64_t begin, int64_t end) {
+      pack_tiles(*layout, packed, tiled_packed, begin, end);
+      pack_scales(*layout, scales, tiled_scales, begin, end);
+    });
+  });
+}
+
+fdk_status fdk_from_tiled(const fdk_layout *layout, const uint8_t *tiled_packed,
+                          size_t tiled_packed_bytes, const void *tiled_scales,
+                          size_t tiled_scales_bytes, uint8_t *packed, size_t packed_bytes,
+                          void *scales, size_t scales_bytes) {
+  return guarded([&] {
+    require(layout != nullptr, "layout is null");
+    const LayoutSizes sizes = check_layout(*layout);
+    check_size("tiled_packed", tiled_packed, tiled_packed_bytes, sizes.tiled_packed);
+    check_size("tiled_scales", tiled_scales, tiled_scales_bytes, sizes.tiled_scales);
+    check_size("packed", packed, packed_bytes, sizes.packed);
+    check_size("scales", scales, scales_bytes, sizes.scales);
+    for_tiles(*layout, [&](int64_t begin, int64_t end) {
+      unpack_tiles(*layout, tiled_packed, packed, begin, end);
+      unpack_scales(*layout, tiled_scales, scales, begin, end);
+    });
+  });
+}
+
+fdk_status fdk_probe_copy(const void *source, void *target, size_t bytes, int32_t num_threads) {
+  return guarded([&] {
+    require(source != nullptr && target != nullptr, "source or target is null");
+    run_probe_copy(source, target, bytes, openmp_team(), threads_or_default(num_threads));
+  });
+}
+
+fdk_status fdk_probe_reduce_sum(const int32_t *source, size_t bytes, int32_t num_threads,
+                                int64_t *sum) {
+  return guarded([&] {
+    require(source != nullptr && sum != nullptr, "source or sum is null");
+    require(bytes % sizeof(int32_t) == 0, "bytes must be a multiple of 4");
+    *sum = run_probe_sum(source, bytes / sizeof(int32_t), openmp_team(),
+                         threads_or_default(num_threads));
+  });
+}
+
+const char *fdk_level(void) { return current_level().name; }
+
+int32_t fdk_num_levels(void) { return static_cast<int32_t>(all_levels().size()); }
+
+const char *fdk_level_at(int32_t index) {
+  const auto levels = all_levels();
+  if (index < 0 || static_cast<size_t>(index) >= levels.size()) return nullptr;
+  return levels[static_cast<size_t>(index)]->name;
+}
+
+int32_t fdk_level_available(const char *name) {
+  const Level *level = name == nullptr ? nullptr : find_level(name);
+  return level != nullptr && level->available() ? 1 : 0;
+}
+
+fdk_status fdk_set_level(const char *name) {
+  return guarded([&] { set_level(name); });
+}
+
+int32_t fdk_default_num_threads(void) { return default_num_threads(); }
+
+}  // extern "C"

@@ -1,0 +1,230 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "levels.h"
+#include "plan.h"
+
+namespace fdk {
+namespace {
+
+// The best first. A build without a level's translation unit leaves it out (FDK_WITHOUT_SIMD).
+constexpr const Level *kLevels[] = {
+#if defined(__x86_64__) && !defined(FDK_WITHOUT_SIMD)
+    &kAvx512Bf16Level, &kAvx512VnniLevel, &kAvx2Level,
+#endif
+#if defined(__aarch64__) && !defined(FDK_WITHOUT_SIMD)
+    &kSve2Level, &kBf16Level, &kI8mmLevel, &kDotprodLevel, &kNeonLevel,
+#endif
+    &kScalarLevel,
+};
+
+const Level *best_level() {
+  for (const Level *level : kLevels)
+    if (level->available()) return level;
+  return &kScalarLevel;
+}
+
+const Level *initial_level() {
+  const char *name = std::getenv("FDK_CPU_LEVEL");
+  if (name == nullptr || *name == '\0') return best_level();
+  const Level *level = find_level(name);
+  // An unusable request must not end in an illegal instruction; fdk_set_level reports it.
+  return level != nullptr && level->available() ? level : best_level();
+}
+
+std::atomic<const Level *> g_level{nullptr};
+
+// The current level and those below it.
+std::span<const Level *const> usable_levels() {
+  const auto all = all_levels();
+  const Level *current = &current_level();
+  for (size_t i = 0; i < all.size(); ++i)
+    if (all[i] == current) return all.subspan(i);
+  return all.last(1);
+}
+
+struct FreeAligned {
+  void operator()(void *p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<void, FreeAligned>;
+
+constexpr size_t kAlignment = 64;
+
+size_t round_up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+Buffer allocate(size_t bytes) {
+  if (bytes == 0) return nullptr;
+  void *p = std::aligned_alloc(kAlignment, round_up(bytes));
+  if (p == nullptr) throw std::bad_alloc();
+  return Buffer(p);
+}
+
+// Everything the members of a team share.
+struct Job {
+  const Plan &plan;
+  const Kernel &kernel;
+  void *prepared;
+  char *scratch;
+  size_t scratch_stride;
+  std::atomic<int> members{0};
+  WorkQueue tokens;
+  Latch tokens_ready;
+  int64_t token_parts;  // pieces of m that are handed out with each piece of tiles
+  WorkQueue tiles;      // over token_parts * tiles
+
+  Job(const Plan &plan_, const Kernel &kernel_, void *prepared_, char *scratch_, size_t stride,
+      int64_t token_parts_, int threads)
+      : plan(plan_),
+        kernel(kernel_),
+        prepared(prepared_),
+        scratch(scratch_),
+        scratch_stride(stride),
+        tokens(plan_.m, 1, threads),
+        tokens_ready(plan_.m),
+        token_parts(token_parts_),
+        tiles(token_parts_ * plan_.tiles, kernel_.preferred_tiles, threads) {}
+};
+
+// Tiles [begin, end) for a range of tokens, cut where the codebook changes.
+void run_tiles(const Job &job, void *scratch, Range range, int64_t begin, int64_t end) {
+  const Plan &plan = job.plan;
+  const int64_t rows = plan.n / plan.num_codebooks;
+  const int64_t last_row = std::min(end * kTileRows, plan.n);
+  for (int64_t row = begin * kTileRows; row < last_row;) {
+    range.codebook = row / rows;
+    range.row_begin = row;
+    range.row_end = std::min((range.codebook + 1) * rows, last_row);
+    range.tile_begin = row / kTileRows;
+    range.tile_end = ceil_div(range.row_end, kTileRows);
+    job.kernel.run(plan, job.prepared, scratch, range);
+    row = range.row_end;
+  }
+}
+
+void take_part(void *context) {
+  Job &job = *static_cast<Job *>(context);
+  const Plan &plan = job.plan;
+  int64_t begin = 0;
+  int64_t end = 0;
+  while (job.tokens.take(begin, end)) {
+    job.kernel.prepare(plan, job.prepared, begin, end);
+    job.tokens_ready.report(end - begin);
+  }
+  job.tokens_ready.wait();
+  char *scratch = job.scratch + static_cast<size_t>(job.members.fetch_add(1)) * job.scratch_stride;
+  while (job.tiles.take(begin, end)) {
+    while (begin < end) {  // a piece may reach into the next part of the tokens
+      const int64_t part = begin / plan.tiles;
+      const int64_t tile = begin % plan.tiles;
+      const int64_t count = std::min(end - begin, plan.tiles - tile);
+      Range range{};
+      range.token_begin = part * plan.m / job.token_parts;
+      range.token_end = (part + 1) * plan.m / job.token_parts;
+      run_tiles(job, scratch, range, tile, tile + count);
+      begin += count;
+    }
+  }
+}
+
+// With few tiles and many tokens, the tokens are divided as well.
+int64_t choose_token_parts(const Plan &plan, const Kernel &kernel, int threads) {
+  constexpr int64_t smallest_part = 32;
+  const int64_t pieces = ceil_div(plan.tiles, kernel.preferred_tiles);
+  const int64_t wanted = ceil_div(int64_t{4} * threads, pieces);
+  return threads == 1 ? 1 : std::clamp(wanted, int64_t{1}, ceil_div(plan.m, smallest_part));
+}
+
+// The first entry that a usable level has.
+template <typename T>
+T first_of(T Level::*member) {
+  for (const Level *level : usable_levels())
+    if (level->*member != nullptr) return level->*member;
+  throw Error(FDK_INTERNAL, "no level offers the function");
+}
+
+}  // namespace
+
+std::span<const Level *const> all_levels() { return kLevels; }
+
+const Level *find_level(const char *name) {
+  for (const Level *level : kLevels)
+    if (std::strcmp(level->name, name) == 0) return level;
+  return nullptr;
+}
+
+const Level &current_level() {
+  const Level *level = g_level.load(std::memory_order_relaxed);
+  if (level == nullptr) {
+    level = initial_level();
+    g_level.store(level, std::memory_order_relaxed);
+  }
+  return *level;
+}
+
+void set_level(const char *name) {
+  if (name == nullptr) {
+    g_level.store(initial_level());
+    return;
+  }
+  const Level *level = find_level(name);
+  if (level == nullptr) invalid(std::string("no such level: ") + name);
+  if (!level->available())
+    throw Error(FDK_UNSUPPORTED, std::string("this machine lacks the level ") + name);
+  g_level.store(level);
+}
+
+const Kernel &choose_kernel(const Plan &plan) {
+  for (const Level *level : usable_levels())
+    for (const Kernel &kernel : level->kernels)
+      if (kernel.supports(plan)) return kernel;
+  throw Error(FDK_INTERNAL, "no kernel supports the plan");
+}
+
+void run_plan(const Plan &plan, const Team &team, int threads) {
+  const Kernel &kernel = choose_kernel(plan);
+  const int64_t token_parts = choose_token_parts(plan, kernel, threads);
+  const int64_t pieces = ceil_div(token_parts * plan.tiles, kernel.preferred_tiles);
+  threads = static_cast<int>(std::min<int64_t>(threads, std::max(pieces, int64_t{1})));
+  const size_t stride =
+      kernel.scratch_bytes == nullptr ? 0 : round_up(kernel.scratch_bytes(plan));
+  const Buffer prepared = allocate(kernel.prepared_bytes(plan));
+  const Buffer scratch = allocate(stride * static_cast<size_t>(threads));
+  Job job(plan, kernel, prepared.get(), static_cast<char *>(scratch.get()), stride, token_parts,
+          threads);
+  team.run(team, threads, take_part, &job);
+}
+
+void run_dense(const fdk_dense_args &args, const Team &team, int threads) {
+  const DenseRows rows = first_of(&Level::dense_rows);
+  for_pieces(team, threads, args.out_features, kTileRows,
+             [&](int64_t begin, int64_t end) { rows(args, begin, end); });
+}
+
+void run_probe_copy(const void *source, void *target, size_t bytes, const Team &team,
+                    int threads) {
+  const ProbeCopy copy = first_of(&Level::probe_copy);
+  for_pieces(team, threads, static_cast<int64_t>(bytes), int64_t{1} << 18,
+             [&](int64_t begin, int64_t end) {
+               copy(static_cast<const char *>(source) + begin, static_cast<char *>(target) + begin,
+                    static_cast<size_t>(end - begin));
+             });
+}
+
+int64_t run_probe_sum(const int32_t *source, size_t count, const Team &team, int threads) {
+  const ProbeSum sum = first_of(&Level::probe_sum);
+  std::atomic<int64_t> total{0};
+  for_pieces(team, threads, static_cast<int64_t>(count), int64_t{1} << 16,
+             [&](int64_t begin, int64_t end) {
+               total.fetch_add(sum(source + begin, static_cast<size_t>(end - begin)));
+             });
+  return total.load();
+}
+
+}  // namespace fdk

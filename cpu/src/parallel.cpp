@@ -1,0 +1,81 @@
+#include "parallel.h"
+
+#include <omp.h>
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+
+namespace fdk {
+namespace {
+
+// Processors busy with teams of this process, over all calling threads.
+std::atomic<int> g_busy{0};
+std::atomic<bool> g_alone{false};
+
+void in_forked_child() {
+  g_busy.store(0);
+#if !defined(KMP_VERSION_MAJOR)
+  g_alone.store(true);  // GNU's runtime waits forever for threads that fork() did not copy
+#endif
+}
+
+int affinity_count() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+// Takes up to `wanted` processors out of those not in use, always at least one.
+class Share {
+ public:
+  Share(int wanted, int available) {
+    int busy = g_busy.load();
+    do {
+      taken_ = std::clamp(available - busy, 1, wanted);
+    } while (!g_busy.compare_exchange_weak(busy, busy + taken_));
+  }
+  ~Share() { g_busy.fetch_sub(taken_); }
+  Share(const Share &) = delete;
+  Share &operator=(const Share &) = delete;
+  int taken() const { return taken_; }
+
+ private:
+  int taken_ = 1;
+};
+
+void run_openmp(const Team &, int threads, Body body, void *context) {
+  static std::once_flag once;
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, in_forked_child); });
+  if (threads <= 1 || g_alone.load(std::memory_order_relaxed)) return body(context);
+  const Share share(threads, std::max(threads, affinity_count()));
+  if (share.taken() == 1) return body(context);
+#pragma omp parallel num_threads(share.taken())
+  body(context);
+}
+
+}  // namespace
+
+const Team &openmp_team() {
+  static constexpr Team team{run_openmp, nullptr};
+  return team;
+}
+
+int default_num_threads() {
+  const int processors = affinity_count();
+  if (const char *text = std::getenv("FDK_NUM_THREADS")) {
+    const long value = std::strtol(text, nullptr, 10);
+    if (value >= 1) return static_cast<int>(std::min<long>(value, processors));
+  }
+  return std::clamp(omp_get_max_threads(), 1, processors);
+}
+
+void Latch::wait() const {
+  for (int spins = 0; missing_.load(std::memory_order_acquire) > 0; ++spins)
+    if (spins > 2000) std::this_thread::yield();
+}
+
+}  // namespace fdk

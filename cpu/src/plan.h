@@ -1,0 +1,50 @@
+// Builds a Plan: checks what the caller gave and derives what every kernel needs.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+namespace fdk {
+
+// Carries an fdk_status to the C boundary (api.cpp).
+struct Error : std::runtime_error {
+  fdk_status status;
+  Error(fdk_status status_, const std::string &message)
+      : std::runtime_error(message), status(status_) {}
+};
+
+[[noreturn]] void invalid(const std::string &message);
+void require(bool condition, const char *message);
+
+void check_bits(int bits);
+void check_dtype(int dtype, const char *name);
+void check_group_size(int64_t group_size);
+// a * b * c with a check for overflow; the factors must not be negative.
+size_t checked_product(int64_t a, int64_t b, int64_t c = 1);
+void check_size(const char *name, const void *data, size_t given, size_t expected);
+
+// A Plan with the storage of what it points to.
+class OwnedPlan {
+ public:
+  OwnedPlan(const fdk_weight &weight, const fdk_matmul_args &args);
+  OwnedPlan(const OwnedPlan &) = delete;
+  OwnedPlan &operator=(const OwnedPlan &) = delete;
+
+  const Plan &get() const { return plan_; }
+
+ private:
+  void build_blocks();
+  void build_codebooks(const float *codebook);
+
+  Plan plan_{};
+  std::vector<Block> blocks_;
+  std::vector<float> codebook_;
+  std::vector<uint8_t> levels8_;
+  std::vector<int16_t> levels16_;
+  std::vector<Levels> levels_;
+};
+
+}  // namespace fdk
