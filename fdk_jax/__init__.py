@@ -1,1 +1,17 @@
 """Fused dequantise-matmul for low-bit weights in JAX."""
+
+from fdk_jax import checkpoint as checkpoint
+from fdk_jax import packing as packing
+from fdk_jax.dispatch import interpret_pallas as interpret_pallas
+from fdk_jax.dispatch import matmul as matmul
+from fdk_jax.explain import explain as explain
+from fdk_jax.linear import QuantisedDense as QuantisedDense
+from fdk_jax.linear import QuantisedLinear as QuantisedLinear
+from fdk_jax.linear import QuantisedWeight as QuantisedWeight
+from fdk_jax.linear import quantised_apply as quantised_apply
+from fdk_jax.quantised_tensor import QuantisedTensor as QuantisedTensor
+from fdk_jax.quantised_tensor import is_quantised as is_quantised
+from fdk_jax.trees import dequantise as dequantise
+from fdk_jax.trees import prepare as prepare
+from fdk_jax.trees import quantise as quantise
+from fdk_jax.trees import summary as summary

@@ -94,7 +94,7 @@ def matmul(
     bias: Array | None = None,
     out_dtype: Any = None,
 ) -> Array:
-    """x [M, K] times the transpose of the weight, accumulated in float32, plus bias [N].
+    """X [M, K] times the transpose of the weight, accumulated in float32, plus bias [N].
 
     The weight, in the interchange layout, is dequantised to the dtype of x.
     """
@@ -109,7 +109,7 @@ def matmul(
     )
     y = _dot(x, weight, contract=(1, 1))
     if bias is not None:
-        y += bias.astype(jnp.float32)
+        y += bias.astype(jnp.float32)[None]
     return y.astype(x.dtype if out_dtype is None else out_dtype)
 
 
@@ -124,7 +124,7 @@ def transposed_matmul(
     in_features: int,
     out_dtype: Any,
 ) -> Array:
-    """g [M, N] times the weight [N, K]: the gradient with respect to x, [M, K]."""
+    """G [M, N] times the weight [N, K]: the gradient with respect to x, [M, K]."""
     weight = dequantise_matrix(
         packed,
         scales,

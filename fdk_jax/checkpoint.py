@@ -1,0 +1,221 @@
+"""Checkpoints: one safetensors file whose header describes the tree and its quantised tensors.
+
+Weights are written in the interchange layout whatever layout they are held in. The arrays of a
+`QuantisedTensor` called `name` are `name.packed`, `name.scales` and `name.codebook`; the header's entry
+"fdk_jax" is a JSON object {"version": 1, "tree": ...} with the static metadata.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.flax
+from flax import nnx
+
+from fdk_jax.quantised_tensor import QuantisedTensor, is_quantised
+from fdk_jax.trees import prepare
+
+VERSION = 1
+_KEY = "fdk_jax"
+_ARRAYS = ("packed", "scales", "codebook")
+
+
+def save(path: str | os.PathLike, tree: Any) -> None:
+    """Writes a tree of arrays and quantised tensors, atomically: the old file or the new one.
+
+    Args:
+        path: file to write or replace; its folder must exist.
+        tree: nested dicts, lists, tuples and None around arrays and `QuantisedTensor`s; an nnx.State; or an
+            `nnx.Module`, of which the state is written.
+
+    Raises:
+        TypeError: a leaf is not an array.
+    """
+    arrays: dict[str, Any] = {}
+    structure = _describe(_plain(prepare(tree, "xla")), "", arrays)
+    header = {_KEY: json.dumps({"version": VERSION, "tree": structure})}
+    with atomic_path(path) as temporary:
+        safetensors.flax.save_file(arrays, temporary, metadata=header)
+
+
+def load(path: str | os.PathLike, *, like: Any = None) -> Any:
+    """Reads what `save` wrote.
+
+    Args:
+        path: the file.
+        like: None; or a tree of the same structure, shapes, dtypes and static metadata, against which the
+            file is checked; or an `nnx.Module`, whose copy with the file's state is returned.
+
+    Returns:
+        The tree, with dicts for every mapping, in the interchange layout (`fdk_jax.prepare` it); or a new
+        module.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, foreign, newer than this version, inconsistent, or unlike `like`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with safetensors.safe_open(path, framework="flax") as file:
+            structure = _structure(path, file.metadata())
+            names = set(file.keys())
+            tree = _rebuild(structure, file.get_tensor, names)
+    except (safetensors.SafetensorError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is not a complete checkpoint: {error}") from error
+    if names:
+        raise ValueError(f"{path} holds arrays that its header does not name: {sorted(names)}")
+    if like is None:
+        return tree
+    _compare(path, tree, _plain(prepare(like, "xla")))
+    if not isinstance(like, nnx.Module):
+        return tree
+    graph, state = nnx.split(like)
+    nnx.replace_by_pure_dict(state, tree)
+    return nnx.merge(graph, state)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[str]:
+    """A temporary path beside `path` that replaces it when the block ends without an exception."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, nnx.Module):
+        tree = nnx.state(tree)
+    return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
+
+
+def _describe(node: Any, name: str, arrays: dict[str, Any]) -> Any:
+    """The header's description of a tree, whose arrays are put into `arrays` by name."""
+
+    def child(key: Any) -> str:
+        return f"{name}.{key}" if name else str(key)
+
+    if node is None:
+        return {"kind": "none"}
+    if is_quantised(node):
+        node.validate()
+        for part in _ARRAYS:
+            _add(arrays, f"{name}.{part}", getattr(node, part))
+        return {
+            "kind": "quantised",
+            "name": name,
+            "bits": node.bits,
+            "group_size": node.group_size,
+            "shape": list(node.shape),
+            "axes": node.axes,
+            "layout": node.layout,
+            "uniform": node.uniform,
+        }
+    if isinstance(node, Mapping):
+        if not all(isinstance(key, (str, int)) for key in node):
+            raise TypeError(
+                f"keys must be strings or integers at {name or 'the root'}: {list(node)}"
+            )
+        items = [[key, _describe(value, child(key), arrays)] for key, value in node.items()]
+        return {"kind": "dict", "items": items}
+    if isinstance(node, (list, tuple)):
+        items = [_describe(value, child(i), arrays) for i, value in enumerate(node)]
+        return {"kind": type(node).__name__, "items": items}
+    if not isinstance(node, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name or 'the root'} is a {type(node).__name__}, not an array")
+    _add(arrays, name, node)
+    return {"kind": "array", "name": name}
+
+
+def _add(arrays: dict[str, Any], name: str, array: Any) -> None:
+    if name in arrays:
+        raise ValueError(f"two arrays would be called {name!r}; rename one of them")
+    arrays[name] = jax.numpy.asarray(array)
+
+
+def _structure(path: Path, metadata: Mapping[str, str] | None) -> Any:
+    if not metadata or _KEY not in metadata:
+        raise ValueError(f"{path} was not written by fdk_jax.checkpoint.save")
+    try:
+        header = json.loads(metadata[_KEY])
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} has a damaged header: {error}") from error
+    version = header["version"]
+    if version != VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this fdk_jax reads {VERSION}; update fdk_jax"
+        )
+    return header["tree"]
+
+
+def _rebuild(node: Any, tensor: Any, names: set[str]) -> Any:
+    """The tree of a description; the arrays that it takes are removed from `names`."""
+    kind = node["kind"]
+    if kind == "none":
+        return None
+    if kind == "array":
+        names.discard(node["name"])
+        return tensor(node["name"])
+    if kind == "dict":
+        return {key: _rebuild(value, tensor, names) for key, value in node["items"]}
+    if kind in ("list", "tuple"):
+        items = [_rebuild(value, tensor, names) for value in node["items"]]
+        return items if kind == "list" else tuple(items)
+    if kind != "quantised":
+        raise ValueError(f"the header holds a node of unknown kind {kind!r}")
+    arrays = [tensor(f"{node['name']}.{part}") for part in _ARRAYS]
+    names.difference_update(f"{node['name']}.{part}" for part in _ARRAYS)
+    w = QuantisedTensor(
+        *arrays,
+        bits=node["bits"],
+        group_size=node["group_size"],
+        shape=tuple(node["shape"]),
+        axes=node["axes"],
+        layout=node["layout"],
+        uniform=node["uniform"],
+    )
+    try:
+        w.validate()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{node['name']}: {error}") from error
+    return w
+
+
+def _compare(path: Path, tree: Any, like: Any) -> None:
+    """Raises a ValueError that lists every difference between two trees."""
+
+    def facts(tree: Any) -> dict[str, str]:
+        out = {}
+        flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantised)[0]
+        for key, leaf in flat:
+            text = f"{getattr(leaf, 'dtype', type(leaf))}{getattr(leaf, 'shape', ())}"
+            out[jax.tree_util.keystr(key)] = repr(leaf) if is_quantised(leaf) else text
+        return out
+
+    found, wanted = facts(tree), facts(like)
+    problems = [f"missing {k}" for k in wanted if k not in found]
+    problems += [f"unexpected {k}" for k in found if k not in wanted]
+    problems += [
+        f"{k} is {found[k]}, not {wanted[k]}"
+        for k in wanted
+        if found.get(k, wanted[k]) != wanted[k]
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit: " + "; ".join(problems))

@@ -1,0 +1,308 @@
+"""`matmul`: checks, gradients, batching, sharding, and the choice of a backend.
+
+A call goes through these layers, outermost first:
+
+    matmul            checks; folds the leading axes of x into M
+    _differentiable   custom_vjp: gradients with respect to x and bias, from packed weights
+    _batched          custom_vmap: a batch of x folds into M, anything else is a loop
+    _sharded          custom_partitioning: a weight sharded along N or K stays where it is
+    _on_platform      the backend for the platform that the program is lowered for
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import pallas_kernels
+from fdk_jax import cpu_backend, packing, partitioning, reference
+from fdk_jax.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
+
+BACKENDS = ("pallas", "cpu", "xla")
+ARITHMETIC = ("exact", "int16", "int8")
+LAYOUT_OF = {"pallas": "planar", "cpu": "tiled", "xla": "interchange"}
+_PLATFORM_OF = {"pallas": "cuda", "cpu": "cpu"}
+
+_interpret = contextvars.ContextVar("interpret", default=False)
+
+
+class Operands(NamedTuple):
+    """The arrays of one product: x [M, K], a weight's arrays, bias [N] or None."""
+
+    x: Array
+    packed: Array
+    scales: Array
+    codebook: Array
+    bias: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What is static about one product; hashable."""
+
+    bits: int
+    group_size: int
+    out_features: int
+    in_features: int
+    layout: str
+    uniform: bool
+    backend: str | None
+    arithmetic: str
+    out_dtype: Any
+    interpret: bool
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """Arguments of `packing.convert`."""
+        return dict(
+            bits=self.bits,
+            group_size=self.group_size,
+            out_features=self.out_features,
+            in_features=self.in_features,
+        )
+
+
+@contextlib.contextmanager
+def interpret_pallas():
+    """Inside this context `backend="pallas"` runs in Pallas' interpreter, on any platform. Slow."""
+    token = _interpret.set(True)
+    try:
+        yield
+    finally:
+        _interpret.reset(token)
+
+
+def prepare_tensor(w: QuantisedTensor, backend: str) -> QuantisedTensor:
+    """A tensor in the layout that a backend's kernels read."""
+    packed, scales = packing.convert(
+        w.packed,
+        w.scales,
+        w.layout,
+        LAYOUT_OF[check_backend(backend)],
+        bits=w.bits,
+        group_size=w.group_size,
+        out_features=w.out_features,
+        in_features=w.in_features,
+    )
+    return dataclasses.replace(w, packed=packed, scales=scales, layout=LAYOUT_OF[backend])
+
+
+def check_backend(backend: str) -> str:
+    """Returns `backend` if there is one of that name."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{backend=} is not one of {BACKENDS}")
+    return backend
+
+
+def matmul(
+    x: Array,
+    w: QuantisedTensor,
+    *,
+    backend: str | None = None,
+    bias: Array | None = None,
+    out_dtype: Any = None,
+    arithmetic: str = "exact",
+) -> Array:
+    """Multiplies activations by a quantised weight, fused with its dequantisation.
+
+        y[..., n] = sum_k x[..., k] * w[n, k] + bias[n]
+
+    Differentiable with respect to x and bias in reverse mode; the weight gets no gradient. Works under
+    jit, vmap, scan, remat and shard_map; under plain jit a weight sharded along N or K is multiplied where
+    it lies (K adds an all-reduce).
+
+    Args:
+        x: bfloat16, float16 or float32 [..., K]; no leading axes, or empty ones, are fine.
+        w: the weight, one matrix (take stacked ones apart with vmap or scan). `fdk_jax.prepare` puts it into
+            a kernel's layout once.
+        backend: "pallas" (GPU), "cpu" (the C++ library) or "xla" (dequantise, then dot); it never falls
+            back to another. None takes the kernel that the weight was prepared for on the platform that
+            the program is lowered for, "xla" elsewhere; see `fdk_jax.explain`.
+        bias: [N], added in float32; or None.
+        out_dtype: dtype of y; None for the dtype of x.
+        arithmetic: "exact"; or "int16" or "int8" activations quantised by group, with `backend="cpu"`
+            (docs/cpu.md states their errors).
+
+    Returns:
+        y [..., N].
+
+    Raises:
+        TypeError: x, w or bias is of the wrong type or dtype.
+        ValueError: shapes that do not fit, an unknown name, or a backend that this machine lacks.
+        NotImplementedError: the backend cannot do this case.
+    """
+    _check_call(x, w, backend, bias, out_dtype, arithmetic)
+    if backend is not None and w.layout != LAYOUT_OF[backend]:
+        w = prepare_tensor(w, backend)
+    product = Product(
+        bits=w.bits,
+        group_size=w.group_size,
+        out_features=w.out_features,
+        in_features=w.in_features,
+        layout=w.layout,
+        uniform=w.uniform,
+        backend=backend,
+        arithmetic=arithmetic,
+        out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype),
+        interpret=_interpret.get(),
+    )
+    lead = x.shape[:-1]
+    m = math.prod(lead)
+    if m == 0 or w.out_features == 0 or w.in_features == 0:
+        y = jnp.zeros((*lead, w.out_features), product.out_dtype)
+        return y if bias is None else y + bias.astype(product.out_dtype)[(None,) * len(lead)]
+    operands = Operands(x.reshape(m, w.in_features), w.packed, w.scales, w.codebook, bias)
+    return _differentiable(product, operands).reshape(*lead, w.out_features)
+
+
+def _check_call(x, w, backend, bias, out_dtype, arithmetic) -> None:
+    if not isinstance(w, QuantisedTensor):
+        raise TypeError(
+            f"w must be a QuantisedTensor, got {type(w).__name__}; see fdk_jax.quantise"
+        )
+    if not hasattr(x, "dtype") or x.dtype not in FLOAT_DTYPES:
+        kind = getattr(x, "dtype", type(x).__name__)
+        raise TypeError(f"x must be a bfloat16, float16 or float32 array, got {kind}; cast it")
+    if x.ndim == 0 or x.shape[-1] != w.in_features:
+        raise ValueError(f"{x.shape=} must end in K={w.in_features} of {w}")
+    if w.batch_shape:
+        raise ValueError(f"{w} is a stack of matrices: take one with vmap, scan or tree_map")
+    w.validate()
+    if bias is not None and (bias.shape != (w.out_features,) or bias.dtype not in FLOAT_DTYPES):
+        raise ValueError(f"bias must be a float [{w.out_features}], got {bias.dtype}{bias.shape}")
+    if out_dtype is not None and jnp.dtype(out_dtype) not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
+    if arithmetic not in ARITHMETIC:
+        raise ValueError(f"{arithmetic=} is not one of {ARITHMETIC}")
+    if arithmetic != "exact" and backend != "cpu":
+        raise NotImplementedError(f'{arithmetic=} needs backend="cpu", got {backend=}')
+    if backend is None:
+        return
+    check_backend(backend)
+    if backend == "cpu" and (reason := cpu_backend.unavailable_reason()) is not None:
+        raise ValueError(f'backend="cpu" is not available: {reason}')
+    if backend == "pallas" and not _interpret.get() and not isinstance(x, jax.core.Tracer):
+        platform = next(iter(x.devices())).platform if isinstance(x, Array) else None
+        if platform not in ("gpu", "cuda"):
+            raise ValueError(
+                f'backend="pallas" needs x on an NVIDIA GPU, it is on {platform}: use backend="cpu",'
+                ' "xla" or None'
+            )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(product: Product, operands: Operands) -> Array:
+    return _batched(product)(operands)
+
+
+def _forward(product, operands):
+    return _differentiable(product, operands), operands
+
+
+def _backward(product, operands, g):
+    x, packed, scales, codebook, bias = operands
+    packed, scales = packing.convert(packed, scales, product.layout, "interchange", **product.facts)
+    dx = reference.transposed_matmul(
+        g,
+        packed,
+        scales,
+        codebook,
+        bits=product.bits,
+        group_size=product.group_size,
+        in_features=product.in_features,
+        out_dtype=x.dtype,
+    )
+    dbias = None if bias is None else g.astype(jnp.float32).sum(0).astype(bias.dtype)
+    return (Operands(dx, None, None, None, dbias),)
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+@functools.cache
+def _batched(product: Product):
+    """The product with a batching rule, a function of `Operands`."""
+
+    @jax.custom_batching.custom_vmap
+    def call(operands: Operands) -> Array:
+        return partitioning.sharded(_on_platform, product)(operands)
+
+    @call.def_vmap
+    def _rule(axis_size, in_batched, operands):
+        if not in_batched[0].x or any(jax.tree.leaves(tuple(in_batched[0])[1:])):
+            return _loop(call, in_batched[0], operands), True
+        x = operands.x
+        y = call(operands._replace(x=x.reshape(-1, x.shape[-1])))
+        return y.reshape(axis_size, x.shape[1], -1), True
+
+    return call
+
+
+def _loop(call, batched: Operands, operands: Operands) -> Array:
+    """One product after another: stacked weights cannot share a launch."""
+    taken = Operands(*(a if b else None for a, b in zip(operands, batched, strict=True)))
+
+    def one(slices: Operands) -> Array:
+        parts = (a if s is None else s for a, s in zip(operands, slices, strict=True))
+        return call(Operands(*parts))
+
+    return jax.lax.map(one, taken)
+
+
+def _on_platform(product: Product, operands: Operands) -> Array:
+    """One product by the chosen backend, or by the platform that the program is lowered for."""
+    if product.backend is not None:
+        return _run(product.backend, product, operands)
+    kernel = _kernel_of(product)
+    if kernel is None:
+        return _run("xla", product, operands)
+    branches = {_PLATFORM_OF[kernel]: functools.partial(_run, kernel, product)}
+    return jax.lax.platform_dependent(
+        operands, **branches, default=functools.partial(_run, "xla", product)
+    )
+
+
+def _kernel_of(product: Product) -> str | None:
+    """The kernel whose layout the weight has, if it exists here."""
+    if product.layout == "planar":
+        return "pallas"
+    if product.layout == "tiled" and cpu_backend.unavailable_reason() is None:
+        return "cpu"
+    return None
+
+
+def _run(backend: str, product: Product, operands: Operands) -> Array:
+    x, packed, scales, codebook, bias = operands
+    if backend == "xla":
+        packed, scales = packing.convert(
+            packed, scales, product.layout, "interchange", **product.facts
+        )
+        return reference.matmul(
+            x,
+            packed,
+            scales,
+            codebook,
+            bits=product.bits,
+            group_size=product.group_size,
+            bias=bias,
+            out_dtype=product.out_dtype,
+        )
+    options: dict[str, Any] = dict(
+        bits=product.bits,
+        group_size=product.group_size,
+        out_features=product.out_features,
+        uniform=product.uniform,
+        bias=bias,
+        out_dtype=product.out_dtype,
+    )
+    if backend == "pallas":
+        return pallas_kernels.matmul(
+            x, packed, scales, codebook, interpret=product.interpret, **options
+        )
+    return cpu_backend.matmul(x, packed, scales, codebook, arithmetic=product.arithmetic, **options)

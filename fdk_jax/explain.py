@@ -1,0 +1,91 @@
+"""`explain`: which path a product takes, and why."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax import Array
+
+import pallas_kernels
+from fdk_jax import cpu_backend
+from fdk_jax.dispatch import LAYOUT_OF, check_backend
+from fdk_jax.quantised_tensor import QuantisedTensor
+from fdk_jax.trees import default_backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The path of one product.
+
+    Attributes:
+        backend: "pallas", "cpu" or "xla".
+        kernel: what runs, with its launch configuration.
+        reason: why.
+    """
+
+    backend: str
+    kernel: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.kernel} ({self.reason})"
+
+
+def explain(
+    x: Array | jax.ShapeDtypeStruct,
+    w: QuantisedTensor,
+    *,
+    backend: str | None = None,
+    platform: str | None = None,
+) -> Explanation:
+    """Says which path `matmul(x, w, backend=backend)` takes, and why. Runs nothing.
+
+    Args:
+        x: activations [..., K], or their shape and dtype.
+        w: the weight.
+        backend: as given to `matmul`.
+        platform: "cpu", "cuda", ... that the program is lowered for; None for JAX's default.
+    """
+    if backend is not None:
+        check_backend(backend)
+        reason = "asked for"
+        if w.layout != LAYOUT_OF[backend]:
+            reason += f"; reformats the {w.layout} weight at each call: fdk_jax.prepare it once"
+        return _path(backend, x, w, reason)
+    platform = platform or jax.default_backend()
+    platform = "cuda" if platform == "gpu" else platform
+    if w.layout == "interchange":
+        reason = "the weight is in the interchange layout"
+        if default_backend() != "xla":
+            reason += f'; fdk_jax.prepare makes it one for "{default_backend()}"'
+        return _path("xla", x, w, reason)
+    if w.layout == "planar" and platform == "cuda":
+        return _path("pallas", x, w, "the weight is prepared for it, on a GPU")
+    if w.layout == "tiled" and platform == "cpu":
+        missing = cpu_backend.unavailable_reason()
+        if missing is None:
+            return _path("cpu", x, w, "the weight is prepared for it, on a CPU")
+        return _path("xla", x, w, f"the CPU library is not available: {missing}")
+    return _path("xla", x, w, f"a {w.layout} weight has no kernel on {platform}")
+
+
+def _path(backend: str, x: Any, w: QuantisedTensor, reason: str) -> Explanation:
+    m = math.prod(x.shape[:-1])
+    if backend == "pallas":
+        kernel = str(
+            pallas_kernels.plan(
+                m,
+                bits=w.bits,
+                group_size=w.group_size,
+                out_features=w.out_features,
+                in_features=w.in_features,
+                uniform=w.uniform,
+                dtype=x.dtype,
+            )
+        )
+    elif backend == "cpu":
+        kernel = cpu_backend.describe()
+    else:
+        kernel = "dequantise, then dot"
+    return Explanation(backend, kernel, reason)
