@@ -84,10 +84,99 @@ def _unchanged(packed, scales, **_):
     return packed, scales
 
 
+# Planar layout of the Pallas kernels. A tile is 16 rows by PLANES * 32 weights, PLANES = 16 / bits:
+# 64 bytes a row, 1 KiB in all, in the order in which the tensor cores' operand registers want them. Word w
+# of a row (16 words of 32 bits) holds, for each plane p and e in (0, 1), the code of
+# k = 32 p + 2 w + e in its slot 2 p + e of `bits` bits, lowest bits first; so a byte is always an index
+# into a table of neighbours, and a plane of 32 weights lies inside one group of 32 or more.
+PLANE = 32
+TILE_ROWS = 16
+SCALE_GROUPS = 4
+
+
+def to_planar(
+    packed: Array,
+    scales: Array,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+) -> tuple[Array, Array]:
+    """From the interchange layout to that of the Pallas kernels; N and K are padded to whole tiles.
+
+    Args:
+        packed: uint8 [..., N, ceil(K / E)].
+        scales: [..., N, ceil(K / G)].
+        bits: width of a code.
+        group_size: G, weights a scale.
+        out_features: N.
+        in_features: K.
+
+    Returns:
+        packed: uint16 [..., ceil(N / 16), ceil(K / T), 16, 32], T = 512 / bits weights of a row a tile.
+        scales: [..., ceil(N / 16), ceil(groups / 4), 64]: for row r (of 8), group j (of 4) and h in
+            (0, 1) the scale of row r + 8 h is number (4 r + j) * 2 + h.
+    """
+    del group_size
+    codes = unpack(packed, bits, in_features)
+    lead, planes = codes.shape[:-2], 16 // bits
+    pads = [(0, -out_features % TILE_ROWS), (0, -in_features % (planes * PLANE))]
+    codes = jnp.pad(codes, [(0, 0)] * len(lead) + pads)
+    tiles = codes.shape[-2] // TILE_ROWS
+    codes = codes.reshape(*lead, tiles, TILE_ROWS, -1, planes, PLANE // 2, 2)
+    codes = _permute(codes, len(lead), (0, 2, 1, 4, 3, 5))
+    slots = codes.reshape(*codes.shape[:-3], PLANE, 16 // bits).astype(jnp.uint16)
+    words = jnp.zeros(slots.shape[:-1], jnp.uint16)
+    for i in range(16 // bits):
+        words |= slots[..., i] << jnp.uint16(bits * i)
+
+    pads = [(0, -out_features % TILE_ROWS), (0, -scales.shape[-1] % SCALE_GROUPS)]
+    scales = jnp.pad(scales, [(0, 0)] * len(lead) + pads)
+    scales = scales.reshape(*lead, tiles, 2, TILE_ROWS // 2, -1, SCALE_GROUPS)
+    scales = _permute(scales, len(lead), (0, 3, 2, 4, 1))
+    return words, scales.reshape(*lead, tiles, -1, TILE_ROWS * SCALE_GROUPS)
+
+
+def from_planar(
+    packed: Array,
+    scales: Array,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+) -> tuple[Array, Array]:
+    """The inverse of `to_planar`, with its arguments and results exchanged."""
+    lead, planes = packed.shape[:-4], 16 // bits
+    tiles, blocks = packed.shape[-4:-2]
+    mask = jnp.uint16(2**bits - 1)
+    slots = [(packed >> jnp.uint16(bits * i)) & mask for i in range(16 // bits)]
+    codes = jnp.stack(slots, axis=-1).astype(jnp.uint8)
+    codes = codes.reshape(*lead, tiles, blocks, TILE_ROWS, PLANE // 2, planes, 2)
+    codes = _permute(codes, len(lead), (0, 2, 1, 4, 3, 5))
+    codes = codes.reshape(*lead, tiles * TILE_ROWS, blocks * planes * PLANE)
+
+    scales = scales.reshape(*lead, tiles, -1, TILE_ROWS // 2, SCALE_GROUPS, 2)
+    scales = _permute(scales, len(lead), (0, 4, 2, 1, 3))
+    scales = scales.reshape(*lead, tiles * TILE_ROWS, -1)
+    groups = -(-in_features // group_size)
+    return (
+        pack(codes[..., :out_features, :in_features], bits),
+        scales[..., :out_features, :groups],
+    )
+
+
+def _permute(a: Array, lead: int, order: tuple[int, ...]) -> Array:
+    """Transposes the axes behind the first `lead` ones."""
+    return a.transpose(*range(lead), *(lead + i for i in order))
+
+
 # layout: (from interchange, to interchange); both map (packed, scales) to (packed, scales) and take
 # bits, group_size, out_features and in_features.
 LAYOUTS = {
     "interchange": (_unchanged, _unchanged),
+    "planar": (to_planar, from_planar),
 }
 
 
