@@ -1,0 +1,111 @@
+"""The plain kernel: any dtype, group size and codebook, in ordinary Pallas operations.
+
+It decodes by looking every code up in the codebook in memory, so that it is slow and needs nothing but
+loads, shifts and a dot. It serves what the fast kernels do not, and Pallas' interpreter.
+
+Glossary: BN rows of the weight and BM rows of x a program; P planes of 32 weights a tile of the planar
+layout (`fdk_jax.packing`); G weights a scale.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from pallas_kernels import triton_compat
+
+_PLANE = 32
+_BLOCK_N = 64
+_BLOCK_M = 16
+
+
+def matmul(
+    x: Array,
+    packed: Array,
+    scales: Array,
+    codebook: Array,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    bias: Array | None,
+    out_dtype: Any,
+    interpret: bool,
+) -> Array:
+    """x [M, K] times the transpose of a planar weight, [M, N]; see `pallas_kernels.matmul`."""
+    m, k = x.shape
+    kernel = functools.partial(
+        _kernel,
+        m=m,
+        k=k,
+        n=out_features,
+        bits=bits,
+        group_size=group_size,
+        has_bias=bias is not None,
+    )
+    operands = (x, packed, scales, codebook.reshape(-1, 2**bits))
+    if bias is not None:
+        operands += (bias,)
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((m, out_features), out_dtype),
+        grid=(pl.cdiv(out_features, _BLOCK_N), pl.cdiv(m, _BLOCK_M)),
+        compiler_params=triton_compat.compiler_params(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="fdk_gather",
+    )(*operands)
+
+
+def _kernel(
+    x_ref, packed_ref, scales_ref, codebook_ref, *rest, m, k, n, bits, group_size, has_bias
+):
+    # x :: [M, K], packed :: [N/16, K/T, 16, 32] uint16, scales :: [N/16, groups/4, 64]
+    out_ref = rest[-1]
+    rows = pl.program_id(0) * _BLOCK_N + jnp.arange(_BLOCK_N, dtype=jnp.int32)
+    tokens = pl.program_id(1) * _BLOCK_M + jnp.arange(_BLOCK_M, dtype=jnp.int32)
+    # Rows behind N read the last one: every index below is in bounds.
+    safe_rows = jnp.minimum(rows, n - 1)
+    tile, row = (safe_rows >> 4)[:, None], (safe_rows & 15)[:, None]
+    book = jax.lax.div(safe_rows, n // codebook_ref.shape[0])[:, None]
+    planes, groups = 16 // bits, -(-k // group_size)
+    h = jnp.arange(_PLANE, dtype=jnp.int32)[None, :]
+    columns = jnp.broadcast_to(h, (_BLOCK_N, _PLANE))
+
+    def step(i, total):
+        plane = i & (planes - 1)
+        # Word h // 2 holds the code in slot 2 plane + h % 2 of `bits` bits, of 32 // bits.
+        slot = 2 * plane + (columns & 1)
+        half = (columns & -2) + (slot * bits >> 4)
+        words = packed_ref[tile, jnp.broadcast_to(jax.lax.div(i, planes), tile.shape), row, half]
+        codes = (words.astype(jnp.int32) >> (slot * bits & 15)) & (2**bits - 1)
+        values = codebook_ref[book, codes].astype(scales_ref.dtype).astype(jnp.float32)
+        offsets = i * _PLANE + h
+        group = jnp.minimum(jax.lax.div(i * _PLANE + columns, group_size), groups - 1)
+        position = ((row & 7) * 4 + (group & 3)) * 2 + (row >> 3)
+        factors = scales_ref[tile, group >> 2, position].astype(jnp.float32)
+        mask = (tokens[:, None] < m) & (offsets < k)
+        x = triton_compat.load(x_ref.at[tokens[:, None], offsets], mask=mask, other=0)
+        weight = (values * factors).astype(x.dtype)
+        return total + _dot(x, weight)
+
+    steps = -(-k // _PLANE)
+    total = jax.lax.fori_loop(0, steps, step, jnp.zeros((_BLOCK_M, _BLOCK_N), jnp.float32))
+    if has_bias:
+        total += rest[0][safe_rows].astype(jnp.float32)[None, :]
+    mask = (tokens[:, None] < m) & (rows[None, :] < n)
+    out = out_ref.at[tokens[:, None], rows[None, :]]
+    triton_compat.store(out, total.astype(out_ref.dtype), mask=mask)
+
+
+def _dot(x: Array, weight: Array) -> Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x,
+        weight,
+        (((1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )

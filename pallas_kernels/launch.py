@@ -1,0 +1,89 @@
+"""`matmul`: checks the arrays of a product and launches the kernel that its plan names."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import gather
+
+
+def matmul(
+    x: Array,
+    packed: Array,
+    scales: Array,
+    codebook: Array,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    uniform: bool,
+    bias: Array | None = None,
+    out_dtype: Any = None,
+    config: Any = None,
+    interpret: bool = False,
+) -> Array:
+    """Multiplies x by the transpose of a quantised weight in the planar layout, on an NVIDIA GPU.
+
+        y[m, n] = sum_k x[m, k] * scales[n, k // G] * codebook[codes[n, k]] + bias[n]
+
+    Args:
+        x: bfloat16, float16 or float32 [M, K], M >= 1.
+        packed: uint16, the codes as `fdk_jax.packing.to_planar` orders them.
+        scales: the scales as `to_planar` orders them, in the weight's compute dtype.
+        codebook: float32 [2**bits], or [C, 2**bits] with C dividing N.
+        bits: 1, 2, 4 or 8.
+        group_size: G, weights a scale.
+        out_features: N.
+        uniform: whether the codebook is affine in the code.
+        bias: [N] or None, added in float32.
+        out_dtype: dtype of y; None for the dtype of x.
+        config: a launch configuration instead of the tuned one.
+        interpret: run in Pallas' interpreter.
+
+    Returns:
+        y [M, N].
+
+    Raises:
+        ValueError: arrays that are not a planar weight of the given facts.
+        NotImplementedError: a configuration that the kernel cannot run.
+    """
+    _check(x, packed, scales, codebook, bits, group_size, out_features)
+    return gather.matmul(
+        x,
+        packed,
+        scales,
+        codebook,
+        bits=bits,
+        group_size=group_size,
+        out_features=out_features,
+        bias=bias,
+        out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype),
+        interpret=interpret,
+    )
+
+
+def _check(x, packed, scales, codebook, bits, group_size, out_features) -> None:
+    if bits not in (1, 2, 4, 8):
+        raise ValueError(f"{bits=} is not supported; use 1, 2, 4 or 8")
+    if x.ndim != 2 or x.shape[0] < 1:
+        raise ValueError(f"{x.shape=} must be [M, K] with M >= 1")
+    k = x.shape[1]
+    tiles = -(-out_features // 16)
+    groups = -(-k // group_size)
+    expected = (tiles, -(-k * bits // 512), 16, 32)
+    if packed.dtype != jnp.uint16 or packed.shape != expected:
+        raise ValueError(
+            f"packed is {packed.dtype}{packed.shape}, must be uint16{expected} for {bits=}, {k=},"
+            f" {out_features=}; prepare the weight with fdk_jax.prepare(w, backend='pallas')"
+        )
+    if scales.shape != (tiles, -(-groups // 4), 64):
+        raise ValueError(
+            f"{scales.shape=} must be {(tiles, -(-groups // 4), 64)} for {group_size=}, {k=},"
+            f" {out_features=}; prepare the weight with fdk_jax.prepare(w, backend='pallas')"
+        )
+    books = codebook.reshape(-1, codebook.shape[-1]).shape
+    if codebook.ndim not in (1, 2) or books[1] != 2**bits or out_features % books[0]:
+        raise ValueError(
+            f"{codebook.shape=} must be [2**bits] or [C, 2**bits] with C dividing {out_features=}"
+        )
