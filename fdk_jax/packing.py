@@ -115,10 +115,9 @@ def to_planar(
 
     Returns:
         packed: uint16 [..., ceil(N / 16), ceil(K / T), 16, 32], T = 512 / bits weights of a row a tile.
-        scales: [..., ceil(N / 16), ceil(groups / 4), 64]: for row r (of 8), group j (of 4) and h in
+        scales: [..., ceil(N / 16), ceil(groups / 4), 64], groups of the padded K: for row r (of 8), group j (of 4) and h in
             (0, 1) the scale of row r + 8 h is number (4 r + j) * 2 + h.
     """
-    del group_size
     codes = unpack(packed, bits, in_features)
     lead, planes = codes.shape[:-2], 16 // bits
     pads = [(0, -out_features % TILE_ROWS), (0, -in_features % (planes * PLANE))]
@@ -131,7 +130,9 @@ def to_planar(
     for i in range(16 // bits):
         words |= slots[..., i] << jnp.uint16(bits * i)
 
-    pads = [(0, -out_features % TILE_ROWS), (0, -scales.shape[-1] % SCALE_GROUPS)]
+    groups = -(-codes.shape[-5] * planes * PLANE // group_size)
+    groups += -groups % SCALE_GROUPS
+    pads = [(0, -out_features % TILE_ROWS), (0, groups - scales.shape[-1])]
     scales = jnp.pad(scales, [(0, 0)] * len(lead) + pads)
     scales = scales.reshape(*lead, tiles, 2, TILE_ROWS // 2, -1, SCALE_GROUPS)
     scales = _permute(scales, len(lead), (0, 3, 2, 4, 1))
@@ -177,6 +178,12 @@ def _permute(a: Array, lead: int, order: tuple[int, ...]) -> Array:
 LAYOUTS = {
     "interchange": (_unchanged, _unchanged),
     "planar": (to_planar, from_planar),
+}
+
+# For each kernel layout the axes of (packed, scales) that run along N and along K. A slice of whole
+# tiles along either is the prepared form of that part of the matrix.
+SHARDED_AXES = {
+    "planar": ((0, 1), (0, 1)),
 }
 
 

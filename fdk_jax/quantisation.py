@@ -146,9 +146,10 @@ def from_matrix(matrix: Array, shape: tuple[int, ...], axes: str) -> Array:
 
 
 def _round(x: Array, dtype: Any) -> Array:
-    """Rounds float32 to the grid of `dtype` where XLA may otherwise keep excess precision."""
-    info = jnp.finfo(dtype)
-    return x if dtype == jnp.float32 else jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    """Rounds float32 to the grid of `dtype`; the barrier keeps XLA from holding excess precision."""
+    if dtype == jnp.float32:
+        return x
+    return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
 
 
 def _mean(x: Array) -> Array:
@@ -169,7 +170,9 @@ def _mean(x: Array) -> Array:
         total, rest = x[..., 0], range(1, g)
     for i in rest:
         total = total + x[..., i]
-    return total / jnp.float32(g)
+    # XLA turns division by a constant into multiplication by its rounded reciprocal; a sum of
+    # magnitudes is never negative, but XLA does not know that.
+    return total / jnp.where(total < 0, jnp.float32(1), jnp.float32(g))
 
 
 def group_scales(groups: Array, kind: str, dtype: Any) -> Array:

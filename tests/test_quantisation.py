@@ -1,0 +1,217 @@
+"""Scales, codes and codebooks against the published rules; trees and modules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+from flax.core import FrozenDict
+
+import fdk_jax
+from fdk_jax import codebooks
+from fdk_jax.quantisation import resolve_scale
+
+BITS = [1, 2, 4, 8]
+
+
+def heavy_tailed(rng, shape, dtype="float32"):
+    return (rng.standard_t(4, shape) * 0.02).astype(oracle.DTYPES[dtype])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", sorted(oracle.DTYPES))
+@pytest.mark.parametrize(("n", "k", "group"), [(6, 256, 64), (3, 130, 64), (5, 40, 8), (2, 7, 32)])
+def test_default_rules_bit_for_bit(bits, dtype, n, k, group, rng):
+    w = heavy_tailed(rng, (n, k), dtype)
+    q = fdk_jax.quantise(w, bits, group_size=group)
+    kind = "absmean" if bits <= 2 else "absmax"
+    levels = np.linspace(-1, 1, 2**bits, dtype=np.float32)
+    codes, scales = oracle.quantise(w, bits, group, levels, kind)
+    assert q.scales.dtype == w.dtype
+    assert (np.asarray(q.scales) == scales).all()
+    assert (oracle.unpack(np.asarray(q.packed), bits, k) == codes).all()
+    assert (np.asarray(q.codebook) == levels).all()
+
+
+@pytest.mark.parametrize("scale", ["absmax", "absmean", "rms", "none", "auto"])
+@pytest.mark.parametrize("dtype", sorted(oracle.DTYPES))
+@pytest.mark.parametrize("entries", [3, 16])
+def test_given_codebooks_bit_for_bit(scale, dtype, entries, rng):
+    w = rng.standard_normal((4, 128)).astype(oracle.DTYPES[dtype])
+    levels = np.sort(rng.standard_normal(entries)).astype(np.float32)
+    q = fdk_jax.quantise(w, 4, codebook=levels, scale=scale)
+    codes, scales = oracle.quantise(w, 4, 64, levels, resolve_scale(scale, 4))
+    assert (np.asarray(q.scales) == scales).all()
+    assert (oracle.unpack(np.asarray(q.packed), 4, 128) == codes).all()
+    assert np.asarray(q.codebook)[entries - 1 :].tolist() == [levels[-1]] * (17 - entries)
+
+
+def test_a_tie_goes_to_the_lower_code():
+    w = jnp.asarray([[-1.0, 0.0, 1.0, 0.0]], jnp.float32)
+    q = fdk_jax.quantise(w, 1, group_size=4, scale="none")
+    assert oracle.unpack(np.asarray(q.packed), 1, 4).tolist() == [[0, 0, 1, 0]]
+
+
+def test_extremes_stay_finite(rng):
+    for dtype in oracle.DTYPES.values():
+        w = np.zeros((3, 128), dtype)
+        w[1, :64] = np.finfo(np.float16).max / 2
+        w[2] = np.float32(2e-24).astype(dtype)
+        for bits in BITS:
+            q = fdk_jax.quantise(w, bits)
+            assert np.isfinite(np.asarray(q.dequantise()).astype(np.float32)).all()
+            assert (np.asarray(q.scales).astype(np.float32) > 0).all()
+
+
+@pytest.mark.parametrize("draw", ["standard_normal", "laplace", "student"])
+@pytest.mark.parametrize("entries", [2, 4, 8, 16])
+def test_kmeans_is_near_the_optimum(draw, entries, rng):
+    sample = {
+        "standard_normal": lambda: rng.standard_normal(200_000),
+        "laplace": lambda: rng.laplace(size=200_000),
+        "student": lambda: rng.standard_t(4, 200_000),
+    }[draw]().astype(np.float32)
+    found = rms_error(sample, np.asarray(codebooks.fit(sample, entries)))
+    assert found <= 1.005 * optimal_rms(sample, entries)
+    even = np.linspace(sample.min(), sample.max(), entries)
+    assert found <= rms_error(sample, even)
+
+
+def rms_error(sample, levels):
+    middle = (levels[1:] + levels[:-1]) / 2
+    return np.sqrt(np.mean((levels[np.searchsorted(middle, sample)] - sample.astype(float)) ** 2))
+
+
+def optimal_rms(sample, entries, cells=1500):
+    """Exact k-means of the sample reduced to equal-count cells: dynamic programming."""
+    parts = np.array_split(np.sort(sample.astype(np.float64)), cells)
+    mass = np.array([len(p) for p in parts], float)
+    mean = np.array([p.mean() for p in parts])
+    inside = sum(((p - p.mean()) ** 2).sum() for p in parts)
+    m = np.concatenate([[0], np.cumsum(mass)])
+    f = np.concatenate([[0], np.cumsum(mass * mean)])
+    s = np.concatenate([[0], np.cumsum(mass * mean**2)])
+    i, j = np.triu_indices(cells + 1, 1)
+    cost = np.full((cells + 1, cells + 1), np.inf)
+    cost[i, j] = (s[j] - s[i]) - (f[j] - f[i]) ** 2 / (m[j] - m[i])
+    best = cost[0]
+    for _ in range(entries - 1):
+        best = (best[:, None] + cost).min(0)
+    return np.sqrt((best[-1] + inside) / len(sample))
+
+
+def test_kmeans_importance_and_determinism(rng):
+    sample = rng.standard_normal(5000).astype(np.float32)
+    importance = (sample > 1).astype(np.float32)
+    weighted = np.asarray(codebooks.kmeans(sample, 2, importance=importance))
+    alone = np.asarray(codebooks.kmeans(sample[sample > 1], 2))
+    kept = sample[sample > 1]
+    assert rms_error(kept, weighted) <= 1.01 * rms_error(kept, alone)
+    assert (weighted == np.asarray(codebooks.kmeans(sample, 2, importance=importance))).all()
+    assert (np.diff(weighted) >= 0).all()
+    q = fdk_jax.quantise(sample.reshape(50, 100), 2, codebook="kmeans", importance=importance.reshape(50, 100))
+    q.validate()
+
+
+def test_kmeans_beats_uniform_on_weights(rng):
+    w = heavy_tailed(rng, (64, 512))
+    for bits in BITS:
+        even = fdk_jax.quantise(w, bits).dequantise() - w
+        fitted = fdk_jax.quantise(w, bits, codebook="kmeans").dequantise() - w
+        # At 1 bit and absmean scales the even levels -1, 1 are the optimum already.
+        assert np.linalg.norm(fitted) < np.linalg.norm(even) * (1.0001 if bits == 1 else 1)
+
+
+def test_nf4_is_the_published_table():
+    table = codebooks.nf4()
+    assert table.shape == (16,) and table[7] == 0
+    assert table[[0, 8, 14]].tolist() == pytest.approx([-1.0, 0.0795803, 0.7229568])
+    assert (np.diff(table) > 0).all()
+
+
+def test_measured_bytes(rng):
+    for bits in BITS:
+        q = fdk_jax.quantise(jnp.asarray(rng.standard_normal((256, 1024)), jnp.bfloat16), bits)
+        assert q.bytes_per_weight == pytest.approx(bits / 8 + 2 / 64, rel=1e-2)
+        assert f"{bits} bits" in repr(q) and "256x1024" in repr(q)
+
+
+def params(rng):
+    a = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    return {
+        "params": {
+            "embed_tokens": {"embedding": a(32, 64)},
+            "layers": [{"q_proj": {"kernel": a(64, 128), "bias": a(128)}}, {"up": {"weight": a(96, 64)}}],
+            "stacked": {"mlp": {"kernel": a(3, 64, 32)}},
+            "attention": {"query": {"kernel": a(64, 4, 16)}, "out": {"kernel": a(4, 16, 64)}},
+            "norm": {"scale": a(64)},
+            "conv_in": {"kernel": a(3, 3, 8, 16)},
+            "lm_head": {"kernel": a(64, 32)},
+        }
+    }
+
+
+def test_trees_keep_their_structure_and_say_what_happened(rng):
+    tree = params(rng)
+    q = fdk_jax.quantise(tree, 8, group_size=32)
+    inner = q["params"]
+    assert inner["layers"][0]["q_proj"]["kernel"].axes == "kn"
+    assert inner["layers"][1]["up"]["weight"].axes == "nk"
+    assert inner["stacked"]["mlp"]["kernel"].batch_shape == (3,)
+    assert inner["attention"]["query"]["kernel"].axes == "knn"
+    assert inner["attention"]["out"]["kernel"].axes == "kkn"
+    for kept in ("embed_tokens", "norm", "conv_in", "lm_head"):
+        assert not any(map(fdk_jax.is_quantised, jax.tree.leaves(inner[kept], is_leaf=fdk_jax.is_quantised)))
+    text = fdk_jax.summary(q)
+    assert len(text.quantised) == 5 and len(text.kept) == 5
+    assert text.bytes_after < text.bytes_before and "5 quantised, 5 kept" in str(text)
+    back = fdk_jax.dequantise(q)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for got, expected in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        assert got.shape == expected.shape
+        assert oracle.relative_rms(got, np.asarray(expected, np.float64)) < 0.01
+
+
+def test_other_containers(rng):
+    frozen = fdk_jax.quantise(FrozenDict(params(rng)), 4)
+    assert isinstance(frozen, FrozenDict)
+    state = fdk_jax.quantise(nnx.state(nnx.Linear(64, 8, rngs=nnx.Rngs(0))), 4)
+    assert isinstance(state["kernel"], fdk_jax.QuantisedWeight)
+    pair = fdk_jax.quantise(({"kernel": jnp.ones((64, 8))}, None), 4)
+    assert isinstance(pair, tuple) and pair[1] is None
+
+
+def test_skip_axes_and_codebooks_by_name(rng):
+    tree = {"a": {"kernel": jnp.ones((64, 8))}, "b": {"kernel": jnp.ones((64, 8))}}
+    q = fdk_jax.quantise(tree, 2, skip="^a$", axes={"b": "nk"}, codebook={"^b$": [-1, -0.5, 0.5, 1]})
+    assert not fdk_jax.is_quantised(q["a"]["kernel"])
+    assert q["b"]["kernel"].axes == "nk"
+    assert np.asarray(q["b"]["kernel"].codebook).tolist() == [-1, -0.5, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda w: fdk_jax.quantise(w, 3), ValueError, "bits=3"),
+        (lambda w: fdk_jax.quantise(w, 4, group_size=0), ValueError, "group_size"),
+        (lambda w: fdk_jax.quantise(w, 4, scale="max"), ValueError, "scale='max'"),
+        (lambda w: fdk_jax.quantise(w, 4, codebook="int4"), ValueError, "codebook='int4'"),
+        (lambda w: fdk_jax.quantise(w, 2, codebook="nf4"), ValueError, "bits=4"),
+        (lambda w: fdk_jax.quantise(w, 1, codebook=[0.0, 1.0, 2.0]), ValueError, "2 entries"),
+        (lambda w: fdk_jax.quantise(w, 1, codebook=[1.0, 0.0]), ValueError, "ascend"),
+        (lambda w: fdk_jax.quantise(w, 1, codebook=[0.0, np.nan]), ValueError, "finite"),
+        (lambda w: fdk_jax.quantise(w.at[0, 0].set(np.nan), 4), ValueError, "NaN"),
+        (lambda w: fdk_jax.quantise({"l": {"kernel": w.at[0, 0].set(np.inf)}}), ValueError, "l.kernel"),
+        (lambda w: fdk_jax.quantise(w.astype(jnp.int32), 4), TypeError, "int32"),
+        (lambda w: fdk_jax.quantise(w, 4, axes="kkn"), ValueError, "too few axes"),
+        (lambda w: fdk_jax.quantise(w, 4, axes="ab"), ValueError, "axes"),
+        (lambda w: fdk_jax.quantise(w, 4, dtype=jnp.int8), TypeError, "dtype"),
+        (lambda w: codebooks.kmeans(w[:0], 2), ValueError, "at least one"),
+        (lambda w: codebooks.kmeans(w, 2, importance=w[:1]), ValueError, "importance"),
+        (lambda w: codebooks.kmeans(w, 2, importance=-jnp.ones_like(w)), ValueError, "non-negative"),
+    ],
+)
+def test_bad_arguments_name_the_value(call, error, words):
+    with pytest.raises(error, match=words):
+        call(jnp.ones((4, 64)))
