@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from fdk_jax import cpu_backend
+
 BITS = (1, 2, 4, 8)
 
 
@@ -168,6 +170,119 @@ def from_planar(
     )
 
 
+# Tiled layout of the CPU library (cpu/src/layout.h): a tile is 16 rows, a step 64 bytes of it, 16 rows of
+# 32 / bits weights. Column i of row r within a step lies in byte 4 r + i % 4, at bit (i // 4) * bits; with
+# 1 bit in byte 16 (i // 8) + r, at bit i % 8.
+STEP_BYTES = 64
+
+
+def to_tiled(
+    packed: Array,
+    scales: Array,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+) -> tuple[Array, Array]:
+    """From the interchange layout to that of the CPU library; N and K are padded with zeros.
+
+    Args:
+        packed: uint8 [..., N, ceil(K / E)].
+        scales: [..., N, ceil(K / G)].
+        bits: width of a code.
+        group_size: G, weights a scale.
+        out_features: N.
+        in_features: K.
+
+    Returns:
+        packed: uint8 [..., ceil(N / 16), ceil(K / T), 64], T = 32 / bits weights of a row a step.
+        scales: [..., ceil(N / 16), ceil(K / G), 16].
+    """
+    tiles, steps = -(-out_features // TILE_ROWS), -(-in_features * bits // 32)
+    groups = scales.shape[-1]
+    if _is_native(packed, scales, group_size):
+        return cpu_backend.convert_tiled(
+            packed,
+            scales,
+            (tiles, steps, STEP_BYTES),
+            (tiles, groups, TILE_ROWS),
+            to_tiled=True,
+            bits=bits,
+            group_size=group_size,
+            out_features=out_features,
+            in_features=in_features,
+        )
+    codes = unpack(packed, bits, in_features)
+    lead = codes.shape[:-2]
+    pads = [(0, 0)] * len(lead) + [(0, -out_features % TILE_ROWS)]
+    codes = jnp.pad(codes, [*pads, (0, steps * 32 // bits - in_features)])
+    fields, bytes_a_row = (8 // bits, 4) if bits > 1 else (4, 8)
+    codes = codes.reshape(*lead, tiles, TILE_ROWS, steps, fields, bytes_a_row)
+    # The axis of codes that share a byte comes last.
+    order = (0, 2, 1, 4, 3) if bits > 1 else (0, 2, 3, 1, 4)
+    codes = _permute(codes, len(lead), order).reshape(*lead, tiles, steps, STEP_BYTES, 8 // bits)
+    tiled = jnp.zeros(codes.shape[:-1], jnp.uint8)
+    for i in range(8 // bits):
+        tiled |= codes[..., i] << jnp.uint8(bits * i)
+    scales = jnp.pad(scales, [*pads, (0, 0)]).reshape(*lead, tiles, TILE_ROWS, groups)
+    return tiled, _permute(scales, len(lead), (0, 2, 1))
+
+
+def from_tiled(
+    packed: Array,
+    scales: Array,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+) -> tuple[Array, Array]:
+    """The inverse of `to_tiled`, with its arguments and results exchanged."""
+    lead, (tiles, steps) = packed.shape[:-3], packed.shape[-3:-1]
+    groups = scales.shape[-2]
+    if _is_native(packed, scales, group_size):
+        return cpu_backend.convert_tiled(
+            packed,
+            scales,
+            (out_features, -(-in_features * bits // 8)),
+            (out_features, groups),
+            to_tiled=False,
+            bits=bits,
+            group_size=group_size,
+            out_features=out_features,
+            in_features=in_features,
+        )
+    mask = jnp.uint8(2**bits - 1)
+    fields = [(packed >> jnp.uint8(bits * i)) & mask for i in range(8 // bits)]
+    codes = jnp.stack(fields, axis=-1)
+    if bits > 1:
+        codes = codes.reshape(*lead, tiles, steps, TILE_ROWS, 4, 8 // bits)
+        codes = _permute(codes, len(lead), (0, 2, 1, 4, 3))
+    else:
+        codes = codes.reshape(*lead, tiles, steps, 4, TILE_ROWS, 8)
+        codes = _permute(codes, len(lead), (0, 3, 1, 2, 4))
+    codes = codes.reshape(*lead, tiles * TILE_ROWS, steps * 32 // bits)
+    scales = _permute(scales, len(lead), (0, 2, 1)).reshape(*lead, tiles * TILE_ROWS, groups)
+    return (
+        pack(codes[..., :out_features, :in_features], bits),
+        scales[..., :out_features, :],
+    )
+
+
+def _is_native(packed: Array, scales: Array, group_size: int) -> bool:
+    """Whether the C++ library can convert these arrays: concrete, in this host's memory."""
+    if any(isinstance(a, jax.core.Tracer) for a in (packed, scales)):
+        return False
+    arrays = (a for a in (packed, scales) if isinstance(a, Array))
+    return (
+        packed.size > 0
+        and group_size % 8 == 0
+        and cpu_backend.unavailable_reason() is None
+        and all(a.devices() == {jax.devices("cpu")[0]} for a in arrays)
+    )
+
+
 def _permute(a: Array, lead: int, order: tuple[int, ...]) -> Array:
     """Transposes the axes behind the first `lead` ones."""
     return a.transpose(*range(lead), *(lead + i for i in order))
@@ -178,6 +293,7 @@ def _permute(a: Array, lead: int, order: tuple[int, ...]) -> Array:
 LAYOUTS = {
     "interchange": (_unchanged, _unchanged),
     "planar": (to_planar, from_planar),
+    "tiled": (to_tiled, from_tiled),
 }
 
 # For each kernel layout the axes of (packed, scales) that run along N and along K. A slice of whole

@@ -70,8 +70,9 @@ def _check(x, packed, scales, codebook, bits, group_size, out_features) -> None:
         raise ValueError(f"{x.shape=} must be [M, K] with M >= 1")
     k = x.shape[1]
     tiles = -(-out_features // 16)
-    groups = -(-k // group_size)
-    expected = (tiles, -(-k * bits // 512), 16, 32)
+    blocks = -(-k * bits // 512)
+    groups = -(-blocks * (512 // bits) // group_size)
+    expected = (tiles, blocks, 16, 32)
     if packed.dtype != jnp.uint16 or packed.shape != expected:
         raise ValueError(
             f"packed is {packed.dtype}{packed.shape}, must be uint16{expected} for {bits=}, {k=},"
