@@ -1,0 +1,154 @@
+"""Facts about the machine, the software and the source that a row carries."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_DISTRIBUTIONS = (
+    "jax",
+    "jaxlib",
+    "numpy",
+    "flax",
+    "fdk-jax",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+)
+
+
+def device_for(backend: str) -> jax.Device:
+    """The device that a backend runs on.
+
+    Raises:
+        NotImplementedError: this machine has none.
+    """
+    if backend == "cpu":
+        return jax.devices("cpu")[0]
+    device = jax.devices()[0]
+    if backend == "pallas" and device.platform != "gpu":
+        raise NotImplementedError(f"the pallas backend needs a GPU, JAX runs on {device.platform}")
+    return device
+
+
+def device_name(device: jax.Device) -> str:
+    """A GPU's name as its driver gives it, a CPU's model name."""
+    return _cpu_name() if device.platform == "cpu" else device.device_kind
+
+
+@functools.cache
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    for key in ("model name", "Hardware", "Model", "CPU part"):
+        if found := re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE):
+            name = found[1].strip()
+            return f"{platform.machine()} part {name}" if key == "CPU part" else name
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def driver(platform_name: str) -> str | None:
+    """Version of the GPU's driver; None for other devices or when nothing tells."""
+    if platform_name != "gpu":
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if version := _output(command):
+        return version.splitlines()[0].strip()
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else None
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Python, and each installed distribution that a measurement may depend on."""
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def commit() -> tuple[str | None, bool | None]:
+    """The commit of the source and whether it was changed since, results aside; None outside git."""
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root)]
+    top = _output([*git, "rev-parse", "--show-toplevel"])
+    if top is None or Path(top.strip()).resolve() != root:
+        return None, None
+    head = _output([*git, "rev-parse", "HEAD"])
+    changes = _output([*git, "status", "--porcelain", "--", ".", ":(exclude)results"])
+    if head is None or changes is None:
+        return None, None
+    return head.strip(), bool(changes.strip())
+
+
+def threads(device: jax.Device) -> int | None:
+    """Processors that this process may use; None for a GPU, where they do no arithmetic."""
+    if device.platform != "cpu":
+        return None
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+@functools.cache
+def cache_bytes(device: jax.Device) -> int:
+    """Size of the last-level cache; a generous guess where it cannot be read."""
+    if device.platform != "cpu":
+        return 64 << 20  # 50 MB of L2 on an H100 or H200, more than on earlier GPUs.
+    sizes = []
+    for path in _CACHES.glob("index*/size"):
+        number, unit = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip()).groups()  # type: ignore[union-attr]
+        sizes.append(int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit])
+    return max(sizes, default=32 << 20)
+
+
+def working_set_bytes(device: jax.Device) -> int:
+    """Bytes of weights that caches cannot hold, bounded to what a small machine can spare."""
+    if device.platform != "cpu":
+        return max(200 << 20, 4 * cache_bytes(device))
+    return min(max(64 << 20, 3 * cache_bytes(device)), 256 << 20)
+
+
+def probe_bytes(device: jax.Device) -> int:
+    """Size of the array that the bandwidth probes pass over."""
+    return (1 << 30) if device.platform != "cpu" else working_set_bytes(device)
+
+
+def facts(device: jax.Device) -> dict[str, Any]:
+    """The keys of a row that say where it was measured, and with what."""
+    head, dirty = commit()
+    return {
+        "device": device_name(device),
+        "driver": driver(device.platform),
+        "threads": threads(device),
+        "versions": versions(),
+        "commit": head,
+        "dirty": dirty,
+    }
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None

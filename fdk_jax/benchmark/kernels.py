@@ -1,0 +1,167 @@
+"""The kernel suite: one matrix product a case."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fdk_jax
+from fdk_jax.benchmark import environment, inputs, probes, timing
+from fdk_jax.benchmark.cases import KernelCase, make_cases
+
+__all__ = ["Session", "Workload", "make_cases", "measure", "prepare"]
+
+_SEED = 0
+_MAX_COPIES = 96
+# Below 8 tokens XLA's float product on a CPU is fastest over rows [n, k], above over [k, n] (2 cores
+# of a Zen 4 server, 2026-11-23: 1.5 against 2.7 ms at m = 1, 8.4 against 5.3 ms at m = 16, 4096 x 4096).
+_ROWS_BELOW = 8
+# Seconds that a call on a GPU takes at least, and that a sample should take.
+_LEAST_CALL = 3e-6
+_SAMPLE = {"cpu": 0.05, "gpu": 0.02}
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """How to measure: what does not differ between the cases of a run.
+
+    Attributes:
+        repetitions: samples of each case.
+        copies: copies of the weight; None for as many as caches cannot hold.
+        max_seconds: after this time a case takes no more samples than three.
+    """
+
+    repetitions: int = 20
+    copies: int | None = None
+    max_seconds: float = 20.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A case made ready: `step(x, weight)` is the product, `expected` what it should give."""
+
+    case: KernelCase
+    device: jax.Device
+    step: Callable[[jax.Array, Any], jax.Array]
+    x: jax.Array
+    weight: Any
+    expected: np.ndarray
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one copy of the weight."""
+        return sum(a.nbytes for a in jax.tree.leaves(self.weight))
+
+    @property
+    def bytes_rw(self) -> int:
+        """Least bytes that a call moves: the weight, the input and the output, once each."""
+        return self.weight_bytes + self.x.nbytes + self.expected.size * self.x.dtype.itemsize
+
+    @property
+    def ops(self) -> int:
+        """Multiplications and additions of a call."""
+        return 2 * self.case.m * self.case.k * self.case.n
+
+
+def prepare(case: KernelCase) -> Workload:
+    """Random inputs of a case on its device, with the weight in the layout of its backend.
+
+    Raises:
+        NotImplementedError: this machine or the backend cannot run the case.
+    """
+    device = environment.device_for("xla" if case.dense else case.backend)
+    rng = np.random.default_rng(_SEED)
+    x = inputs.activations(case, rng)
+    with jax.default_device(device):
+        if case.dense:
+            dense = inputs.dense_weight(case, rng)
+            expected = inputs.oracle(x, dense)
+            rows = case.m < _ROWS_BELOW
+            weight: Any = jnp.asarray(dense if rows else np.ascontiguousarray(dense.T))
+            step = functools.partial(_dense_product, rows=rows)
+        else:
+            quantised = inputs.quantised_weight(case, rng)
+            expected = inputs.oracle(x, quantised)
+            weight = fdk_jax.prepare(quantised, backend=case.backend)
+            step = functools.partial(
+                fdk_jax.matmul, backend=case.backend, arithmetic=case.arithmetic
+            )
+        return Workload(case, device, jax.jit(step), jnp.asarray(x), weight, expected)
+
+
+def _dense_product(x: jax.Array, w: jax.Array, *, rows: bool) -> jax.Array:
+    # "highest" keeps float32 from being rounded to TF32; other dtypes know no difference.
+    return jax.lax.dot_general(
+        x, w, (((1,), (1 if rows else 0,)), ((), ())), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def measure(case: KernelCase, session: Session) -> dict[str, Any]:
+    """Checks one case against the oracle, then times it; see the module `records` for the keys."""
+    work = prepare(case)
+    with jax.default_device(work.device):
+        result = _bound(work)
+        error = inputs.relative_rms_error(np.asarray(work.step(work.x, work.weight)), work.expected)
+        result["rel_rms_error"] = error
+        if not error <= inputs.tolerance(case):
+            reason = f"relative RMS error {error:.3g} is above {inputs.tolerance(case):.3g}"
+            return result | {"status": "failed", "reason": reason}
+        copies = session.copies or copies_for(work)
+        loops = _loops(work, copies, result["bound_us"])
+        run = build(work, copies, loops)
+        seconds = timing.sample(run, session.repetitions, session.max_seconds)
+    calls = copies * loops
+    result |= {"copies": copies, "calls": calls, "working_set_bytes": copies * work.weight_bytes}
+    return result | timing.statistics([s / calls * 1e6 for s in seconds])
+
+
+def build(work: Workload, copies: int, loops: int) -> Callable[[], float]:
+    """The compiled loop of a workload; see `timing.loop_program`."""
+    weights = timing.copy_weight(work.weight, copies)
+    # XLA runs independent calls side by side on a CPU, in order on a GPU.
+    link_every = work.device.platform == "cpu"
+    program = timing.loop_program(work.step, work.x, weights, loops=loops, link_every=link_every)
+    return timing.compile_loop(program, work.x, weights)
+
+
+def copies_for(work: Workload) -> int:
+    """Copies of the weight that no cache holds, within reason."""
+    case, footprint = work.case, work.weight_bytes
+    if work.device.platform == "cpu" and case.backend == "xla" and case.bits != 32:
+        # XLA writes the whole weight in float32 first, which drives everything else out of the caches;
+        # and as it does so for every copy at once, more of them would fill the memory.
+        footprint += 4 * case.k * case.n
+    needed = math.ceil(environment.working_set_bytes(work.device) / footprint)
+    return min(max(2, needed), _MAX_COPIES)
+
+
+def _bound(work: Workload) -> dict[str, Any]:
+    """What the device could attain at best, by its bandwidth and matmul rate measured in this run."""
+    copy, read = probes.copy_gb_s(work.device), probes.read_gb_s(work.device)
+    rate = probes.matmul_gflop_s(work.device, work.case.dtype)
+    # A CPU's links carry reads and writes side by side: what a copy attains, reading alone does not.
+    bandwidth = read if work.device.platform == "cpu" else max(copy, read)
+    memory_us = work.bytes_rw / bandwidth / 1e3
+    return {
+        "bytes_rw": work.bytes_rw,
+        "ops": work.ops,
+        "copy_gb_s": round(copy, 2),
+        "read_gb_s": round(read, 2),
+        "matmul_gflop_s": round(rate, 1),
+        "bound_us": round(max(memory_us, work.ops / rate / 1e3), 4),
+    }
+
+
+def _loops(work: Workload, copies: int, bound_us: float) -> int:
+    """Passes such that one sample is long against the clock and the start of a program."""
+    cpu = work.device.platform == "cpu"
+    call = timing.seconds_of_call(lambda: work.step(work.x, work.weight))
+    # On a GPU a single call takes far longer to start than to run.
+    estimate = max(bound_us * 1e-6, call - timing.seconds_to_start(), 0.0 if cpu else _LEAST_CALL)
+    target = _SAMPLE["cpu" if cpu else "gpu"]
+    return max(1, round(target / estimate / copies))

@@ -1,0 +1,87 @@
+"""What a device can do, measured in the same run: the bounds that rows are compared with."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fdk_jax.benchmark import environment, timing
+
+_PASSES = 8
+_REPETITIONS = 5
+_ROW = 16384
+
+
+@functools.cache
+def copy_gb_s(device: jax.Device) -> float:
+    """Bytes read plus bytes written a nanosecond by an elementwise pass over a large array."""
+    size = environment.probe_bytes(device)
+
+    def program(a):
+        step = lambda i, a: a ^ (i.astype(jnp.uint32) | jnp.uint32(1))  # noqa: E731
+        return jax.lax.fori_loop(0, _PASSES, step, a)
+
+    return 2 * size * _PASSES / _best_seconds(program, _words(size, device), donate=True) / 1e9
+
+
+@functools.cache
+def read_gb_s(device: jax.Device) -> float:
+    """Bytes read a nanosecond by a sum over a large array."""
+    size = environment.probe_bytes(device)
+
+    def program(a):
+        # Each pass starts from a sum of the one before, so none is dropped.
+        def one_pass(_, total):
+            return jax.lax.reduce(a, total[0], jax.lax.add, (1,))
+
+        return jax.lax.fori_loop(0, _PASSES, one_pass, a[:, 0])
+
+    array = _words(size, device).reshape(-1, _ROW)
+    return size * _PASSES / _best_seconds(program, array) / 1e9
+
+
+@functools.cache
+def matmul_gflop_s(device: jax.Device, dtype: str) -> float:
+    """Operations a nanosecond of XLA's best large square product for activations of `dtype`.
+
+    A CPU that emulates a narrow dtype multiplies in float32, so there the faster of the two counts.
+    """
+    if device.platform == "cpu" and dtype != "float32":
+        return max(_matmul_rate(device, dtype), matmul_gflop_s(device, "float32"))
+    return _matmul_rate(device, dtype)
+
+
+def _matmul_rate(device: jax.Device, dtype: str) -> float:
+    size, passes = (1536, 1) if device.platform == "cpu" else (8192, _PASSES)
+    with jax.default_device(device):
+        key = jax.random.key(0)
+        # Entries of variance 1 / size keep the products of products near one.
+        w = jax.random.normal(key, (size, size), jnp.dtype(dtype)) * size**-0.5
+
+    def program(w):
+        return jax.lax.fori_loop(0, passes, lambda _, x: _product(x, w), w)
+
+    return 2 * size**3 * passes / _best_seconds(program, w) / 1e9
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.matmul(x, w, precision=jax.lax.Precision.HIGHEST)
+
+
+def _words(size: int, device: jax.Device) -> jax.Array:
+    with jax.default_device(device):
+        return jnp.arange(size // 4, dtype=jnp.uint32)
+
+
+def _best_seconds(program, array: jax.Array, donate: bool = False) -> float:
+    run = jax.jit(program, donate_argnums=(0,) if donate else ())
+    state = [array]
+
+    def once():
+        result = run(state[0])
+        if donate:
+            state[0] = result
+        return result
+
+    once()
+    return min(timing.seconds_of_call(once) for _ in range(_REPETITIONS))

@@ -1,0 +1,117 @@
+"""Rows as a table for people."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+_DENSE = (16, 32)
+
+
+def speed_up(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:
+    """How much faster a row is than the fastest unquantised product of its shape and device."""
+    if not row.get("median_us"):
+        return None
+    key = ("m", "k", "n", "device", "threads")
+    dense = [
+        r["median_us"]
+        for r in rows
+        if r["bits"] in _DENSE and r["median_us"] and all(r[k] == row[k] for k in key)
+    ]
+    return min(dense) / row["median_us"] if dense else None
+
+
+def share_of_bound(row: dict[str, Any]) -> float | None:
+    """What the device could attain at best as a share of the measured time."""
+    if not row.get("median_us") or not row.get("bound_us"):
+        return None
+    return row["bound_us"] / row["median_us"]
+
+
+def render(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of a run: kernels or models, whatever the rows are of."""
+    blocks = []
+    kernels = [r for r in rows if r["suite"] == "kernels"]
+    models = [r for r in rows if r["suite"] == "models"]
+    if kernels:
+        blocks.append(_kernels(kernels))
+    if models:
+        blocks.append(_models(models))
+    return "\n\n".join(blocks)
+
+
+def _kernels(rows: Sequence[dict[str, Any]]) -> str:
+    head = (
+        "case", "median us", "p95 us", "GB/s", "GFLOP/s", "of bound", "vs dense", "rel. error", ""
+    )  # fmt: skip
+    body = []
+    for row in rows:
+        median = row["median_us"]
+        body.append(
+            (
+                row["name"],
+                _number(median, ".2f"),
+                _number(row["p95_us"], ".2f"),
+                _number(median and row["bytes_rw"] / median / 1e3, ".1f"),
+                _number(median and row["ops"] / median / 1e3, ".1f"),
+                _number(share_of_bound(row), ".0%"),
+                _number(speed_up(row, rows), ".2f") + "x" * (speed_up(row, rows) is not None),
+                _number(row["rel_rms_error"], ".1e"),
+                "" if row["status"] == "ok" else f"{row['status']}: {row['reason']}",
+            )
+        )
+    lines = [_aligned(head, body), *_devices(rows)]
+    lines.append(
+        "vs dense: against the fastest unquantised product of the same shape in these rows"
+    )
+    return "\n".join(lines)
+
+
+def _models(rows: Sequence[dict[str, Any]]) -> str:
+    head = ("case", "tokens/s", "ms a step", "GB/s", "of bound", "peak GB", "")
+    body = []
+    for row in rows:
+        median = row["median_us"]
+        peak = row.get("peak_bytes")
+        body.append(
+            (
+                row["name"],
+                _number(row.get("tokens_per_s"), ".1f"),
+                _number(median and median / 1e3, ".3f"),
+                _number(median and row["bytes_rw"] and row["bytes_rw"] / median / 1e3, ".0f"),
+                _number(share_of_bound(row), ".0%"),
+                _number(peak and peak / 1e9, ".1f"),
+                "" if row["status"] == "ok" else f"{row['status']}: {row['reason']}",
+            )
+        )
+    return "\n".join([_aligned(head, body), *_devices(rows)])
+
+
+def _devices(rows: Sequence[dict[str, Any]]) -> list[str]:
+    seen = {}
+    for row in rows:
+        if row["read_gb_s"]:
+            text = row["device"]
+            text += f", {row['threads']} threads" if row["threads"] else ""
+            text += f": measured read {row['read_gb_s']:.0f} GB/s, copy {row['copy_gb_s']:.0f} GB/s"
+            if rate := row.get("matmul_gflop_s"):
+                text += f", {row['dtype']} matmul {rate:.0f} GFLOP/s"
+            seen[text] = None
+    return list(seen)
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None or not math.isfinite(value) else format(value, spec)
+
+
+def _aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+    last = len(head) - 1
+
+    def text(line: Sequence[str]) -> str:
+        cells = [
+            c.ljust(w) if i in (0, last) else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([text(head), "-" * len(text(head)), *map(text, body)])

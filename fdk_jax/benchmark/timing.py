@@ -1,0 +1,128 @@
+"""Timing of one compiled loop over rotating copies of a weight, and the statistics of its samples."""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+Step = Callable[[Array, Any], Array]
+
+
+def loop_program(
+    step: Step, x: Array, copies: Sequence[Any], *, loops: int, link_every: bool
+) -> Callable[[Array, Sequence[Any]], Any]:
+    """One program of `loops` passes over `copies`, each copy a call of `step`.
+
+    The calls are unrolled in the body of a loop, since slices of stacked weights would be copied. Each
+    pass depends on the one before and all results leave the program, so nothing is hoisted out of the
+    loop or dropped. A result with the shape of the input is the next input, at no cost; any other hands
+    over one element, which on a GPU costs a launch: `link_every` says whether every call of a pass does
+    so, or only the last.
+
+    Args:
+        step: x [m, k], weight -> y [m, n].
+        x: [m, k], the first input.
+        copies: weights in separate buffers.
+        loops: number of passes.
+        link_every: whether XLA might otherwise run calls of a pass side by side.
+
+    Returns:
+        A function of `x` and `copies`, to be compiled; its results hold the output of every call of the
+        last pass, or what became of `x` through all of them.
+    """
+    out = jax.eval_shape(step, x, copies[0])
+    chained = (out.shape, out.dtype) == (x.shape, x.dtype)
+
+    def one_pass(weights, _, carry):
+        x, results = carry[0], []
+        for i, weight in enumerate(weights):
+            # The barrier makes a weight look new in each pass: no work on it alone is hoisted.
+            x, weight = jax.lax.optimization_barrier((x, weight))
+            y = step(x, weight)
+            if chained:
+                x = y
+                continue
+            results.append(y)
+            if link_every or i == len(weights) - 1:
+                x = x.at[0, 0].set(y[0, 0].astype(x.dtype))
+        return x, results
+
+    def program(x, weights):
+        results = [] if chained else [jnp.zeros(out.shape, out.dtype) for _ in weights]
+        return jax.lax.fori_loop(0, loops, functools.partial(one_pass, weights), (x, results))
+
+    return program
+
+
+def compile_loop(
+    program: Callable[[Array, Sequence[Any]], Any], x: Array, copies: Sequence[Any]
+) -> Callable[[], float]:
+    """Compiles a `loop_program`; returns a function that runs it and returns the seconds it took."""
+    weights = tuple(copies)
+    compiled = jax.jit(program).lower(x, weights).compile()
+
+    def run() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(x, weights))
+        return time.perf_counter() - start
+
+    return run
+
+
+def copy_weight(weight: Any, copies: int) -> list[Any]:
+    """The weight and `copies - 1` more of it in buffers of their own."""
+    return [weight, *(jax.tree.map(jnp.copy, weight) for _ in range(copies - 1))]
+
+
+def sample(run: Callable[[], float], repetitions: int, max_seconds: float) -> list[float]:
+    """Seconds of each run after two that warm up; once `max_seconds` have passed no more than three."""
+    start = time.perf_counter()
+
+    def late() -> bool:
+        return time.perf_counter() - start > max_seconds
+
+    run()
+    if not late():
+        run()
+    samples: list[float] = []
+    while len(samples) < repetitions and not (len(samples) >= 3 and late()):
+        samples.append(run())
+    return samples
+
+
+def seconds_of_call(function: Callable[[], Any]) -> float:
+    """The least of three timed calls, waiting for the result."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def statistics(samples_us: Sequence[float]) -> dict[str, Any]:
+    """The keys of a row that hold the samples and what follows from them, in microseconds a call."""
+    values = np.asarray(samples_us, np.float64)
+    spread = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {
+        "samples_us": [round(float(v), 4) for v in values],
+        "median_us": round(float(np.median(values)), 4),
+        "p95_us": round(float(np.percentile(values, 95)), 4),
+        "mean_us": round(float(values.mean()), 4),
+        "stderr_us": None if spread is None else round(float(spread), 4),
+    }
+
+
+@functools.cache
+def seconds_to_start() -> float:
+    """Time from a call of a compiled function to its result, when there is nothing to compute."""
+    x = jnp.zeros((), jnp.float32)
+    nothing = jax.jit(lambda x: x + 1)
+    nothing(x)
+    return seconds_of_call(lambda: nothing(x))
