@@ -86,12 +86,13 @@ def _unchanged(packed, scales, **_):
     return packed, scales
 
 
-# Planar layout of the Pallas kernels. A tile is 16 rows by PLANES * 32 weights, PLANES = 16 / bits:
-# 64 bytes a row, 1 KiB in all, in the order in which the tensor cores' operand registers want them. Word w
-# of a row (16 words of 32 bits) holds, for each plane p and e in (0, 1), the code of
-# k = 32 p + 2 w + e in its slot 2 p + e of `bits` bits, lowest bits first; so a byte is always an index
-# into a table of neighbours, and a plane of 32 weights lies inside one group of 32 or more.
-PLANE = 32
+# Planar layout of the Pallas kernels. A tile is 16 rows by E planes of 64 weights, 1 KiB, in the order in
+# which the tensor cores' operand registers want it. Lane 4 g + c of a warp and step s of 4 own 64 bits: for
+# each plane p, each half q of the plane, each of the rows g and g + 8, and e in (0, 1), the code of
+# k = 64 p + 32 q + 8 c + 2 s + e, lowest bits first. The low 32 bits of all lanes and steps come first, then
+# the high ones. So a byte is always an index into a table of neighbours, what a lane reads is 16 bytes in a
+# row, and a plane lies inside one group of 64 or more.
+PLANE = 64
 TILE_ROWS = 16
 SCALE_GROUPS = 4
 
@@ -116,29 +117,35 @@ def to_planar(
         in_features: K.
 
     Returns:
-        packed: uint16 [..., ceil(N / 16), ceil(K / T), 16, 32], T = 512 / bits weights of a row a tile.
-        scales: [..., ceil(N / 16), ceil(groups / 4), 64], groups of the padded K: for row r (of 8), group j (of 4) and h in
-            (0, 1) the scale of row r + 8 h is number (4 r + j) * 2 + h.
+        packed: uint16 [..., ceil(N / 16), ceil(K / 64 E), 2, 8, 32]: low or high 32 bits, g, then c, s and
+            the halves of 32 bits.
+        scales: [..., ceil(N / 16), ceil(groups / 4), 64], groups of the padded K: for row r (of 8),
+            group j (of 4) and h in (0, 1) the scale of row r + 8 h is number (4 r + j) * 2 + h.
     """
     codes = unpack(packed, bits, in_features)
-    lead, planes = codes.shape[:-2], 16 // bits
+    lead, planes, per_half = codes.shape[:-2], 8 // bits, 16 // bits
     pads = [(0, -out_features % TILE_ROWS), (0, -in_features % (planes * PLANE))]
     codes = jnp.pad(codes, [(0, 0)] * len(lead) + pads)
-    tiles = codes.shape[-2] // TILE_ROWS
-    codes = codes.reshape(*lead, tiles, TILE_ROWS, -1, planes, PLANE // 2, 2)
-    codes = _permute(codes, len(lead), (0, 2, 1, 4, 3, 5))
-    slots = codes.reshape(*codes.shape[:-3], PLANE, 16 // bits).astype(jnp.uint16)
+    tiles, blocks = codes.shape[-2] // TILE_ROWS, codes.shape[-1] // (planes * PLANE)
+    # axes: tile, row half, g, block, p, q, c, s, e
+    codes = codes.reshape(*lead, tiles, 2, 8, blocks, planes, 2, 4, 4, 2)
+    codes = _permute(codes, len(lead), (0, 3, 2, 6, 7, 4, 5, 1, 8))
+    slots = codes.reshape(*lead, tiles, blocks, 8, 16, 2, 2, per_half).astype(jnp.uint16)
     words = jnp.zeros(slots.shape[:-1], jnp.uint16)
-    for i in range(16 // bits):
+    for i in range(per_half):
         words |= slots[..., i] << jnp.uint16(bits * i)
+    words = _permute(words, len(lead), (0, 1, 4, 2, 3, 5))
 
-    groups = -(-codes.shape[-5] * planes * PLANE // group_size)
+    groups = -(-blocks * planes * PLANE // group_size)
     groups += -groups % SCALE_GROUPS
     pads = [(0, -out_features % TILE_ROWS), (0, groups - scales.shape[-1])]
     scales = jnp.pad(scales, [(0, 0)] * len(lead) + pads)
-    scales = scales.reshape(*lead, tiles, 2, TILE_ROWS // 2, -1, SCALE_GROUPS)
+    scales = scales.reshape(*lead, tiles, 2, 8, groups // SCALE_GROUPS, SCALE_GROUPS)
     scales = _permute(scales, len(lead), (0, 3, 2, 4, 1))
-    return words, scales.reshape(*lead, tiles, -1, TILE_ROWS * SCALE_GROUPS)
+    return (
+        words.reshape(*lead, tiles, blocks, 2, 8, 32),
+        scales.reshape(*lead, tiles, groups // SCALE_GROUPS, TILE_ROWS * SCALE_GROUPS),
+    )
 
 
 def from_planar(
@@ -151,16 +158,18 @@ def from_planar(
     in_features: int,
 ) -> tuple[Array, Array]:
     """The inverse of `to_planar`, with its arguments and results exchanged."""
-    lead, planes = packed.shape[:-4], 16 // bits
-    tiles, blocks = packed.shape[-4:-2]
+    lead, planes, per_half = packed.shape[:-5], 8 // bits, 16 // bits
+    tiles, blocks = packed.shape[-5:-3]
+    words = packed.reshape(*lead, tiles, blocks, 2, 8, 16, 2)
+    words = _permute(words, len(lead), (0, 1, 3, 4, 2, 5))
     mask = jnp.uint16(2**bits - 1)
-    slots = [(packed >> jnp.uint16(bits * i)) & mask for i in range(16 // bits)]
+    slots = [(words >> jnp.uint16(bits * i)) & mask for i in range(per_half)]
     codes = jnp.stack(slots, axis=-1).astype(jnp.uint8)
-    codes = codes.reshape(*lead, tiles, blocks, TILE_ROWS, PLANE // 2, planes, 2)
-    codes = _permute(codes, len(lead), (0, 2, 1, 4, 3, 5))
+    codes = codes.reshape(*lead, tiles, blocks, 8, 4, 4, planes, 2, 2, 2)
+    codes = _permute(codes, len(lead), (0, 7, 2, 1, 5, 6, 3, 4, 8))
     codes = codes.reshape(*lead, tiles * TILE_ROWS, blocks * planes * PLANE)
 
-    scales = scales.reshape(*lead, tiles, -1, TILE_ROWS // 2, SCALE_GROUPS, 2)
+    scales = scales.reshape(*lead, tiles, -1, 8, SCALE_GROUPS, 2)
     scales = _permute(scales, len(lead), (0, 4, 2, 1, 3))
     scales = scales.reshape(*lead, tiles * TILE_ROWS, -1)
     groups = -(-in_features // group_size)
@@ -296,9 +305,10 @@ LAYOUTS = {
     "tiled": (to_tiled, from_tiled),
 }
 
-# For each kernel layout the axes of (packed, scales) that run along N and along K. A slice of whole
+# For each layout the axes of (packed, scales) that run along N and along K. A slice of whole
 # tiles along either is the prepared form of that part of the matrix.
 SHARDED_AXES = {
+    "interchange": ((0, 1), (0, 1)),
     "planar": ((0, 1), (0, 1)),
 }
 

@@ -3,8 +3,8 @@
 It decodes by looking every code up in the codebook in memory, so that it is slow and needs nothing but
 loads, shifts and a dot. It serves what the fast kernels do not, and Pallas' interpreter.
 
-Glossary: BN rows of the weight and BM rows of x a program; P planes of 32 weights a tile of the planar
-layout (`fdk_jax.packing`); G weights a scale.
+Glossary: BN rows of the weight and BM rows of x a program; a tile of the planar layout
+(`fdk_jax.packing`) holds 8 / bits planes of two halves of 32 weights; G weights a scale.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import triton_compat
 
-_PLANE = 32
+_HALF_PLANE = 32
 _BLOCK_N = 64
 _BLOCK_M = 16
 
@@ -62,7 +62,7 @@ def matmul(
 def _kernel(
     x_ref, packed_ref, scales_ref, codebook_ref, *rest, m, k, n, bits, group_size, has_bias
 ):
-    # x :: [M, K], packed :: [N/16, K/T, 16, 32] uint16, scales :: [N/16, groups/4, 64]
+    # x :: [M, K], packed :: [N/16, K/T, 2, 8, 32] uint16, scales :: [N/16, groups/4, 64]
     out_ref = rest[-1]
     rows = pl.program_id(0) * _BLOCK_N + jnp.arange(_BLOCK_N, dtype=jnp.int32)
     tokens = pl.program_id(1) * _BLOCK_M + jnp.arange(_BLOCK_M, dtype=jnp.int32)
@@ -70,20 +70,20 @@ def _kernel(
     safe_rows = jnp.minimum(rows, n - 1)
     tile, row = (safe_rows >> 4)[:, None], (safe_rows & 15)[:, None]
     book = jax.lax.div(safe_rows, n // codebook_ref.shape[0])[:, None]
-    planes, groups = 16 // bits, -(-k // group_size)
-    h = jnp.arange(_PLANE, dtype=jnp.int32)[None, :]
-    columns = jnp.broadcast_to(h, (_BLOCK_N, _PLANE))
+    halves, groups = 16 // bits, -(-k // group_size)
+    h = jnp.arange(_HALF_PLANE, dtype=jnp.int32)[None, :]
+    columns = jnp.broadcast_to(h, (_BLOCK_N, _HALF_PLANE))
 
     def step(i, total):
-        plane = i & (planes - 1)
-        # Word h // 2 holds the code in slot 2 plane + h % 2 of `bits` bits, of 32 // bits.
-        slot = 2 * plane + (columns & 1)
-        half = (columns & -2) + (slot * bits >> 4)
-        words = packed_ref[tile, jnp.broadcast_to(jax.lax.div(i, planes), tile.shape), row, half]
+        # The code's place among the 64 bits of its lane and step; see packing.
+        slot = ((i & (halves - 1)) * 2 + (row >> 3)) * 2 + (columns & 1)
+        block = jnp.broadcast_to(jax.lax.div(i, halves), tile.shape)
+        place = (columns & -2) + ((slot * bits >> 4) & 1)
+        words = packed_ref[tile, block, slot * bits >> 5, row & 7, place]
         codes = (words.astype(jnp.int32) >> (slot * bits & 15)) & (2**bits - 1)
         values = codebook_ref[book, codes].astype(scales_ref.dtype).astype(jnp.float32)
-        offsets = i * _PLANE + h
-        group = jnp.minimum(jax.lax.div(i * _PLANE + columns, group_size), groups - 1)
+        offsets = i * _HALF_PLANE + h
+        group = jnp.minimum(jax.lax.div(i * _HALF_PLANE + columns, group_size), groups - 1)
         position = ((row & 7) * 4 + (group & 3)) * 2 + (row >> 3)
         factors = scales_ref[tile, group >> 2, position].astype(jnp.float32)
         mask = (tokens[:, None] < m) & (offsets < k)
@@ -91,7 +91,7 @@ def _kernel(
         weight = (values * factors).astype(x.dtype)
         return total + _dot(x, weight)
 
-    steps = -(-k // _PLANE)
+    steps = -(-k // _HALF_PLANE)
     total = jax.lax.fori_loop(0, steps, step, jnp.zeros((_BLOCK_M, _BLOCK_N), jnp.float32))
     if has_bias:
         total += rest[0][safe_rows].astype(jnp.float32)[None, :]

@@ -72,7 +72,7 @@ def _check(x, packed, scales, codebook, bits, group_size, out_features) -> None:
     tiles = -(-out_features // 16)
     blocks = -(-k * bits // 512)
     groups = -(-blocks * (512 // bits) // group_size)
-    expected = (tiles, blocks, 16, 32)
+    expected = (tiles, blocks, 2, 8, 32)
     if packed.dtype != jnp.uint16 or packed.shape != expected:
         raise ValueError(
             f"packed is {packed.dtype}{packed.shape}, must be uint16{expected} for {bits=}, {k=},"
