@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 FLAGS = flags.FLAGS
 
@@ -202,6 +202,10 @@ def _measure(suite: Any, cases: Sequence[Any]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status."""
+    if (
+        FLAGS.verbosity == logging.INFO
+    ):  # The default; JAX informs of each platform it did not find.
+        logging.set_verbosity(logging.WARNING)
     files = argv[1:]
     if files and not FLAGS.plot:
         _fail(f"unexpected arguments {' '.join(files)}; lists are separated by commas")
@@ -235,5 +239,4 @@ if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `bench.py --list | head` ends quietly.
     _define_flags()
-    flags.FLAGS.set_default("verbosity", -1)  # JAX tells of each platform that it did not find.
     app.run(main, flags_parser=_parse)
