@@ -1,6 +1,7 @@
-"""Codebooks: uniform, NF4 and k-means (Lloyd-Max)."""
+"""Codebooks: uniform, NF4, FP4, ternary, and k-means (Lloyd-Max)."""
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,9 @@ NF4 = (
     1.0,
 )
 
+# E2M1 of the OCP Microscaling formats (version 1.0, table 5), magnitudes without the sign bit.
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
 # Histogram cells of the k-means: the cells hold exact sums, so only a cell that a boundary cuts is
 # approximated; with 2**16 of them the error of a fit is far below the 0.5% that a user could notice.
 _CELLS = 2**16
@@ -46,6 +50,17 @@ def uniform(bits: int) -> np.ndarray:
 def nf4() -> np.ndarray:
     """The 16 NF4 levels, float32 [16]."""
     return np.asarray(NF4, np.float32)
+
+
+def fp4() -> np.ndarray:
+    """The 15 values of FP4 (E2M1), divided by the largest: float32 [16] with zero twice."""
+    positive = np.asarray(FP4, np.float32) / np.float32(FP4[-1])
+    return np.concatenate([-positive[:0:-1], [np.float32(0)], positive])
+
+
+def ternary() -> np.ndarray:
+    """-1, 0 and 1: three of the four values of a 2-bit code, float32 [3]."""
+    return np.asarray([-1, 0, 1], np.float32)
 
 
 def check(values: ArrayLike, bits: int) -> np.ndarray:
@@ -110,26 +125,85 @@ def fit(
     values: ArrayLike, entries: int, *, importance: ArrayLike | None = None, seed: int = 0
 ) -> Array:
     """`kmeans` for any number of entries: float32 [entries], ascending."""
-    values = jnp.ravel(jnp.asarray(values))
-    if values.size == 0:
+    return fit_parts([lambda: (jnp.asarray(values), importance)], entries, seed=seed)
+
+
+def fit_parts(
+    parts: Sequence[Callable[[], tuple[Array, ArrayLike | None]]], entries: int, *, seed: int = 0
+) -> Array:
+    """One k-means codebook for samples that need not exist at the same time, e.g. all layers of a model.
+
+    Args:
+        parts: functions that return (values, importance or None); each is called twice.
+        entries: number of levels.
+        seed: of the random starts.
+
+    Returns:
+        float32 [entries], ascending.
+    """
+    ranges = [_check_sample(*part()) for part in parts]
+    if not ranges or not any(size for size, *_ in ranges):
         raise ValueError("k-means needs at least one value")
+    low = min(low for size, low, _ in ranges if size)
+    high = max(high for size, _, high in ranges if size)
+    if not np.isfinite([low, high]).all():
+        raise ValueError("k-means needs finite values, got NaN or infinity")
+    if low == high:
+        return jnp.full((entries,), low, jnp.float32)
+    # Means are taken in a frame where the sample spans [0, 1]: float32 sums stay accurate.
+    mass, first = np.zeros(_CELLS), np.zeros(_CELLS)
+    for part in parts:
+        values, importance = part()
+        weight = None if importance is None else jnp.ravel(jnp.asarray(importance))
+        more = _histogram(jnp.ravel(values), weight, low, high)
+        mass, first = mass + more[0], first + more[1]
+    centroids = _lloyd(mass, first, entries, seed)
+    return jnp.asarray((low + centroids * (high - low)).astype(np.float32))
+
+
+def _check_sample(values: Array, importance: ArrayLike | None) -> tuple[int, float, float]:
+    """Size, minimum and maximum of a sample; NaN where it holds NaN."""
     if importance is not None:
-        importance = jnp.ravel(jnp.asarray(importance))
+        importance = jnp.asarray(importance)
         if importance.shape != values.shape:
             raise ValueError(f"{importance.shape=} must match {values.shape=}")
         if not bool(
             jnp.all((importance >= 0) & jnp.isfinite(importance)) & jnp.any(importance > 0)
         ):
             raise ValueError("importance must be finite, non-negative and not zero everywhere")
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite([low, high]).all():
-        raise ValueError("k-means needs finite values, got NaN or infinity")
-    if low == high:
-        return jnp.full((entries,), low, jnp.float32)
-    # Means are taken in a frame where the sample spans [0, 1]: float32 sums stay accurate.
-    mass, first = _histogram(values, importance, low, high)
-    centroids = _lloyd(mass, first, entries, seed)
-    return (low + np.asarray(centroids, np.float64) * (high - low)).astype(np.float32)
+    if not values.size:
+        return 0, 0.0, 0.0
+    return values.size, float(values.min()), float(values.max())
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def refine(
+    values: Array, codebook: Array, *, importance: Array | None = None, steps: int = 4
+) -> Array:
+    """Steps of Lloyd's iteration from a given codebook: cheap, inside jit, for values that moved a little.
+
+    Args:
+        values: float array of any shape.
+        codebook: float32 [entries], ascending.
+        importance: non-negative weights of the same shape as `values`; None for ones.
+        steps: iterations.
+
+    Returns:
+        float32 [entries], ascending; its squared error is at most that of `codebook`. A level that no
+        value is nearest to stays.
+    """
+    values = values.astype(jnp.float32).ravel()
+    weight = jnp.ones_like(values) if importance is None else importance.astype(jnp.float32).ravel()
+
+    def step(levels: Array) -> Array:
+        middle = (levels[1:] + levels[:-1]) / 2
+        codes = jnp.searchsorted(middle, values, side="left")
+        # Sums of offsets from a level stay accurate where sums of values would not.
+        mass = jnp.zeros_like(levels).at[codes].add(weight)
+        offset = jnp.zeros_like(levels).at[codes].add(weight * (values - levels[codes]))
+        return jnp.sort(levels + jnp.where(mass > 0, offset / jnp.where(mass > 0, mass, 1), 0))
+
+    return jax.lax.fori_loop(0, steps, lambda _, levels: step(levels), codebook)
 
 
 def _histogram(values, importance, low, high) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +230,11 @@ def _chunk_histogram(values, weight, low, high):
 
 
 def _lloyd(mass: np.ndarray, first: np.ndarray, entries: int, seed: int) -> np.ndarray:
-    """Best of several Lloyd runs on the histogram; float64 [entries] in [0, 1]."""
+    """Best of several Lloyd runs on the histogram; float64 [entries] in [0, 1].
+
+    A step reads 2**bits entries of running sums, microseconds in numpy; the sums need float64, which JAX has
+    switched off by default.
+    """
     density = np.maximum(np.convolve(mass, np.ones(65) / 65, "same"), 0)
     uniform_start = np.linspace(0.0, 1.0, entries)
     ranks = (np.arange(entries) + 0.5) / entries

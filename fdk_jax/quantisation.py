@@ -11,11 +11,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from fdk_jax import codebooks, packing
+from fdk_jax import codebooks, densities, packing
 from fdk_jax.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
 
 SCALES = ("auto", "absmax", "absmean", "rms", "none")
-CODEBOOKS = ("uniform", "nf4", "kmeans")
+CODEBOOKS = ("uniform", "nf4", "fp4", "ternary", "normal", "laplace", "student", "kmeans")
 _MIN_SCALE = 1e-12
 
 
@@ -41,7 +41,9 @@ def quantise_array(
         weight: float [..., *shape] with one axis of `shape` for each letter of `axes`.
         bits: 1, 2, 4 or 8.
         group_size: weights along K that share a scale.
-        codebook: "uniform", "nf4" (4 bits only), "kmeans", or at most 2**bits ascending values.
+        codebook: "uniform", "nf4" or "fp4" (4 bits only), "ternary" (2 bits only), "normal", "laplace" or
+            "student" (cube-root-density levels, see `fdk_jax.densities.cube_root`), "kmeans", or at
+            most 2**bits ascending values.
         scale: "absmax", "absmean", "rms", "none" (ones) or "auto": absmean up to 2 bits, else absmax.
         axes: "k" (contracted) or "n" (output) for each trailing axis: "nk" for a [N, K] matrix, "kn"
             for a Flax kernel. Axes to the left of them are stacked matrices.
@@ -67,7 +69,7 @@ def quantise_array(
         values = _fit_each(matrix, bits, group_size, kind, importance, axes, seed)
         uniform = bits == 1
     else:
-        values = resolve_codebook(codebook, bits)
+        values = resolve_codebook(codebook, bits, kind, group_size)
         uniform = bits == 1 or codebooks.is_uniform(values)
         values = np.broadcast_to(values, (*batch, *values.shape))
     packed, scales = _encode(matrix, jnp.asarray(values), bits, group_size, kind)
@@ -83,15 +85,22 @@ def resolve_scale(scale: str, bits: int) -> str:
     return scale if scale != "auto" else ("absmean" if bits <= 2 else "absmax")
 
 
-def resolve_codebook(codebook: Any, bits: int) -> np.ndarray:
-    """float32 [2**bits] of a named ("uniform", "nf4") or given codebook."""
-    if isinstance(codebook, str):
-        if codebook == "uniform":
-            return codebooks.uniform(bits)
-        if codebook == "nf4":
-            return codebooks.nf4()
+def resolve_codebook(
+    codebook: Any, bits: int, scale: str = "absmax", group_size: int = 64
+) -> np.ndarray:
+    """float32 [2**bits] of a named or given codebook; `scale` and `group_size` shape the densities'."""
+    if not isinstance(codebook, str):
+        return codebooks.check(codebook, bits)
+    if codebook in densities.DISTRIBUTIONS:
+        return densities.cube_root(
+            2**bits, scale=scale, group_size=group_size, distribution=codebook
+        )
+    if codebook == "uniform":
+        return codebooks.uniform(bits)
+    tables = {"nf4": codebooks.nf4, "fp4": codebooks.fp4, "ternary": codebooks.ternary}
+    if codebook not in tables:
         raise ValueError(f"{codebook=} is not one of {CODEBOOKS} or an array")
-    return codebooks.check(codebook, bits)
+    return codebooks.check(tables[codebook](), bits)
 
 
 def _check_options(bits, group_size, codebook, scale) -> None:
@@ -102,8 +111,10 @@ def _check_options(bits, group_size, codebook, scale) -> None:
     if isinstance(codebook, str):
         if codebook not in CODEBOOKS:
             raise ValueError(f"{codebook=} is not one of {CODEBOOKS} or an array")
-        if codebook == "nf4" and bits != 4:
-            raise ValueError(f'codebook="nf4" has 16 values: use bits=4, not {bits=}')
+        needed = {"nf4": (4, 16), "fp4": (4, 16), "ternary": (2, 3)}
+        if codebook in needed and bits != needed[codebook][0]:
+            width, count = needed[codebook]
+            raise ValueError(f"{codebook=} has {count} values: use bits={width}, not {bits=}")
 
 
 def _as_matrix(weight, axes, dtype) -> tuple[Array, tuple[int, ...], tuple[int, ...]]:
@@ -145,7 +156,7 @@ def from_matrix(matrix: Array, shape: tuple[int, ...], axes: str) -> Array:
     return weight.transpose(*range(lead), *(lead + int(i) for i in np.argsort(order)))
 
 
-def _round(x: Array, dtype: Any) -> Array:
+def round_to(x: Array, dtype: Any) -> Array:
     """Rounds float32 to the grid of `dtype`; the barrier keeps XLA from holding excess precision."""
     if dtype == jnp.float32:
         return x
@@ -187,7 +198,7 @@ def group_scales(groups: Array, kind: str, dtype: Any) -> Array:
         scale = jnp.sqrt(_mean(groups * groups))
     # float16 has no 1e-12: its smallest normal number keeps the division finite.
     floor = max(_MIN_SCALE, float(jnp.finfo(dtype).tiny))
-    return jnp.maximum(_round(scale, dtype), _round(jnp.float32(floor), dtype))
+    return jnp.maximum(round_to(scale, dtype), round_to(jnp.float32(floor), dtype))
 
 
 def _per_group(matrix: Array, group_size: int, function: Callable[[Array], Array]) -> Array:
@@ -207,7 +218,7 @@ def scaled(matrix: Array, group_size: int, kind: str) -> tuple[Array, Array]:
     wide = matrix.astype(jnp.float32)
     scales = _per_group(wide, group_size, lambda g: group_scales(g, kind, dtype))
     spread = jnp.repeat(scales, group_size, axis=-1)[..., : matrix.shape[-1]]
-    return _round(wide / spread, dtype), scales
+    return round_to(wide / spread, dtype), scales
 
 
 def nearest_codes(quotients: Array, codebook: Array, dtype: Any) -> Array:
@@ -219,8 +230,8 @@ def nearest_codes(quotients: Array, codebook: Array, dtype: Any) -> Array:
         dtype: compute dtype of the midpoints.
     """
     rows = codebook.reshape(-1, codebook.shape[-1])
-    values = _round(rows, dtype)
-    middle = _round(_round(values[:, 1:] + values[:, :-1], dtype) / 2, dtype)
+    values = round_to(rows, dtype)
+    middle = round_to(round_to(values[:, 1:] + values[:, :-1], dtype) / 2, dtype)
     blocks = quotients.reshape(rows.shape[0], -1)
     if middle.shape[-1] <= 15:
         codes = jnp.zeros(blocks.shape, jnp.uint8)

@@ -14,18 +14,21 @@ from fdk_jax.quantised_tensor import QuantisedTensor
 Replace = Callable[[str, nnx.Module], nnx.Module | None]
 
 
-def replace_layers(module: nnx.Module, replace: Replace) -> nnx.Module:
+def replace_layers(
+    module: nnx.Module, replace: Replace, *, in_place: bool = False
+) -> nnx.Module:
     """A copy of a model with some of its layers replaced; arrays are shared with the original.
 
     Args:
         module: the model; it may itself be replaced.
         replace: called once a module with its dotted name; returns what takes its place in every position,
             or None to keep it.
+        in_place: changes `module` itself, so that the arrays of a replaced layer can be freed.
 
     Returns:
-        A new module.
+        A new module, or `module` if `in_place` (unless it was replaced itself).
     """
-    module = nnx.clone(module)
+    module = module if in_place else nnx.clone(module)
     done: dict[int, Any] = {}
 
     def visit(name: str, node: Any) -> Any:

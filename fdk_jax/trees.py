@@ -49,8 +49,9 @@ def quantise(
             shared stay shared; the original is untouched).
         bits: 1, 2, 4 or 8.
         group_size: weights along K that share a scale.
-        codebook: "uniform", "nf4", "kmeans" (fitted to each weight), ascending values for all weights, or
-            {regular expression on the dotted name: any of these} (all others are uniform).
+        codebook: "uniform", "nf4", "fp4", "ternary", "normal", "laplace", "student", "kmeans" (fitted to
+            each weight), ascending values for all weights, or {regular expression on the dotted name: any
+            of these} (all others are uniform). See `quantise_array`; `fdk_jax.calibrate` does better.
         scale: "absmax", "absmean", "rms", "none" or "auto" (absmean up to 2 bits, else absmax).
         skip: regular expression, searched in the dotted name (without "params" and "kernel"); None skips
             nothing.
