@@ -35,7 +35,7 @@ def matmul(
     out_dtype: Any,
     interpret: bool,
 ) -> Array:
-    """x [M, K] times the transpose of a planar weight, [M, N]; see `pallas_kernels.matmul`."""
+    """X [M, K] times the transpose of a planar weight, [M, N]; see `pallas_kernels.matmul`."""
     m, k = x.shape
     kernel = functools.partial(
         _kernel,

@@ -1,0 +1,540 @@
+"""The kernel for few rows of x: a stream of packed weights through the tensor cores, one launch.
+
+At batch 1 a product is limited by reading the weight, if decoding it costs less than reading it. So:
+
+- A lane loads 16 bytes of codes at a time, straight into registers; the planar layout has put there the
+  weights that this lane feeds to `mma.sync.m16n8k16`. No shuffle, no shared memory, no wait for others.
+- A byte of codes is an index into a table of its 8 / bits values in shared memory. Every lane (or pair of
+  lanes, or four, for wider entries) has a copy of the table in banks of its own: no bank conflicts, about
+  one integer instruction a weight at 4 bits, and any codebook costs the same.
+- Tokens are the 8 columns of the instruction. The scale of a group multiplies its float32 sum.
+- The warps of a program share K; their partial sums meet in shared memory at the end.
+
+Triton gives no control over which lane holds what, so the body is one block of PTX; Pallas provides the
+grid, the operands and the place in the program.
+
+Glossary: R tiles of 16 rows a program (`Config.tiles`), W warps, D blocks in flight a warp
+(`Config.stages`), J groups of 8 tokens (`Config.columns`). A tile holds E = 8 / bits planes of 64 weights a
+row, each of 4 steps of the instruction; see `fdk_jax.packing`. A block is a tile of each of the R.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import triton_compat
+from pallas_kernels.ptx import Ptx, at, vector
+
+_PLANE = 64
+_STEPS = 4  # instructions a plane
+_TILE_ROWS = 16
+_TILE_BYTES = 1024
+_ENTRY_BYTES = 128  # of a byte's values, copies for all lanes together
+_TABLE_BYTES = 256 * _ENTRY_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Launch configuration: R, W, D and J of the module's glossary."""
+
+    tiles: int = 2
+    warps: int = 8
+    stages: int = 2
+    columns: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is static about a product."""
+
+    m: int
+    n: int
+    k: int
+    bits: int
+    group_size: int
+    books: int
+    x_dtype: Any
+    scale_dtype: Any
+    bias_dtype: Any
+    out_dtype: Any
+
+    @property
+    def planes(self) -> int:
+        """E, planes of 64 weights a tile."""
+        return 8 // self.bits
+
+    @property
+    def span(self) -> int:
+        """Weights a row of a tile."""
+        return self.planes * _PLANE
+
+    @property
+    def blocks(self) -> int:
+        """Tiles along K."""
+        return -(-self.k // self.span)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles along N."""
+        return -(-self.n // _TILE_ROWS)
+
+    @property
+    def quads(self) -> int:
+        """Fours of groups along K, as the planar layout stores scales."""
+        groups = -(-self.blocks * self.span // self.group_size)
+        return -(-groups // 4)
+
+
+def unsupported_reason(case: Case, config: Config) -> str | None:
+    """Why the kernel does not take a case, or None."""
+    if case.x_dtype not in (jnp.bfloat16, jnp.float16):
+        return f"x is {case.x_dtype}, the tensor cores' inputs are bfloat16 or float16"
+    if case.group_size % 8:
+        return f"group_size={case.group_size} is no multiple of 8"
+    if config.warps % 4:
+        return f"warps={config.warps} is no multiple of 4"
+    if (case.n // case.books) % (config.tiles * _TILE_ROWS) and case.books > 1:
+        return (
+            f"{case.books} codebooks do not change at multiples of {config.tiles * _TILE_ROWS} rows"
+        )
+    return None
+
+
+def matmul(
+    case: Case,
+    config: Config,
+    x: Array,
+    packed: Array,
+    scales: Array,
+    codebook: Array,
+    bias: Array | None,
+) -> Array:
+    """X [M, K] times the transpose of a planar weight, [M, N]."""
+    if x.shape[1] != case.blocks * case.span:
+        x = jnp.pad(x, ((0, 0), (0, case.blocks * case.span - x.shape[1])))
+    operands = (x, packed, scales, codebook) + (() if bias is None else (bias,))
+    return triton_compat.ptx_call(
+        source(case, config),
+        operands,
+        jax.ShapeDtypeStruct((case.m, case.n), case.out_dtype),
+        grid=(-(-case.tiles // config.tiles), -(-case.m // (8 * config.columns))),
+        num_warps=config.warps,
+        name="fdk_matvec",
+    )
+
+
+def source(case: Case, config: Config) -> str:
+    """The kernel's PTX. Operands: $1 x, $2 packed, $3 scales, $4 codebook, $5 bias if any, then out."""
+    return _Writer(case, config).write()
+
+
+class _Writer:
+    """Writes the PTX of one case; one method a part of the kernel."""
+
+    def __init__(self, case: Case, config: Config) -> None:
+        self.case, self.config, self.ptx = case, config, Ptx()
+        self.operand_type = "bf16" if case.x_dtype == jnp.bfloat16 else "f16"
+        self.scale_bytes = jnp.dtype(case.scale_dtype).itemsize
+        self.scale_mode = _scale_mode(case)
+        # A column of partial sums is padded so that the lanes of a warp write to different banks.
+        self.sum_stride = config.tiles * _TILE_ROWS + 4
+        self.single = case.m == 1
+
+    def write(self) -> str:
+        config, ptx = self.config, self.ptx
+        shared = max(_TABLE_BYTES, config.warps * config.columns * 8 * self.sum_stride * 4)
+        ptx.declare(f".shared .align 128 .b8 fdk_shared[{shared}];")
+        self._locate()
+        buffers = [self._buffer() for _ in range(config.stages)]
+        for stage, buffer in enumerate(buffers):
+            self._load(buffer, stage)
+        self._fill_table()
+        self._loop(buffers)
+        self._reduce()
+        return ptx.text()
+
+    def _locate(self) -> None:
+        """Registers for who this lane is and where its operands start."""
+        case, config, ptx = self.case, self.config, self.ptx
+        self.table = ptx.op("mov.u32", "fdk_shared")
+        self.thread = ptx.op("mov.u32", "%tid.x")
+        self.lane = ptx.op("and.b32", self.thread, 31)
+        self.warp = ptx.op("shr.u32", self.thread, 5)
+        self.row = ptx.op("shr.u32", self.lane, 2)
+        self.quad = ptx.op("and.b32", self.lane, 3)
+        self.first_tile = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.x"), config.tiles)
+        self.first_token = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.y"), 8 * config.columns)
+        self.block = ptx.op("mov.u32", self.warp)
+        self.left = ptx.op("sub.u32", case.blocks + config.warps - 1, self.warp)
+        self.left = ptx.op("div.u32", self.left, config.warps)
+        copies = _ENTRY_BYTES // self._entry_bytes()
+        lane_copy = ptx.op("and.b32", self.lane, copies - 1)
+        self.lane_offset = ptx.op("mul.lo.u32", lane_copy, self._entry_bytes())
+
+        self.packed, self.scales, tiles = [], [], []
+        for r in range(config.tiles):
+            tile = ptx.op("min.u32", ptx.op("add.u32", self.first_tile, r), case.tiles - 1)
+            tiles.append(tile)
+            index = ptx.op("mad.lo.u32", tile, case.blocks, self.warp)
+            address = ptx.op("mad.wide.u32", index, _TILE_BYTES, "$2", kind="b64")
+            self.packed.append(ptx.op("mad.wide.u32", self.lane, 16, address, kind="b64"))
+            index = ptx.op("mul.lo.u32", tile, case.quads)
+            address = ptx.op("mad.wide.u32", index, 64 * self.scale_bytes, "$3", kind="b64")
+            address = ptx.op("mad.wide.u32", self.row, 8 * self.scale_bytes, address, kind="b64")
+            if self.scale_mode == "vector":
+                address = self._advance_to_warp(address)
+            self.scales.append(address)
+        self.x = []
+        row_bytes = case.blocks * case.span * 2
+        for j in range(config.columns):
+            token = ptx.op("add.u32", self.first_token, self.row)
+            token = ptx.op("min.u32", ptx.op("add.u32", token, 8 * j), case.m - 1)
+            address = ptx.op("mad.wide.u32", token, row_bytes, "$1", kind="b64")
+            address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
+            self.x.append(ptx.op("mad.wide.u32", self.warp, case.span * 2, address, kind="b64"))
+        zero = ptx.op("mov.f32", "0f00000000", kind="f32")
+        self.zeros = [zero] * 4
+        self.totals = [
+            [[ptx.op("mov.f32", "0f00000000", kind="f32") for _ in range(4)] for _ in self.x]
+            for _ in self.packed
+        ]
+
+    def _advance_to_warp(self, address: str) -> str:
+        """The scales of the warp's first block, where a block holds one or more whole groups."""
+        ptx, per_block = self.ptx, self.case.span // self.case.group_size
+        group = ptx.op("mul.lo.u32", self.warp, per_block)
+        quad = ptx.op("shr.u32", group, 2)
+        address = ptx.op("mad.wide.u32", quad, 64 * self.scale_bytes, address, kind="b64")
+        within = ptx.op("and.b32", group, 3)
+        return ptx.op("mad.wide.u32", within, 2 * self.scale_bytes, address, kind="b64")
+
+    # Loading
+
+    def _buffer(self) -> dict[str, list]:
+        """Registers of one block in flight: codes and scales of each tile of rows."""
+        ptx, case = self.ptx, self.case
+        words = [ptx.registers("b32", 8) for _ in range(self.config.tiles)]
+        count = _scale_runs(case) * self.scale_bytes // 2
+        return {
+            "words": words,
+            "scales": [ptx.registers("b32", count) for _ in range(self.config.tiles)],
+        }
+
+    def _load(self, buffer, ahead: int) -> None:
+        """Starts the loads of the block `ahead` steps of this warp after the current one."""
+        ptx, case, config = self.ptx, self.case, self.config
+        there = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
+        step = ahead * config.warps * _TILE_BYTES
+        for words, packed in zip(buffer["words"], self.packed, strict=True):
+            for half in range(2):
+                ptx.do(
+                    "ld.global.nc.L1::no_allocate.v4.b32",
+                    vector(words[4 * half : 4 * half + 4]),
+                    at(packed, step + half * 512),
+                    when=there,
+                )
+        if self.scale_mode == "vector":
+            self._load_scale_vectors(buffer, ahead, there)
+            return
+        block = ptx.op("add.u32", self.block, ahead * config.warps)
+        for run in range(_scale_runs(case)):
+            group = self._group(block, run)
+            quad = ptx.op("shr.u32", group, 2)
+            within = ptx.op("and.b32", group, 3)
+            for registers, scales in zip(buffer["scales"], self.scales, strict=True):
+                address = ptx.op("mad.wide.u32", quad, 64 * self.scale_bytes, scales, kind="b64")
+                address = ptx.op("mad.wide.u32", within, 2 * self.scale_bytes, address, kind="b64")
+                width = self.scale_bytes // 2
+                self._load_vector(registers[run * width : run * width + width], address, 0, there)
+
+    def _group(self, block: str, run: int) -> str:
+        """The group of a run in a block (scale modes "single", "plane" and "lane")."""
+        ptx, case = self.ptx, self.case
+        if self.scale_mode == "single":
+            return ptx.op("div.u32", block, case.group_size // case.span)
+        if self.scale_mode == "plane":
+            plane = ptx.op("mad.lo.u32", block, case.planes, run)
+            return ptx.op("div.u32", plane, case.group_size // _PLANE)
+        eighth = ptx.op("mad.lo.u32", block, case.span // 8, 4 * run)
+        eighth = ptx.op("add.u32", eighth, self.quad)
+        return ptx.op("div.u32", eighth, case.group_size // 8)
+
+    def _load_scale_vectors(self, buffer, ahead: int, there: str) -> None:
+        case, config = self.case, self.config
+        per_block = case.span // case.group_size
+        # W is a multiple of 4, so that a warp's blocks start at the same place of a quad.
+        start = ahead * config.warps * per_block // 4 * 64 * self.scale_bytes
+        width = min(per_block, 4) * self.scale_bytes // 2
+        for registers, scales in zip(buffer["scales"], self.scales, strict=True):
+            for i in range(len(registers) // width):
+                offset = start + i * 64 * self.scale_bytes
+                self._load_vector(registers[i * width : i * width + width], scales, offset, there)
+
+    def _load_vector(self, registers: list[str], address: str, offset: int, there: str) -> None:
+        for i in range(0, len(registers), 4):
+            part = registers[i : i + 4]
+            width = f".v{len(part)}" if len(part) > 1 else ""
+            self.ptx.do(
+                f"ld.global.nc{width}.b32",
+                vector(part) if width else part[0],
+                at(address, offset + 4 * i),
+                when=there,
+            )
+
+    # The table
+
+    def _entry_bytes(self) -> int:
+        return max(4, 16 // self.case.bits)
+
+    def _fill_table(self) -> None:
+        """Writes the values of every byte into shared memory, a copy for each lane's banks."""
+        ptx, case = self.ptx, self.case
+        book = "$4"
+        if case.books > 1:
+            rows = case.n // case.books
+            first_row = ptx.op("mul.lo.u32", self.first_tile, _TILE_ROWS)
+            number = ptx.op("div.u32", first_row, rows)
+            book = ptx.op("mad.wide.u32", number, 4 * 2**case.bits, "$4", kind="b64")
+        threads = 32 * self.config.warps
+        for i in range(-(-256 // threads)):
+            byte = ptx.op("add.u32", self.thread, i * threads)
+            mine = ptx.op("setp.lt.u32", byte, 256, kind="pred") if threads > 256 else None
+            pattern = self._table_pattern(byte, book, mine)
+            row = ptx.op("mad.lo.u32", byte, _ENTRY_BYTES, self.table)
+            for turn in range(_ENTRY_BYTES // 16):
+                # Lanes start at different columns: otherwise all would write to the same banks.
+                column = ptx.op("and.b32", ptx.op("add.u32", self.lane, turn), 7)
+                address = ptx.op("mad.lo.u32", column, 16, row)
+                ptx.do("st.shared.v4.b32", at(address), vector(pattern), when=mine)
+        ptx.do("bar.sync", 0)
+
+    def _table_pattern(self, byte: str, book: str, mine: str | None) -> list[str]:
+        """16 bytes of a table row: the values of `byte` in the operands' type, repeated."""
+        ptx, bits = self.ptx, self.case.bits
+        values = []
+        for i in range(8 // bits):
+            code = ptx.op("and.b32", ptx.op("shr.u32", byte, bits * i), 2**bits - 1)
+            address = ptx.op("mad.wide.u32", code, 4, book, kind="b64")
+            value = ptx.register("f32")
+            ptx.do("ld.global.nc.f32", value, at(address), when=mine)
+            values.append(value)
+        if bits == 8:
+            values *= 2
+        pairs = [self._pack(values[i], values[i + 1]) for i in range(0, len(values), 2)]
+        return pairs * (4 // len(pairs))
+
+    def _pack(self, low: str, high: str) -> str:
+        return self.ptx.op(f"cvt.rn.{self.operand_type}x2.f32", high, low)
+
+    def _look_up(self, word: str, byte: int) -> list[str]:
+        """The pairs of values of a byte of a word."""
+        ptx = self.ptx
+        opcode, distance = ("shl.b32", 7) if byte == 0 else ("shr.u32", 8 * byte - 7)
+        address = ptx.op(opcode, word, distance)
+        address = ptx.op("lop3.b32", address, 255 * _ENTRY_BYTES, self.lane_offset, "0xEA")
+        address = ptx.op("add.u32", address, self.table)
+        pairs = ptx.registers("b32", self._entry_bytes() // 4)
+        width = f".v{len(pairs)}" if len(pairs) > 1 else ""
+        ptx.do(f"ld.shared{width}.b32", vector(pairs) if width else pairs[0], at(address))
+        return pairs
+
+    # The loop over K
+
+    def _loop(self, buffers) -> None:
+        ptx, case, config = self.ptx, self.case, self.config
+        ptx.label("fdk_loop")
+        for stage, buffer in enumerate(buffers):
+            done = ptx.op("setp.le.u32", self.left, stage, kind="pred")
+            ptx.do("bra", "fdk_done", when=done)
+            self._multiply(buffer, stage)
+            self._load(buffer, stage + len(buffers))
+        step = len(buffers) * config.warps
+        for address in self.packed:
+            ptx.do("add.u64", address, address, step * _TILE_BYTES)
+        for address in self.x:
+            ptx.do("add.u64", address, address, step * case.span * 2)
+        if self.scale_mode == "vector":
+            distance = step * (case.span // case.group_size) // 4 * 64 * self.scale_bytes
+            for address in self.scales:
+                ptx.do("add.u64", address, address, distance)
+        ptx.do("add.u32", self.block, self.block, step)
+        more = ptx.op("setp.gt.u32", self.left, len(buffers), kind="pred")
+        ptx.do("sub.u32", self.left, self.left, len(buffers))
+        ptx.do("bra", "fdk_loop", when=more)
+        ptx.label("fdk_done")
+
+    def _multiply(self, buffer, stage: int) -> None:
+        """Decodes a block and multiplies it with its stretch of x."""
+        case, ptx = self.case, self.ptx
+        step = stage * self.config.warps * case.span * 2
+        sums = [[ptx.registers("f32", 4) for _ in self.x] for _ in self.packed]
+        per_run = max(1, case.planes // _scale_runs(case))
+        for plane in range(case.planes):
+            x = [self._load_x(address, step + 2 * _PLANE * plane) for address in self.x]
+            factors = [self._plane_factors(s, plane) for s in buffer["scales"]]
+            for i in range(_STEPS):
+                operands = [self._decode(words, plane, i) for words in buffer["words"]]
+                if self.scale_mode == "lane":
+                    operands = [
+                        self._scale_operands(w, f) for w, f in zip(operands, factors, strict=True)
+                    ]
+                self._dot(operands, x, i, sums, fresh=plane % per_run == 0 and i == 0)
+            if plane % per_run == per_run - 1:
+                self._accumulate(sums, factors)
+
+    def _load_x(self, address: str, offset: int) -> list[str]:
+        """A plane's pairs of x for this lane: those of the first half in steps 0 to 3, then the second."""
+        values = self.ptx.registers("b32", 8)
+        for half in range(2):
+            part = values[4 * half : 4 * half + 4]
+            self.ptx.do("ld.global.nc.v4.b32", vector(part), at(address, offset + _PLANE * half))
+        return values
+
+    def _decode(self, words: list[str], plane: int, step: int) -> list[str]:
+        """The four operand registers of a step: halves of the plane times upper and lower row."""
+        found = []
+        for byte in range(plane * self.case.bits, (plane + 1) * self.case.bits):
+            found += self._look_up(words[4 * (byte // 4) + step], byte % 4)
+        if self.case.bits == 8:
+            pairs = zip(found[::2], found[1::2], strict=True)
+            return [self.ptx.op("prmt.b32", low, high, "0x5410") for low, high in pairs]
+        return found
+
+    def _dot(self, weights, x, step: int, sums, *, fresh: bool) -> None:
+        """Adds a step's products to the sums: an instruction for each tile and 8 tokens."""
+        kind = self.operand_type
+        for operands, row_sums in zip(weights, sums, strict=True):
+            for values, column_sums in zip(x, row_sums, strict=True):
+                self.ptx.do(
+                    f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32",
+                    vector(column_sums),
+                    vector(operands),
+                    vector([values[step], values[4 + step]]),
+                    vector(self.zeros if fresh else column_sums),
+                )
+
+    def _plane_factors(self, registers: list[str], plane: int) -> list[str]:
+        """The plane's scales, float32: for upper and lower row; in mode "lane" by half of the plane."""
+        if self.scale_mode == "lane":
+            return self._factors(registers, 2 * plane) + self._factors(registers, 2 * plane + 1)
+        return self._factors(registers, plane * _scale_runs(self.case) // self.case.planes)
+
+    def _factors(self, registers: list[str], run: int) -> list[str]:
+        """The scales of a run for the upper and the lower row, float32."""
+        ptx = self.ptx
+        if self.case.scale_dtype == jnp.float32:
+            return registers[2 * run : 2 * run + 2]
+        both = registers[run]
+        if self.case.scale_dtype == jnp.bfloat16:
+            return [ptx.op("shl.b32", both, 16), ptx.op("and.b32", both, "0xffff0000")]
+        halves = ptx.registers("b16", 2)
+        ptx.do("mov.b32", vector(halves), both)
+        return [ptx.op("cvt.f32.f16", h, kind="f32") for h in halves]
+
+    def _scale_operands(self, operands: list[str], factors: list[str]) -> list[str]:
+        """Weights times scales, for groups that are smaller than a plane."""
+        opcode = f"mul.rn.{self.operand_type}x2"
+        pairs = zip(operands, factors, strict=True)
+        return [self.ptx.op(opcode, weights, self._pack(f, f)) for weights, f in pairs]
+
+    def _accumulate(self, sums, factors) -> None:
+        """Adds the sums of a group, times its scale, to the totals."""
+        for row_totals, row_sums, scale in zip(self.totals, sums, factors, strict=True):
+            for totals, column_sums in zip(row_totals, row_sums, strict=True):
+                # The odd columns of the instruction are other tokens; a single token has none.
+                for i in (0, 2) if self.single else range(4):
+                    if self.scale_mode == "lane":
+                        self.ptx.do("add.f32", totals[i], totals[i], column_sums[i])
+                    else:
+                        self.ptx.do(
+                            "fma.rn.f32", totals[i], scale[i // 2], column_sums[i], totals[i]
+                        )
+
+    # The end
+
+    def _reduce(self) -> None:
+        """Adds the warps' totals, adds the bias, and writes the outputs."""
+        ptx, case, config = self.ptx, self.case, self.config
+        rows, tokens = config.tiles * _TILE_ROWS, min(case.m, 8 * config.columns)
+        ptx.do("bar.sync", 0)
+        per_warp = 8 * config.columns * self.sum_stride * 4
+        address = ptx.op("mad.lo.u32", self.warp, per_warp, self.table)
+        address = ptx.op("mad.lo.u32", self.row, 4, address)
+        address = ptx.op("mad.lo.u32", self.quad, 2 * self.sum_stride * 4, address)
+        for r, row_totals in enumerate(self.totals):
+            for j, totals in enumerate(row_totals):
+                for i in (0, 2) if self.single else range(4):
+                    token, row = 8 * j + i % 2, _TILE_ROWS * r + 8 * (i // 2)
+                    offset = (token * self.sum_stride + row) * 4
+                    ptx.do("st.shared.f32", at(address, offset), totals[i])
+        ptx.do("bar.sync", 0)
+        threads = 32 * config.warps
+        for i in range(-(-rows * tokens // threads)):
+            self._write_output(i * threads, rows, tokens, per_warp, f"fdk_next{i}")
+
+    def _write_output(self, start: int, rows: int, tokens: int, per_warp: int, behind: str) -> None:
+        ptx, case = self.ptx, self.case
+        index = ptx.op("add.u32", self.thread, start)
+        token = ptx.op("div.u32", index, rows)
+        row = ptx.op("sub.u32", index, ptx.op("mul.lo.u32", token, rows))
+        address = ptx.op("mad.lo.u32", token, self.sum_stride, row)
+        address = ptx.op("mad.lo.u32", address, 4, self.table)
+        n = ptx.op("mad.lo.u32", self.first_tile, _TILE_ROWS, row)
+        m = ptx.op("add.u32", self.first_token, token)
+        for value, bound in ((token, tokens), (m, case.m), (n, case.n)):
+            outside = ptx.op("setp.ge.u32", value, bound, kind="pred")
+            ptx.do("bra", behind, when=outside)
+        total = ptx.op("mov.f32", "0f00000000", kind="f32")
+        for warp in range(self.config.warps):
+            part = ptx.register("f32")
+            ptx.do("ld.shared.f32", part, at(address, warp * per_warp))
+            ptx.do("add.f32", total, total, part)
+        out = "$5"
+        if case.bias_dtype is not None:
+            out = "$6"
+            ptx.do("add.f32", total, total, self._load_float("$5", n, case.bias_dtype))
+        index = ptx.op("mul.wide.u32", m, case.n, kind="b64")
+        size = jnp.dtype(case.out_dtype).itemsize
+        address = ptx.op("mad.lo.u64", index, size, out, kind="b64")
+        address = ptx.op("mad.wide.u32", n, size, address, kind="b64")
+        if case.out_dtype == jnp.float32:
+            ptx.do("st.global.f32", at(address), total)
+        else:
+            kind = "bf16" if case.out_dtype == jnp.bfloat16 else "f16"
+            half = ptx.op(f"cvt.rn.{kind}.f32", total, kind="b16")
+            ptx.do("st.global.b16", at(address), half)
+        ptx.label(behind)
+
+    def _load_float(self, base: str, index: str, dtype) -> str:
+        """An element of a float array in memory as float32."""
+        ptx = self.ptx
+        size = jnp.dtype(dtype).itemsize
+        address = ptx.op("mad.wide.u32", index, size, base, kind="b64")
+        if dtype == jnp.float32:
+            return ptx.op("ld.global.nc.f32", at(address), kind="f32")
+        half = ptx.op("ld.global.nc.b16", at(address), kind="b16")
+        if dtype == jnp.float16:
+            return ptx.op("cvt.f32.f16", half, kind="f32")
+        zero = ptx.op("mov.b16", 0, kind="b16")
+        return ptx.op("mov.b32", vector([zero, half]), kind="f32")
+
+
+def _scale_mode(case: Case) -> str:
+    """How scales meet groups: see `_group` and `_load_scale_vectors`."""
+    if case.group_size % _PLANE:
+        return "lane"
+    if case.span % case.group_size == 0:
+        per_block = case.span // case.group_size
+        return "vector" if per_block in (1, 2) or per_block % 4 == 0 else "plane"
+    return "single" if case.group_size % case.span == 0 else "plane"
+
+
+def _scale_runs(case: Case) -> int:
+    """Scales that a lane loads for a row of a block."""
+    mode = _scale_mode(case)
+    if mode == "vector":
+        return case.span // case.group_size
+    return {"single": 1, "plane": case.planes, "lane": 2 * case.planes}[mode]

@@ -1,0 +1,55 @@
+"""Writes PTX: registers, operations and the few idioms that the kernels share."""
+
+
+class Ptx:
+    """A block of PTX under construction; its text goes into a kernel as inline assembly."""
+
+    def __init__(self) -> None:
+        """Starts an empty block."""
+        self._lines: list[str] = []
+        self._counts: dict[str, int] = {}
+
+    def register(self, kind: str) -> str:
+        """A fresh register: "b32", "b64", "f32", "b16" or "pred"."""
+        number = self._counts.get(kind, 0)
+        self._counts[kind] = number + 1
+        return f"{kind}_{number}"
+
+    def registers(self, kind: str, count: int) -> list[str]:
+        """Fresh registers of one kind."""
+        return [self.register(kind) for _ in range(count)]
+
+    def do(self, opcode: str, *operands: object, when: str | None = None) -> None:
+        """Appends an instruction, under a predicate (`p` or `!p`) if `when` names one."""
+        guard = f"@{when} " if when else ""
+        self._lines.append(f"{guard}{opcode} {', '.join(map(str, operands))};")
+
+    def op(self, opcode: str, *operands: object, kind: str = "b32") -> str:
+        """Appends an instruction that fills a fresh register, and returns the register."""
+        result = self.register(kind)
+        self.do(opcode, result, *operands)
+        return result
+
+    def label(self, name: str) -> None:
+        """Places a label."""
+        self._lines.append(f"{name}:")
+
+    def declare(self, text: str) -> None:
+        """Appends a declaration as it stands."""
+        self._lines.append(text)
+
+    def text(self) -> str:
+        """The block, in a scope of its own."""
+        types = {"b32": ".b32", "b64": ".b64", "f32": ".f32", "b16": ".b16", "pred": ".pred"}
+        registers = [f".reg {types[k]} {k}_<{n}>;" for k, n in self._counts.items()]
+        return "\n".join(["{", *registers, *self._lines, "}"])
+
+
+def vector(registers: list[str]) -> str:
+    """Registers as the operand of a vector load or store."""
+    return "{" + ", ".join(registers) + "}"
+
+
+def at(address: str, offset: int = 0) -> str:
+    """A memory operand."""
+    return f"[{address}+{offset}]"
