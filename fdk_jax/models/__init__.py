@@ -1,0 +1,15 @@
+"""Llama and Qwen models with plain or quantised weights: load, generate, share over devices."""
+
+from fdk_jax.models.cache import KVCache as KVCache
+from fdk_jax.models.config import ModelConfig as ModelConfig
+from fdk_jax.models.config import RopeScaling as RopeScaling
+from fdk_jax.models.config import custom_llama as custom_llama
+from fdk_jax.models.config import read_config as read_config
+from fdk_jax.models.generation import Generation as Generation
+from fdk_jax.models.generation import Generator as Generator
+from fdk_jax.models.loading import Quantisation as Quantisation
+from fdk_jax.models.loading import load as load
+from fdk_jax.models.modules import Transformer as Transformer
+from fdk_jax.models.parallel import Parallel as Parallel
+from fdk_jax.models.random_weights import random_model as random_model
+from fdk_jax.models.sampling import Sampling as Sampling

@@ -1,0 +1,195 @@
+"""Shapes and constants of a model, read from a Hugging Face `config.json` or from a name."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+# What sets the families apart, by `model_type`. All share RMSNorm, RoPE (split halves), SwiGLU.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Frequency scaling of Llama 3.1 and later, or a constant factor.
+
+    `kind` "llama3" leaves wavelengths under `original_context / high_freq_factor` alone, divides the
+    frequencies of those over `original_context / low_freq_factor` by `factor` and blends between.
+    `kind` "linear" divides every frequency by `factor`.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer with grouped-query attention and a gated feed-forward block.
+
+    Every field is static: two models with equal configurations share their compiled programs.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    max_context: int = 4096
+    tie_embeddings: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    dtype: str = "bfloat16"
+    family: str = "llama"
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be divisible by num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+        jnp.dtype(self.dtype)
+
+    @property
+    def qkv_features(self) -> int:
+        """Rows of the fused query, key and value projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the matrices, embedding included (norms and biases are left out)."""
+        attention = (self.qkv_features + self.num_heads * self.head_dim) * self.hidden_size
+        layer = attention + 3 * self.hidden_size * self.intermediate_size
+        tables = 1 if self.tie_embeddings else 2
+        return self.num_layers * layer + tables * self.vocab_size * self.hidden_size
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], *, dtype: str | None = None) -> "ModelConfig":
+        """Reads the dictionary of a Hugging Face `config.json`.
+
+        Args:
+            config: The parsed file.
+            dtype: Compute dtype; None takes the file's own.
+
+        Raises:
+            ValueError: an architecture or a variant of one that is not implemented, with its name.
+        """
+        family = config.get("model_type")
+        if family not in _FAMILIES:
+            raise ValueError(
+                f"model_type={family!r} is not implemented; one of {sorted(_FAMILIES)} is"
+            )
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act={config['hidden_act']!r} is not implemented; silu is")
+        if config.get("use_sliding_window"):
+            raise ValueError("use_sliding_window=true is not implemented: attention is full here")
+        try:
+            heads = config["num_attention_heads"]
+            fields: dict[str, Any] = dict(
+                vocab_size=config["vocab_size"],
+                hidden_size=config["hidden_size"],
+                intermediate_size=config["intermediate_size"],
+                num_layers=config["num_hidden_layers"],
+                num_heads=heads,
+            )
+        except KeyError as error:
+            raise ValueError(f"config.json lacks {error.args[0]!r}") from None
+        theta, scaling = _rope(config)
+        attention_bias = bool(config.get("attention_bias", False))
+        fields |= dict(
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or fields["hidden_size"] // heads,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            max_context=config.get("max_position_embeddings", 2048),
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=attention_bias,
+            output_bias=attention_bias,
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            dtype=dtype or config.get("dtype") or config.get("torch_dtype") or "bfloat16",
+            family=family,
+        )
+        return cls(**(fields | _FAMILIES[family]))
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """The base and the scaling, from the old pair of fields or the newer `rope_parameters`."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", float(rope["factor"]))
+    if kind == "llama3":
+        return theta, RopeScaling(
+            "llama3",
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )
+    raise ValueError(f"rope_type={kind!r} is not implemented; default, linear and llama3 are")
+
+
+def read_config(folder: str | Path, *, dtype: str | None = None) -> ModelConfig:
+    """Reads `config.json` of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: the folder or its `config.json` does not exist.
+        ValueError: see `ModelConfig.from_hf`.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; a Hugging Face checkpoint folder with config.json, "
+            "*.safetensors and tokenizer.json is needed"
+        )
+    return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")), dtype=dtype)
+
+
+def custom_llama(size: str) -> ModelConfig:
+    """The model shapes of the 1-Bit-Wonder paper's model benchmark (arXiv 2602.15563).
+
+    Args:
+        size: "4B", "12B" or "31B": equal memory at 16, 4 and 1 bits; or "1B", the shape of
+            Llama 3.2 1B, for machines without an accelerator.
+    """
+    shapes = {"4B": (3072, 24, 24), "12B": (4096, 48, 32), "31B": (6144, 60, 48)}
+    if size == "1B":
+        return ModelConfig(
+            128256, 2048, 8192, 16, 32, 8, 64, 500000.0, max_context=8192, tie_embeddings=True
+        )
+    if size not in shapes:
+        raise ValueError(f"{size=} is not one of {['1B', *shapes]}")
+    hidden, layers, heads = shapes[size]
+    return ModelConfig(
+        vocab_size=128256,
+        hidden_size=hidden,
+        intermediate_size=1024 * math.ceil(int(4 * 2 / 3 * hidden * 1.3) / 1024),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=500000.0,
+        max_context=8192,
+    )

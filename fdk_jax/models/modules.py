@@ -1,0 +1,246 @@
+"""The transformer as Flax NNX modules: one set for all families, options in `ModelConfig`.
+
+Glossary: B batch, T tokens of a prompt, D hidden size, H heads, KV key-value heads, d head size,
+S cache length, V vocabulary. Activations are in the configuration's dtype; norms, softmax, RoPE and
+logits in float32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from fdk_jax.models import attention, rope
+from fdk_jax.models.cache import KVCache, append, fill
+from fdk_jax.models.config import ModelConfig
+from fdk_jax.models.parallel import Parallel
+from pallas_kernels import attention as pallas_attention
+
+
+class RMSNorm(nnx.Module):
+    """y = scale * x / sqrt(mean(x**2) + eps) over the last axis."""
+
+    def __init__(self, size: int, config: ModelConfig):
+        self.eps = config.norm_eps
+        self.scale = nnx.Param(jnp.ones(size, config.dtype))
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises x [..., size] with a mean in float32; same shape and dtype."""
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + jnp.float32(self.eps))
+        return wide.astype(x.dtype) * jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
+
+
+def _linear(inputs: int, outputs: int, config: ModelConfig, bias: bool, rngs: nnx.Rngs):
+    dtype = jnp.dtype(config.dtype)
+    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; queries, keys and values come from one fused projection."""
+
+    def __init__(self, config: ModelConfig, parallel: Parallel | None, rngs: nnx.Rngs):
+        self.config = config
+        self.axis = parallel.axis if parallel else None
+        hidden, width = config.hidden_size, config.num_heads * config.head_dim
+        self.qkv = _linear(hidden, config.qkv_features, config, config.qkv_bias, rngs)
+        self.out = _linear(width, hidden, config, config.output_bias, rngs)
+        self.q_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
+
+    def prompt(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """Maps x [B, T, D] to (output [B, T, D], keys [B, T, KV, d], values [B, T, KV, d])."""
+        q, k, v = self._heads(self.qkv(x), cos[:, :, None], sin[:, :, None])
+        mixed = attention.over_prompt(q, k, v)
+        return self._out(mixed.reshape(*x.shape[:-1], -1)), k, v
+
+    def token(self, x, cos, sin, lengths, keys, values) -> tuple[Array, Array, Array]:
+        """Maps x [B, D] of the tokens at `lengths` to (output [B, D], keys, values)."""
+        qkv = self.qkv(x)
+        supported = pallas_attention.supported(qkv.dtype, keys.shape, self.config.head_dim)
+        mixed, keys, values = jax.lax.platform_dependent(
+            qkv,
+            cos,
+            sin,
+            lengths,
+            keys,
+            values,
+            cuda=self._token_fused if supported else self._token_jnp,
+            default=self._token_jnp,
+        )
+        return self._out(mixed), keys, values
+
+    def _token_fused(self, qkv, cos, sin, lengths, keys, values):
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = (self.q_norm.scale[...], self.k_norm.scale[...])
+        return pallas_attention.decode(
+            qkv, cos, sin, lengths, keys, values, norms=norms, norm_eps=self.config.norm_eps
+        )
+
+    def _token_jnp(self, qkv, cos, sin, lengths, keys, values):
+        q, k, v = self._heads(qkv, cos[:, None], sin[:, None])
+        keys, values = append(keys, k, lengths), append(values, v, lengths)
+        mixed = attention.over_cache(q, keys, values, lengths + 1)
+        return mixed.reshape(qkv.shape[0], -1), keys, values
+
+    def _heads(self, qkv: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """Cuts [..., qkv_features] into q [..., H, d], k and v [..., KV, d]; turns q and k."""
+        c = self.config
+        heads = qkv.reshape(*qkv.shape[:-1], -1, c.head_dim)
+        q, k, v = jnp.split(heads, (c.num_heads, c.num_heads + c.num_kv_heads), axis=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
+
+    def _out(self, mixed: Array) -> Array:
+        y = self.out(mixed)
+        return y if self.axis is None else jax.lax.psum(y, self.axis)
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)); gate and up come from one fused projection."""
+
+    def __init__(self, config: ModelConfig, parallel: Parallel | None, rngs: nnx.Rngs):
+        self.axis = parallel.axis if parallel else None
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up = _linear(hidden, 2 * inner, config, config.mlp_bias, rngs)
+        self.down = _linear(inner, hidden, config, config.mlp_bias, rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps x [..., D] to [..., D]."""
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        y = self.down(nnx.silu(gate) * up)
+        return y if self.axis is None else jax.lax.psum(y, self.axis)
+
+
+class Layer(nnx.Module):
+    """Attention and a gated block, each behind a norm and around a residual."""
+
+    def __init__(self, config: ModelConfig, parallel: Parallel | None, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config)
+        self.attention = Attention(config, parallel, rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config)
+        self.mlp = MLP(config, parallel, rngs)
+
+    def prompt(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """Maps x [B, T, D] to (x, keys, values)."""
+        mixed, keys, values = self.attention.prompt(self.attention_norm(x), cos, sin)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), keys, values
+
+    def token(self, x, cos, sin, lengths, keys, values) -> tuple[Array, Array, Array]:
+        """Maps x [B, D] to (x, keys, values), the cache arrays one token longer."""
+        normed = self.attention_norm(x)
+        mixed, keys, values = self.attention.token(normed, cos, sin, lengths, keys, values)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), keys, values
+
+
+# The layers are alike: jit traces the first and reuses it, and XLA inlines the calls.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_layer(method: str, graphdef: nnx.GraphDef, state: nnx.State, *args: Array):
+    return getattr(nnx.merge(graphdef, state), method)(*args)
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model.
+
+    Args:
+        config: Shapes and options of the whole model.
+        parallel: None for one device. Otherwise this is what one device of the mesh runs inside
+            `jax.shard_map`, while the arrays are global: see `fdk_jax.models.Generator`.
+        rngs: Random weights for a new model; `load` fills a checkpoint in.
+    """
+
+    def __init__(self, config: ModelConfig, *, parallel: Parallel | None = None, rngs: nnx.Rngs):
+        self.config = config
+        self.parallel = parallel
+        local = parallel.local(config) if parallel else config
+        dtype, shape = jnp.dtype(config.dtype), (local.vocab_size, config.hidden_size)
+        scale = jnp.asarray(config.hidden_size**-0.5, dtype)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+        self.layers = nnx.List([Layer(local, parallel, rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config)
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else _linear(config.hidden_size, local.vocab_size, config, False, rngs)
+        )
+
+    def __call__(self, tokens: Array) -> Array:
+        """Logits of every position: int [B, T] -> float32 [B, T, V]."""
+        return self._logits(self._prompt(tokens)[0])
+
+    def prefill(self, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, KVCache]:
+        """Reads prompts.
+
+        Args:
+            tokens: int [B, T], each row padded on the right.
+            lengths: int32 [B], tokens of each prompt, at least 1.
+            cache_length: Slots of the new cache, at least T.
+
+        Returns:
+            float32 [B, V], the logits behind each prompt's last token; and the cache.
+        """
+        x, keys, values = self._prompt(tokens)
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        cache = KVCache(
+            tuple(fill(k, cache_length) for k in keys),
+            tuple(fill(v, cache_length) for v in values),
+            lengths.astype(jnp.int32),
+        )
+        return self._logits(last), cache
+
+    def decode(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """Reads one token a sequence: int [B] -> (logits float32 [B, V], the longer cache)."""
+        x = self._embed(tokens)
+        cos, sin = rope.cos_sin(self.config, cache.lengths)
+        keys, values = [], []
+        for layer, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
+            x, k, v = _run_layer("token", *nnx.split(layer), x, cos, sin, cache.lengths, k, v)
+            keys.append(k)
+            values.append(v)
+        return self._logits(x), KVCache(tuple(keys), tuple(values), cache.lengths + 1)
+
+    def _prompt(self, tokens: Array) -> tuple[Array, list[Array], list[Array]]:
+        x = self._embed(tokens)
+        cos, sin = rope.cos_sin(self.config, jnp.arange(tokens.shape[1])[None])
+        keys, values = [], []
+        for layer in self.layers:
+            x, k, v = _run_layer("prompt", *nnx.split(layer), x, cos, sin)
+            keys.append(k)
+            values.append(v)
+        return x, keys, values
+
+    def _embed(self, tokens: Array) -> Array:
+        table = self.embedding[...]
+        if self.parallel is None:
+            return jnp.take(table, tokens, axis=0, mode="clip")
+        # Each device holds a run of the vocabulary and adds zeros for the other tokens.
+        local = tokens - jax.lax.axis_index(self.parallel.axis) * table.shape[0]
+        mine = (local >= 0) & (local < table.shape[0])
+        rows = jnp.take(table, jnp.where(mine, local, 0), axis=0)
+        return jax.lax.psum(
+            jnp.where(mine[..., None], rows, jnp.zeros((), rows.dtype)), self.parallel.axis
+        )
+
+    def _logits(self, x: Array) -> Array:
+        x = self.norm(x)
+        head = self.lm_head
+        if isinstance(head, nnx.Linear):
+            logits = jnp.einsum(
+                "...d,dv->...v", x, head.kernel[...], preferred_element_type=jnp.float32
+            )
+        elif head is None:
+            logits = jnp.einsum(
+                "...d,vd->...v", x, self.embedding[...], preferred_element_type=jnp.float32
+            )
+        else:
+            logits = head(x).astype(jnp.float32)
+        if self.parallel is None:
+            return logits
+        axis = logits.ndim - 1
+        return jax.lax.all_gather(logits, self.parallel.axis, axis=axis, tiled=True)

@@ -1,0 +1,127 @@
+"""Models with random weights, made on the device: for benchmarks and tests of speed.
+
+Quantised weights are drawn as codes, in the kernels' layout, so that no float weight ever exists.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from fdk_jax import codebooks, packing
+from fdk_jax.dispatch import LAYOUT_OF
+from fdk_jax.models import names
+from fdk_jax.models.config import ModelConfig
+from fdk_jax.models.modules import Transformer
+from fdk_jax.models.weights import join_codebooks, set_linear
+from fdk_jax.quantised_tensor import QuantisedTensor
+from fdk_jax.trees import default_backend
+
+
+def random_model(
+    config: ModelConfig,
+    *,
+    bits: int = 16,
+    group_size: int = 64,
+    codebook: str = "uniform",
+    backend: str | None = None,
+    seed: int = 0,
+) -> Transformer:
+    """A model whose activations stay of the order of one.
+
+    Args:
+        config: Shapes.
+        bits: 1, 2, 4 or 8; 16 keeps every matrix in the configuration's dtype.
+        group_size: Weights that share a scale.
+        codebook: "uniform" or "kmeans": an own, uneven codebook for each of the checkpoint's matrices,
+            as the published models have.
+        backend: Whose kernels the weights are laid out for; None for the default platform's.
+        seed: Of everything.
+
+    Returns:
+        The model on the default device; head and embedding are not quantised.
+    """
+    if codebook not in ("uniform", "kmeans"):
+        raise ValueError(f"{codebook=} is not uniform or kmeans")
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    dtype, rng = jnp.dtype(config.dtype), np.random.default_rng(seed)
+    layout = LAYOUT_OF[backend or default_backend()]
+    # Far faster than the default generator, and good enough for weights that mean nothing.
+    keys = _keys(seed)
+
+    def ones(norm):
+        norm.scale = nnx.Param(jnp.ones(norm.scale.shape, dtype))
+
+    for index, layer in enumerate(model.layers):
+        for path, _ in names.layer_norms(config, index).values():
+            ones(functools.reduce(getattr, path, layer))
+        for projection in names.layer_projections(config, index):
+            rows = [part.shape[0] for part in projection.parts]
+            n, k = sum(rows), projection.parts[0].shape[1]
+            bias = jnp.zeros(n, dtype) if projection.parts[0].bias else None
+            if bits == 16:
+                weight = _matrix(next(keys), (k, n), dtype)
+            else:
+                values = [_codebook(codebook, bits, rng) for _ in rows]
+                packed, scales = _codes(next(keys), layout, bits, group_size, n, k, dtype)
+                weight = QuantisedTensor(
+                    packed,
+                    scales,
+                    jnp.asarray(join_codebooks(values, rows, 1)),
+                    bits,
+                    group_size,
+                    (n, k),
+                    "nk",
+                    layout,
+                    uniform=codebook == "uniform" or bits == 1,
+                )
+            set_linear(layer, projection.path, weight, bias)
+    ones(model.norm)
+    # Rows of about unit length, so that a tied head gives logits of the order of one.
+    model.embedding = nnx.Param(
+        _matrix(next(keys), (config.vocab_size, config.hidden_size), dtype, config.hidden_size)
+    )
+    if not config.tie_embeddings:
+        head = _matrix(next(keys), (config.hidden_size, config.vocab_size), dtype)
+        set_linear(model, ("lm_head",), head, None)
+    return model
+
+
+def _keys(seed: int):
+    key = jax.random.key(seed, impl="rbg")
+    while True:
+        key, new = jax.random.split(key)
+        yield new
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _matrix(key: Array, shape: tuple[int, ...], dtype, fan_in: int | None = None) -> Array:
+    """Even values with a variance of 1 / fan_in (by default the first axis)."""
+    limit = jnp.asarray(math.sqrt(3 / (fan_in or shape[0])), dtype)
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+def _codes(key, layout, bits, group_size, n, k, dtype) -> tuple[Array, Array]:
+    """Random (packed, scales) in a layout; every code is valid, so no packing is needed."""
+    packed, scales = packing.layout_struct(
+        layout, bits=bits, group_size=group_size, out_features=n, in_features=k, dtype=dtype
+    )
+    factor = jnp.asarray(math.sqrt(3 / k), dtype)
+    unsigned = jnp.dtype(f"uint{8 * packed.dtype.itemsize}")
+    words = jax.random.bits(key, packed.shape, unsigned)
+    return (
+        jax.lax.bitcast_convert_type(words, packed.dtype),
+        jax.random.uniform(key, scales.shape, scales.dtype) * factor + factor / 2,
+    )
+
+
+def _codebook(kind: str, bits: int, rng: np.random.Generator) -> np.ndarray:
+    even = codebooks.uniform(bits)
+    if kind == "uniform":
+        return even
+    return np.sort(even + rng.uniform(-0.3, 0.3, even.shape) * 2**-bits).astype(np.float32)

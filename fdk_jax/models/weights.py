@@ -1,0 +1,203 @@
+"""Parameters of a model put in place: parts joined, cut over devices, in the kernels' layout.
+
+Host arrays go straight to the device, or each slice straight to its own device; the pieces of one
+projection at a time are all that exists twice.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fdk_jax import packing
+from fdk_jax.dispatch import LAYOUT_OF
+from fdk_jax.linear import QuantisedLinear
+from fdk_jax.models.parallel import Parallel
+from fdk_jax.quantised_tensor import QuantisedTensor
+
+HostArray = np.ndarray | Array
+
+
+class Codes(NamedTuple):
+    """One quantised matrix in the interchange layout.
+
+    `packed` uint8 [N, ceil(K / E)], `scales` [N, ceil(K / G)], `codebook` float32 [2**bits].
+    """
+
+    packed: HostArray
+    scales: HostArray
+    codebook: np.ndarray
+    uniform: bool
+
+
+def join_rows(parts: Sequence[HostArray], shards: int) -> HostArray:
+    """Parts [n_i, ...] along the outputs, so that each of `shards` equal runs has a share of all."""
+    if len(parts) == 1:
+        return parts[0]
+    xp = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
+    runs = [
+        part[s * len(part) // shards : (s + 1) * len(part) // shards]
+        for s in range(shards)
+        for part in parts
+    ]
+    return xp.concatenate(runs)
+
+
+def join_codebooks(codebooks: Sequence[np.ndarray], rows: Sequence[int], shards: int) -> np.ndarray:
+    """One codebook [2**bits] where all parts share it, else one a run of rows [C, 2**bits]."""
+    if all(np.array_equal(codebooks[0], other) for other in codebooks[1:]):
+        return codebooks[0]
+    run = math.gcd(*rows) // shards
+    order = [
+        c
+        for _ in range(shards)
+        for c, n in zip(codebooks, rows, strict=True)
+        for _ in range(n // shards // run)
+    ]
+    return np.stack(order)
+
+
+class Placer:
+    """Puts arrays on the default device, or cut over the devices of a `Parallel`.
+
+    Args:
+        parallel: None for one device.
+        dtype: Of float parameters.
+        backend: Whose kernels quantised weights are laid out for.
+    """
+
+    def __init__(self, parallel: Parallel | None, dtype: str, backend: str):
+        self.parallel = parallel
+        self.shards = parallel.shards if parallel else 1
+        self.dtype = jnp.dtype(dtype)
+        self.layout = LAYOUT_OF[backend]
+
+    def vector(self, value: HostArray, *, cut: bool = False) -> Array:
+        """A norm or a bias [N]: on every device, or cut along N."""
+        return self._put(value, P(self._axis) if cut else P()).astype(self.dtype)
+
+    def embedding(self, table: HostArray) -> Array:
+        """[V, D], cut along V."""
+        return self._put(table, self._spec("n")).astype(self.dtype)
+
+    def kernel(self, parts: Sequence[HostArray], cut: str) -> Array:
+        """The kernel [K, N] of a Linear from matrices [n_i, K]."""
+        spec = self._spec(cut)
+        if self.parallel is None:
+            joined = join_rows([self._put(part, spec) for part in parts], 1)
+            return _as_kernel(joined, self.dtype)
+        joined = self._put(join_rows([np.asarray(part) for part in parts], self.shards), spec)
+        turned = NamedSharding(self.parallel.mesh, P(*reversed(spec)))
+        return jax.jit(_as_kernel, static_argnums=1, out_shardings=turned)(joined, self.dtype)
+
+    def quantised(
+        self, parts: Sequence[Codes], cut: str, *, bits: int, group_size: int, in_features: int
+    ) -> QuantisedTensor:
+        """The weight of parts joined along N; with several devices its `shape` is that of a slice."""
+        parts = [part._replace(codebook=_padded(part.codebook, bits)) for part in parts]
+        n, k = sum(len(part.packed) for part in parts), in_features
+        self._check_cut(cut, k, group_size)
+        if self.parallel is not None:
+            parts = [
+                part._replace(packed=np.asarray(part.packed), scales=np.asarray(part.scales))
+                for part in parts
+            ]
+        packed = join_rows([part.packed for part in parts], self.shards)
+        scales = join_rows([part.scales for part in parts], self.shards)
+        codebook = join_codebooks(
+            [part.codebook for part in parts], [len(part.packed) for part in parts], self.shards
+        )
+        local = (n // self.shards, k) if cut == "n" else (n, k // self.shards)
+        facts = dict(bits=bits, group_size=group_size, out_features=local[0], in_features=local[1])
+        spec = self._spec(cut)
+        packed, scales = self._to_layout(
+            self._put(packed, spec), self._put(scales, spec).astype(self.dtype), spec, facts
+        )
+        return QuantisedTensor(
+            packed,
+            scales,
+            self._put(codebook, P(self._axis) if codebook.ndim == 2 and cut == "n" else P()),
+            bits,
+            group_size,
+            local,
+            "nk",
+            self.layout,
+            uniform=all(part.uniform for part in parts),
+        )
+
+    @property
+    def _axis(self) -> str | None:
+        return self.parallel.axis if self.parallel else None
+
+    def _spec(self, cut: str) -> P:
+        """Of a matrix [N, K] (or its codes or scales) cut along "n" or "k"."""
+        return P(self._axis, None) if cut == "n" else P(None, self._axis)
+
+    def _put(self, value: HostArray, spec: P) -> Array:
+        if self.parallel is None:
+            return jnp.asarray(value)
+        return jax.device_put(value, NamedSharding(self.parallel.mesh, spec))
+
+    def _check_cut(self, cut: str, in_features: int, group_size: int) -> None:
+        if cut == "k" and in_features % (self.shards * group_size):
+            raise ValueError(
+                f"{in_features} inputs in groups of {group_size} cannot be cut over {self.shards}"
+                " devices: a group would be split"
+            )
+
+    def _to_layout(self, packed: Array, scales: Array, spec: P, facts: dict) -> tuple[Array, Array]:
+        """Codes and scales in the kernels' layout, each device's slice by itself."""
+        convert = functools.partial(
+            packing.convert, source="interchange", target=self.layout, **facts
+        )
+        if self.parallel is None or self.layout == "interchange":
+            return convert(packed, scales)
+        # Slices are laid end to end along the first axis, whatever the layout makes of it.
+        local = jax.shard_map(
+            lambda p, s: convert(p, s),
+            mesh=self.parallel.mesh,
+            in_specs=(spec, spec),
+            out_specs=P(self._axis),
+            check_vma=False,
+        )
+        return jax.jit(local)(packed, scales)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _as_kernel(rows: Array, dtype: Any) -> Array:
+    return rows.astype(dtype).T
+
+
+def _padded(codebook: HostArray, bits: int) -> np.ndarray:
+    """A codebook of fewer than 2**bits values, its last one repeated."""
+    values = np.asarray(codebook, np.float32)
+    return np.concatenate([values, np.repeat(values[-1:], 2**bits - len(values))])
+
+
+def set_linear(
+    module: nnx.Module, path: Sequence[str], weight: Array | QuantisedTensor, bias: Array | None
+) -> None:
+    """Gives the linear layer at `path` its weight, quantised or not."""
+    *above, name = path
+    owner = functools.reduce(getattr, above, module)
+    layer = getattr(owner, name)
+    if isinstance(weight, QuantisedTensor):
+        setattr(owner, name, QuantisedLinear.from_weight(weight, bias, dtype=weight.dtype))
+        return
+    layer.kernel = nnx.Param(weight)
+    if bias is not None:
+        layer.bias = nnx.Param(bias)
+
+
+def set_norm(module: nnx.Module, path: Sequence[str], scale: Array) -> None:
+    """Gives the norm at `path` its scale."""
+    norm: Any = functools.reduce(getattr, path, module)
+    norm.scale = nnx.Param(scale)

@@ -1,0 +1,488 @@
+"""Models against golden values of `transformers`, loading, tensor parallelism, decode attention."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import fdk_jax
+from fdk_jax import models
+from fdk_jax.models import attention, rope
+from fdk_jax.models.cache import append
+from fdk_jax.models.config import ModelConfig, custom_llama, read_config
+from pallas_kernels import attention as pallas_attention
+
+DATA = Path(__file__).parent / "data" / "models"
+FOLDERS = sorted(path.name for path in DATA.iterdir())
+PLAIN = [name for name in FOLDERS if "kmeans" not in name]
+
+
+def relative(found, wanted) -> float:
+    """||found - wanted|| / ||wanted|| in float64."""
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def expected(name: str) -> dict[str, np.ndarray]:
+    """What `transformers` computed for a folder."""
+    return dict(np.load(DATA / name / "expected.npz"))
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A function that copies a golden folder to where a test may change it."""
+
+    def make(name: str) -> Path:
+        return Path(shutil.copytree(DATA / name, tmp_path / name))
+
+    return make
+
+
+def rewrite(folder: Path, change) -> None:
+    """Applies `change` to the dictionary of arrays of a one-file folder."""
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(arrays)
+    save_file(arrays, folder / "model.safetensors")
+
+
+# --- parity -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_logits_and_greedy_tokens_equal_transformers(name):
+    generator = models.Generator(models.load(DATA / name, dtype="float32"))
+    golden = expected(name)
+    assert relative(generator.logits(golden["tokens"]), golden["logits"]) < 1e-5
+    out = generator.generate(golden["tokens"][:, :7].tolist(), max_tokens=24)
+    assert out.tokens == golden["greedy"].tolist()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_live_parity_with_transformers(name):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    if "kmeans" in name:
+        pytest.skip("transformers cannot read this layout")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(DATA / name, dtype=torch.float32)
+    tokens = np.random.default_rng().integers(0, theirs.config.vocab_size, (3, 40))
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(tokens)).logits.numpy()
+    ours = models.Generator(models.load(DATA / name, dtype="float32"))
+    assert relative(ours.logits(tokens), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("bits", [1, 4])
+def test_quantised_while_loading_equals_dequantised_weights(name, bits):
+    quantised = models.load(
+        DATA / name, dtype="float32", quantisation=models.Quantisation(bits, codebook="kmeans")
+    )
+    plain = models.Generator(fdk_jax.dequantise(quantised))
+    generator = models.Generator(quantised)
+    tokens = expected(name)["tokens"]
+    assert relative(generator.logits(tokens), plain.logits(tokens)) < 1e-5
+    prompt = tokens[:, :5].tolist()
+    assert generator.generate(prompt, max_tokens=8).tokens == (
+        plain.generate(prompt, max_tokens=8).tokens
+    )
+    kinds = {type(layer.attention.qkv) for layer in quantised.layers}
+    assert kinds == {fdk_jax.QuantisedLinear}
+
+
+def test_quantising_the_module_equals_quantising_while_loading():
+    plain = models.load(DATA / "qwen2", dtype="float32")
+    tokens = expected("qwen2")["tokens"]
+    loaded = models.load(DATA / "qwen2", dtype="float32", quantisation=models.Quantisation(4))
+    swapped = fdk_jax.quantise(plain, bits=4)
+    assert isinstance(swapped.lm_head, nnx.Linear)
+    found = models.Generator(swapped).logits(tokens)
+    np.testing.assert_allclose(found, models.Generator(loaded).logits(tokens), rtol=2e-4, atol=2e-4)
+
+
+def test_head_can_be_quantised_too():
+    options = models.Quantisation(4, head_bits=8)
+    model = models.load(DATA / "qwen2", dtype="float32", quantisation=options)
+    assert model.lm_head.weight.get_value().bits == 8
+    plain = models.Generator(fdk_jax.dequantise(model))
+    tokens = expected("qwen2")["tokens"]
+    assert relative(models.Generator(model).logits(tokens), plain.logits(tokens)) < 1e-5
+
+
+def test_bfloat16_model_is_close_to_float32():
+    golden = expected("llama3")
+    logits = models.Generator(models.load(DATA / "llama3")).logits(golden["tokens"])
+    assert relative(logits, golden["logits"]) < 3e-2
+
+
+# --- configuration ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "billions"), [("4B", 3.88), ("12B", 11.52), ("31B", 30.64), ("1B", 1.24)]
+)
+def test_custom_shapes_have_the_published_parameter_counts(size, billions):
+    assert custom_llama(size).num_parameters / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_unknown_size():
+    with pytest.raises(ValueError, match="'13B'"):
+        custom_llama("13B")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(model_type="mamba"), "mamba"),
+        (dict(hidden_act="gelu"), "gelu"),
+        (dict(use_sliding_window=True), "sliding"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), "yarn"),
+        (dict(num_attention_heads=5), "num_heads=5"),
+        (dict(hidden_size=None), None),
+    ],
+)
+def test_unsupported_configuration_is_named(change, words):
+    facts = json.loads((DATA / "llama2" / "config.json").read_text())
+    facts.pop("rope_parameters", None)
+    facts |= change
+    if words is None:
+        del facts["hidden_size"]
+        words = "hidden_size"
+    with pytest.raises(ValueError, match=words):
+        ModelConfig.from_hf(facts)
+
+
+def test_both_spellings_of_rope_give_the_same():
+    facts = json.loads((DATA / "llama3" / "config.json").read_text())
+    new = ModelConfig.from_hf(facts)
+    rope = facts.pop("rope_parameters")
+    facts["rope_theta"] = rope.pop("rope_theta")
+    facts["rope_scaling"] = rope
+    assert ModelConfig.from_hf(facts) == new
+
+
+def test_linear_rope_scaling_divides_frequencies():
+    config = read_config(DATA / "llama2")
+    import dataclasses
+
+    scaled = dataclasses.replace(config, rope_scaling=models.RopeScaling("linear", 4.0))
+    ratio = rope.inverse_frequencies(config) / rope.inverse_frequencies(scaled)
+    np.testing.assert_allclose(ratio, 4.0, rtol=1e-6)
+
+
+# --- loading ----------------------------------------------------------------------------------
+
+
+def test_every_wrong_name_is_reported_at_once(copy):
+    folder = copy("qwen3")
+
+    def change(arrays):
+        del arrays["model.norm.weight"]
+        del arrays["model.layers.1.mlp.up_proj.weight"]
+        arrays["model.layers.0.self_attn.q_norm.weight"] = np.ones(5, np.float32)
+        arrays["model.layers.7.extra"] = np.ones(3, np.float32)
+
+    rewrite(folder, change)
+    with pytest.raises(ValueError) as caught:
+        models.load(folder)
+    text = str(caught.value)
+    assert "2 missing" in text and "1 unexpected" in text and "1 mis-shaped" in text
+    for name in ("model.norm.weight", "up_proj", "q_norm.weight is [5], not [32]", "7.extra"):
+        assert name in text
+
+
+def test_ignored_names_do_not_matter(copy):
+    folder = copy("llama3")
+
+    def change(arrays):
+        arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(16, np.float32)
+        arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
+
+    rewrite(folder, change)
+    models.load(folder)
+
+
+def test_missing_files(copy, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        models.load(tmp_path / "nowhere")
+    folder = copy("llama2")
+    gone = next(folder.glob("model-00002*"))
+    gone.unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002"):
+        models.load(folder)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="no .*safetensors"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize("size", [0, 5, 40, 5000])
+def test_truncated_weights_are_refused(copy, size):
+    folder = copy("qwen3")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"truncated|damaged"):
+        models.load(folder)
+
+
+def test_quantised_checkpoints_are_not_quantised_again():
+    with pytest.raises(ValueError, match="4 bits already"):
+        models.load(DATA / "kmeans-4bit", quantisation=models.Quantisation(2))
+
+
+def test_unknown_quantisation_method(copy):
+    folder = copy("kmeans-1bit")
+    (folder / "quantization_config.json").write_text('{"quant_method": "gptq", "bits": 4}')
+    with pytest.raises(ValueError, match="gptq"):
+        models.load(folder)
+
+
+def test_head_bits_of_a_tied_model():
+    with pytest.raises(ValueError, match="head_bits"):
+        models.load(DATA / "qwen3", quantisation=models.Quantisation(4, head_bits=8))
+
+
+def test_fewer_centroids_than_codes(copy):
+    folder = copy("kmeans-4bit")
+    with safe_open(folder / "model.safetensors", "flax") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name in list(arrays):
+        if name.endswith(".centroids"):
+            arrays[name] = arrays[name][:11]
+    from safetensors.flax import save_file as save_jax
+
+    save_jax(arrays, folder / "model.safetensors")
+    weight = models.load(folder, backend="xla").layers[0].mlp.down.weight.get_value()
+    assert weight.codebook.shape == (16,)
+    assert (np.asarray(weight.codebook)[10:] == np.asarray(weight.codebook)[10]).all()
+
+
+def test_progress_counts_layers():
+    seen = []
+    models.load(DATA / "qwen2", progress=lambda *args: seen.append(args))
+    assert seen == [(1, 2), (2, 2)]
+
+
+def test_saved_model_is_loaded_again(tmp_path):
+    model = models.load(DATA / "kmeans-4bit", dtype="float32")
+    fdk_jax.checkpoint.save(tmp_path / "model.fdk", model)
+    again = fdk_jax.checkpoint.load(tmp_path / "model.fdk", like=model)
+    tokens = expected("kmeans-4bit")["tokens"]
+    np.testing.assert_array_equal(
+        models.Generator(again).logits(tokens), models.Generator(model).logits(tokens)
+    )
+
+
+# --- random models ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4, 2, 1])
+@pytest.mark.parametrize("codebook", ["uniform", "kmeans"])
+def test_random_models_run_and_stay_finite(bits, codebook):
+    config = ModelConfig(256, 128, 192, 2, 4, 2, 32, dtype="bfloat16")
+    model = models.random_model(config, bits=bits, codebook=codebook)
+    logits = np.asarray(models.Generator(model).logits(np.arange(12).reshape(2, 6)))
+    assert np.isfinite(logits).all()
+    assert 0.2 < logits.std() < 5
+    if bits < 16:
+        weight = model.layers[0].attention.qkv.weight.get_value()
+        weight.validate()
+        assert weight.codebook.ndim == (2 if codebook == "kmeans" and bits > 0 else 1)
+
+
+# --- tensor parallelism -----------------------------------------------------------------------
+
+
+def wide_config(**options) -> ModelConfig:
+    """A model that 8 devices can share, groups of 16 included."""
+    fields = dict(vocab_size=256, hidden_size=128, intermediate_size=256, num_layers=2)
+    fields |= dict(num_heads=16, num_kv_heads=8, head_dim=16, dtype="float32", qk_norm=True)
+    return ModelConfig(**(fields | options))
+
+
+def write_folder(folder: Path, config: ModelConfig) -> Path:
+    """A checkpoint with random weights."""
+    from fdk_jax.models.loading import _expected
+
+    rng = np.random.default_rng(3)
+    folder.mkdir()
+    facts = dict(
+        model_type="qwen3" if config.qk_norm else "llama",
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        tie_word_embeddings=config.tie_embeddings,
+        dtype=config.dtype,
+    )
+    (folder / "config.json").write_text(json.dumps(facts))
+    arrays = {
+        name: (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
+        for name, shape in _expected(config, None).items()
+    }
+    save_file(arrays, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "quantisation",
+    [None, models.Quantisation(4, 16, "kmeans"), models.Quantisation(1, 16)],
+    ids=["16bit", "4bit", "1bit"],
+)
+def test_tensor_parallel_equals_one_device_and_gathers_no_weight(tmp_path, tied, quantisation):
+    folder = write_folder(tmp_path / "model", wide_config(tie_embeddings=tied))
+    parallel = models.Parallel(jax.make_mesh((8,), ("model",)))
+    one = models.Generator(models.load(folder, quantisation=quantisation))
+    eight = models.Generator(models.load(folder, quantisation=quantisation, parallel=parallel))
+    tokens = np.random.default_rng().integers(0, 256, (2, 20))
+    assert relative(eight.logits(tokens), one.logits(tokens)) < 1e-5
+    prompts = [tokens[0, :9].tolist(), tokens[1, :3].tolist()]
+    assert (
+        eight.generate(prompts, max_tokens=6).tokens == one.generate(prompts, max_tokens=6).tokens
+    )
+    (decode,) = (p for name, p in eight._programs.items() if name[0] == "decode")
+    gathered = [line for line in decode.as_text().splitlines() if " all-gather(" in line]
+    assert all("f32[2,256]" in line or "f32[16,32]" in line for line in gathered), gathered
+    for leaf in eight.leaves:
+        held = {shard.data.nbytes for shard in leaf.addressable_shards}
+        assert held in ({leaf.nbytes // 8}, {leaf.nbytes}) and (
+            leaf.nbytes <= 4 * 128 or held == {leaf.nbytes // 8}
+        )
+
+
+def test_tensor_parallel_refuses_what_does_not_divide(tmp_path):
+    folder = write_folder(tmp_path / "model", wide_config(num_kv_heads=4))
+    parallel = models.Parallel(jax.make_mesh((8,), ("model",)))
+    with pytest.raises(ValueError, match="num_kv_heads=4"):
+        models.load(folder, parallel=parallel)
+    folder = write_folder(tmp_path / "other", wide_config())
+    with pytest.raises(ValueError, match="groups of 64"):
+        models.load(folder, quantisation=models.Quantisation(4, 64), parallel=parallel)
+    with pytest.raises(ValueError, match="axis"):
+        models.Parallel(jax.make_mesh((8,), ("data",)))
+
+
+# --- decode attention -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "group", "head_dim", "capacity", "splits"),
+    [(2, 2, 3, 32, 128, 1), (3, 1, 4, 64, 192, 3), (1, 2, 1, 128, 128, 2), (2, 1, 17, 32, 64, 1)],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("normed", [False, True])
+def test_decode_attention_kernel(
+    rng, batch, kv_heads, group, head_dim, capacity, splits, dtype, normed
+):
+    heads = kv_heads * group
+
+    def random(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    qkv = random(batch, (heads + 2 * kv_heads) * head_dim)
+    cache = (batch, kv_heads, capacity, head_dim)
+    keys, values = random(*cache), random(*cache)
+    lengths = jnp.asarray(rng.integers(0, capacity, size=batch), jnp.int32)
+    angles = rng.normal(size=(batch, head_dim // 2)).astype(np.float32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    norms = (random(head_dim), random(head_dim)) if normed else None
+    # What lies behind the tokens of a sequence must not matter.
+    behind = jnp.arange(capacity)[None, None, :, None] >= lengths[:, None, None, None]
+    dirty = [jnp.where(behind, jnp.asarray(1e4, dtype), a) for a in (keys, values)]
+    found, new_keys, new_values = pallas_attention.decode(
+        qkv, cos, sin, lengths, *dirty, norms=norms, splits=splits, interpret=True
+    )
+
+    wide = np.asarray(qkv.astype(jnp.float32), np.float64).reshape(batch, -1, head_dim)
+    q, k, v = np.split(wide, (heads, heads + kv_heads), axis=1)
+    if norms is not None:
+        q, k = (
+            a
+            / np.sqrt((a * a).mean(-1, keepdims=True) + 1e-6)
+            * np.asarray(n.astype(jnp.float32), np.float64)
+            for a, n in zip((q, k), norms, strict=True)
+        )
+    turn = np.exp(1j * angles.astype(np.float64))[:, None]
+    half = head_dim // 2
+
+    def turned(a):
+        pairs = (a[..., :half] + 1j * a[..., half:]) * turn
+        return np.concatenate([pairs.real, pairs.imag], -1)
+
+    q, k = turned(q), turned(k)
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    wanted = np.zeros((batch, heads, head_dim))
+    for b, length in enumerate(np.asarray(lengths)):
+        for h in range(heads):
+            old_k, old_v = (
+                np.asarray(a[b, h // group, :length].astype(jnp.float32), np.float64)
+                for a in (keys, values)
+            )
+            all_k = np.concatenate([old_k, k[b, h // group][None]])
+            all_v = np.concatenate([old_v, v[b, h // group][None]])
+            scores = all_k @ q[b, h] / np.sqrt(head_dim)
+            weights = np.exp(scores - scores.max())
+            wanted[b, h] = weights @ all_v / weights.sum()
+        written = np.asarray(new_keys[b, :, length].astype(jnp.float32))
+        assert relative(written, k[b]) < tolerance
+        np.testing.assert_array_equal(
+            np.asarray(new_values[b, :, length].astype(jnp.float32)), v[b]
+        )
+        kept = np.arange(capacity) != length
+        np.testing.assert_array_equal(
+            np.asarray(new_keys.astype(jnp.float32))[b][:, kept],
+            np.asarray(dirty[0].astype(jnp.float32))[b][:, kept],
+        )
+    assert relative(np.asarray(found.astype(jnp.float32)).reshape(wanted.shape), wanted) < tolerance
+
+
+def test_decode_attention_never_writes_past_a_full_cache(rng):
+    qkv = jnp.asarray(rng.normal(size=(2, 4 * 32)), jnp.float32)
+    cache = jnp.zeros((2, 1, 64, 32), jnp.float32)
+    turn = jnp.ones((2, 16), jnp.float32)
+    lengths = jnp.array([64, 1000], jnp.int32)
+    _, keys, _ = pallas_attention.decode(qkv, turn, turn, lengths, cache, cache, interpret=True)
+    assert (np.asarray(keys)[:, :, :63] == 0).all() and (np.asarray(keys)[:, :, 63] != 0).any()
+
+
+def test_decode_attention_lowers_for_cuda():
+    struct = jax.ShapeDtypeStruct
+    cache = struct((1, 8, 1024, 128), jnp.bfloat16)
+    args = [struct((1, 48 * 128), jnp.bfloat16), *[struct((1, 64), jnp.float32)] * 2]
+    program = jax.jit(pallas_attention.decode).trace(*args, struct((1,), jnp.int32), cache, cache)
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("decode_attention") >= 1
+
+
+def test_attention_over_a_long_prompt_in_blocks(rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 1536, h, 16)), jnp.float32) for h in (4, 2, 2))
+    found = attention.over_prompt(q, k, v)
+    rows = [0, 511, 512, 1023, 1535]
+    for row in rows:
+        lengths = jnp.array([row + 1], jnp.int32)
+        wanted = attention.over_cache(
+            q[:, row], k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), lengths
+        )
+        assert relative(found[:, row], wanted) < 1e-5
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_cache_append_touches_one_slot(rng, batch):
+    cache = jnp.asarray(rng.normal(size=(batch, 2, 8, 4)), jnp.float32)
+    new = jnp.asarray(rng.normal(size=(batch, 2, 4)), jnp.float32)
+    lengths = np.array([3, 0, 7][:batch], np.int32)
+    wanted = np.array(cache)
+    for b, slot in enumerate(lengths):
+        wanted[b, :, slot] = new[b]
+    np.testing.assert_array_equal(append(cache, new, jnp.asarray(lengths)), wanted)
