@@ -1,16 +1,182 @@
-"""The C++ library (placeholder until its bindings land)."""
+"""The C++ library for CPUs: finds it, registers its FFI handler, calls it.
+
+The library is the extension module `_cpu`, either installed inside this package (pip) or in
+`cpu/build/python/` of a checkout (`ninja -C cpu`). Inside jit a product is one FFI call on XLA's own
+threads, on the arrays where they lie: weights are never copied. `FDK_NUM_THREADS` bounds the threads,
+`FDK_CPU_LEVEL` chooses an instruction set ("scalar", "avx2", ...) other than the best.
+"""
+
+import functools
+import importlib.util
+import math
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+ARITHMETIC = {"exact": 0, "int16": 1, "int8": 2}
+ABI_VERSION = 1
+_TARGET = "fdk_matmul"
+
+
+@functools.cache
+def _load() -> ModuleType | str:
+    """The extension module with its handlers registered, or the reason why there is none."""
+    package = Path(__file__).parent
+    folders = [package, package.parent / "cpu" / "build" / "python"]
+    spec = PathFinder.find_spec("_cpu", [str(folder) for folder in folders])
+    if spec is None or spec.loader is None:
+        return (
+            "the C++ library is not built: install a C++20 compiler (g++ or clang++) and reinstall"
+            " fdk-jax, or run `ninja -C cpu` in a checkout"
+        )
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        return f"{spec.origin} does not load: {error}"
+    if module.abi_version != ABI_VERSION:
+        return (
+            f"{spec.origin} has interface {module.abi_version}, expected {ABI_VERSION}: rebuild it"
+            " (`ninja -C cpu`, or reinstall fdk-jax)"
+        )
+    for name, handler in module.ffi_handlers().items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return module
+
+
+def library() -> ModuleType:
+    """The extension module.
+
+    Raises:
+        NotImplementedError: it is not there; the message says what to do.
+    """
+    module = _load()
+    if isinstance(module, str):
+        raise NotImplementedError(f'backend="cpu" is not available: {module}')
+    return module
 
 
 def unavailable_reason() -> str | None:
     """Why `backend="cpu"` cannot be used here, or None."""
-    return "the library is not built yet"
+    module = _load()
+    return module if isinstance(module, str) else None
 
 
 def describe() -> str:
-    """One line about the kernels in use."""
-    return "none"
+    """One line about the kernels in use: instruction set and threads."""
+    if (reason := unavailable_reason()) is not None:
+        return reason
+    return f"C++ library, {library().level()}, {library().num_threads()} threads"
 
 
-def matmul(*_, **__):
-    """Not there yet."""
-    raise NotImplementedError(unavailable_reason())
+def matmul(
+    x: Array,
+    packed: Array,
+    scales: Array,
+    codebook: Array,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    uniform: bool,
+    bias: Array | None = None,
+    out_dtype: Any = None,
+    arithmetic: str = "exact",
+) -> Array:
+    """Y = x @ W.T + bias for a weight in the tiled layout; works under jit.
+
+    Args:
+        x: bfloat16, float16 or float32 [M, K], M >= 1.
+        packed: uint8 [tiles, steps, 64] of `packing.to_tiled`.
+        scales: bfloat16, float16 or float32 [tiles, groups, 16].
+        codebook: float32 [2**bits] or [C, 2**bits], C dividing N: row n uses codebook n // (N // C).
+        bits: 1, 2, 4 or 8.
+        group_size: weights along K that share a scale, a multiple of 8.
+        out_features: N.
+        uniform: whether codebook[q] = codebook[0] + q * step.
+        bias: [N], added in float32; or None.
+        out_dtype: dtype of y; None for that of x.
+        arithmetic: "exact", or "int16" or "int8" activations (docs/cpu.md states their errors).
+
+    Returns:
+        y [M, N].
+
+    Raises:
+        NotImplementedError: there is no library, or it cannot do this group size.
+    """
+    library()
+    if group_size % 8:
+        raise NotImplementedError(f'backend="cpu" needs {group_size=} to be a multiple of 8')
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    call = jax.ffi.ffi_call(
+        _TARGET,
+        jax.ShapeDtypeStruct((x.shape[0], out_features), out_dtype),
+        vmap_method="sequential",
+    )
+    return call(
+        x,
+        packed,
+        scales,
+        codebook.astype(jnp.float32),
+        jnp.zeros((0,), jnp.float32) if bias is None else bias,
+        bits=np.int64(bits),
+        group_size=np.int64(group_size),
+        uniform=bool(uniform),
+        arithmetic=np.int64(ARITHMETIC[arithmetic]),
+    )
+
+
+def convert_tiled(
+    packed: Array,
+    scales: Array,
+    packed_shape: tuple[int, ...],
+    scales_shape: tuple[int, ...],
+    *,
+    to_tiled: bool,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+) -> tuple[Array, Array]:
+    """Converts between the interchange and the tiled layout, matrix by matrix, outside of jit.
+
+    Args:
+        packed: concrete uint8 [..., rows, ...] in one layout.
+        scales: concrete [..., rows, ...] in the same layout.
+        packed_shape: shape of one converted matrix of codes.
+        scales_shape: shape of the scales of one converted matrix.
+        to_tiled: the direction.
+        bits: width of a code.
+        group_size: weights a scale.
+        out_features: N.
+        in_features: K.
+
+    Returns:
+        (packed, scales) [..., *packed_shape] and [..., *scales_shape].
+    """
+    function = library().to_tiled if to_tiled else library().from_tiled
+    lead = packed.shape[: packed.ndim - (2 if to_tiled else 3)]
+    dtype = np.dtype(scales.dtype)
+    source_packed = np.ascontiguousarray(packed).reshape(math.prod(lead), -1)
+    source_scales = np.ascontiguousarray(scales).reshape(math.prod(lead), -1).view(np.uint8)
+    target_packed = np.empty((math.prod(lead), math.prod(packed_shape)), np.uint8)
+    target_scales = np.empty((math.prod(lead), math.prod(scales_shape) * dtype.itemsize), np.uint8)
+    for arrays in zip(source_packed, source_scales, target_packed, target_scales, strict=True):
+        function(
+            *arrays,
+            bits=bits,
+            group_size=group_size,
+            out_features=out_features,
+            in_features=in_features,
+            scale_size=dtype.itemsize,
+        )
+    return (
+        jnp.asarray(target_packed.reshape(*lead, *packed_shape)),
+        jnp.asarray(target_scales.view(dtype).reshape(*lead, *scales_shape)),
+    )

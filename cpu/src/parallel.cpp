@@ -1,6 +1,8 @@
 #include "parallel.h"
 
+#if defined(_OPENMP)
 #include <omp.h>
+#endif
 #include <pthread.h>
 #include <sched.h>
 
@@ -8,6 +10,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 namespace fdk {
 namespace {
@@ -18,7 +21,7 @@ std::atomic<bool> g_alone{false};
 
 void in_forked_child() {
   g_busy.store(0);
-#if !defined(KMP_VERSION_MAJOR)
+#if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR)
   g_alone.store(true);  // GNU's runtime waits forever for threads that fork() did not copy
 #endif
 }
@@ -53,8 +56,14 @@ void run_openmp(const Team &, int threads, Body body, void *context) {
   if (threads <= 1 || g_alone.load(std::memory_order_relaxed)) return body(context);
   const Share share(threads, std::max(threads, affinity_count()));
   if (share.taken() == 1) return body(context);
+#if defined(_OPENMP)
 #pragma omp parallel num_threads(share.taken())
   body(context);
+#else
+  std::vector<std::jthread> others;
+  for (int i = 1; i < share.taken(); ++i) others.emplace_back(body, context);
+  body(context);
+#endif
 }
 
 }  // namespace
@@ -70,7 +79,11 @@ int default_num_threads() {
     const long value = std::strtol(text, nullptr, 10);
     if (value >= 1) return static_cast<int>(std::min<long>(value, processors));
   }
+#if defined(_OPENMP)
   return std::clamp(omp_get_max_threads(), 1, processors);
+#else
+  return processors;
+#endif
 }
 
 void Latch::wait() const {

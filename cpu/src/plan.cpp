@@ -147,7 +147,7 @@ void round_levels8(const float *codebook, int count, uint8_t *levels, Levels &ou
   const float base = *low;
   const float range = *high - *low;
   out.offset8 = base;
-  out.factor8 = range / 255.0F;
+  out.factor8 = 1.0F;  // never 0: kernels divide by it
   if (!(range > 0.0F)) {
     std::fill(levels, levels + count, uint8_t{0});
     return;
@@ -180,7 +180,7 @@ void round_levels16(const float *codebook, int count, int16_t *levels, Levels &o
   const float middle = 0.5F * *low + 0.5F * *high;
   const float half = *high - middle;
   out.offset16 = middle;
-  out.factor16 = half / top;
+  out.factor16 = half > 0.0F ? half / top : 1.0F;  // never 0: kernels divide by it
   for (int i = 0; i < count; ++i) {
     const float level = half > 0.0F ? (codebook[i] - middle) * (top / half) : 0.0F;
     levels[i] = static_cast<int16_t>(std::nearbyint(std::clamp(level, -top, top)));
@@ -188,6 +188,39 @@ void round_levels16(const float *codebook, int count, int16_t *levels, Levels &o
 }
 
 }  // namespace
+
+// Whether levels 0..count-1 stand for the codebook well enough: rounding it to bfloat16 moves its
+// values off the line by an error that int8 activations hide and int16 ones do not. A codebook of
+// one value has no step to divide by.
+bool OwnedPlan::is_affine(const float *codebook, int count) const {
+  const float step = (codebook[count - 1] - codebook[0]) / static_cast<float>(count - 1);
+  if (step == 0.0F) return false;
+  if (plan_.arithmetic == FDK_INT8) return true;
+  for (int q = 0; q < count; ++q)
+    if (std::fabs(codebook[q] - (codebook[0] + static_cast<float>(q) * step)) >
+        1e-5F * std::fabs(codebook[count - 1] - codebook[0]))
+      return false;
+  return true;
+}
+
+void OwnedPlan::fill_levels(const float *codebook, int count, uint8_t *levels8, int16_t *levels16,
+                            Levels &out) const {
+  if (!plan_.uniform) {
+    out.x_limit16 = 8191;  // 8191 * 4095 * kMaxBlock < 2**31
+    if (plan_.arithmetic == FDK_INT8)
+      round_levels8(codebook, count, levels8, out);
+    else
+      round_levels16(codebook, count, levels16, out);
+    return;
+  }
+  out.x_limit16 = 32767;  // 32767 * 255 * kMaxBlock < 2**31
+  out.offset8 = out.offset16 = codebook[0];
+  out.factor8 = out.factor16 = (codebook[count - 1] - codebook[0]) / static_cast<float>(count - 1);
+  for (int q = 0; q < count; ++q) {
+    levels8[q] = static_cast<uint8_t>(q);
+    levels16[q] = static_cast<int16_t>(q);
+  }
+}
 
 void OwnedPlan::build_codebooks(const float *codebook) {
   const int count = 1 << plan_.bits;
@@ -201,30 +234,14 @@ void OwnedPlan::build_codebooks(const float *codebook) {
   levels16_.resize(total);
   levels_.resize(static_cast<size_t>(plan_.num_codebooks));
   for (size_t c = 0; c < levels_.size(); ++c) {
-    const float *values = &codebook_[c * static_cast<size_t>(count)];
-    uint8_t *levels8 = &levels8_[c * static_cast<size_t>(count)];
-    int16_t *levels16 = &levels16_[c * static_cast<size_t>(count)];
-    Levels &out = levels_[c];
-    if (plan_.uniform) {
-      out.offset8 = out.offset16 = values[0];
-      out.factor8 = out.factor16 =
-          (values[count - 1] - values[0]) / static_cast<float>(count - 1);
-      // 32767 * 255 * kMaxBlock < 2**31.
-      out.x_limit16 = 32767;
-      for (int q = 0; q < count; ++q) {
-        levels8[q] = static_cast<uint8_t>(q);
-        levels16[q] = static_cast<int16_t>(q);
-      }
-    } else {
-      // 8191 * 4095 * kMaxBlock < 2**31.
-      out.x_limit16 = 8191;
-      if (plan_.arithmetic == FDK_INT8)
-        round_levels8(values, count, levels8, out);
-      else
-        round_levels16(values, count, levels16, out);
-    }
-    out.level8 = levels8;
-    out.level16 = levels16;
+    const size_t first = c * static_cast<size_t>(count);
+    if (!is_affine(&codebook_[first], count)) plan_.uniform = false;
+    levels_[c].level8 = &levels8_[first];
+    levels_[c].level16 = &levels16_[first];
+  }
+  for (size_t c = 0; c < levels_.size(); ++c) {
+    const size_t first = c * static_cast<size_t>(count);
+    fill_levels(&codebook_[first], count, &levels8_[first], &levels16_[first], levels_[c]);
   }
   plan_.levels = levels_.data();
 }

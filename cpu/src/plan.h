@@ -38,6 +38,9 @@ class OwnedPlan {
  private:
   void build_blocks();
   void build_codebooks(const float *codebook);
+  bool is_affine(const float *codebook, int count) const;
+  void fill_levels(const float *codebook, int count, uint8_t *levels8, int16_t *levels16,
+                   Levels &out) const;
 
   Plan plan_{};
   std::vector<Block> blocks_;

@@ -1,0 +1,210 @@
+// The Python module: XLA FFI handlers for use inside jit, and the functions of the C interface that
+// Python needs outside of it.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "api.h"
+#include "fdk.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace py = pybind11;
+namespace ffi = xla::ffi;
+
+namespace {
+
+// XLA's own threads as a team, so that no second pool competes with them. Tasks that start after
+// the work is done find the door closed and leave; nobody waits for a task that has not started.
+struct Door {
+  static constexpr int kClosed = 1 << 30;
+  std::atomic<int> inside{0};
+  fdk::Body body;
+  void *context;
+
+  void visit() {
+    if ((inside.fetch_add(1, std::memory_order_acq_rel) & kClosed) == 0) body(context);
+    inside.fetch_sub(1, std::memory_order_acq_rel);
+  }
+
+  void close_and_wait() {
+    inside.fetch_or(kClosed, std::memory_order_acq_rel);
+    for (int spins = 0; inside.load(std::memory_order_acquire) != kClosed; ++spins)
+      if (spins > 2000) std::this_thread::yield();
+  }
+};
+
+void run_on_xla(const fdk::Team &team, int threads, fdk::Body body, void *context) {
+  if (threads <= 1) return body(context);
+  auto &pool = *static_cast<ffi::ThreadPool *>(const_cast<void *>(team.handle));
+  const auto door = std::make_shared<Door>();
+  door->body = body;
+  door->context = context;
+  for (int i = 1; i < threads; ++i) pool.Schedule([door] { door->visit(); });
+  body(context);
+  door->close_and_wait();
+}
+
+bool to_dtype(ffi::DataType type, fdk_dtype &out) {
+  switch (type) {
+    case ffi::DataType::F32: out = FDK_F32; return true;
+    case ffi::DataType::F16: out = FDK_F16; return true;
+    case ffi::DataType::BF16: out = FDK_BF16; return true;
+    default: return false;
+  }
+}
+
+ffi::Error to_error(fdk_status status) {
+  if (status == FDK_OK) return ffi::Error::Success();
+  const std::string message = std::string("fdk: ") + fdk_last_error();
+  switch (status) {
+    case FDK_INVALID_ARGUMENT: return ffi::Error::InvalidArgument(message);
+    case FDK_UNSUPPORTED: return ffi::Error(ffi::ErrorCode::kUnimplemented, message);
+    case FDK_OUT_OF_MEMORY: return ffi::Error(ffi::ErrorCode::kResourceExhausted, message);
+    default: return ffi::Error::Internal(message);
+  }
+}
+
+// x [M, K], packed [tiles, bytes], scales [tiles, groups, 16], codebook [..., 2**bits] float32,
+// bias [N] or [0] -> y [M, N].
+ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> packed,
+                  ffi::AnyBuffer scales, ffi::Buffer<ffi::F32> codebook, ffi::AnyBuffer bias,
+                  ffi::Result<ffi::AnyBuffer> y, int64_t bits, int64_t group_size, bool uniform,
+                  int64_t arithmetic) {
+  if (x.dimensions().size() != 2 || y->dimensions().size() != 2 ||
+      codebook.dimensions().size() < 1)
+    return ffi::Error::InvalidArgument("fdk: x and y must have two axes, the codebook one or two");
+  fdk_weight weight{};
+  weight.struct_size = sizeof weight;
+  weight.out_features = y->dimensions()[1];
+  weight.in_features = x.dimensions()[1];
+  weight.bits = static_cast<int32_t>(bits);
+  weight.uniform = uniform ? 1 : 0;
+  weight.group_size = group_size;
+  weight.packed = packed.typed_data();
+  weight.packed_bytes = packed.size_bytes();
+  weight.scales = scales.untyped_data();
+  weight.scales_bytes = scales.size_bytes();
+  weight.codebook = codebook.typed_data();
+  weight.codebook_bytes = codebook.size_bytes();
+  weight.num_codebooks = codebook.dimensions().size() > 1 ? codebook.dimensions()[0] : 1;
+  fdk_matmul_args args{};
+  args.struct_size = sizeof args;
+  args.m = x.dimensions()[0];
+  args.x = x.untyped_data();
+  args.x_bytes = x.size_bytes();
+  args.y = y->untyped_data();
+  args.y_bytes = y->size_bytes();
+  args.bias = bias.element_count() == 0 ? nullptr : bias.untyped_data();
+  args.bias_bytes = bias.size_bytes();
+  args.arithmetic = static_cast<fdk_arithmetic>(arithmetic);
+  if (y->dimensions()[0] != args.m || !to_dtype(x.element_type(), args.x_dtype) ||
+      !to_dtype(y->element_type(), args.y_dtype) ||
+      !to_dtype(bias.element_type(), args.bias_dtype) ||
+      !to_dtype(scales.element_type(), weight.scales_dtype))
+    return ffi::Error::InvalidArgument("fdk: x, y, scales or bias has a shape or dtype unknown here");
+  return to_error(fdk::matmul(&weight, &args, fdk::Team{run_on_xla, &pool}));
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_matmul, matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<bool>("uniform")
+                                  .Attr<int64_t>("arithmetic"));
+
+void check(fdk_status status) {
+  if (status == FDK_OK) return;
+  const std::string message = fdk_last_error();
+  if (status == FDK_INVALID_ARGUMENT) throw py::value_error(message);
+  if (status == FDK_OUT_OF_MEMORY) throw std::bad_alloc();
+  throw std::runtime_error(message);
+}
+
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+
+fdk_layout make_layout(int32_t bits, int64_t group_size, int64_t n, int64_t k, int64_t scale_size) {
+  fdk_layout layout{};
+  layout.struct_size = sizeof layout;
+  layout.out_features = n;
+  layout.in_features = k;
+  layout.group_size = group_size;
+  layout.bits = bits;
+  // Scales are copied, never computed with: only their size matters.
+  layout.scales_dtype = scale_size == 4 ? FDK_F32 : FDK_BF16;
+  return layout;
+}
+
+size_t size_of(const Bytes &bytes) { return static_cast<size_t>(bytes.nbytes()); }
+
+void to_tiled(const Bytes &packed, const Bytes &scales, Bytes &tiled_packed, Bytes &tiled_scales,
+              int32_t bits, int64_t group_size, int64_t n, int64_t k, int64_t scale_size) {
+  const fdk_layout layout = make_layout(bits, group_size, n, k, scale_size);
+  uint8_t *target_packed = tiled_packed.mutable_data();
+  uint8_t *target_scales = tiled_scales.mutable_data();
+  fdk_status status = FDK_OK;
+  {
+    const py::gil_scoped_release release;
+    status = fdk_to_tiled(&layout, packed.data(), size_of(packed), scales.data(), size_of(scales),
+                          target_packed, size_of(tiled_packed), target_scales,
+                          size_of(tiled_scales));
+  }
+  check(status);
+}
+
+void from_tiled(const Bytes &tiled_packed, const Bytes &tiled_scales, Bytes &packed, Bytes &scales,
+                int32_t bits, int64_t group_size, int64_t n, int64_t k, int64_t scale_size) {
+  const fdk_layout layout = make_layout(bits, group_size, n, k, scale_size);
+  uint8_t *target_packed = packed.mutable_data();
+  uint8_t *target_scales = scales.mutable_data();
+  fdk_status status = FDK_OK;
+  {
+    const py::gil_scoped_release release;
+    status = fdk_from_tiled(&layout, tiled_packed.data(), size_of(tiled_packed),
+                            tiled_scales.data(), size_of(tiled_scales), target_packed,
+                            size_of(packed), target_scales, size_of(scales));
+  }
+  check(status);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  module.doc() = "The CPU library: XLA FFI handlers and the layout conversion.";
+  module.attr("abi_version") = fdk_abi_version();
+  module.def("ffi_handlers", [] {
+    py::dict handlers;
+    handlers["fdk_matmul"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_matmul));
+    return handlers;
+  }, "FFI handlers by the name of their target.");
+  // Scales travel as bytes.
+  module.def("to_tiled", to_tiled, py::arg("packed").noconvert(), py::arg("scales").noconvert(),
+             py::arg("tiled_packed").noconvert(), py::arg("tiled_scales").noconvert(),
+             py::kw_only(), py::arg("bits"), py::arg("group_size"), py::arg("out_features"),
+             py::arg("in_features"), py::arg("scale_size"));
+  module.def("from_tiled", from_tiled, py::arg("tiled_packed").noconvert(),
+             py::arg("tiled_scales").noconvert(), py::arg("packed").noconvert(),
+             py::arg("scales").noconvert(), py::kw_only(), py::arg("bits"), py::arg("group_size"),
+             py::arg("out_features"), py::arg("in_features"), py::arg("scale_size"));
+  module.def("level", [] { return std::string(fdk_level()); }, "The instruction-set level in use.");
+  module.def("levels", [] {
+    py::list names;
+    for (int32_t i = 0; i < fdk_num_levels(); ++i)
+      if (fdk_level_available(fdk_level_at(i)) != 0) names.append(fdk_level_at(i));
+    return names;
+  }, "Levels that this machine can run, the best first.");
+  module.def("set_level", [](const py::object &name) {
+    check(fdk_set_level(name.is_none() ? nullptr : name.cast<std::string>().c_str()));
+  }, py::arg("name"), "Forces a level; None returns to the best one.");
+  module.def("num_threads", &fdk_default_num_threads, "Threads that a call may use now.");
+}

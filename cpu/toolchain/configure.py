@@ -1,0 +1,110 @@
+"""Writes build/host/: what the ninja file needs to know of this machine.
+
+    cxx          the compiler: $CXX, else the first of clang++ and g++ that compiles C++20
+    LEVEL.rsp    its options for each instruction set, none on another processor
+    openmp.rsp   -fopenmp, or nothing when the compiler lacks it (then std::thread is used)
+    user.rsp     $CXXFLAGS; link.rsp: $LDFLAGS
+    python.rsp   include folders of Python, pybind11 and XLA's FFI headers
+    module       file name of the Python module, or "none: " and the reason
+
+usage: configure.py FOLDER
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+COMPILERS = ("clang++", *(f"clang++-{version}" for version in range(22, 16, -1)), "g++", "c++")
+X86_LEVELS = {
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni"
+    " -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+}
+X86_LEVELS["avx512bf16"] = X86_LEVELS["avx512vnni"] + " -mavx512bf16"
+ARM_LEVELS = {
+    "neon": "-march=armv8-a",
+    "dotprod": "-march=armv8.2-a+dotprod",
+    "i8mm": "-march=armv8.2-a+dotprod+i8mm",
+    "bf16": "-march=armv8.2-a+dotprod+i8mm+bf16",
+    "sve2": "-march=armv8.2-a+dotprod+i8mm+bf16+sve2",
+}
+OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }\n"
+CXX20 = "#include <span>\nint main() { return static_cast<int>(std::span<int>().size()); }\n"
+
+
+def compiles(compiler: str, program: str, *options: str) -> bool:
+    """Whether the compiler turns the program into an executable."""
+    command = [*compiler.split(), "-std=c++20", *options, "-x", "c++", "-", "-o", "/dev/null"]
+    return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
+
+
+def find_compiler() -> tuple[str, str]:
+    """The compiler and its OpenMP option; one that has OpenMP is preferred."""
+    wanted = os.environ.get("CXX")
+    present = [wanted] if wanted else [name for name in COMPILERS if shutil.which(name)]
+    for name in present:
+        if compiles(name, OPENMP, "-fopenmp"):
+            return name, "-fopenmp"
+    for name in present:
+        if compiles(name, CXX20):
+            return name, ""
+    if wanted:
+        sys.exit(f"CXX={wanted} does not compile and link C++20")
+    sys.exit("no C++20 compiler found: install g++ (Debian: apt install g++) or set CXX")
+
+
+def folder_of(package: str) -> Path | None:
+    """The folder of a package, without the time that importing it takes."""
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def python_module() -> tuple[str, str]:
+    """Include options for the Python module, and its file name."""
+    pybind11, jaxlib = folder_of("pybind11"), folder_of("jaxlib")
+    if pybind11 is None or jaxlib is None:
+        missing = " and ".join(n for n in ("pybind11", "jaxlib") if folder_of(n) is None)
+        return "", f"none: {sys.executable} has no {missing}"
+    python = Path(sysconfig.get_path("include"))
+    if not (python / "Python.h").exists():
+        return "", f"none: {python} has no Python.h (Debian: apt install python3-dev)"
+    folders = (python, pybind11 / "include", jaxlib / "include")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    return " ".join(f"-isystem {folder}" for folder in folders), f"_cpu{suffix}"
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a line unless it is there already, so that ninja sees only real changes."""
+    text += "\n"
+    if not path.exists() or path.read_text() != text:
+        partial = path.with_suffix(".partial")
+        partial.write_text(text)
+        partial.replace(path)
+
+
+def main() -> None:
+    """Writes the files into the folder that the command line names."""
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    compiler, openmp = find_compiler()
+    includes, module = python_module()
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    arm = platform.machine() in ("aarch64", "arm64")
+    write(folder / "cxx", compiler)
+    write(folder / "openmp.rsp", openmp)
+    write(folder / "user.rsp", os.environ.get("CXXFLAGS", ""))
+    write(folder / "link.rsp", os.environ.get("LDFLAGS", ""))
+    write(folder / "python.rsp", includes)
+    write(folder / "module", module)
+    for levels, wanted in ((X86_LEVELS, x86), (ARM_LEVELS, arm)):
+        for name, options in levels.items():
+            write(folder / f"{name}.rsp", options if wanted else "")
+
+
+if __name__ == "__main__":
+    main()
