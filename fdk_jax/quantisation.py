@@ -58,8 +58,8 @@ def quantise_array(
         TypeError: the weight is not a float array.
         ValueError: an argument out of range, or a weight that is not finite.
     """
-    _check_options(bits, group_size, codebook, scale)
-    matrix, batch, shape = _as_matrix(weight, axes, dtype)
+    check_options(bits, group_size, codebook, scale)
+    matrix, batch, shape = as_matrix(weight, axes, dtype)
     if not isinstance(matrix, jax.core.Tracer) and not bool(jnp.isfinite(matrix).all()):
         raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
     kind = resolve_scale(scale, bits)
@@ -103,7 +103,8 @@ def resolve_codebook(
     return codebooks.check(tables[codebook](), bits)
 
 
-def _check_options(bits, group_size, codebook, scale) -> None:
+def check_options(bits: int, group_size: int, codebook: Any, scale: str) -> None:
+    """Raises ValueError for an option that is out of range."""
     packing.codes_per_byte(bits)
     if not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size must be a positive integer, got {group_size!r}")
@@ -117,8 +118,10 @@ def _check_options(bits, group_size, codebook, scale) -> None:
             raise ValueError(f"{codebook=} has {count} values: use bits={width}, not {bits=}")
 
 
-def _as_matrix(weight, axes, dtype) -> tuple[Array, tuple[int, ...], tuple[int, ...]]:
-    """[..., N, K] of a weight, its leading shape and its own shape."""
+def as_matrix(
+    weight: ArrayLike, axes: str, dtype: Any
+) -> tuple[Array, tuple[int, ...], tuple[int, ...]]:
+    """[..., N, K] of a weight in `dtype` (None: its own), its leading shape and its own shape; checked."""
     if set(axes) != {"k", "n"}:
         raise ValueError(f'{axes=} must hold a "k" or an "n" for each axis, e.g. "kn"')
     weight = jnp.asarray(weight)

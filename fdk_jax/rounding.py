@@ -1,0 +1,265 @@
+"""Scales and codes chosen for the error that they cause, given a codebook.
+
+Glossary (one matrix): weight float32 [N, K]; scales float32 [N, ceil(K / G)] on the grid of the compute
+dtype; codebook float32 [2**bits] or [C, 2**bits]; importance float32 [N, K] or [1, K]; second float32
+[K, K], the mean of x x^T over inputs x, so that the error of the output is
+
+    E |(W - Q) x|**2 = trace((W - Q) second (W - Q)^T)
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fdk_jax.quantisation import nearest_codes, round_to
+from fdk_jax.reference import lookup
+
+# Multiples of the rule's scale that the search tries; 1 is one of them.
+_MULTIPLES = np.round(np.arange(0.4, 1.6001, 0.025), 3)
+_REFITS = 2
+_BLOCK = 128
+_ELEMENTS = 2**24  # weights whose search is in memory at a time
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+def spread(scales: Array, group_size: int, in_features: int) -> Array:
+    """[N, K] from scales [N, ceil(K / G)]."""
+    return jnp.repeat(scales, group_size, axis=-1)[..., :in_features]
+
+
+def _grouped(matrix: Array, group_size: int) -> Array:
+    """[N, K] -> [N, ceil(K / G), G], zeros at the end."""
+    n, k = matrix.shape
+    padded = jnp.pad(matrix, ((0, 0), (0, -k % group_size)))
+    return padded.reshape(n, -1, group_size)
+
+
+def search_scales(
+    weight: Array,
+    base: Array,
+    codebook: Array,
+    importance: Array | None,
+    *,
+    group_size: int,
+    dtype: Any,
+) -> Array:
+    """The scale of each group that has the least weighted squared error.
+
+        minimises sum_k importance_k * (w_k - s * codebook[q_k(s)])**2
+
+    Tries multiples of a base scale, then solves for the best scale of the codes that were found.
+
+    Args:
+        weight: float32 [N, K].
+        base: float32 [N, ceil(K / G)], e.g. absmax.
+        codebook: float32 [2**bits] or [C, 2**bits].
+        importance: float32 [N, K] or [1, K]; None for ones.
+        group_size: G.
+        dtype: compute dtype, on whose grid scales lie.
+
+    Returns:
+        float32 [N, ceil(K / G)]; the error of each group is at most that of its base scale.
+    """
+    importance = jnp.ones((1, weight.shape[1]), jnp.float32) if importance is None else importance
+    search = functools.partial(_search, group_size=group_size, dtype=jnp.dtype(dtype))
+    rows = codebook.reshape(-1, codebook.shape[-1])
+    step = weight.shape[0] // rows.shape[0]
+    # Rows that share a codebook, in pieces that fit into memory.
+    piece = max(1, min(step, _ELEMENTS // max(1, weight.shape[1])))
+    parts = []
+    for start in range(0, weight.shape[0], step):
+        for low in range(start, start + step, piece):
+            cut = slice(low, min(low + piece, start + step))
+            h = importance[cut] if importance.shape[0] > 1 else importance
+            parts.append(search(weight[cut], base[cut], rows[start // step], h))
+    return jnp.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
+def _search(weight, base, codebook, importance, *, group_size, dtype) -> Array:
+    w = _grouped(weight, group_size)
+    h = _grouped(jnp.broadcast_to(importance, weight.shape), group_size)
+    levels = round_to(codebook, dtype)
+
+    def decode(scales: Array) -> Array:
+        quotients = w / scales[..., None]
+        flat = quotients.reshape(w.shape[0], -1)
+        return lookup(nearest_codes(flat, levels, jnp.float32), levels).reshape(w.shape)
+
+    def error(scales: Array) -> Array:
+        return jnp.sum(h * jnp.square(w - scales[..., None] * decode(scales)), axis=-1)
+
+    def keep_better(best: tuple[Array, Array], scales: Array) -> tuple[Array, Array]:
+        scales = round_to(scales, dtype)
+        scales = jnp.where((scales > 0) & jnp.isfinite(scales), scales, best[0])
+        new = error(scales)
+        better = new < best[1]
+        return jnp.where(better, scales, best[0]), jnp.where(better, new, best[1])
+
+    def try_multiple(best, multiple):
+        return keep_better(best, base * multiple), None
+
+    best = jax.lax.scan(try_multiple, (base, error(base)), jnp.asarray(_MULTIPLES, jnp.float32))[0]
+    for _ in range(_REFITS):
+        c = decode(best[0])
+        square = jnp.sum(h * c * c, axis=-1)
+        fit = jnp.sum(h * w * c, axis=-1) / jnp.where(square > 0, square, 1)
+        best = keep_better(best, fit)
+    return best[0]
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
+def nearest(weight: Array, scales: Array, codebook: Array, *, group_size: int, dtype: Any) -> Array:
+    """uint8 [N, K]: the code of the nearest level, a tie to the lower one."""
+    quotients = weight / spread(scales, group_size, weight.shape[1])
+    return nearest_codes(quotients, round_to(codebook, dtype), jnp.float32)
+
+
+def corrected(
+    weight: Array,
+    scales: Array,
+    codebook: Array,
+    second: Array,
+    *,
+    group_size: int,
+    dtype: Any,
+    damping: float = 0.01,
+) -> Array:
+    """Codes that make up for each other's errors, as in GPTQ (Frantar et al., arXiv 2210.17323).
+
+    Inputs are taken one by one, those of the largest second moment first; the error of rounding a column
+    is spread over the columns still to come so that the error of the output stays least. As scales are fixed
+    beforehand, the order is free of the groups. Here the levels are those of any codebook.
+
+    Args:
+        weight: float32 [N, K].
+        scales: float32 [N, ceil(K / G)].
+        codebook: float32 [2**bits] or [C, 2**bits].
+        second: float32 [K, K].
+        group_size: G.
+        dtype: compute dtype of the levels.
+        damping: this part of the mean of the diagonal is added to the diagonal.
+
+    Returns:
+        uint8 [N, K].
+
+    Raises:
+        ValueError: a matrix of second moments that is not positive definite however damped.
+    """
+    for factor in (1, 10, 100):
+        root = _inverse_root(second, jnp.float32(damping * factor))
+        if bool(jnp.isfinite(root[0]).all()):
+            break
+    else:
+        raise ValueError(
+            f"second moments are not positive definite even with damping={damping * 100}"
+        )
+    return _corrected(
+        weight, scales, codebook, *root, group_size=group_size, dtype=jnp.dtype(dtype)
+    )
+
+
+@jax.jit
+def _inverse_root(second: Array, damping: Array) -> tuple[Array, Array]:
+    """(upper U with U^T U = inverse of the damped matrix in a new order, the order)."""
+    diagonal = jnp.diagonal(second)
+    order = jnp.argsort(-diagonal, stable=True)
+    second = second[order][:, order]
+    floor = damping * diagonal.mean()
+    second = second + jnp.diag(jnp.broadcast_to(floor, diagonal.shape))
+    # The Cholesky factor of the reversed matrix, reversed again, is an upper R with second = R R^T;
+    # so U is its inverse: one factorisation and no explicit inverse of the matrix.
+    upper = jnp.linalg.cholesky(second[::-1, ::-1])[::-1, ::-1]
+    identity = jnp.eye(len(diagonal), dtype=jnp.float32)
+    return jax.scipy.linalg.solve_triangular(upper, identity, lower=False), order
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
+def _corrected(weight, scales, codebook, root, order, *, group_size, dtype) -> Array:
+    n, k = weight.shape
+    levels = round_to(codebook, dtype)
+    pad = -k % _BLOCK
+    # Columns become rows: each step reads and writes contiguous memory. Padding is inert: zero weights,
+    # an identity in the root.
+    columns = jnp.pad(weight.T[order], ((0, pad), (0, 0)))
+    factors = jnp.pad(
+        spread(scales, group_size, k).T[order], ((0, pad), (0, 0)), constant_values=1.0
+    )
+    root = jnp.pad(root, ((0, pad), (0, pad)))
+    root = root + jnp.diag((jnp.arange(k + pad) >= k).astype(jnp.float32))
+
+    def block(b, carry):
+        columns, codes = carry
+        start = b * _BLOCK
+        part = jax.lax.dynamic_slice_in_dim(columns, start, _BLOCK)
+        scale = jax.lax.dynamic_slice_in_dim(factors, start, _BLOCK)
+        rows = jax.lax.dynamic_slice_in_dim(root, start, _BLOCK)
+        inner = jax.lax.dynamic_slice_in_dim(rows, start, _BLOCK, axis=1)
+
+        def column(i, state):
+            part, errors, found = state
+            w, s = part[i], scale[i]
+            code = nearest_codes((w / s)[:, None], levels, jnp.float32)
+            q = s * lookup(code, levels)[:, 0]
+            error = (w - q) / inner[i, i]
+            part = part - inner[i][:, None] * error[None]
+            return part, errors.at[i].set(error), found.at[i].set(code[:, 0])
+
+        zeros = jnp.zeros((_BLOCK, n), jnp.float32)
+        _, errors, found = jax.lax.fori_loop(
+            0, _BLOCK, column, (part, zeros, jnp.zeros((_BLOCK, n), jnp.uint8))
+        )
+        # The root is upper triangular: columns before the block get zeros.
+        columns = columns - jnp.matmul(rows.T, errors, precision=_EXACT)
+        return columns, jax.lax.dynamic_update_slice_in_dim(codes, found, start, 0)
+
+    codes = jnp.zeros((k + pad, n), jnp.uint8)
+    codes = jax.lax.fori_loop(0, (k + pad) // _BLOCK, block, (columns, codes))[1]
+    return jnp.zeros((k, n), jnp.uint8).at[order].set(codes[:k]).T
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
+def refit_scales(
+    weight: Array,
+    codes: Array,
+    scales: Array,
+    codebook: Array,
+    second: Array,
+    *,
+    group_size: int,
+    dtype: Any,
+) -> Array:
+    """Scales of least output error for given codes: a small linear system a row.
+
+    Returns:
+        float32 [N, ceil(K / G)] on the grid of `dtype`, all positive; a row whose error would not fall
+        keeps its scales.
+    """
+    values = lookup(codes, round_to(codebook, dtype))
+    k = weight.shape[1]
+    member = spread(jnp.eye(scales.shape[1], dtype=jnp.float32), group_size, k)
+
+    def one(row):
+        w, c, old = row
+        signed = member * c[None]  # [groups, K]
+        left = jnp.matmul(signed, second, precision=_EXACT)
+        system = jnp.matmul(left, signed.T, precision=_EXACT)
+        right = jnp.matmul(left, w, precision=_EXACT)
+        ridge = 1e-4 * jnp.trace(system) / len(old) + jnp.finfo(jnp.float32).tiny
+        step = jnp.linalg.solve(
+            system + ridge * jnp.eye(len(old), dtype=jnp.float32),
+            right - jnp.matmul(system, old, precision=_EXACT),
+        )
+        new = round_to(old + step, dtype)
+        new = jnp.where((new > 0) & jnp.isfinite(new), new, old)
+
+        def error(s):
+            return s @ (system @ s) - 2 * jnp.dot(s, right)
+
+        return jnp.where(error(new) < error(old), new, old)
+
+    return jax.lax.map(one, (weight, values, scales), batch_size=min(64, len(weight)))
