@@ -408,8 +408,8 @@ def test_list_has_the_default_cases(tmp_path):
 
 
 def test_a_run_from_flags_to_figures(tmp_path):
-    flags = "--backend=xla,pallas --m=1 --k=128 --n=k,96 --bits=32,4,1 --repetitions=4 --plot"
-    done = bench(*flags.split(), "--output=rows.jsonl", cwd=tmp_path)
+    flags = "--backend=xla,pallas --m=1 --k=128 --n=k,96 --bits=32,4,1 --repetitions=4 --copies=3"
+    done = bench(*flags.split(), "--plot", "--output=rows.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 5
@@ -438,7 +438,8 @@ def test_a_run_from_flags_to_figures(tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_loses_no_finished_row(signum, tmp_path):
     command = [sys.executable, str(ROOT / "bench.py"), "--m=1,2,3,4,5,6,7,8", "--k=256"]
-    command += ["--bits=32,4", "--repetitions=1000", "--max_seconds=1", "--output=rows.jsonl"]
+    command += ["--bits=32,4", "--copies=2", "--repetitions=1000000", "--max_seconds=1"]
+    command += ["--output=rows.jsonl"]
     environ = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     running = subprocess.Popen(
         command,

@@ -143,7 +143,7 @@ def copies_for(work: Workload) -> int:
 def _bound(work: Workload) -> dict[str, Any]:
     """What the device could attain at best, by its bandwidth and matmul rate measured in this run."""
     copy, read = probes.copy_gb_s(work.device), probes.read_gb_s(work.device)
-    rate = probes.matmul_gflop_s(work.device, work.case.dtype)
+    rate = probes.matmul_gflop_s(work.device, work.case.dtype, work.case.arithmetic)
     # A CPU's links carry reads and writes side by side: what a copy attains, reading alone does not.
     bandwidth = read if work.device.platform == "cpu" else max(copy, read)
     memory_us = work.bytes_rw / bandwidth / 1e3

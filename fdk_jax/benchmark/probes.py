@@ -4,8 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fdk_jax.benchmark import environment, timing
+import fdk_jax.cpu_backend
+from fdk_jax.benchmark import environment, inputs, timing
+from fdk_jax.benchmark.cases import KernelCase
 
 _PASSES = 8
 _REPETITIONS = 5
@@ -41,17 +44,35 @@ def read_gb_s(device: jax.Device) -> float:
 
 
 @functools.cache
-def matmul_gflop_s(device: jax.Device, dtype: str) -> float:
-    """Operations a nanosecond of XLA's best large square product for activations of `dtype`.
+def matmul_gflop_s(device: jax.Device, dtype: str, arithmetic: str = "exact") -> float:
+    """Operations a nanosecond of the fastest large product at hand for activations of `dtype`.
 
-    A CPU that emulates a narrow dtype multiplies in float32, so there the faster of the two counts.
+    That is XLA's own square product. XLA multiplies narrow dtypes in float32 on a CPU and so leaves
+    some processors' faster instructions idle: there the CPU library's product counts too.
     """
-    if device.platform == "cpu" and dtype != "float32":
-        return max(_matmul_rate(device, dtype), matmul_gflop_s(device, "float32"))
-    return _matmul_rate(device, dtype)
+    rates = [_xla_rate(device, dtype)]
+    if device.platform == "cpu":
+        rates.append(_xla_rate(device, "float32"))
+        if fdk_jax.cpu_backend.unavailable_reason() is None:
+            rates.append(_library_rate(dtype, arithmetic))
+    return max(rates)
 
 
-def _matmul_rate(device: jax.Device, dtype: str) -> float:
+def _library_rate(dtype: str, arithmetic: str) -> float:
+    case = KernelCase("cpu", 256, 2048, 2048, 8, 64, "uniform", dtype, arithmetic)
+    rng = np.random.default_rng(0)
+    with jax.default_device(jax.devices("cpu")[0]):
+        weight = fdk_jax.prepare(inputs.quantised_weight(case, rng), backend="cpu")
+        x = jnp.asarray(inputs.activations(case, rng))
+
+    def program(x):
+        return fdk_jax.matmul(x, weight, backend="cpu", arithmetic=arithmetic)
+
+    return 2 * case.m * case.k * case.n / _best_seconds(program, x) / 1e9
+
+
+@functools.cache
+def _xla_rate(device: jax.Device, dtype: str) -> float:
     size, passes = (1536, 1) if device.platform == "cpu" else (8192, _PASSES)
     with jax.default_device(device):
         key = jax.random.key(0)
