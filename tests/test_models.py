@@ -219,7 +219,7 @@ def test_missing_files(copy, tmp_path):
         models.load(folder)
     for path in folder.glob("*.safetensors*"):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match="no .*safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no .*safetensors"):
         models.load(folder)
 
 

@@ -84,12 +84,26 @@ class Generator:
         self._graphdef, state = nnx.split(model)
         leaves, self._treedef = jax.tree.flatten(state)
         self._leaves = tuple(leaves)
-        self._programs: dict[Any, Callable] = {}
+        self._programs: dict[Any, jax.stages.Compiled] = {}
 
     @property
     def leaves(self) -> tuple[Array, ...]:
         """Every array that the programs read."""
         return self._leaves
+
+    def peak_bytes(self) -> int:
+        """Device memory that the hungriest program compiled so far needs, weights included."""
+        peak = 0
+        for program in self._programs.values():
+            facts: Any = program.memory_analysis()
+            peak = max(
+                peak,
+                facts.argument_size_in_bytes
+                + facts.output_size_in_bytes
+                + facts.temp_size_in_bytes
+                - facts.alias_size_in_bytes,
+            )
+        return peak
 
     def logits(self, tokens: np.ndarray | Array) -> Array:
         """Logits of every position: int [B, T] -> float32 [B, T, V]."""
@@ -248,7 +262,7 @@ class Generator:
         cache = self._cache_of(P(None, self.parallel.axis), P())
         return tuple(cache if kind is KVCache else P() for kind in kinds)
 
-    def _program(self, name: Any, run: Callable, out_specs: Any, *args: Any) -> Callable:
+    def _program(self, name: Any, run: Callable, out_specs: Any, *args: Any) -> jax.stages.Compiled:
         """The compiled run(leaves, *args); a cache among the arguments is donated."""
         if name in self._programs:
             return self._programs[name]

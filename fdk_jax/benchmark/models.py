@@ -1,0 +1,295 @@
+"""The models suite: one decoding step of a whole model a case."""
+
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import fdk_jax
+from fdk_jax.benchmark import environment, inputs, probes, timing
+from fdk_jax.models import (
+    Generator,
+    ModelConfig,
+    Quantisation,
+    Transformer,
+    cache_bucket,
+    custom_llama,
+    load,
+    random_model,
+    read_config,
+    read_stored_quantisation,
+    rope,
+)
+from fdk_jax.models.modules import Layer
+
+__all__ = ["ModelCase", "make_cases", "measure"]
+
+_CUSTOM = "custom-llama-"
+_DENSE_BITS = 16
+_TOLERANCE = 2e-2  # bfloat16 through two products, a softmax and two norms
+_CODEBOOKS = ("uniform", "kmeans")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCase:
+    """Tokens a second of a model at one batch size.
+
+    Attributes:
+        model: "custom-llama-4B", "-12B", "-31B" or "-1B" (random weights), or a checkpoint folder.
+        backend: "pallas", "cpu" or "xla"; of a model that is not quantised always "xla".
+        bits: 1, 2, 4, 8, or 16 for weights that are not quantised.
+        batch: sequences decoded together.
+        group_size, codebook: None when the weights are not quantised.
+        prompt: tokens of each prompt.
+        steps: tokens decoded after it.
+    """
+
+    model: str
+    backend: str
+    bits: int
+    batch: int
+    group_size: int | None
+    codebook: str | None
+    prompt: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Unique, safe as a file name."""
+        parts = [Path(self.model).name, self.backend, f"b{self.bits}"]
+        if self.bits != _DENSE_BITS:
+            parts += [f"g{self.group_size}", str(self.codebook)]
+        return "-".join([*parts, f"batch{self.batch}"])
+
+    def fields(self) -> dict[str, Any]:
+        """The keys of a row that say what is measured."""
+        facts = dataclasses.asdict(self)
+        return {"suite": "models", "name": self.name, "m": self.batch, **facts}
+
+
+def make_cases(
+    *,
+    models: Sequence[str],
+    backends: Sequence[str],
+    bits: Sequence[int],
+    batches: Sequence[int],
+    group_sizes: Sequence[int] = (64,),
+    codebooks: Sequence[str] = ("uniform",),
+    prompt: int = 2,
+    steps: int = 30,
+) -> list[ModelCase]:
+    """Every combination once; the batch sizes of one model follow each other.
+
+    Args:
+        models: see `ModelCase`.
+        backends: of the quantised models.
+        bits: widths.
+        batches: sequences at once.
+        group_sizes: of the quantised models.
+        codebooks: of the quantised models; a stored one stays as it is.
+        prompt: tokens of a prompt.
+        steps: tokens after it.
+    """
+    cases = []
+    for model, b in itertools.product(models, bits):
+        if b >= _DENSE_BITS:
+            kinds: list[tuple] = [("xla", None, None)]
+        else:
+            kinds = list(itertools.product(backends, group_sizes, codebooks))
+        for (backend, group_size, codebook), batch in itertools.product(kinds, batches):
+            width = min(b, _DENSE_BITS)
+            cases.append(
+                ModelCase(model, backend, width, batch, group_size, codebook, prompt, steps)
+            )
+    return list(dict.fromkeys(cases))
+
+
+def measure(case: ModelCase, session: Any) -> dict[str, Any]:
+    """Checks the first layer against float32 dequantised weights, then times decoding.
+
+    A sample is the time of one program of `steps` tokens over its steps.
+
+    Raises:
+        NotImplementedError: this machine lacks the backend, or the memory.
+    """
+    device = environment.device_for(case.backend)
+    with jax.default_device(device):
+        _check_memory(case, device)
+        generator, error = _model(_without_batch(case), device)
+        result = _facts(case, generator, device) | {"rel_rms_error": error}
+        if error is not None and not error <= _TOLERANCE:
+            reason = f"relative RMS error {error:.3g} of a layer is above {_TOLERANCE:.3g}"
+            return result | {"status": "failed", "reason": reason}
+        rng = np.random.default_rng(case.batch)
+        prompts = rng.integers(0, generator.config.vocab_size, (case.batch, case.prompt)).tolist()
+        prefill: list[float] = []
+
+        def run() -> float:
+            out = generator.generate(prompts, max_tokens=case.steps + 1)
+            prefill.append(out.prefill_seconds)
+            return out.decode_seconds / out.decode_steps
+
+        seconds = timing.sample(run, session.repetitions, session.max_seconds)
+    result |= timing.statistics([s * 1e6 for s in seconds])
+    return result | {
+        "tokens_per_s": round(case.batch / result["median_us"] * 1e6, 2),
+        "prefill_us": round(float(np.median(prefill[-len(seconds) :])) * 1e6, 2),
+        "peak_bytes": generator.peak_bytes(),
+    }
+
+
+def _without_batch(case: ModelCase) -> ModelCase:
+    return dataclasses.replace(case, batch=1, prompt=1, steps=1)
+
+
+def _config(case: ModelCase) -> ModelConfig:
+    if case.model.startswith(_CUSTOM):
+        return custom_llama(case.model.removeprefix(_CUSTOM))
+    return read_config(case.model)
+
+
+# One model at a time: the largest fill most of a device.
+_held: dict[ModelCase, tuple[Generator, float | None]] = {}
+
+
+def _model(case: ModelCase, device: jax.Device) -> tuple[Generator, float | None]:
+    """The model of a case, and the relative RMS error of its first layer (None if not quantised)."""
+    if case not in _held:
+        _held.clear()
+        model = _make(case)
+        error = None if case.bits == _DENSE_BITS else _layer_error(model)
+        _held[case] = Generator(model, backend=case.backend), error
+        jax.block_until_ready(_held[case][0].leaves)
+    return _held[case]
+
+
+def _make(case: ModelCase) -> Transformer:
+    quantised = case.bits != _DENSE_BITS
+    if case.model.startswith(_CUSTOM):
+        options: dict[str, Any] = {}
+        if quantised:
+            if case.codebook not in _CODEBOOKS:
+                raise NotImplementedError(
+                    f"random models have codebooks {_CODEBOOKS}, not {case.codebook}"
+                )
+            options = dict(group_size=case.group_size, codebook=case.codebook)
+        return random_model(_config(case), bits=case.bits, backend=case.backend, **options)
+    stored = read_stored_quantisation(case.model)
+    quantisation = None
+    if stored is not None:
+        if stored.bits != case.bits:
+            raise NotImplementedError(f"{case.model} is stored with {stored.bits} bits")
+    elif quantised:
+        quantisation = Quantisation(case.bits, case.group_size or 64, case.codebook or "uniform")
+    return load(case.model, quantisation=quantisation, backend=case.backend)
+
+
+def _layer_error(model: Transformer) -> float:
+    """Relative RMS of what the first layer adds for one token, against float32 dequantised weights."""
+    config = model.config
+    layer = model.layers[0]
+    x = jax.random.normal(jax.random.key(1), (1, config.hidden_size), jnp.dtype(config.dtype))
+    exact = _widened(layer, config)
+    found = _one_token(layer, x, config)
+    wanted = _one_token(exact, x.astype(jnp.float32), config)
+    skip = x.astype(jnp.float32)
+    return inputs.relative_rms_error(
+        np.asarray(found.astype(jnp.float32) - skip), np.asarray(wanted - skip, np.float64)
+    )
+
+
+def _widened(layer: nnx.Module, config: ModelConfig) -> Any:
+    """A copy of a layer with float32 dequantised weights."""
+    state = nnx.state(fdk_jax.dequantise(layer, jnp.float32))
+    reference = nnx.eval_shape(
+        lambda: Layer(dataclasses.replace(config, dtype="float32"), None, nnx.Rngs(0))
+    )
+    nnx.update(reference, jax.tree.map(lambda a: a.astype(jnp.float32), state))
+    return reference
+
+
+def _one_token(layer: Any, x: jax.Array, config: ModelConfig) -> jax.Array:
+    shape = (1, config.num_kv_heads, 64, config.head_dim)
+    cache = jnp.zeros(shape, x.dtype)
+    lengths = jnp.zeros(1, jnp.int32)
+    cos, sin = rope.cos_sin(config, lengths)
+    graph, state = nnx.split(layer)
+
+    @jax.jit
+    def run(state, x):
+        with jax.default_matmul_precision("highest"):
+            return nnx.merge(graph, state).token(x, cos, sin, lengths, cache, cache)[0]
+
+    return run(state, x)
+
+
+def _facts(case: ModelCase, generator: Generator, device: jax.Device) -> dict[str, Any]:
+    """What a step has to read and compute, and how long the device needs for that at best."""
+    config = generator.config
+    size = sum(leaf.nbytes for leaf in generator.leaves)
+    if not config.tie_embeddings:
+        # A step reads a row of the embedding for each sequence, and all of a head.
+        row = config.hidden_size * jnp.dtype(config.dtype).itemsize
+        size -= (config.vocab_size - case.batch) * row
+    context = case.prompt + case.steps // 2
+    size += case.batch * context * _cache_bytes(config)
+    products = config.num_parameters
+    if not config.tie_embeddings:
+        products -= config.vocab_size * config.hidden_size
+    ops = 2 * case.batch * products
+    copy, read = probes.copy_gb_s(device), probes.read_gb_s(device)
+    rate = probes.matmul_gflop_s(device, config.dtype)
+    bandwidth = read if device.platform == "cpu" else max(copy, read)
+    return {
+        "dtype": config.dtype,
+        "parameters": config.num_parameters,
+        "bytes_rw": size,
+        "ops": ops,
+        "copy_gb_s": round(copy, 2),
+        "read_gb_s": round(read, 2),
+        "matmul_gflop_s": round(rate, 1),
+        "bound_us": round(max(size / bandwidth, ops / rate) / 1e3, 4),
+    }
+
+
+def _cache_bytes(config: ModelConfig) -> int:
+    """Bytes of keys and values of one token."""
+    width = config.num_layers * config.num_kv_heads * config.head_dim
+    return 2 * width * jnp.dtype(config.dtype).itemsize
+
+
+def _check_memory(case: ModelCase, device: jax.Device) -> None:
+    """Refuses a case that cannot fit, before anything is allocated.
+
+    Raises:
+        NotImplementedError: with what it needs and what there is.
+    """
+    config = _config(case)
+    width = jnp.dtype(config.dtype).itemsize
+    tables = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
+    weight = case.bits / 8 + width / (case.group_size or 1) if case.group_size else width
+    need = tables * width + (config.num_parameters - tables) * weight
+    slots = cache_bucket(case.prompt + case.steps + 1)
+    need += case.batch * (slots * _cache_bytes(config) + 3 * 4 * config.vocab_size)
+    limit = _memory_bytes(device)
+    if limit is not None and need > 0.95 * limit:
+        raise NotImplementedError(f"needs {need / 1e9:.1f} GB, the device has {limit / 1e9:.1f} GB")
+
+
+@functools.cache
+def _memory_bytes(device: jax.Device) -> int | None:
+    """Memory that programs may use, where the device or the system tells."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    if device.platform == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
