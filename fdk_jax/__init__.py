@@ -2,6 +2,7 @@
 
 from fdk_jax import checkpoint as checkpoint
 from fdk_jax import packing as packing
+from fdk_jax import sharding as sharding
 from fdk_jax.dispatch import interpret_pallas as interpret_pallas
 from fdk_jax.dispatch import matmul as matmul
 from fdk_jax.explain import explain as explain

@@ -157,8 +157,13 @@ def matmul(
     if m == 0 or w.out_features == 0 or w.in_features == 0:
         y = jnp.zeros((*lead, w.out_features), product.out_dtype)
         return y if bias is None else y + bias.astype(product.out_dtype)[(None,) * len(lead)]
-    operands = Operands(x.reshape(m, w.in_features), w.packed, w.scales, w.codebook, bias)
-    return _differentiable(product, operands).reshape(*lead, w.out_features)
+    operands = Operands(x, w.packed, w.scales, w.codebook, bias)
+
+    def fold(operands: Operands) -> Array:
+        folded = operands._replace(x=operands.x.reshape(m, w.in_features))
+        return _differentiable(product, folded).reshape(*lead, w.out_features)
+
+    return partitioning.with_automatic_axes(fold, product, operands)
 
 
 def _check_call(x, w, backend, bias, out_dtype, arithmetic) -> None:
@@ -169,11 +174,11 @@ def _check_call(x, w, backend, bias, out_dtype, arithmetic) -> None:
     if not hasattr(x, "dtype") or x.dtype not in FLOAT_DTYPES:
         kind = getattr(x, "dtype", type(x).__name__)
         raise TypeError(f"x must be a bfloat16, float16 or float32 array, got {kind}; cast it")
+    w.validate()
     if x.ndim == 0 or x.shape[-1] != w.in_features:
         raise ValueError(f"{x.shape=} must end in K={w.in_features} of {w}")
     if w.batch_shape:
         raise ValueError(f"{w} is a stack of matrices: take one with vmap, scan or tree_map")
-    w.validate()
     if bias is not None and (bias.shape != (w.out_features,) or bias.dtype not in FLOAT_DTYPES):
         raise ValueError(f"bias must be a float [{w.out_features}], got {bias.dtype}{bias.shape}")
     if out_dtype is not None and jnp.dtype(out_dtype) not in FLOAT_DTYPES:

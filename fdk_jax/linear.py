@@ -156,7 +156,9 @@ class QuantisedLinear(nnx.Module):
     def __call__(self, inputs: Array, out_sharding: None = None) -> Array:
         """Returns inputs times kernel plus bias; the last axes are the output features."""
         if out_sharding is not None:
-            raise NotImplementedError("QuantisedLinear follows its weight's sharding; leave out_sharding")
+            raise NotImplementedError(
+                "QuantisedLinear follows its weight's sharding; leave out_sharding"
+            )
         return apply_linear(
             inputs,
             self.weight.get_value(),

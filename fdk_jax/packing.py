@@ -310,6 +310,7 @@ LAYOUTS = {
 SHARDED_AXES = {
     "interchange": ((0, 1), (0, 1)),
     "planar": ((0, 1), (0, 1)),
+    "tiled": ((0, 1), (0, 1)),
 }
 
 

@@ -1,10 +1,12 @@
-"""Products of sharded weights: each device multiplies the part that it holds.
+"""Products of sharded weights under plain jit.
 
-XLA cannot look into a kernel, so under plain jit it would gather a sharded weight before the call. The rule
-here tells it that rows (N) are independent and that parts along K are summed.
+XLA cannot look into a kernel, so it would gather a sharded weight before the call; nor does it see through
+the unpacking of weights split along K. The rule here tells it that rows (N) are independent and that the
+products of parts along K are summed.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.custom_partitioning import SdyShardingRule, custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fdk_jax import packing
+
+Axis = str | tuple[str, ...] | None
 
 
 def sharded(run: Callable[[Any, Any], Array], product: Any) -> Callable[[Any], Array]:
@@ -23,112 +28,96 @@ def sharded(run: Callable[[Any, Any], Array], product: Any) -> Callable[[Any], A
 
     Args:
         run: computes one product on one device.
-        product: static description of the whole product; its `out_features` and `in_features` are
-            replaced by those of a part.
+        product: `fdk_jax.dispatch.Product` of the whole weight.
 
     Returns:
         A function of `fdk_jax.dispatch.Operands`.
     """
-    if product.layout == "interchange":
-        # jnp all the way: XLA partitions it by itself.
-        return lambda operands: run(product, operands)
     call = custom_partitioning(lambda operands: run(product, operands))
 
     def partition(mesh: Mesh, args, result):
         (operands,) = args
-        rows, columns = _weight_axes(product, operands.packed)
-        local = _local_product(product, mesh, rows, columns)
-        m_axis = None
-        if operands.x.sharding.spec and operands.x.sharding.spec[0] not in (rows, columns):
-            m_axis = operands.x.sharding.spec[0]
-        specs = _specs(product, operands, m_axis, rows, columns)
+        n, k = _weight_axes(product, operands.packed)
+        local = dataclasses.replace(
+            product,
+            **part_of(product.facts, product.layout, size(mesh, n), size(mesh, k)),
+        )
+        m = _free_axis(_padded(operands.x.sharding.spec, 2)[0], n, k)
+        specs = _specs(product, operands, m, n, k)
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
         def part(operands):
-            operands = operands._replace(codebook=_local_codebook(product, local, operands, rows))
-            if columns is None:
+            # Traced while the whole program is compiled, perhaps under jax.set_mesh: a part has no mesh.
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                return one_device(operands)
+
+        def one_device(operands):
+            codebook = local_codebook(
+                operands.codebook, product.out_features, local.out_features, n
+            )
+            operands = operands._replace(codebook=codebook)
+            if k is None:
                 return run(local, operands)
-            # Only one device of a row may add the bias; the sum is then rounded once.
+            # The bias is added once, and the sum rounded once.
             partial = dataclasses.replace(local, out_dtype=jnp.dtype(jnp.float32))
-            y = jax.lax.psum(run(partial, operands._replace(bias=None)), columns)
+            y = jax.lax.psum(run(partial, operands._replace(bias=None)), k)
             if operands.bias is not None:
                 y += operands.bias.astype(y.dtype)[None]
             return y.astype(product.out_dtype)
 
-        return mesh, part, NamedSharding(mesh, PartitionSpec(m_axis, rows)), (shardings,)
+        return mesh, part, NamedSharding(mesh, P(m, n)), (shardings,)
 
     call.def_partition(partition, sharding_rule=lambda mesh, args, results: _rule(product, args))
     return call
 
 
+def with_automatic_axes(call: Callable[[Any], Array], product: Any, operands: Any) -> Array:
+    """Runs `call(operands)`; under a mesh of explicit axes, with those axes automatic inside.
+
+    The result is sharded like the leading axes of x and the rows of the weight.
+    """
+    types = [jax.typeof(a) for a in jax.tree.leaves(operands)]
+    mesh = next((t.sharding.mesh for t in types if t.sharding.mesh.explicit_axes), None)
+    if mesh is None:
+        return call(operands)
+    x, packed = jax.typeof(operands.x), jax.typeof(operands.packed)
+    n = _padded(packed.sharding.spec, packed.ndim)[packing.SHARDED_AXES[product.layout][0][0]]
+    lead = [_free_axis(axis, n) for axis in _padded(x.sharding.spec, x.ndim)[:-1]]
+    out = NamedSharding(mesh, P(*lead, n))
+    return jax.sharding.auto_axes(call, axes=mesh.explicit_axes, out_sharding=out)(operands)
+
+
+def _padded(spec: P, rank: int) -> tuple[Any, ...]:
+    return (*spec, *[None] * (rank - len(spec)))
+
+
 def _weight_axes(product, packed) -> tuple[Any, Any]:
     """Mesh axes (or None) over which the rows and the columns of a weight are sharded."""
-    sharding = packed.sharding
-    if not isinstance(sharding, NamedSharding):
+    if not isinstance(packed.sharding, NamedSharding):
         raise ValueError(
-            f"the sharding of the weight is not named ({sharding}); place it with"
-            " jax.sharding.NamedSharding"
+            f"the sharding of the weight is not named ({packed.sharding}); place it with"
+            " fdk_jax.sharding.shard"
         )
-    spec = (*sharding.spec, *[None] * (len(packed.shape) - len(sharding.spec)))
+    spec = _padded(packed.sharding.spec, len(packed.shape))
     n_axis, k_axis = packing.SHARDED_AXES[product.layout][0]
     return spec[n_axis] or None, spec[k_axis] or None
 
 
-def _size(mesh: Mesh, names: Any) -> int:
-    names = () if names is None else names if isinstance(names, tuple) else (names,)
-    return math.prod(mesh.shape[name] for name in names)
+def _free_axis(m: Any, *used: Any) -> Any:
+    """A mesh axis over which rows of x are sharded, or None where the weight uses it."""
+    names = lambda axis: set(axis if isinstance(axis, tuple) else (axis,)) - {None}  # noqa: E731
+    return None if any(names(m) & names(axis) for axis in used) else m
 
 
-def _local_product(product, mesh: Mesh, rows: Any, columns: Any):
-    """The product of one device's part, whose arrays must be a whole weight of their own."""
-    n, k = _size(mesh, rows), _size(mesh, columns)
-    local = dataclasses.replace(
-        product, out_features=product.out_features // n, in_features=product.in_features // k
-    )
-    (pn, pk), (sn, sk) = packing.SHARDED_AXES[product.layout]
-    fits = product.out_features % n == 0 and product.in_features % (k * product.group_size) == 0
-    if fits and n * k > 1:
-        dtype = jnp.float32
-        whole = packing.layout_struct(product.layout, dtype=dtype, **product.facts)
-        part = packing.layout_struct(product.layout, dtype=dtype, **local.facts)
-        for w, p, (i, j) in zip(whole, part, ((pn, pk), (sn, sk)), strict=True):
-            expected = list(p.shape)
-            expected[i] *= n
-            expected[j] *= k
-            fits &= tuple(expected) == w.shape
-    if not fits and n * k > 1:
-        raise ValueError(
-            f"a {product.layout} weight with N={product.out_features}, K={product.in_features} and"
-            f" group_size={product.group_size} does not split evenly into {n} parts along N and"
-            f" {k} along K: shard it before fdk_jax.prepare, or use fewer devices"
-        )
-    return local
-
-
-def _local_codebook(product, local, operands, rows: Any) -> Array:
-    """The codebooks of one device's rows, taken from all of them (they are small)."""
-    codebook = operands.codebook
-    if codebook.ndim == 1 or rows is None:
-        return codebook
-    block = product.out_features // codebook.shape[0]
-    step = math.gcd(block, local.out_features)
-    first = jax.lax.axis_index(rows) * local.out_features
-    return codebook[(first + jnp.arange(0, local.out_features, step)) // block]
-
-
-def _specs(product, operands, m_axis: Any, rows: Any, columns: Any):
-    def weight(array, axes):
-        spec: list[Any] = [None] * len(array.shape)
-        spec[axes[0]], spec[axes[1]] = rows, columns
-        return PartitionSpec(*spec)
-
-    packed_axes, scales_axes = packing.SHARDED_AXES[product.layout]
+def _specs(product, operands, m: Any, n: Any, k: Any):
+    ranks = (len(operands.packed.shape), len(operands.scales.shape))
+    packed, scales = weight_specs(product.layout, ranks, n, k)
     return operands._replace(
-        x=PartitionSpec(m_axis, columns),
-        packed=weight(operands.packed, packed_axes),
-        scales=weight(operands.scales, scales_axes),
-        codebook=PartitionSpec(*[None] * len(operands.codebook.shape)),
-        bias=None if operands.bias is None else PartitionSpec(rows),
+        x=P(m, k),
+        packed=packed,
+        scales=scales,
+        codebook=P(*[None] * len(operands.codebook.shape)),
+        bias=None if operands.bias is None else P(n),
     )
 
 
@@ -136,17 +125,73 @@ def _rule(product, types) -> SdyShardingRule:
     """Shardy's factors: m and n pass through; K is settled in `partition`."""
     ranks = [len(t.shape) for t in types]
 
-    def factors(array: str, rank: int, axes: tuple[int, int]):
+    def factors(array: str, rank: int, n_axis: int) -> tuple[str, ...]:
         names = [f"{array}{i}" for i in range(rank)]
-        names[axes[0]] = "n"
+        names[n_axis] = "n"
         return tuple(names)
 
-    packed_axes, scales_axes = packing.SHARDED_AXES[product.layout]
+    (packed_n, _), (scales_n, _) = packing.SHARDED_AXES[product.layout]
     operands = [
         ("m", "k"),
-        factors("p", ranks[1], packed_axes),
-        factors("s", ranks[2], scales_axes),
+        factors("p", ranks[1], packed_n),
+        factors("s", ranks[2], scales_n),
         tuple(f"c{i}" for i in range(ranks[3])),
         *[("n",)] * (len(ranks) - 4),
     ]
     return SdyShardingRule(tuple(operands), (("m", "n"),))
+
+
+def size(mesh: Mesh | AbstractMesh, axis: Axis) -> int:
+    """Number of parts along a mesh axis or several."""
+    names = () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    for name in names:
+        if name not in mesh.shape:
+            raise ValueError(f"the mesh has axes {tuple(mesh.shape)}, not {name!r}")
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def part_of(facts: dict[str, int], layout: str, n_parts: int, k_parts: int) -> dict[str, int]:
+    """The facts of one part of a weight.
+
+    Raises:
+        ValueError: a slice of the arrays would not be the arrays of a slice.
+    """
+    n, k, group = facts["out_features"], facts["in_features"], facts["group_size"]
+    local = facts | dict(out_features=n // n_parts, in_features=k // k_parts)
+    if n_parts * k_parts == 1:
+        return local
+    fits = n % n_parts == 0 and (k_parts == 1 or k % (k_parts * group) == 0)
+    if fits:
+        struct = functools.partial(packing.layout_struct, layout, dtype=jnp.float32)
+        axes = packing.SHARDED_AXES[layout]
+        for whole, part, (i, j) in zip(struct(**facts), struct(**local), axes, strict=True):
+            expected = list(part.shape)
+            expected[i] *= n_parts
+            expected[j] *= k_parts
+            fits &= tuple(expected) == whole.shape
+    if not fits:
+        raise ValueError(
+            f"a weight with N={n}, K={k}, group_size={group} in layout {layout!r} does not split evenly"
+            f" into {n_parts} parts along N and {k_parts} along K"
+        )
+    return local
+
+
+def local_codebook(codebook: Array, rows: int, local_rows: int, n: Axis) -> Array:
+    """The codebooks of one device's rows, taken from all of them (they are small)."""
+    if codebook.ndim == 1 or rows == local_rows:
+        return codebook
+    block = rows // codebook.shape[0]
+    step = math.gcd(block, local_rows)
+    first = jax.lax.axis_index(n) * local_rows
+    return codebook[(first + jnp.arange(0, local_rows, step)) // block]
+
+
+def weight_specs(layout: str, ranks: tuple[int, int], n: Axis, k: Axis) -> tuple[P, P]:
+    """Partition specs of (packed, scales), given their ranks."""
+    specs = []
+    for rank, (i, j) in zip(ranks, packing.SHARDED_AXES[layout], strict=True):
+        spec: list[Any] = [None] * rank
+        spec[i], spec[j] = n, k
+        specs.append(P(*spec))
+    return specs[0], specs[1]

@@ -39,7 +39,9 @@ def test_pack_agrees_with_the_oracle_and_inverts(bits, shape, rng):
 
 @pytest.mark.parametrize("layout", sorted(packing.LAYOUTS))
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("n", "k", "group"), [(1, 64, 64), (5, 130, 32), (33, 192, 64), (16, 17, 64)])
+@pytest.mark.parametrize(
+    ("n", "k", "group"), [(1, 64, 64), (5, 130, 32), (33, 192, 64), (16, 17, 64)]
+)
 @pytest.mark.parametrize("lead", [(), (2,)])
 def test_layouts_are_exactly_invertible(layout, bits, n, k, group, lead, rng):
     facts = dict(bits=bits, group_size=group, out_features=n, in_features=k)

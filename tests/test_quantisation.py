@@ -110,7 +110,9 @@ def test_kmeans_importance_and_determinism(rng):
     assert rms_error(kept, weighted) <= 1.01 * rms_error(kept, alone)
     assert (weighted == np.asarray(codebooks.kmeans(sample, 2, importance=importance))).all()
     assert (np.diff(weighted) >= 0).all()
-    q = fdk_jax.quantise(sample.reshape(50, 100), 2, codebook="kmeans", importance=importance.reshape(50, 100))
+    q = fdk_jax.quantise(
+        sample.reshape(50, 100), 2, codebook="kmeans", importance=importance.reshape(50, 100)
+    )
     q.validate()
 
 
@@ -142,7 +144,10 @@ def params(rng):
     return {
         "params": {
             "embed_tokens": {"embedding": a(32, 64)},
-            "layers": [{"q_proj": {"kernel": a(64, 128), "bias": a(128)}}, {"up": {"weight": a(96, 64)}}],
+            "layers": [
+                {"q_proj": {"kernel": a(64, 128), "bias": a(128)}},
+                {"up": {"weight": a(96, 64)}},
+            ],
             "stacked": {"mlp": {"kernel": a(3, 64, 32)}},
             "attention": {"query": {"kernel": a(64, 4, 16)}, "out": {"kernel": a(4, 16, 64)}},
             "norm": {"scale": a(64)},
@@ -162,7 +167,9 @@ def test_trees_keep_their_structure_and_say_what_happened(rng):
     assert inner["attention"]["query"]["kernel"].axes == "knn"
     assert inner["attention"]["out"]["kernel"].axes == "kkn"
     for kept in ("embed_tokens", "norm", "conv_in", "lm_head"):
-        assert not any(map(fdk_jax.is_quantised, jax.tree.leaves(inner[kept], is_leaf=fdk_jax.is_quantised)))
+        assert not any(
+            map(fdk_jax.is_quantised, jax.tree.leaves(inner[kept], is_leaf=fdk_jax.is_quantised))
+        )
     text = fdk_jax.summary(q)
     assert len(text.quantised) == 5 and len(text.kept) == 5
     assert text.bytes_after < text.bytes_before and "5 quantised, 5 kept" in str(text)
@@ -184,7 +191,9 @@ def test_other_containers(rng):
 
 def test_skip_axes_and_codebooks_by_name(rng):
     tree = {"a": {"kernel": jnp.ones((64, 8))}, "b": {"kernel": jnp.ones((64, 8))}}
-    q = fdk_jax.quantise(tree, 2, skip="^a$", axes={"b": "nk"}, codebook={"^b$": [-1, -0.5, 0.5, 1]})
+    q = fdk_jax.quantise(
+        tree, 2, skip="^a$", axes={"b": "nk"}, codebook={"^b$": [-1, -0.5, 0.5, 1]}
+    )
     assert not fdk_jax.is_quantised(q["a"]["kernel"])
     assert q["b"]["kernel"].axes == "nk"
     assert np.asarray(q["b"]["kernel"].codebook).tolist() == [-1, -0.5, 0.5, 1]
@@ -202,14 +211,22 @@ def test_skip_axes_and_codebooks_by_name(rng):
         (lambda w: fdk_jax.quantise(w, 1, codebook=[1.0, 0.0]), ValueError, "ascend"),
         (lambda w: fdk_jax.quantise(w, 1, codebook=[0.0, np.nan]), ValueError, "finite"),
         (lambda w: fdk_jax.quantise(w.at[0, 0].set(np.nan), 4), ValueError, "NaN"),
-        (lambda w: fdk_jax.quantise({"l": {"kernel": w.at[0, 0].set(np.inf)}}), ValueError, "l.kernel"),
+        (
+            lambda w: fdk_jax.quantise({"l": {"kernel": w.at[0, 0].set(np.inf)}}),
+            ValueError,
+            "l.kernel",
+        ),
         (lambda w: fdk_jax.quantise(w.astype(jnp.int32), 4), TypeError, "int32"),
         (lambda w: fdk_jax.quantise(w, 4, axes="kkn"), ValueError, "too few axes"),
         (lambda w: fdk_jax.quantise(w, 4, axes="ab"), ValueError, "axes"),
         (lambda w: fdk_jax.quantise(w, 4, dtype=jnp.int8), TypeError, "dtype"),
         (lambda w: codebooks.kmeans(w[:0], 2), ValueError, "at least one"),
         (lambda w: codebooks.kmeans(w, 2, importance=w[:1]), ValueError, "importance"),
-        (lambda w: codebooks.kmeans(w, 2, importance=-jnp.ones_like(w)), ValueError, "non-negative"),
+        (
+            lambda w: codebooks.kmeans(w, 2, importance=-jnp.ones_like(w)),
+            ValueError,
+            "non-negative",
+        ),
     ],
 )
 def test_bad_arguments_name_the_value(call, error, words):

@@ -1,0 +1,99 @@
+"""Tensor parallelism: weights sharded along N (rows) or K (columns), each part multiplied where it lies."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fdk_jax import dispatch, partitioning
+from fdk_jax.partitioning import Axis
+from fdk_jax.quantised_tensor import QuantisedTensor
+
+
+def shard(w: QuantisedTensor, mesh: Mesh, *, n: Axis = None, k: Axis = None) -> QuantisedTensor:
+    """Places the parts of a weight on the devices of a mesh.
+
+    `fdk_jax.matmul` under plain jit then multiplies every part where it lies.
+
+    Args:
+        w: one matrix, in any layout.
+        mesh: the devices.
+        n: mesh axis (or axes) over which the output features are split: no communication.
+        k: mesh axis (or axes) over which the input features are split: adds an all-reduce.
+
+    Raises:
+        ValueError: an axis that the mesh lacks, or parts that would cut a group or a tile.
+    """
+    specs = _specs(w, mesh, n, k)
+    return jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), w, specs)
+
+
+def matmul(
+    x: Array,
+    w: QuantisedTensor,
+    mesh: Mesh,
+    *,
+    n: Axis = None,
+    k: Axis = None,
+    **options: Any,
+) -> Array:
+    """`fdk_jax.matmul` of a weight sharded by `shard`, through `jax.shard_map`.
+
+    Args:
+        x: [..., K]; split along K over `k`, otherwise the same on every device.
+        w: the weight.
+        mesh: the devices.
+        n: mesh axis over which the output features are split.
+        k: mesh axis over which the input features are split; the partial sums are added in float32.
+        **options: of `fdk_jax.matmul`, except bias.
+
+    Returns:
+        y [..., N], split along N over `n`.
+    """
+    out_dtype = jnp.dtype(options.pop("out_dtype", None) or x.dtype)
+    lead = [None] * (x.ndim - 1)
+
+    def part(x: Array, w: QuantisedTensor) -> Array:
+        y = dispatch.matmul(x, local_part(w, mesh, n, k), out_dtype=jnp.float32, **options)
+        return (y if k is None else jax.lax.psum(y, k)).astype(out_dtype)
+
+    # Kernels do not say over which axes their results vary, so the check of that is off.
+    return jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=(P(*lead, k), _specs(w, mesh, n, k)),
+        out_specs=P(*lead, n),
+        check_vma=False,
+    )(x, w)
+
+
+def local_part(w: QuantisedTensor, mesh: Mesh, n: Axis, k: Axis) -> QuantisedTensor:
+    """Inside shard_map: one device's arrays as a weight of their own, an [N, K] matrix."""
+    local = partitioning.part_of(
+        facts_of(w), w.layout, partitioning.size(mesh, n), partitioning.size(mesh, k)
+    )
+    codebook = partitioning.local_codebook(w.codebook, w.out_features, local["out_features"], n)
+    shape = (local["out_features"], local["in_features"])
+    return dataclasses.replace(w, codebook=codebook, shape=shape, axes="nk")
+
+
+def facts_of(w: QuantisedTensor) -> dict[str, int]:
+    """Arguments of `packing.convert` for a weight."""
+    return dict(
+        bits=w.bits,
+        group_size=w.group_size,
+        out_features=w.out_features,
+        in_features=w.in_features,
+    )
+
+
+def _specs(w: QuantisedTensor, mesh: Mesh, n: Axis, k: Axis) -> QuantisedTensor:
+    partitioning.part_of(
+        facts_of(w), w.layout, partitioning.size(mesh, n), partitioning.size(mesh, k)
+    )
+    packed, scales = partitioning.weight_specs(w.layout, (w.packed.ndim, w.scales.ndim), n, k)
+    return dataclasses.replace(w, packed=packed, scales=scales, codebook=P())
