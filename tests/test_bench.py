@@ -1,5 +1,6 @@
 """The benchmark: cases, oracle, the timed loop, rows, interruption, the command line."""
 
+import functools
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import fdk_jax
 from fdk_jax.benchmark import (
@@ -205,6 +207,24 @@ def test_nothing_is_hoisted_out_of_the_compiled_loop(n):
     unpacked = rf"[us]\d+\[{n},\d+,2\]|(f32|bf16)\[{n},256\]"
     assert not re.search(unpacked, entry), "nothing may be dequantised outside of the loop"
     assert re.search(unpacked, bodies[0])
+
+
+@pytest.mark.parametrize("m", [1, 16])
+def test_a_gpu_runs_nothing_but_the_kernels(m, rng):
+    case = KernelCase("pallas", m, 512, 512, 4, 64, "uniform")
+    weight = fdk_jax.prepare(inputs.quantised_weight(case, rng), backend="pallas")
+    x, copies = jnp.asarray(inputs.activations(case, rng)), timing.copy_weight(weight, 5)
+    step = jax.jit(functools.partial(fdk_jax.matmul, backend="pallas"))
+    program = timing.loop_program(step, x, copies, loops=7, link_every=False)
+    h200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=h200)):
+        lowered = jax.jit(program).trace(x, tuple(copies)).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    body = text[text.index("stablehlo.while") :]
+    assert len(re.findall(r"call @matmul", body)) == 5
+    # Per loop: its counter. Per product: one kernel and views of its operands.
+    free = {"while", "return", "constant", "compare", "add", "optimization_barrier", "reshape"}
+    assert set(re.findall(r"stablehlo\.(\w+)", body)) <= free | {"custom_call"}
 
 
 def test_statistics_keep_every_sample():

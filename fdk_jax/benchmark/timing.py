@@ -50,7 +50,7 @@ def loop_program(
                 continue
             results.append(y)
             if link_every or i == len(weights) - 1:
-                x = x.at[0, 0].set(y[0, 0].astype(x.dtype))
+                x = jax.lax.dynamic_update_slice(x, y[:1, :1].astype(x.dtype), (0, 0))
         return x, results
 
     def program(x, weights):
