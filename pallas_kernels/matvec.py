@@ -13,7 +13,8 @@ At batch 1 a product is limited by reading the weight, if decoding it costs less
 Triton gives no control over which lane holds what, so the body is one block of PTX; Pallas provides the
 grid, the operands and the place in the program.
 
-Glossary: R tiles of 16 rows a program (`Config.tiles`), W warps, D blocks in flight a warp
+Glossary: W warps a program (`Config.warps`), in V teams with rows of their own (`Config.row_warps`); the
+warps of a team share K; R tiles of 16 rows a team (`Config.tiles`), D blocks in flight a warp
 (`Config.stages`), J groups of 8 tokens (`Config.columns`). A tile holds E = 8 / bits planes of 64 weights a
 row, each of 4 steps of the instruction; see `fdk_jax.packing`. A block is a tile of each of the R.
 """
@@ -38,12 +39,23 @@ _TABLE_BYTES = 256 * _ENTRY_BYTES
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Launch configuration: R, W, D and J of the module's glossary."""
+    """Launch configuration: R, W, D, J and V of the module's glossary."""
 
     tiles: int = 2
     warps: int = 8
     stages: int = 2
     columns: int = 1
+    row_warps: int = 1
+
+    @property
+    def k_warps(self) -> int:
+        """Warps that share K."""
+        return self.warps // self.row_warps
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight a program."""
+        return self.tiles * self.row_warps * _TILE_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +106,10 @@ def unsupported_reason(case: Case, config: Config) -> str | None:
         return f"x is {case.x_dtype}, the tensor cores' inputs are bfloat16 or float16"
     if case.group_size % 8:
         return f"group_size={case.group_size} is no multiple of 8"
-    if config.warps % 4:
-        return f"warps={config.warps} is no multiple of 4"
-    if (case.n // case.books) % (config.tiles * _TILE_ROWS) and case.books > 1:
-        return (
-            f"{case.books} codebooks do not change at multiples of {config.tiles * _TILE_ROWS} rows"
-        )
+    if config.k_warps % 4:
+        return f"{config.k_warps} warps that share K are no multiple of 4"
+    if case.books > 1 and (case.n // case.books) % config.rows:
+        return f"{case.books} codebooks do not change at multiples of {config.rows} rows"
     return None
 
 
@@ -120,7 +130,7 @@ def matmul(
         source(case, config),
         operands,
         jax.ShapeDtypeStruct((case.m, case.n), case.out_dtype),
-        grid=(-(-case.tiles // config.tiles), -(-case.m // (8 * config.columns))),
+        grid=(-(-case.n // config.rows), -(-case.m // (8 * config.columns))),
         num_warps=config.warps,
         name="fdk_matvec",
     )
@@ -140,17 +150,19 @@ class _Writer:
         self.scale_bytes = jnp.dtype(case.scale_dtype).itemsize
         self.scale_mode = _scale_mode(case)
         # A column of partial sums is padded so that the lanes of a warp write to different banks.
-        self.sum_stride = config.tiles * _TILE_ROWS + 4
+        self.sum_stride = config.rows + 4
         self.single = case.m == 1
 
     def write(self) -> str:
         config, ptx = self.config, self.ptx
-        shared = max(_TABLE_BYTES, config.warps * config.columns * 8 * self.sum_stride * 4)
+        shared = max(_TABLE_BYTES, config.k_warps * config.columns * 8 * self.sum_stride * 4)
         ptx.declare(f".shared .align 128 .b8 fdk_shared[{shared}];")
         self._locate()
         buffers = [self._buffer() for _ in range(config.stages)]
         for stage, buffer in enumerate(buffers):
             self._load(buffer, stage)
+        self.x_buffers = [[ptx.registers("b32", 8) for _ in self.x] for _ in range(2)]
+        self._load_x(0, 0, 0)
         self._fill_table()
         self._loop(buffers)
         self._reduce()
@@ -165,20 +177,24 @@ class _Writer:
         self.warp = ptx.op("shr.u32", self.thread, 5)
         self.row = ptx.op("shr.u32", self.lane, 2)
         self.quad = ptx.op("and.b32", self.lane, 3)
-        self.first_tile = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.x"), config.tiles)
+        self.program_row = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.x"), config.rows)
         self.first_token = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.y"), 8 * config.columns)
-        self.block = ptx.op("mov.u32", self.warp)
-        self.left = ptx.op("sub.u32", case.blocks + config.warps - 1, self.warp)
-        self.left = ptx.op("div.u32", self.left, config.warps)
+        # This warp's team, and its place among those that share the team's K.
+        self.team = ptx.op("div.u32", self.warp, config.k_warps)
+        self.member = ptx.op("rem.u32", self.warp, config.k_warps)
+        self.block = ptx.op("mov.u32", self.member)
+        self.left = ptx.op("sub.u32", case.blocks + config.k_warps - 1, self.member)
+        self.left = ptx.op("div.u32", self.left, config.k_warps)
         copies = _ENTRY_BYTES // self._entry_bytes()
         lane_copy = ptx.op("and.b32", self.lane, copies - 1)
         self.lane_offset = ptx.op("mul.lo.u32", lane_copy, self._entry_bytes())
 
-        self.packed, self.scales, tiles = [], [], []
+        first_tile = ptx.op("shr.u32", self.program_row, 4)
+        first_tile = ptx.op("mad.lo.u32", self.team, config.tiles, first_tile)
+        self.packed, self.scales = [], []
         for r in range(config.tiles):
-            tile = ptx.op("min.u32", ptx.op("add.u32", self.first_tile, r), case.tiles - 1)
-            tiles.append(tile)
-            index = ptx.op("mad.lo.u32", tile, case.blocks, self.warp)
+            tile = ptx.op("min.u32", ptx.op("add.u32", first_tile, r), case.tiles - 1)
+            index = ptx.op("mad.lo.u32", tile, case.blocks, self.member)
             address = ptx.op("mad.wide.u32", index, _TILE_BYTES, "$2", kind="b64")
             self.packed.append(ptx.op("mad.wide.u32", self.lane, 16, address, kind="b64"))
             index = ptx.op("mul.lo.u32", tile, case.quads)
@@ -194,7 +210,7 @@ class _Writer:
             token = ptx.op("min.u32", ptx.op("add.u32", token, 8 * j), case.m - 1)
             address = ptx.op("mad.wide.u32", token, row_bytes, "$1", kind="b64")
             address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
-            self.x.append(ptx.op("mad.wide.u32", self.warp, case.span * 2, address, kind="b64"))
+            self.x.append(ptx.op("mad.wide.u32", self.member, case.span * 2, address, kind="b64"))
         zero = ptx.op("mov.f32", "0f00000000", kind="f32")
         self.zeros = [zero] * 4
         self.totals = [
@@ -205,7 +221,7 @@ class _Writer:
     def _advance_to_warp(self, address: str) -> str:
         """The scales of the warp's first block, where a block holds one or more whole groups."""
         ptx, per_block = self.ptx, self.case.span // self.case.group_size
-        group = ptx.op("mul.lo.u32", self.warp, per_block)
+        group = ptx.op("mul.lo.u32", self.member, per_block)
         quad = ptx.op("shr.u32", group, 2)
         address = ptx.op("mad.wide.u32", quad, 64 * self.scale_bytes, address, kind="b64")
         within = ptx.op("and.b32", group, 3)
@@ -227,7 +243,7 @@ class _Writer:
         """Starts the loads of the block `ahead` steps of this warp after the current one."""
         ptx, case, config = self.ptx, self.case, self.config
         there = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
-        step = ahead * config.warps * _TILE_BYTES
+        step = ahead * config.k_warps * _TILE_BYTES
         for words, packed in zip(buffer["words"], self.packed, strict=True):
             for half in range(2):
                 ptx.do(
@@ -239,7 +255,7 @@ class _Writer:
         if self.scale_mode == "vector":
             self._load_scale_vectors(buffer, ahead, there)
             return
-        block = ptx.op("add.u32", self.block, ahead * config.warps)
+        block = ptx.op("add.u32", self.block, ahead * config.k_warps)
         for run in range(_scale_runs(case)):
             group = self._group(block, run)
             quad = ptx.op("shr.u32", group, 2)
@@ -266,7 +282,7 @@ class _Writer:
         case, config = self.case, self.config
         per_block = case.span // case.group_size
         # W is a multiple of 4, so that a warp's blocks start at the same place of a quad.
-        start = ahead * config.warps * per_block // 4 * 64 * self.scale_bytes
+        start = ahead * config.k_warps * per_block // 4 * 64 * self.scale_bytes
         width = min(per_block, 4) * self.scale_bytes // 2
         for registers, scales in zip(buffer["scales"], self.scales, strict=True):
             for i in range(len(registers) // width):
@@ -295,8 +311,7 @@ class _Writer:
         book = "$4"
         if case.books > 1:
             rows = case.n // case.books
-            first_row = ptx.op("mul.lo.u32", self.first_tile, _TILE_ROWS)
-            number = ptx.op("div.u32", first_row, rows)
+            number = ptx.op("div.u32", self.program_row, rows)
             book = ptx.op("mad.wide.u32", number, 4 * 2**case.bits, "$4", kind="b64")
         threads = 32 * self.config.warps
         for i in range(-(-256 // threads)):
@@ -351,7 +366,11 @@ class _Writer:
             ptx.do("bra", "fdk_done", when=done)
             self._multiply(buffer, stage)
             self._load(buffer, stage + len(buffers))
-        step = len(buffers) * config.warps
+        if len(buffers) * case.planes % 2:
+            for first, second in zip(*self.x_buffers, strict=True):
+                for target, value in zip(first, second, strict=True):
+                    ptx.do("mov.b32", target, value)
+        step = len(buffers) * config.k_warps
         for address in self.packed:
             ptx.do("add.u64", address, address, step * _TILE_BYTES)
         for address in self.x:
@@ -369,11 +388,13 @@ class _Writer:
     def _multiply(self, buffer, stage: int) -> None:
         """Decodes a block and multiplies it with its stretch of x."""
         case, ptx = self.case, self.ptx
-        step = stage * self.config.warps * case.span * 2
         sums = [[ptx.registers("f32", 4) for _ in self.x] for _ in self.packed]
         per_run = max(1, case.planes // _scale_runs(case))
         for plane in range(case.planes):
-            x = [self._load_x(address, step + 2 * _PLANE * plane) for address in self.x]
+            current = (stage * case.planes + plane) % 2
+            x = self.x_buffers[current]
+            ahead, next_plane = divmod(plane + 1, case.planes)
+            self._load_x(1 - current, stage + ahead, next_plane)
             factors = [self._plane_factors(s, plane) for s in buffer["scales"]]
             for i in range(_STEPS):
                 operands = [self._decode(words, plane, i) for words in buffer["words"]]
@@ -385,13 +406,15 @@ class _Writer:
             if plane % per_run == per_run - 1:
                 self._accumulate(sums, factors)
 
-    def _load_x(self, address: str, offset: int) -> list[str]:
-        """A plane's pairs of x for this lane: those of the first half in steps 0 to 3, then the second."""
-        values = self.ptx.registers("b32", 8)
-        for half in range(2):
-            part = values[4 * half : 4 * half + 4]
-            self.ptx.do("ld.global.nc.v4.b32", vector(part), at(address, offset + _PLANE * half))
-        return values
+    def _load_x(self, buffer: int, ahead: int, plane: int) -> None:
+        """Starts the loads of a plane's x: for each lane its pairs in the first half, then the second."""
+        ptx, case = self.ptx, self.case
+        there = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
+        offset = (ahead * self.config.k_warps * case.span + plane * _PLANE) * 2
+        for address, values in zip(self.x, self.x_buffers[buffer], strict=True):
+            for half in range(2):
+                part = vector(values[4 * half : 4 * half + 4])
+                ptx.do("ld.global.nc.v4.b32", part, at(address, offset + _PLANE * half), when=there)
 
     def _decode(self, words: list[str], plane: int, step: int) -> list[str]:
         """The four operand registers of a step: halves of the plane times upper and lower row."""
@@ -458,11 +481,12 @@ class _Writer:
     def _reduce(self) -> None:
         """Adds the warps' totals, adds the bias, and writes the outputs."""
         ptx, case, config = self.ptx, self.case, self.config
-        rows, tokens = config.tiles * _TILE_ROWS, min(case.m, 8 * config.columns)
+        tokens = min(case.m, 8 * config.columns)
         ptx.do("bar.sync", 0)
         per_warp = 8 * config.columns * self.sum_stride * 4
-        address = ptx.op("mad.lo.u32", self.warp, per_warp, self.table)
-        address = ptx.op("mad.lo.u32", self.row, 4, address)
+        address = ptx.op("mad.lo.u32", self.member, per_warp, self.table)
+        row = ptx.op("mad.lo.u32", self.team, config.tiles * _TILE_ROWS, self.row)
+        address = ptx.op("mad.lo.u32", row, 4, address)
         address = ptx.op("mad.lo.u32", self.quad, 2 * self.sum_stride * 4, address)
         for r, row_totals in enumerate(self.totals):
             for j, totals in enumerate(row_totals):
@@ -472,23 +496,23 @@ class _Writer:
                     ptx.do("st.shared.f32", at(address, offset), totals[i])
         ptx.do("bar.sync", 0)
         threads = 32 * config.warps
-        for i in range(-(-rows * tokens // threads)):
-            self._write_output(i * threads, rows, tokens, per_warp, f"fdk_next{i}")
+        for i in range(-(-config.rows * tokens // threads)):
+            self._write_output(i * threads, tokens, per_warp, f"fdk_next{i}")
 
-    def _write_output(self, start: int, rows: int, tokens: int, per_warp: int, behind: str) -> None:
+    def _write_output(self, start: int, tokens: int, per_warp: int, behind: str) -> None:
         ptx, case = self.ptx, self.case
         index = ptx.op("add.u32", self.thread, start)
-        token = ptx.op("div.u32", index, rows)
-        row = ptx.op("sub.u32", index, ptx.op("mul.lo.u32", token, rows))
+        token = ptx.op("div.u32", index, self.config.rows)
+        row = ptx.op("rem.u32", index, self.config.rows)
         address = ptx.op("mad.lo.u32", token, self.sum_stride, row)
         address = ptx.op("mad.lo.u32", address, 4, self.table)
-        n = ptx.op("mad.lo.u32", self.first_tile, _TILE_ROWS, row)
+        n = ptx.op("add.u32", self.program_row, row)
         m = ptx.op("add.u32", self.first_token, token)
         for value, bound in ((token, tokens), (m, case.m), (n, case.n)):
             outside = ptx.op("setp.ge.u32", value, bound, kind="pred")
             ptx.do("bra", behind, when=outside)
         total = ptx.op("mov.f32", "0f00000000", kind="f32")
-        for warp in range(self.config.warps):
+        for warp in range(self.config.k_warps):
             part = ptx.register("f32")
             ptx.do("ld.shared.f32", part, at(address, warp * per_warp))
             ptx.do("add.f32", total, total, part)
