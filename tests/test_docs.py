@@ -1,0 +1,21 @@
+"""The examples in the documentation run and print what they say."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["docs/format.md"])
+def test_doctest_examples(name):
+    failures, tried = doctest.testfile(str(ROOT / name), module_relative=False)
+    assert tried and not failures
+
+
+def test_the_example_of_the_readme_runs():
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len(example.strip().splitlines()) <= 16
+    exec(compile(example, "README.md", "exec"), {})
