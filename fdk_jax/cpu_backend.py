@@ -68,6 +68,13 @@ def unavailable_reason() -> str | None:
     return module if isinstance(module, str) else None
 
 
+def unsupported_reason(group_size: int) -> str | None:
+    """Why the library cannot multiply by weights of this group size here, or None."""
+    if group_size % 8:
+        return f"the C++ library needs group_size to be a multiple of 8, not {group_size}"
+    return unavailable_reason()
+
+
 def describe() -> str:
     """One line about the kernels in use: instruction set and threads."""
     if (reason := unavailable_reason()) is not None:
@@ -110,9 +117,8 @@ def matmul(
     Raises:
         NotImplementedError: there is no library, or it cannot do this group size.
     """
-    library()
-    if group_size % 8:
-        raise NotImplementedError(f'backend="cpu" needs {group_size=} to be a multiple of 8')
+    if (reason := unsupported_reason(group_size)) is not None:
+        raise NotImplementedError(f'backend="cpu" cannot do this: {reason}')
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     call = jax.ffi.ffi_call(
         _TARGET,

@@ -277,7 +277,7 @@ def _kernel_of(product: Product) -> str | None:
     """The kernel whose layout the weight has, if it exists here."""
     if product.layout == "planar":
         return "pallas"
-    if product.layout == "tiled" and cpu_backend.unavailable_reason() is None:
+    if product.layout == "tiled" and cpu_backend.unsupported_reason(product.group_size) is None:
         return "cpu"
     return None
 

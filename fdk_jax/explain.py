@@ -63,10 +63,10 @@ def explain(
     if w.layout == "planar" and platform == "cuda":
         return _path("pallas", x, w, "the weight is prepared for it, on a GPU")
     if w.layout == "tiled" and platform == "cpu":
-        missing = cpu_backend.unavailable_reason()
+        missing = cpu_backend.unsupported_reason(w.group_size)
         if missing is None:
             return _path("cpu", x, w, "the weight is prepared for it, on a CPU")
-        return _path("xla", x, w, f"the CPU library is not available: {missing}")
+        return _path("xla", x, w, missing)
     return _path("xla", x, w, f"a {w.layout} weight has no kernel on {platform}")
 
 

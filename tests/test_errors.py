@@ -75,9 +75,17 @@ def test_tensors_built_by_hand(changes, error, words):
 
 
 def test_a_missing_cpu_library_is_named(monkeypatch):
+    tiled = fdk_jax.prepare(W, "cpu")
     monkeypatch.setattr(cpu_backend, "unavailable_reason", lambda: "it was never built")
     with pytest.raises(ValueError, match="never built"):
         fdk_jax.matmul(X, W, backend="cpu")
-    tiled = fdk_jax.prepare(W, "cpu")
     assert fdk_jax.explain(X, tiled).backend == "xla"
     assert np.allclose(fdk_jax.matmul(X, tiled), fdk_jax.matmul(X, W), rtol=1e-5)
+
+
+def test_a_group_size_without_a_kernel_takes_the_portable_path():
+    w = fdk_jax.quantise(jnp.ones((8, 60), jnp.float32), 4, group_size=12)
+    tiled = fdk_jax.prepare(w, "cpu")
+    x = jnp.ones((2, 60))
+    assert fdk_jax.explain(x, tiled, platform="cpu").backend == "xla"
+    assert np.allclose(fdk_jax.matmul(x, tiled), fdk_jax.matmul(x, w), rtol=1e-5)
