@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <exception>
+#include <initializer_list>
 #include <new>
 #include <string>
 
@@ -50,14 +51,16 @@ void check_dense(const fdk_dense_args &args) {
   require(args.struct_size == sizeof(fdk_dense_args), "fdk_dense_args.struct_size is wrong");
   require(args.m >= 1 && args.out_features >= 1 && args.in_features >= 1,
           "m, out_features and in_features must be positive");
-  check_size("x", args.x, args.x_bytes, checked_product(args.m, args.in_features, 2));
-  check_size("weight", args.weight, args.weight_bytes,
-             checked_product(args.out_features, args.in_features, 2));
-  check_size("y", args.y, args.y_bytes, checked_product(args.m, args.out_features, 2));
+  check_buffer("x", args.x, args.x_bytes, checked_product(args.m, args.in_features, 2), 2);
+  check_buffer("weight", args.weight, args.weight_bytes,
+               checked_product(args.out_features, args.in_features, 2), 2);
+  check_buffer("y", args.y, args.y_bytes, checked_product(args.m, args.out_features, 2), 2);
+  check_apart("x", args.x, args.x_bytes, args.y, args.y_bytes);
+  check_apart("weight", args.weight, args.weight_bytes, args.y, args.y_bytes);
 }
 
 struct LayoutSizes {
-  size_t packed, scales, tiled_packed, tiled_scales;
+  size_t packed, scales, tiled_packed, tiled_scales, scale;  // scale: of one
 };
 
 LayoutSizes check_layout(const fdk_layout &layout) {
@@ -74,7 +77,20 @@ LayoutSizes check_layout(const fdk_layout &layout) {
   return {checked_product(n, ceil_div(k * layout.bits, 8)),
           checked_product(n, groups) * scale_size,
           checked_product(num_tiles(n), num_steps(k, layout.bits), kStepBytes),
-          checked_product(num_tiles(n), groups, kTileRows) * scale_size};
+          checked_product(num_tiles(n), groups, kTileRows) * scale_size, scale_size};
+}
+
+struct Buffer {
+  const char *name;
+  const void *data;
+  size_t bytes;
+};
+
+void check_conversion(std::initializer_list<Buffer> sources,
+                      std::initializer_list<Buffer> results) {
+  for (const Buffer &source : sources)
+    for (const Buffer &result : results)
+      check_apart(source.name, source.data, source.bytes, result.data, result.bytes);
 }
 
 // Runs work(begin, end) over the tiles of the layout.
@@ -150,10 +166,13 @@ fdk_status fdk_to_tiled(const fdk_layout *layout, const uint8_t *packed, size_t 
   return guarded([&] {
     require(layout != nullptr, "layout is null");
     const LayoutSizes sizes = check_layout(*layout);
-    check_size("packed", packed, packed_bytes, sizes.packed);
-    check_size("scales", scales, scales_bytes, sizes.scales);
-    check_size("tiled_packed", tiled_packed, tiled_packed_bytes, sizes.tiled_packed);
-    check_size("tiled_scales", tiled_scales, tiled_scales_bytes, sizes.tiled_scales);
+    check_buffer("packed", packed, packed_bytes, sizes.packed, 1);
+    check_buffer("scales", scales, scales_bytes, sizes.scales, sizes.scale);
+    check_buffer("tiled_packed", tiled_packed, tiled_packed_bytes, sizes.tiled_packed, 1);
+    check_buffer("tiled_scales", tiled_scales, tiled_scales_bytes, sizes.tiled_scales, sizes.scale);
+    check_conversion({{"packed", packed, packed_bytes}, {"scales", scales, scales_bytes}},
+                     {{"tiled_packed", tiled_packed, tiled_packed_bytes},
+                      {"tiled_scales", tiled_scales, tiled_scales_bytes}});
     for_tiles(*layout, [&](int64_t begin, int64_t end) {
       pack_tiles(*layout, packed, tiled_packed, begin, end);
       pack_scales(*layout, scales, tiled_scales, begin, end);
@@ -168,10 +187,13 @@ fdk_status fdk_from_tiled(const fdk_layout *layout, const uint8_t *tiled_packed,
   return guarded([&] {
     require(layout != nullptr, "layout is null");
     const LayoutSizes sizes = check_layout(*layout);
-    check_size("tiled_packed", tiled_packed, tiled_packed_bytes, sizes.tiled_packed);
-    check_size("tiled_scales", tiled_scales, tiled_scales_bytes, sizes.tiled_scales);
-    check_size("packed", packed, packed_bytes, sizes.packed);
-    check_size("scales", scales, scales_bytes, sizes.scales);
+    check_buffer("tiled_packed", tiled_packed, tiled_packed_bytes, sizes.tiled_packed, 1);
+    check_buffer("tiled_scales", tiled_scales, tiled_scales_bytes, sizes.tiled_scales, sizes.scale);
+    check_buffer("packed", packed, packed_bytes, sizes.packed, 1);
+    check_buffer("scales", scales, scales_bytes, sizes.scales, sizes.scale);
+    check_conversion({{"tiled_packed", tiled_packed, tiled_packed_bytes},
+                      {"tiled_scales", tiled_scales, tiled_scales_bytes}},
+                     {{"packed", packed, packed_bytes}, {"scales", scales, scales_bytes}});
     for_tiles(*layout, [&](int64_t begin, int64_t end) {
       unpack_tiles(*layout, tiled_packed, packed, begin, end);
       unpack_scales(*layout, tiled_scales, scales, begin, end);

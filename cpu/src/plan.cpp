@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "numeric.h"
@@ -19,14 +20,29 @@ void check_bits(int bits) {
     invalid("bits must be 1, 2, 4 or 8, not " + std::to_string(bits));
 }
 
-void check_dtype(int dtype, const char *name) {
-  if (dtype < FDK_F32 || dtype > FDK_BF16)
-    invalid(std::string(name) + " is not a dtype of the library: " + std::to_string(dtype));
+namespace {
+
+// The number that a caller put into an enumeration; reading it as one needs a valid value.
+template <typename Enum>
+int raw(const Enum &value) {
+  static_assert(sizeof(int) == sizeof(Enum));
+  int number = 0;
+  std::memcpy(&number, &value, sizeof number);
+  return number;
+}
+
+}  // namespace
+
+void check_dtype(const fdk_dtype &dtype, const char *name) {
+  const int number = raw(dtype);
+  if (number < FDK_F32 || number > FDK_BF16)
+    invalid(std::string(name) + " is not a dtype of the library: " + std::to_string(number));
 }
 
 void check_group_size(int64_t group_size) {
-  if (group_size < 8 || group_size % 8 != 0)
-    invalid("group_size must be a positive multiple of 8, not " + std::to_string(group_size));
+  if (group_size < 8 || group_size % 8 != 0 || group_size >= int64_t{1} << 40)
+    invalid("group_size must be a positive multiple of 8 (and below 2**40), not " +
+            std::to_string(group_size));
 }
 
 size_t checked_product(int64_t a, int64_t b, int64_t c) {
@@ -37,11 +53,23 @@ size_t checked_product(int64_t a, int64_t b, int64_t c) {
   return static_cast<size_t>(abc);
 }
 
-void check_size(const char *name, const void *data, size_t given, size_t expected) {
+void check_buffer(const char *name, const void *data, size_t given, size_t expected,
+                  size_t element) {
   if (data == nullptr) invalid(std::string(name) + " is null");
   if (given != expected)
     invalid(std::string(name) + " has " + std::to_string(given) + " bytes, expected " +
             std::to_string(expected));
+  if (reinterpret_cast<uintptr_t>(data) % element != 0)
+    invalid(std::string(name) + " is not aligned to its elements of " + std::to_string(element) +
+            " bytes");
+}
+
+void check_apart(const char *name, const void *data, size_t bytes, const void *result,
+                 size_t result_bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const auto result_begin = reinterpret_cast<uintptr_t>(result);
+  if (data != nullptr && begin < result_begin + result_bytes && result_begin < begin + bytes)
+    invalid(std::string(name) + " overlaps the result");
 }
 
 namespace {
@@ -60,21 +88,32 @@ void check_buffers(const fdk_weight &weight, const fdk_matmul_args &args) {
   const int64_t n = weight.out_features;
   const int64_t k = weight.in_features;
   const int64_t tiles = num_tiles(n);
-  check_size("packed", weight.packed, weight.packed_bytes,
-             checked_product(tiles, num_steps(k, weight.bits), kStepBytes));
-  check_size("scales", weight.scales, weight.scales_bytes,
-             checked_product(tiles, ceil_div(k, weight.group_size), kTileRows) *
-                 dtype_size(weight.scales_dtype));
+  const size_t scale_size = dtype_size(weight.scales_dtype);
+  const size_t x_size = dtype_size(args.x_dtype);
+  const size_t y_size = dtype_size(args.y_dtype);
+  check_buffer("packed", weight.packed, weight.packed_bytes,
+               checked_product(tiles, num_steps(k, weight.bits), kStepBytes), 1);
+  check_buffer("scales", weight.scales, weight.scales_bytes,
+               checked_product(tiles, ceil_div(k, weight.group_size), kTileRows) * scale_size,
+               scale_size);
   if (weight.num_codebooks < 1 || n % weight.num_codebooks != 0)
     invalid("num_codebooks must divide out_features = " + std::to_string(n) + ", but is " +
             std::to_string(weight.num_codebooks));
-  check_size("codebook", weight.codebook, weight.codebook_bytes,
-             checked_product(weight.num_codebooks, int64_t{1} << weight.bits, sizeof(float)));
-  check_size("x", args.x, args.x_bytes, checked_product(args.m, k) * dtype_size(args.x_dtype));
-  check_size("y", args.y, args.y_bytes, checked_product(args.m, n) * dtype_size(args.y_dtype));
-  if (args.bias != nullptr)
-    check_size("bias", args.bias, args.bias_bytes,
-               static_cast<size_t>(n) * dtype_size(args.bias_dtype));
+  check_buffer("codebook", weight.codebook, weight.codebook_bytes,
+               checked_product(weight.num_codebooks, int64_t{1} << weight.bits, sizeof(float)),
+               sizeof(float));
+  check_buffer("x", args.x, args.x_bytes, checked_product(args.m, k) * x_size, x_size);
+  check_buffer("y", args.y, args.y_bytes, checked_product(args.m, n) * y_size, y_size);
+  if (args.bias != nullptr) {
+    const size_t bias_size = dtype_size(args.bias_dtype);
+    check_buffer("bias", args.bias, args.bias_bytes, static_cast<size_t>(n) * bias_size,
+                 bias_size);
+  }
+  check_apart("packed", weight.packed, weight.packed_bytes, args.y, args.y_bytes);
+  check_apart("scales", weight.scales, weight.scales_bytes, args.y, args.y_bytes);
+  check_apart("codebook", weight.codebook, weight.codebook_bytes, args.y, args.y_bytes);
+  check_apart("x", args.x, args.x_bytes, args.y, args.y_bytes);
+  check_apart("bias", args.bias, args.bias_bytes, args.y, args.y_bytes);
 }
 
 void check(const fdk_weight &weight, const fdk_matmul_args &args) {
@@ -87,8 +126,9 @@ void check(const fdk_weight &weight, const fdk_matmul_args &args) {
   check_dtype(args.x_dtype, "x_dtype");
   check_dtype(args.y_dtype, "y_dtype");
   if (args.bias != nullptr) check_dtype(args.bias_dtype, "bias_dtype");
-  if (args.arithmetic < FDK_EXACT || args.arithmetic > FDK_INT8)
-    invalid("arithmetic is unknown: " + std::to_string(args.arithmetic));
+  const int arithmetic = raw(args.arithmetic);
+  if (arithmetic < FDK_EXACT || arithmetic > FDK_INT8)
+    invalid("arithmetic is unknown: " + std::to_string(arithmetic));
   require(args.num_threads >= 0, "num_threads is negative");
   check_buffers(weight, args);
 }
@@ -101,7 +141,9 @@ OwnedPlan::OwnedPlan(const fdk_weight &weight, const fdk_matmul_args &args) {
   plan_.n = weight.out_features;
   plan_.k = weight.in_features;
   plan_.bits = weight.bits;
-  plan_.group_size = weight.group_size;
+  // Beyond K a group's size means nothing; whole blocks keep what is derived from it small.
+  plan_.group_size =
+      std::min(weight.group_size, ceil_div(weight.in_features, kMaxBlock) * kMaxBlock);
   plan_.uniform = weight.uniform != 0 || weight.bits == 1;
   plan_.arithmetic = args.arithmetic;
   plan_.x = args.x;
@@ -109,7 +151,7 @@ OwnedPlan::OwnedPlan(const fdk_weight &weight, const fdk_matmul_args &args) {
   plan_.y = args.y;
   plan_.y_dtype = args.y_dtype;
   plan_.bias = args.bias;
-  plan_.bias_dtype = args.bias_dtype;
+  plan_.bias_dtype = args.bias == nullptr ? FDK_F32 : args.bias_dtype;
   plan_.packed = weight.packed;
   plan_.scales = weight.scales;
   plan_.scales_dtype = weight.scales_dtype;

@@ -20,11 +20,16 @@ struct Error : std::runtime_error {
 void require(bool condition, const char *message);
 
 void check_bits(int bits);
-void check_dtype(int dtype, const char *name);
+void check_dtype(const fdk_dtype &dtype, const char *name);
 void check_group_size(int64_t group_size);
 // a * b * c with a check for overflow; the factors must not be negative.
 size_t checked_product(int64_t a, int64_t b, int64_t c = 1);
-void check_size(const char *name, const void *data, size_t given, size_t expected);
+// A buffer that is there, has the expected size, and is aligned to its elements.
+void check_buffer(const char *name, const void *data, size_t given, size_t expected,
+                  size_t element);
+// Refuses a result that lies over something that is read while it is written.
+void check_apart(const char *name, const void *data, size_t bytes, const void *result,
+                 size_t result_bytes);
 
 // A Plan with the storage of what it points to.
 class OwnedPlan {
