@@ -202,7 +202,7 @@ def _search(m: _Matrix, base: Array, levels: Array, form: _Format) -> Array:
 def _quantise_matrix(m: _Matrix, form: _Format) -> tuple[Array, Array, Array]:
     """(packed, scales, codebook) of a matrix."""
     levels, (scales,) = _fit([lambda: m], form)
-    options = dict(group_size=form.group_size, dtype=m.weight.dtype)
+    options: dict[str, Any] = dict(group_size=form.group_size, dtype=m.weight.dtype)
     if m.second is None:
         codes = nearest(m.wide(), scales, levels, **options)
     else:
@@ -258,8 +258,9 @@ def calibrate(
         dtype: compute dtype of the weights; None keeps their own.
         forward: maps (model, batch) to float arrays that depend on the layers.
         loss: maps (model, batch of one sequence) to a scalar; for "fisher".
-        layers_at_a_time: layers in a run; None for as many as fit their statistics into 1 GiB. 1 is most
-            exact (GPTQ's order) and slowest: each run is a pass over the data.
+        layers_at_a_time: layers in a run, in the order in which `forward` calls them; None for as many as
+            fit their statistics into 1 GiB. With 1 each layer makes up for the errors of all before it, at
+            the price of a pass over the data for each.
         in_place: changes `model` itself, so that each float weight is freed once it is quantised.
         progress: shows a bar on standard error; None if that is a terminal.
         seed: of the k-means.
@@ -282,6 +283,11 @@ def calibrate(
         raise TypeError("the model has no nnx.Linear or nnx.LinearGeneral that is not skipped")
     if batches is not None and iter(batches) is batches:
         raise TypeError("batches is gone through several times: give a list, not a generator")
+    if batches is not None:
+        first = next(iter(batches), None)
+        if first is None:
+            raise ValueError("there is no calibration data: batches is empty")
+        layers = statistics.in_call_order(model, layers, first, forward)
     run = _Run(form, batches, importance, rounding, forward, loss, dtype)
     shared = _shared_codebooks(model, layers, run, share, layers_at_a_time)
     model = model if in_place else nnx.clone(model)

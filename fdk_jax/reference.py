@@ -107,7 +107,7 @@ def matmul(
         in_features=x.shape[-1],
         dtype=x.dtype,
     )
-    y = _dot(x, weight, contract=(1, 1))
+    y = dot(x, weight, contract=(1, 1))
     if bias is not None:
         y += bias.astype(jnp.float32)[None]
     return y.astype(x.dtype if out_dtype is None else out_dtype)
@@ -134,10 +134,11 @@ def transposed_matmul(
         in_features=in_features,
         dtype=g.dtype,
     )
-    return _dot(g, weight, contract=(1, 0)).astype(out_dtype)
+    return dot(g, weight, contract=(1, 0)).astype(out_dtype)
 
 
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Contracts an axis of a matrix with one of another; float32 [M, N]."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a,

@@ -58,7 +58,7 @@ class LinearLayer(NamedTuple):
         inputs: the axes of the input that are contracted.
     """
 
-    layer: nnx.Module
+    layer: Any
     axes: str
     lead: tuple[int, ...]
     in_features: int
@@ -176,19 +176,10 @@ def second_moments(
         model, lambda name, _: _Recorder(name, layers[name], full) if name in layers else None
     )
     graph, taps, rest = nnx.split(recording, _Tap, ...)
-
-    @jax.jit
-    def sums(taps: Any, rest: Any, batch: Any) -> Any:
-        def run(taps: Any) -> Any:
-            return forward(nnx.merge(graph, taps, rest, copy=True), batch)
-
-        out, pull = jax.vjp(run, taps)
-        return pull(jax.tree.map(_zeros, out))[0]
-
     total, count = None, {}
     for index, batch in enumerate(batches):
         _check_batch(batch, index)
-        found = sums(taps, rest, batch)
+        found = _sums(forward, graph, taps, rest, batch)
         new = {name: _at(found, name, "tokens") for name in layers}
         count = {name: count.get(name, 0) + np.asarray(new[name]).astype(int) for name in layers}
         part = {name: _at(found, name, "second") for name in layers}
@@ -197,6 +188,17 @@ def second_moments(
     if total is None:
         raise ValueError("there is no calibration data: batches is empty")
     return {name: _moments(name, total.pop(name), count[name]) for name in layers}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sums(forward: Forward, graph: Any, taps: Any, rest: Any, batch: Any) -> Any:
+    """What the taps record of one batch."""
+
+    def run(taps: Any) -> Any:
+        return forward(nnx.merge(graph, taps, rest, copy=True), batch)
+
+    out, pull = jax.vjp(run, taps)
+    return pull(jax.tree.map(_zeros, out))[0]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -286,25 +288,10 @@ def squared_gradients(
 
     graph, kernels, rest = nnx.split(model, chosen, ...)
 
-    @jax.jit
-    def squares(kernels: Any, rest: Any, batch: Any) -> Any:
-        def one(total: Any, sequence: Any) -> tuple[Any, None]:
-            def run(kernels: Any) -> Array:
-                merged = nnx.merge(graph, kernels, rest, copy=True)
-                return loss(merged, jax.tree.map(lambda leaf: leaf[None], sequence))
-
-            gradient = jax.grad(run)(kernels)
-            return jax.tree.map(
-                lambda t, g: t + jnp.square(g.astype(t.dtype)), total, gradient
-            ), None
-
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), kernels)
-        return jax.lax.scan(one, zeros, batch)[0]
-
     total, sequences = None, 0
     for index, batch in enumerate(batches):
         _check_batch(batch, index)
-        part = squares(kernels, rest, batch)
+        part = _squares(loss, graph, kernels, rest, batch)
         total = part if total is None else _add(total, part)
         sequences += len(jax.tree.leaves(batch)[0])
         jax.block_until_ready(total)
@@ -321,6 +308,54 @@ def squared_gradients(
                 f"{name}: the loss on the calibration data does not depend on this layer"
             )
     return out
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _squares(loss: Callable, graph: Any, kernels: Any, rest: Any, batch: Any) -> Any:
+    """Sums of squared gradients over the sequences of one batch."""
+
+    def one(total: Any, sequence: Any) -> tuple[Any, None]:
+        def run(kernels: Any) -> Array:
+            merged = nnx.merge(graph, kernels, rest, copy=True)
+            return loss(merged, jax.tree.map(lambda leaf: leaf[None], sequence))
+
+        gradient = jax.grad(run)(kernels)
+        add = lambda t, g: t + jnp.square(g.astype(t.dtype))  # noqa: E731
+        return jax.tree.map(add, total, gradient), None
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), kernels)
+    return jax.lax.scan(one, zeros, batch)[0]
+
+
+def in_call_order(
+    model: nnx.Module, layers: dict[str, LinearLayer], batch: Any, forward: Forward
+) -> dict[str, LinearLayer]:
+    """The same layers, in the order in which `forward` calls them; those it never calls come last."""
+    order = _Order()
+    noting = replace_layers(
+        model, lambda name, layer: _Noter(name, layer, order) if name in layers else None
+    )
+    nnx.eval_shape(forward, noting, batch)
+    called = [name for name in dict.fromkeys(order.names) if name in layers]
+    return {name: layers[name] for name in (*called, *layers)}
+
+
+class _Order:
+    """Names in the order of calls; an object of its own to jit."""
+
+    def __init__(self):
+        self.names: list[str] = []
+
+
+class _Noter(nnx.Module):
+    """A linear layer that notes when it is traced."""
+
+    def __init__(self, name: str, layer: nnx.Module, order: _Order):
+        self.name, self.layer, self.order = name, layer, order
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        self.order.names.append(self.name)
+        return self.layer(*args, **kwargs)
 
 
 def chunks(
