@@ -11,7 +11,7 @@ from fdk_jax.benchmark import environment, inputs, timing
 from fdk_jax.benchmark.cases import KernelCase
 
 _PASSES = 8
-_REPETITIONS = 5
+_REPETITIONS = 3
 _ROW = 16384
 
 
