@@ -430,7 +430,7 @@ inline void store_sums(const Plan &plan, int64_t token, int64_t tile, const Rang
 }
 
 // What a block adds to a row: float sums as they are; integers with the scale of the activations
-// and the codebook's offset, in units of its factor: (sum + sum_x * offset / factor) * scale.
+// and the codebook's offset: (sum + sum_x * offset / factor) * (scale * factor).
 template <typename A>
 struct Finish {
   float ratio = 0.0F, factor = 1.0F;
@@ -447,11 +447,8 @@ struct Finish {
     } else {
       const __m512 shifted =
           _mm512_add_ps(A::to_float(sum), _mm512_set1_ps(factors[b].sum * ratio));
-      return _mm512_mul_ps(shifted, _mm512_set1_ps(factors[b].scale));
+      return _mm512_mul_ps(shifted, _mm512_set1_ps(factors[b].scale * factor));
     }
-  }
-  __m512 row(__m512 total) const {
-    return A::kInteger ? _mm512_mul_ps(total, _mm512_set1_ps(factor)) : total;
   }
 };
 
@@ -488,7 +485,7 @@ void direct(const Plan &plan, const A &arithmetic, const Finish<A> &finish, cons
       totals[t] = _mm512_fmadd_ps(finish.block(sums[t], factors[t], b), scales, totals[t]);
   }
   for (int t = 0; t < kTokens; ++t)
-    store_sums(plan, token + t, tile, range, finish.row(totals[t]));
+    store_sums(plan, token + t, tile, range, totals[t]);
 }
 
 // Many tokens: kPanelTiles tiles are decoded once for a stretch of blocks, then meet all tokens.
@@ -587,7 +584,7 @@ void run_panel(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t i = 0; i < tiles; ++i)
       store_sums(plan, range.token_begin + t, tile + i, range,
-                 finish.row(_mm512_load_ps(totals + (t * kPanelTiles + i) * kTileRows)));
+                 _mm512_load_ps(totals + (t * kPanelTiles + i) * kTileRows));
 }
 
 template <typename A>

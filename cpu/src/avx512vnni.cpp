@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 
 #include "avx512.h"
+#include "avx512_probes.h"
 #include "levels.h"
 
 namespace fdk {
@@ -46,7 +47,7 @@ bool available() {
 
 }  // namespace
 
-const Level kAvx512VnniLevel = {"avx512vnni", available, kKernels, nullptr, nullptr, nullptr};
+const Level kAvx512VnniLevel = {"avx512vnni", available, kKernels, nullptr, probe_copy, probe_sum};
 
 }  // namespace fdk
 
