@@ -3,6 +3,7 @@
 A call goes through these layers, outermost first:
 
     matmul            checks; folds the leading axes of x into M
+    _compiled         jit, for calls outside of one; JAX bounds its caches and clears them
     _differentiable   custom_vjp: gradients with respect to x and bias, from packed weights
     _batched          custom_vmap: a batch of x folds into M, anything else is a loop
     _sharded          custom_partitioning: a weight sharded along N or K stays where it is
@@ -161,7 +162,7 @@ def matmul(
 
     def fold(operands: Operands) -> Array:
         folded = operands._replace(x=operands.x.reshape(m, w.in_features))
-        return _differentiable(product, folded).reshape(*lead, w.out_features)
+        return _compiled(product, folded).reshape(*lead, w.out_features)
 
     return partitioning.with_automatic_axes(fold, product, operands)
 
@@ -229,8 +230,11 @@ def _backward(product, operands, g):
 
 _differentiable.defvjp(_forward, _backward)
 
+# Without it a call outside of jit would be traced anew each time, and the branches of `_on_platform` compiled
+# anew and kept. Inlined, so that it leaves no trace in a caller's program.
+_compiled = jax.jit(_differentiable, static_argnums=0, inline=True)
 
-@functools.cache
+
 def _batched(product: Product):
     """The product with a batching rule, a function of `Operands`."""
 

@@ -11,6 +11,8 @@ padded with zero codes. The kernels' layouts below hold the same codes in an ord
 reads well; each has an exact inverse and none is ever written to a file.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -352,6 +354,7 @@ def convert(
     return LAYOUTS[target][0](packed, scales, **facts)
 
 
+@functools.lru_cache(maxsize=1024)
 def layout_struct(
     layout: str, *, bits: int, group_size: int, out_features: int, in_features: int, dtype
 ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
