@@ -25,6 +25,7 @@ from fdk_jax.benchmark import (
     inputs,
     kernels,
     plots,
+    probes,
     records,
     runner,
     table,
@@ -328,7 +329,7 @@ def test_a_wrong_kernel_fails_and_is_not_timed(monkeypatch):
     right = fdk_jax.matmul
     monkeypatch.setattr(fdk_jax, "matmul", lambda *a, **k: right(*a, **k) * jnp.bfloat16(1.05))
     monkeypatch.setattr(timing, "sample", lambda *_: pytest.fail("timed a wrong kernel"))
-    monkeypatch.setattr(kernels, "_bound", lambda work: {"bound_us": 1.0})
+    monkeypatch.setattr(probes, "bound", lambda *_: {"bound_us": 1.0})
     case = KernelCase("xla", 1, 64, 64, 4, 64, "uniform")
     made = runner.measure(kernels, case, kernels.Session())
     assert made["status"] == "failed" and "relative RMS error 0.0" in made["reason"]

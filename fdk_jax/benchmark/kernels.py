@@ -105,7 +105,7 @@ def measure(case: KernelCase, session: Session) -> dict[str, Any]:
     """Checks one case against the oracle, then times it; see the module `records` for the keys."""
     work = prepare(case)
     with jax.default_device(work.device):
-        result = _bound(work)
+        result = probes.bound(work.device, work.bytes_rw, work.ops, case.dtype, case.arithmetic)
         error = inputs.relative_rms_error(np.asarray(work.step(work.x, work.weight)), work.expected)
         result["rel_rms_error"] = error
         if not error <= inputs.tolerance(case):
@@ -138,23 +138,6 @@ def copies_for(work: Workload) -> int:
         footprint += 4 * case.k * case.n
     needed = math.ceil(environment.working_set_bytes(work.device) / footprint)
     return min(max(2, needed), _MAX_COPIES)
-
-
-def _bound(work: Workload) -> dict[str, Any]:
-    """What the device could attain at best, by its bandwidth and matmul rate measured in this run."""
-    copy, read = probes.copy_gb_s(work.device), probes.read_gb_s(work.device)
-    rate = probes.matmul_gflop_s(work.device, work.case.dtype, work.case.arithmetic)
-    # A CPU's links carry reads and writes side by side: what a copy attains, reading alone does not.
-    bandwidth = read if work.device.platform == "cpu" else max(copy, read)
-    memory_us = work.bytes_rw / bandwidth / 1e3
-    return {
-        "bytes_rw": work.bytes_rw,
-        "ops": work.ops,
-        "copy_gb_s": round(copy, 2),
-        "read_gb_s": round(read, 2),
-        "matmul_gflop_s": round(rate, 1),
-        "bound_us": round(max(memory_us, work.ops / rate / 1e3), 4),
-    }
 
 
 def _loops(work: Workload, copies: int, bound_us: float) -> int:

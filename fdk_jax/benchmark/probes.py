@@ -1,6 +1,7 @@
 """What a device can do, measured in the same run: the bounds that rows are compared with."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,32 @@ from fdk_jax.benchmark.cases import KernelCase
 _PASSES = 8
 _REPETITIONS = 3
 _ROW = 16384
+
+
+def bound(
+    device: jax.Device, bytes_rw: int, ops: int, dtype: str, arithmetic: str = "exact"
+) -> dict[str, Any]:
+    """The keys of a row that say what the device could attain at best.
+
+    Args:
+        device: the device.
+        bytes_rw: bytes that a call moves at least.
+        ops: its multiplications and additions.
+        dtype: of its activations.
+        arithmetic: of the activations inside the CPU library.
+    """
+    copy, read = copy_gb_s(device), read_gb_s(device)
+    rate = matmul_gflop_s(device, dtype, arithmetic)
+    # A CPU's links carry reads and writes side by side: what a copy attains, reading alone does not.
+    bandwidth = read if device.platform == "cpu" else max(copy, read)
+    return {
+        "bytes_rw": bytes_rw,
+        "ops": ops,
+        "copy_gb_s": round(copy, 2),
+        "read_gb_s": round(read, 2),
+        "matmul_gflop_s": round(rate, 1),
+        "bound_us": round(max(bytes_rw / bandwidth, ops / rate) / 1e3, 4),
+    }
 
 
 @functools.cache
