@@ -33,6 +33,8 @@ ARM_LEVELS = {
     "bf16": "-march=armv8.2-a+dotprod+i8mm+bf16",
     "sve2": "-march=armv8.2-a+dotprod+i8mm+bf16+sve2",
 }
+# GCC's own AVX-512 header reads a variable before it is set (GCC bug 105593).
+GCC_AVX512 = " -Wno-uninitialized -Wno-maybe-uninitialized"
 OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }\n"
 CXX20 = "#include <span>\nint main() { return static_cast<int>(std::span<int>().size()); }\n"
 
@@ -92,6 +94,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     compiler, openmp = find_compiler()
+    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
     includes, module = python_module()
     x86 = platform.machine() in ("x86_64", "AMD64")
     arm = platform.machine() in ("aarch64", "arm64")
@@ -103,6 +106,8 @@ def main() -> None:
     write(folder / "module", module)
     for levels, wanted in ((X86_LEVELS, x86), (ARM_LEVELS, arm)):
         for name, options in levels.items():
+            if name.startswith("avx512") and "clang" not in version:
+                options += GCC_AVX512
             write(folder / f"{name}.rsp", options if wanted else "")
 
 
