@@ -1,0 +1,19 @@
+// The machine's optional instructions, asked for once. A level needs everything that the levels
+// below it need, since dispatch goes down the list without asking again.
+#pragma once
+
+#include <cstdint>
+
+namespace fdk {
+
+struct ArmFeatures {
+  bool dotprod;
+  bool i8mm;
+  bool bf16;
+  bool sve2;
+};
+
+// Defined in neon.cpp, the translation unit that any machine can run.
+const ArmFeatures &arm_features();
+
+}  // namespace fdk
