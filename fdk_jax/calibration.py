@@ -89,7 +89,7 @@ def calibrate_array(
     dtype: Any = None,
     importance: ArrayLike | None = None,
     second_moment: ArrayLike | None = None,
-    damping: float = 0.01,
+    damping: float = 0.05,
     seed: int = 0,
 ) -> QuantisedTensor:
     """Quantises one weight for the least weighted error, as `calibrate` does for each layer of a model.
@@ -223,7 +223,7 @@ def calibrate(
     scale: str = "search",
     importance: str = "auto",
     rounding: str = "auto",
-    damping: float = 0.01,
+    damping: float = 0.05,
     skip: str | None = r"^lm_head$",
     dtype: Any = None,
     forward: Forward = default_forward,
@@ -253,14 +253,15 @@ def calibrate(
             "fisher" (its mean squared gradient of `loss`), "none", or "auto": activations if there is data.
         rounding: "corrected" (GPTQ, with second moments of the activations), "nearest", or "auto": corrected
             if there is data.
-        damping: of the second moments, see `fdk_jax.rounding.corrected`.
+        damping: part of the mean of the second moments' diagonal that is added to the diagonal; more
+            guards against too little data.
         skip: regular expression, searched in the dotted name; None skips nothing.
         dtype: compute dtype of the weights; None keeps their own.
         forward: maps (model, batch) to float arrays that depend on the layers.
         loss: maps (model, batch of one sequence) to a scalar; for "fisher".
         layers_at_a_time: layers in a run, in the order in which `forward` calls them; None for as many as
-            fit their statistics into 1 GiB. With 1 each layer makes up for the errors of all before it, at
-            the price of a pass over the data for each.
+            fit their statistics into 1 GiB. Fewer layers see more of the errors before them, at the price of
+            more passes over the data; docs/quality.md measures what that brings.
         in_place: changes `model` itself, so that each float weight is freed once it is quantised.
         progress: shows a bar on standard error; None if that is a terminal.
         seed: of the k-means.

@@ -127,7 +127,7 @@ def corrected(
     *,
     group_size: int,
     dtype: Any,
-    damping: float = 0.01,
+    damping: float = 0.05,
 ) -> Array:
     """Codes that make up for each other's errors, as in GPTQ (Frantar et al., arXiv 2210.17323).
 

@@ -64,7 +64,9 @@ class Recipe:
         )
 
 
-SMALL = Recipe(hidden=64, intermediate=128, context=64, steps=300, tuning_steps=100, test_sequences=128)
+SMALL = Recipe(
+    hidden=64, intermediate=128, context=64, steps=300, tuning_steps=100, test_sequences=128
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,9 @@ def make_data(recipe: Recipe) -> Data:
     """Writes the texts of a recipe; every sequence of training is new."""
     language = Language.invent()
     length, batch = recipe.context, recipe.batch
-    tokens, entropy = language.write(length * batch * (recipe.steps + recipe.tuning_steps), _TRAINING_TEXT)
+    tokens, entropy = language.write(
+        length * batch * (recipe.steps + recipe.tuning_steps), _TRAINING_TEXT
+    )
     test = language.write(length * recipe.test_sequences, _TEST_TEXT)[0]
     calibration = language.write(length * recipe.calibration_sequences, _CALIBRATION_TEXT)[0]
     rows = windows(calibration, length)

@@ -1,0 +1,72 @@
+"""Trains the small language model, quantises it in every way, and prints the table of what each way costs."""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from fdk_jax.benchmark import environment, records
+from fdk_jax.quality import curves, language_model, table
+
+_OUT = flags.DEFINE_string("out", "results/quality.jsonl", "JSONL file of the rows")
+_FIGURE = flags.DEFINE_string("figure", "results/quality.svg", "figure of the training curves")
+_SMALL = flags.DEFINE_bool("small", False, "the model of the tests: two minutes instead of ten")
+_FROM = flags.DEFINE_bool("from_rows", False, "print the table of --out as it is; train nothing")
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure(path: Path, recipe: language_model.Recipe) -> None:
+    """Writes the rows of all formats to a new file."""
+    data = language_model.make_data(recipe)
+    curve: list[float] = []
+
+    def watch(step: int, loss: float) -> None:
+        curve.append(round(loss, 4))
+        if step % 50 == 0:
+            _note(f"step {step} of {recipe.steps}: loss {loss:.3f} nats a character")
+
+    model = language_model.train(recipe, data, watch=watch)
+    shared = {
+        "suite": "quality",
+        "dtype": "bfloat16",
+        "parameters": recipe.config.num_parameters,
+        "entropy": data.entropy,
+        "training_steps": recipe.steps,
+        "tuning_steps": recipe.tuning_steps,
+    }
+    where = environment.facts(jax.devices()[0])
+    unfinished = path.with_suffix(".tmp")
+    unfinished.unlink(missing_ok=True)
+    with records.Writer(unfinished) as writer:
+        for row in table.rows(model, recipe, data, _note):
+            extra = {"curve": curve} if row["method"] == "reference" else {}
+            writer.write(records.make_row(where, shared, row, extra))
+    os.replace(unfinished, path)
+
+
+def main(argv: list[str]) -> None:
+    """Measures (unless --from_rows) and prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    path = Path(_OUT.value)
+    if not _FROM.value:
+        measure(path, language_model.SMALL if _SMALL.value else language_model.Recipe())
+    found = records.read([path])
+    reference = next(row for row in found if row["method"] == "reference")
+    print(
+        f"Perplexity a character (KL divergence in nats) of {reference['parameters']:,} parameters;"
+        f" bfloat16 {reference['perplexity']:.3f},"
+        f" the language itself {math.exp(reference['entropy']):.3f}\n"
+    )
+    print(table.markdown(found))
+    curves.draw(found, Path(_FIGURE.value))
+
+
+if __name__ == "__main__":
+    app.run(main)
