@@ -174,11 +174,11 @@ def _plot(rows: Sequence[dict[str, Any]], stem: Path) -> None:
 
 def _measure(suite: Any, cases: Sequence[Any]) -> int:
     """Measures the cases, prints the table and returns the exit status."""
-    from fdk_jax.benchmark import kernels, records, runner, table
+    from fdk_jax.benchmark import records, runner, table, timing
 
     now = datetime.datetime.now(datetime.UTC)
     path = Path(FLAGS.output or f".bench/{FLAGS.suite}-{now:%Y%m%d-%H%M%S}.jsonl")
-    session = kernels.Session(FLAGS.repetitions, FLAGS.copies, FLAGS.max_seconds)
+    session = timing.Session(FLAGS.repetitions, FLAGS.copies, FLAGS.max_seconds)
     rows: list[dict[str, Any]] = []
     try:
         with records.Writer(path) as writer:

@@ -60,6 +60,10 @@ def row(**values) -> dict:
     return records.make_row(case.fields(), measured, timing.statistics([4.0, 5.0, 6.0]), values)
 
 
+def suite(measure) -> types.SimpleNamespace:
+    return types.SimpleNamespace(measure=measure)
+
+
 # Cases
 
 
@@ -241,17 +245,38 @@ def test_statistics_keep_every_sample():
     assert timing.statistics([1.0])["stderr_us"] is None
 
 
-@pytest.mark.parametrize("max_seconds, expected", [(60.0, (2, 5)), (0.0, (1, 3))])
-def test_sampling_warms_up_and_ends(max_seconds, expected):
+@pytest.mark.parametrize(
+    "max_seconds, repetitions, expected", [(60.0, 5, (2, 5)), (-1.0, 5, (0, 3)), (-1.0, 2, (0, 2))]
+)
+def test_cases_of_a_group_are_sampled_in_turn(max_seconds, repetitions, expected):
     ran = []
 
-    def run() -> float:
-        ran.append(1)
-        return float(len(ran))
+    def measure(case, session):
+        def run() -> float:
+            ran.append(case.bits)
+            return float(len(ran))
 
-    samples = timing.sample(run, 5, max_seconds)
-    assert (len(ran) - len(samples), len(samples)) == expected
-    assert samples == [float(i + expected[0] + 1) for i in range(expected[1])]
+        samples = yield run
+        return timing.statistics(samples)
+
+    session = timing.Session(repetitions, None, max_seconds)
+    made = cases.make_cases(**SMALL | dict(bits=[4, 1]))
+    rows = list(runner.measure(suite(measure), made, session))
+    warm, kept = expected
+    assert ran == [4, 1] * (warm + kept)
+    for i, found in enumerate(rows):
+        assert found["samples_us"] == [2.0 * (warm + j) + i + 1 for j in range(kept)]
+
+
+def test_a_case_that_breaks_while_sampled_leaves_the_others_alone():
+    def measure(case, session):
+        samples = yield lambda: 1.0 if case.bits == 4 else 1 / 0
+        return timing.statistics(samples)
+
+    made = cases.make_cases(**SMALL | dict(bits=[1, 4]))
+    broken, good = runner.measure(suite(measure), made, timing.Session(3))
+    assert broken["status"] == "failed" and "ZeroDivisionError" in broken["reason"]
+    assert good["status"] == "ok" and len(good["samples_us"]) == 3
 
 
 def test_more_copies_than_caches_hold():
@@ -295,10 +320,6 @@ def test_reading_says_which_file_is_wrong(tmp_path):
         records.read([path])
 
 
-def suite(measure) -> types.SimpleNamespace:
-    return types.SimpleNamespace(measure=measure)
-
-
 @pytest.mark.parametrize(
     "error, status, reason",
     [
@@ -310,9 +331,10 @@ def suite(measure) -> types.SimpleNamespace:
 def test_cases_that_cannot_run_become_rows(error, status, reason):
     def measure(case, session):
         raise error
+        yield
 
     case = KernelCase("xla", 1, 64, 64, 4, 64, "uniform")
-    made = runner.measure(suite(measure), case, None)
+    (made,) = runner.measure(suite(measure), [case], timing.Session())
     assert (made["status"], made["reason"]) == (status, reason)
     assert made["name"] == case.name and made["device"] and made["samples_us"] is None
 
@@ -321,17 +343,17 @@ def test_pallas_without_a_gpu_is_skipped():
     if jax.default_backend() == "gpu":
         pytest.skip("this machine has a GPU")
     case = KernelCase("pallas", 1, 64, 64, 4, 64, "uniform")
-    made = runner.measure(kernels, case, kernels.Session())
+    (made,) = runner.measure(kernels, [case], timing.Session())
     assert made["status"] == "skipped" and "needs a GPU" in made["reason"]
 
 
 def test_a_wrong_kernel_fails_and_is_not_timed(monkeypatch):
     right = fdk_jax.matmul
     monkeypatch.setattr(fdk_jax, "matmul", lambda *a, **k: right(*a, **k) * jnp.bfloat16(1.05))
-    monkeypatch.setattr(timing, "sample", lambda *_: pytest.fail("timed a wrong kernel"))
+    monkeypatch.setattr(kernels, "build", lambda *_: pytest.fail("times a wrong kernel"))
     monkeypatch.setattr(probes, "bound", lambda *_: {"bound_us": 1.0})
     case = KernelCase("xla", 1, 64, 64, 4, 64, "uniform")
-    made = runner.measure(kernels, case, kernels.Session())
+    (made,) = runner.measure(kernels, [case], timing.Session())
     assert made["status"] == "failed" and "relative RMS error 0.0" in made["reason"]
     assert made["rel_rms_error"] == pytest.approx(0.05, abs=0.01)
 
@@ -503,5 +525,5 @@ def test_committed_rows_follow_the_schema(path):
         made = json.loads(line)
         assert not set(records.KEYS) - made.keys() and made["schema"] == records.SCHEMA
         assert made["status"] in records.STATUSES and made["device"]
-        if made["status"] == "ok":
+        if made["status"] == "ok" and made["suite"] in ("kernels", "models"):
             assert made["samples_us"] and made["median_us"] > 0

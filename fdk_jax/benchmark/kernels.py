@@ -14,7 +14,7 @@ import fdk_jax
 from fdk_jax.benchmark import environment, inputs, probes, timing
 from fdk_jax.benchmark.cases import KernelCase, make_cases
 
-__all__ = ["Session", "Workload", "make_cases", "measure", "prepare"]
+__all__ = ["Workload", "group", "make_cases", "measure", "prepare"]
 
 _SEED = 0
 _MAX_COPIES = 96
@@ -24,21 +24,6 @@ _ROWS_BELOW = 8
 # Seconds that a call on a GPU takes at least, and that a sample should take.
 _LEAST_CALL = 3e-6
 _SAMPLE = {"cpu": 0.05, "gpu": 0.02}
-
-
-@dataclasses.dataclass(frozen=True)
-class Session:
-    """How to measure: what does not differ between the cases of a run.
-
-    Attributes:
-        repetitions: samples of each case.
-        copies: copies of the weight; None for as many as caches cannot hold.
-        max_seconds: after this time a case takes no more samples than three.
-    """
-
-    repetitions: int = 20
-    copies: int | None = None
-    max_seconds: float = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +86,22 @@ def _dense_product(x: jax.Array, w: jax.Array, *, rows: bool) -> jax.Array:
     )
 
 
-def measure(case: KernelCase, session: Session) -> dict[str, Any]:
-    """Checks one case against the oracle, then times it; see the module `records` for the keys."""
+def group(case: KernelCase) -> tuple[int, ...]:
+    """Products of one shape are sampled in turn: their ratios are what the suite is for."""
+    return case.m, case.k, case.n
+
+
+def measure(case: KernelCase, session: timing.Session) -> timing.Measurement:
+    """Checks one case against the oracle, then has it timed; see the module `records` for the keys."""
+    result, run, calls = _ready(case, session)
+    if run is None:
+        return result
+    seconds = yield run
+    return result | timing.statistics([s / calls * 1e6 for s in seconds])
+
+
+def _ready(case: KernelCase, session: timing.Session):
+    """What is known of a case before it is timed, its compiled loop (None: it is wrong), its calls."""
     work = prepare(case)
     with jax.default_device(work.device):
         result = probes.bound(work.device, work.bytes_rw, work.ops, case.dtype, case.arithmetic)
@@ -110,14 +109,12 @@ def measure(case: KernelCase, session: Session) -> dict[str, Any]:
         result["rel_rms_error"] = error
         if not error <= inputs.tolerance(case):
             reason = f"relative RMS error {error:.3g} is above {inputs.tolerance(case):.3g}"
-            return result | {"status": "failed", "reason": reason}
+            return result | {"status": "failed", "reason": reason}, None, 0
         copies = session.copies or copies_for(work)
         loops = _loops(work, copies, result["bound_us"])
         run = build(work, copies, loops)
-        seconds = timing.sample(run, session.repetitions, session.max_seconds)
-    calls = copies * loops
-    result |= {"copies": copies, "calls": calls, "working_set_bytes": copies * work.weight_bytes}
-    return result | timing.statistics([s / calls * 1e6 for s in seconds])
+    held = {"working_set_bytes": copies * work.weight_bytes}
+    return result | {"copies": copies, "calls": copies * loops} | held, run, copies * loops
 
 
 def build(work: Workload, copies: int, loops: int) -> Callable[[], float]:

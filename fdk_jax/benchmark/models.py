@@ -112,7 +112,12 @@ def make_cases(
     return list(dict.fromkeys(cases))
 
 
-def measure(case: ModelCase, session: Any) -> dict[str, Any]:
+def group(case: ModelCase) -> ModelCase:
+    """Each case alone: the largest models leave no room for a second one."""
+    return case
+
+
+def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
     """Checks the first layer against float32 dequantised weights, then times decoding.
 
     A sample is the time of one program of `steps` tokens over its steps.
@@ -137,7 +142,7 @@ def measure(case: ModelCase, session: Any) -> dict[str, Any]:
             prefill.append(out.prefill_seconds)
             return out.decode_seconds / out.decode_steps
 
-        seconds = timing.sample(run, session.repetitions, session.max_seconds)
+        seconds = yield run
     result |= timing.statistics([s * 1e6 for s in seconds])
     return result | {
         "tokens_per_s": round(case.batch / result["median_us"] * 1e6, 2),
@@ -245,19 +250,8 @@ def _facts(case: ModelCase, generator: Generator, device: jax.Device) -> dict[st
     if not config.tie_embeddings:
         products -= config.vocab_size * config.hidden_size
     ops = 2 * case.batch * products
-    copy, read = probes.copy_gb_s(device), probes.read_gb_s(device)
-    rate = probes.matmul_gflop_s(device, config.dtype)
-    bandwidth = read if device.platform == "cpu" else max(copy, read)
-    return {
-        "dtype": config.dtype,
-        "parameters": config.num_parameters,
-        "bytes_rw": size,
-        "ops": ops,
-        "copy_gb_s": round(copy, 2),
-        "read_gb_s": round(read, 2),
-        "matmul_gflop_s": round(rate, 1),
-        "bound_us": round(max(size / bandwidth, ops / rate) / 1e3, 4),
-    }
+    facts = {"dtype": config.dtype, "parameters": config.num_parameters}
+    return facts | probes.bound(device, size, ops, config.dtype)
 
 
 def _cache_bytes(config: ModelConfig) -> int:

@@ -1,13 +1,18 @@
 """Runs the cases of a suite, one row after the other, and survives interruption."""
 
 import contextlib
+import itertools
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-from fdk_jax.benchmark import environment, records
+from fdk_jax.benchmark import environment, records, timing
+
+# Each holds its copies of the weights until all are sampled.
+_MOST_TOGETHER = 16
 
 
 class Interrupted(Exception):
@@ -36,7 +41,7 @@ def interruptible() -> Iterator[None]:
 def run(
     suite: ModuleType,
     cases: Sequence[Any],
-    session: Any,
+    session: timing.Session,
     write: Callable[[dict[str, Any]], None],
 ) -> int | None:
     """Measures the cases and hands each finished row to `write`.
@@ -44,7 +49,7 @@ def run(
     Args:
         suite: a module as the package's docstring describes.
         cases: what to measure.
-        session: handed to `suite.measure`.
+        session: how.
         write: takes a row as soon as it is finished.
 
     Returns:
@@ -52,31 +57,114 @@ def run(
     """
     try:
         with interruptible(), _progress(len(cases)) as progress:
-            for case in cases:
-                progress.start(case.name)
-                row = measure(suite, case, session)
-                write(row)
-                progress.finish(row)
+            for together in _groups(suite, cases):
+                for row in measure(suite, together, session, progress.start):
+                    write(row)
+                    progress.finish(row)
     except Interrupted as stop:
         return stop.signum
     return None
 
 
-def measure(suite: ModuleType, case: Any, session: Any) -> dict[str, Any]:
-    """The row of one case, whatever happens to it."""
-    facts: dict[str, Any] = {}
-    try:
-        facts = environment.facts(environment.device_for(case.backend))
-        result = suite.measure(case, session)
-    except NotImplementedError as error:
-        result = {"status": "skipped", "reason": _reason(error)}
-    except Interrupted:
-        raise
-    except Exception as error:
-        result = {"status": "failed", "reason": f"{type(error).__name__}: {_reason(error)}"}
-    if not facts:
-        facts = environment.facts(environment.device_for("xla"))
-    return records.make_row(case.fields(), facts, result)
+def _groups(suite: ModuleType, cases: Sequence[Any]) -> Iterator[list[Any]]:
+    for _, together in itertools.groupby(cases, suite.group):
+        rest = list(together)
+        while rest:
+            yield rest[:_MOST_TOGETHER]
+            rest = rest[_MOST_TOGETHER:]
+
+
+def measure(
+    suite: ModuleType,
+    cases: Sequence[Any],
+    session: timing.Session,
+    announce: Callable[[str], None] = lambda name: None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of cases that are sampled in turn, whatever happens to each.
+
+    Args:
+        suite: a module as the package's docstring describes.
+        cases: what to measure.
+        session: how.
+        announce: told the name of a case when work on it starts.
+    """
+    attempts = []
+    for case in cases:
+        announce(case.name)
+        attempts.append(_Attempt(suite, case, session))
+    active = [a for a in attempts if a.wants_sample]
+    while active:
+        for attempt in active:
+            announce(attempt.case.name)
+            attempt.take_sample()
+        active = [a for a in active if a.wants_sample]
+    for attempt in attempts:
+        yield attempt.row()
+
+
+class _Attempt:
+    """One case on its way to a row: made ready on construction, then sampled."""
+
+    def __init__(self, suite: ModuleType, case: Any, session: timing.Session):
+        self.case = case
+        self._session = session
+        self._samples: list[float] = []
+        self._warm_ups = 2
+        self._spent = 0.0
+        self._run: Callable[[], float] | None = None
+        self._result: dict[str, Any] = {}
+        self._measurement: timing.Measurement = suite.measure(case, session)
+        with self._outcome():
+            self._run = next(self._measurement)
+
+    @contextlib.contextmanager
+    def _outcome(self) -> Iterator[None]:
+        """Turns the end of the measurement, good or bad, into its result."""
+        try:
+            yield
+        except StopIteration as stop:
+            self._end(stop.value)
+        except Interrupted:
+            raise
+        except NotImplementedError as error:
+            self._end({"status": "skipped", "reason": _reason(error)})
+        except Exception as error:
+            reason = f"{type(error).__name__}: {_reason(error)}"
+            self._end({"status": "failed", "reason": reason})
+
+    def _end(self, result: dict[str, Any]) -> None:
+        self._result, self._run = result, None
+
+    @property
+    def wants_sample(self) -> bool:
+        """Whether there is something left to time."""
+        return self._run is not None
+
+    def take_sample(self) -> None:
+        """Runs once: to warm up, twice at first, then for a sample; ends with the last one."""
+        if self._run is None:
+            return
+        late = self._spent > self._session.max_seconds
+        with self._outcome():
+            start = time.perf_counter()
+            seconds = self._run()
+            self._spent += time.perf_counter() - start
+            if self._warm_ups and not late:
+                self._warm_ups -= 1
+                return
+            self._samples.append(seconds)
+            late = self._spent > self._session.max_seconds
+            wanted = self._session.repetitions
+            if len(self._samples) >= (min(3, wanted) if late else wanted):
+                self._measurement.send(self._samples)
+
+    def row(self) -> dict[str, Any]:
+        """The row of the case."""
+        try:
+            device = environment.device_for(self.case.backend)
+        except NotImplementedError:
+            device = environment.device_for("xla")
+        return records.make_row(self.case.fields(), environment.facts(device), self._result)
 
 
 def _reason(error: Exception) -> str:

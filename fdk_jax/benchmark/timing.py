@@ -1,9 +1,10 @@
 """Timing of one compiled loop over rotating copies of a weight, and the statistics of its samples."""
 
+import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,24 @@ import numpy as np
 from jax import Array
 
 Step = Callable[[Array, Any], Array]
+# A measurement in the making: it yields a function that returns seconds, is sent the samples taken of
+# it, and returns the keys of a row that say what came out.
+Measurement = Generator[Callable[[], float], list[float], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """How to measure: what does not differ between the cases of a run.
+
+    Attributes:
+        repetitions: samples of each case.
+        copies: copies of a weight; None for as many as caches cannot hold.
+        max_seconds: a case whose samples have taken as long gets no more of them than three.
+    """
+
+    repetitions: int = 20
+    copies: int | None = None
+    max_seconds: float = 20.0
 
 
 def loop_program(
@@ -78,22 +97,6 @@ def compile_loop(
 def copy_weight(weight: Any, copies: int) -> list[Any]:
     """The weight and `copies - 1` more of it in buffers of their own."""
     return [weight, *(jax.tree.map(jnp.copy, weight) for _ in range(copies - 1))]
-
-
-def sample(run: Callable[[], float], repetitions: int, max_seconds: float) -> list[float]:
-    """Seconds of each run after two that warm up; once `max_seconds` have passed no more than three."""
-    start = time.perf_counter()
-
-    def late() -> bool:
-        return time.perf_counter() - start > max_seconds
-
-    run()
-    if not late():
-        run()
-    samples: list[float] = []
-    while len(samples) < repetitions and not (len(samples) >= 3 and late()):
-        samples.append(run())
-    return samples
 
 
 def seconds_of_call(function: Callable[[], Any]) -> float:
