@@ -4,20 +4,35 @@ NEWEST_PYTHON ?= python3.12
 VENV ?= .venv
 NEWEST_VENV ?= .venv-newest
 BENCH_FLAGS ?=
+TEST_FLAGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: bench test test-newest lint cpu clean
+.PHONY: bench test test-newest toolchains lint cpu clean
 
-bench: $(VENV)/.ready cpu
+# Builds the C++ library and its Python module for the environment $(1).
+define build_cpu
+@if cpu/toolchain/install.sh host; then PYTHON=$(CURDIR)/$(1)/bin/python $(1)/bin/ninja -C cpu; \
+	else echo "going on without the C++ library"; fi
+endef
+
+bench: $(VENV)/.ready
+	$(call build_cpu,$(VENV))
 	$(VENV)/bin/python bench.py --backend xla,cpu --bits 16,8,4,2,1 --m 1,16 $(BENCH_FLAGS)
 
-test: $(VENV)/.ready-dev cpu
-	$(VENV)/bin/ruff check fdk_jax pallas_kernels tests bench.py
-	$(VENV)/bin/python -m pytest -n 2
+test: $(VENV)/.ready-dev toolchains
+	$(call build_cpu,$(VENV))
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest -n 2 $(TEST_FLAGS)
 
 # The whole suite on the newest JAX, which needs Python 3.12.
-test-newest: $(NEWEST_VENV)/.ready-dev
-	$(NEWEST_VENV)/bin/python -m pytest -n 2
+test-newest: $(NEWEST_VENV)/.ready-dev toolchains
+	$(call build_cpu,$(NEWEST_VENV))
+	$(NEWEST_VENV)/bin/python -m pytest -n 2 $(TEST_FLAGS)
+
+# What the tests for ARM and Android need; they are skipped, with the reason, where it cannot be had.
+toolchains:
+	@for part in android-test model; do \
+		cpu/toolchain/install.sh $$part || echo "going on without the toolchain for $$part"; done
 
 lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check .
@@ -25,8 +40,7 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/pyright
 
 cpu: $(VENV)/.ready
-	cpu/toolchain/install.sh host
-	$(VENV)/bin/ninja -C cpu
+	$(call build_cpu,$(VENV))
 
 %/.ready: pyproject.toml
 	$(if $(findstring newest,$*),$(NEWEST_PYTHON),$(PYTHON)) -m venv $*
