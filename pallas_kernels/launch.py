@@ -5,7 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import gather
+from pallas_kernels import gather, matvec, tuning, wgmma
+from pallas_kernels.matvec import Case
 
 
 def matmul(
@@ -20,7 +21,7 @@ def matmul(
     uniform: bool,
     bias: Array | None = None,
     out_dtype: Any = None,
-    config: Any = None,
+    config: matvec.Config | wgmma.Config | None = None,
     interpret: bool = False,
 ) -> Array:
     """Multiplies x by the transpose of a quantised weight in the planar layout, on an NVIDIA GPU.
@@ -39,7 +40,7 @@ def matmul(
         bias: [N] or None, added in float32.
         out_dtype: dtype of y; None for the dtype of x.
         config: a launch configuration instead of the tuned one.
-        interpret: run in Pallas' interpreter.
+        interpret: run the plain kernel in Pallas' interpreter, which refuses the PTX of the others.
 
     Returns:
         y [M, N].
@@ -49,18 +50,42 @@ def matmul(
         NotImplementedError: a configuration that the kernel cannot run.
     """
     _check(x, packed, scales, codebook, bits, group_size, out_features)
-    return gather.matmul(
-        x,
-        packed,
-        scales,
-        codebook,
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    case = Case(
+        m=x.shape[0],
+        n=out_features,
+        k=x.shape[1],
         bits=bits,
         group_size=group_size,
-        out_features=out_features,
-        bias=bias,
-        out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype),
-        interpret=interpret,
+        books=codebook.size // 2**bits,
+        x_dtype=x.dtype,
+        scale_dtype=scales.dtype,
+        bias_dtype=None if bias is None else bias.dtype,
+        out_dtype=out_dtype,
     )
+    chosen = tuning.choose(case) if config is None else _given(case, config)
+    if interpret or chosen.kernel == "gather":
+        return gather.matmul(
+            x,
+            packed,
+            scales,
+            codebook,
+            bits=bits,
+            group_size=group_size,
+            out_features=out_features,
+            bias=bias,
+            out_dtype=out_dtype,
+            interpret=interpret,
+        )
+    return tuning.launch(case, chosen.kernel, chosen.config, x, packed, scales, codebook, bias)
+
+
+def _given(case: Case, config: matvec.Config | wgmma.Config) -> tuning.Plan:
+    reason = tuning.unsupported_reason(case, config)
+    if reason is not None:
+        raise NotImplementedError(f"{config} does not run this product: {reason}")
+    kernel = "matvec" if isinstance(config, matvec.Config) else "wgmma"
+    return tuning.Plan(kernel, config, "given by the caller")
 
 
 def _check(x, packed, scales, codebook, bits, group_size, out_features) -> None:

@@ -13,14 +13,14 @@ At batch 1 a product is limited by reading the weight, if decoding it costs less
 Triton gives no control over which lane holds what, so the body is one block of PTX; Pallas provides the
 grid, the operands and the place in the program.
 
-Glossary: W warps a program (`Config.warps`), in V teams with rows of their own (`Config.row_warps`); the
-warps of a team share K; R tiles of 16 rows a team (`Config.tiles`), D blocks in flight a warp
+Glossary: W warps a program (`Config.warps`), of which V have rows of their own (`Config.row_warps`) and the
+others share their K; R tiles of 16 rows a warp (`Config.tiles`), D blocks in flight a warp
 (`Config.stages`), J groups of 8 tokens (`Config.columns`). A tile holds E = 8 / bits planes of 64 weights a
 row, each of 4 steps of the instruction; see `fdk_jax.packing`. A block is a tile of each of the R.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,7 @@ _PLANE = 64
 _STEPS = 4  # instructions a plane
 _TILE_ROWS = 16
 _TILE_BYTES = 1024
-_ENTRY_BYTES = 128  # of a byte's values, copies for all lanes together
-_TABLE_BYTES = 256 * _ENTRY_BYTES
+_TABLE_ROW = 128  # bytes of the table for one byte of codes: copies for all lanes together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +105,6 @@ def unsupported_reason(case: Case, config: Config) -> str | None:
         return f"x is {case.x_dtype}, the tensor cores' inputs are bfloat16 or float16"
     if case.group_size % 8:
         return f"group_size={case.group_size} is no multiple of 8"
-    if config.k_warps % 4:
-        return f"{config.k_warps} warps that share K are no multiple of 4"
     if case.books > 1 and (case.n // case.books) % config.rows:
         return f"{case.books} codebooks do not change at multiples of {config.rows} rows"
     return None
@@ -141,27 +138,42 @@ def source(case: Case, config: Config) -> str:
     return _Writer(case, config).write()
 
 
+class Operands(NamedTuple):
+    """Registers with the addresses of the operands."""
+
+    x: str = "$1"
+    packed: str = "$2"
+    scales: str = "$3"
+    codebook: str = "$4"
+
+
 class _Writer:
     """Writes the PTX of one case; one method a part of the kernel."""
+
+    operands = Operands()
 
     def __init__(self, case: Case, config: Config) -> None:
         self.case, self.config, self.ptx = case, config, Ptx()
         self.operand_type = "bf16" if case.x_dtype == jnp.bfloat16 else "f16"
         self.scale_bytes = jnp.dtype(case.scale_dtype).itemsize
-        self.scale_mode = _scale_mode(case)
+        self.scale_mode = _scale_mode(case, config)
+        self.scale_runs = _scale_runs(case, self.scale_mode)
+        self.table_row = _TABLE_ROW
         # A column of partial sums is padded so that the lanes of a warp write to different banks.
         self.sum_stride = config.rows + 4
         self.single = case.m == 1
 
     def write(self) -> str:
         config, ptx = self.config, self.ptx
-        shared = max(_TABLE_BYTES, config.k_warps * config.columns * 8 * self.sum_stride * 4)
+        shared = max(
+            256 * self.table_row, config.k_warps * config.columns * 8 * self.sum_stride * 4
+        )
         ptx.declare(f".shared .align 128 .b8 fdk_shared[{shared}];")
         self._locate()
+        self._locate_x()
         buffers = [self._buffer() for _ in range(config.stages)]
         for stage, buffer in enumerate(buffers):
             self._load(buffer, stage)
-        self.x_buffers = [[ptx.registers("b32", 8) for _ in self.x] for _ in range(2)]
         self._load_x(0, 0, 0)
         self._fill_table()
         self._loop(buffers)
@@ -177,32 +189,42 @@ class _Writer:
         self.warp = ptx.op("shr.u32", self.thread, 5)
         self.row = ptx.op("shr.u32", self.lane, 2)
         self.quad = ptx.op("and.b32", self.lane, 3)
-        self.program_row = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.x"), config.rows)
-        self.first_token = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.y"), 8 * config.columns)
-        # This warp's team, and its place among those that share the team's K.
-        self.team = ptx.op("div.u32", self.warp, config.k_warps)
-        self.member = ptx.op("rem.u32", self.warp, config.k_warps)
-        self.block = ptx.op("mov.u32", self.member)
-        self.left = ptx.op("sub.u32", case.blocks + config.k_warps - 1, self.member)
+        self._locate_program()
+        # Which of the program's rows are this warp's, and which of its blocks along K.
+        self.row_warp = ptx.op("rem.u32", self.warp, config.row_warps)
+        self.k_warp = ptx.op("div.u32", self.warp, config.row_warps)
+        self.block = ptx.op("mov.u32", self.k_warp)
+        self.left = ptx.op("sub.u32", case.blocks + config.k_warps - 1, self.k_warp)
         self.left = ptx.op("div.u32", self.left, config.k_warps)
-        copies = _ENTRY_BYTES // self._entry_bytes()
+        copies = self.table_row // self._entry_bytes()
         lane_copy = ptx.op("and.b32", self.lane, copies - 1)
         self.lane_offset = ptx.op("mul.lo.u32", lane_copy, self._entry_bytes())
 
         first_tile = ptx.op("shr.u32", self.program_row, 4)
-        first_tile = ptx.op("mad.lo.u32", self.team, config.tiles, first_tile)
+        first_tile = ptx.op("mad.lo.u32", self.row_warp, config.tiles, first_tile)
         self.packed, self.scales = [], []
         for r in range(config.tiles):
             tile = ptx.op("min.u32", ptx.op("add.u32", first_tile, r), case.tiles - 1)
-            index = ptx.op("mad.lo.u32", tile, case.blocks, self.member)
-            address = ptx.op("mad.wide.u32", index, _TILE_BYTES, "$2", kind="b64")
+            index = ptx.op("mad.lo.u32", tile, case.blocks, self.k_warp)
+            address = ptx.op("mad.wide.u32", index, _TILE_BYTES, self.operands.packed, kind="b64")
             self.packed.append(ptx.op("mad.wide.u32", self.lane, 16, address, kind="b64"))
             index = ptx.op("mul.lo.u32", tile, case.quads)
-            address = ptx.op("mad.wide.u32", index, 64 * self.scale_bytes, "$3", kind="b64")
+            address = ptx.op(
+                "mad.wide.u32", index, 64 * self.scale_bytes, self.operands.scales, kind="b64"
+            )
             address = ptx.op("mad.wide.u32", self.row, 8 * self.scale_bytes, address, kind="b64")
             if self.scale_mode == "vector":
                 address = self._advance_to_warp(address)
             self.scales.append(address)
+
+    def _locate_program(self) -> None:
+        ptx, config = self.ptx, self.config
+        self.program_row = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.x"), config.rows)
+        self.first_token = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.y"), 8 * config.columns)
+
+    def _locate_x(self) -> None:
+        """Where this lane's x starts, and registers for it and for the sums."""
+        case, config, ptx = self.case, self.config, self.ptx
         self.x = []
         row_bytes = case.blocks * case.span * 2
         for j in range(config.columns):
@@ -210,7 +232,7 @@ class _Writer:
             token = ptx.op("min.u32", ptx.op("add.u32", token, 8 * j), case.m - 1)
             address = ptx.op("mad.wide.u32", token, row_bytes, "$1", kind="b64")
             address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
-            self.x.append(ptx.op("mad.wide.u32", self.member, case.span * 2, address, kind="b64"))
+            self.x.append(ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64"))
         zero = ptx.op("mov.f32", "0f00000000", kind="f32")
         self.zeros = [zero] * 4
         self.totals = [
@@ -218,10 +240,12 @@ class _Writer:
             for _ in self.packed
         ]
 
+        self.x_buffers = [[ptx.registers("b32", 8) for _ in self.x] for _ in range(2)]
+
     def _advance_to_warp(self, address: str) -> str:
         """The scales of the warp's first block, where a block holds one or more whole groups."""
         ptx, per_block = self.ptx, self.case.span // self.case.group_size
-        group = ptx.op("mul.lo.u32", self.member, per_block)
+        group = ptx.op("mul.lo.u32", self.k_warp, per_block)
         quad = ptx.op("shr.u32", group, 2)
         address = ptx.op("mad.wide.u32", quad, 64 * self.scale_bytes, address, kind="b64")
         within = ptx.op("and.b32", group, 3)
@@ -231,9 +255,9 @@ class _Writer:
 
     def _buffer(self) -> dict[str, list]:
         """Registers of one block in flight: codes and scales of each tile of rows."""
-        ptx, case = self.ptx, self.case
+        ptx = self.ptx
         words = [ptx.registers("b32", 8) for _ in range(self.config.tiles)]
-        count = _scale_runs(case) * self.scale_bytes // 2
+        count = self.scale_runs * self.scale_bytes // 2
         return {
             "words": words,
             "scales": [ptx.registers("b32", count) for _ in range(self.config.tiles)],
@@ -241,7 +265,7 @@ class _Writer:
 
     def _load(self, buffer, ahead: int) -> None:
         """Starts the loads of the block `ahead` steps of this warp after the current one."""
-        ptx, case, config = self.ptx, self.case, self.config
+        ptx, config = self.ptx, self.config
         there = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
         step = ahead * config.k_warps * _TILE_BYTES
         for words, packed in zip(buffer["words"], self.packed, strict=True):
@@ -256,7 +280,7 @@ class _Writer:
             self._load_scale_vectors(buffer, ahead, there)
             return
         block = ptx.op("add.u32", self.block, ahead * config.k_warps)
-        for run in range(_scale_runs(case)):
+        for run in range(self.scale_runs):
             group = self._group(block, run)
             quad = ptx.op("shr.u32", group, 2)
             within = ptx.op("and.b32", group, 3)
@@ -281,8 +305,9 @@ class _Writer:
     def _load_scale_vectors(self, buffer, ahead: int, there: str) -> None:
         case, config = self.case, self.config
         per_block = case.span // case.group_size
-        # W is a multiple of 4, so that a warp's blocks start at the same place of a quad.
-        start = ahead * config.k_warps * per_block // 4 * 64 * self.scale_bytes
+        # All powers of two: a warp's blocks start at places of a quad that the offsets below hit.
+        quads, within = divmod(ahead * config.k_warps * per_block, 4)
+        start = (quads * 64 + within * 2) * self.scale_bytes
         width = min(per_block, 4) * self.scale_bytes // 2
         for registers, scales in zip(buffer["scales"], self.scales, strict=True):
             for i in range(len(registers) // width):
@@ -308,20 +333,21 @@ class _Writer:
     def _fill_table(self) -> None:
         """Writes the values of every byte into shared memory, a copy for each lane's banks."""
         ptx, case = self.ptx, self.case
-        book = "$4"
+        book = self.operands.codebook
         if case.books > 1:
             rows = case.n // case.books
             number = ptx.op("div.u32", self.program_row, rows)
-            book = ptx.op("mad.wide.u32", number, 4 * 2**case.bits, "$4", kind="b64")
+            book = ptx.op("mad.wide.u32", number, 4 * 2**case.bits, book, kind="b64")
         threads = 32 * self.config.warps
         for i in range(-(-256 // threads)):
             byte = ptx.op("add.u32", self.thread, i * threads)
             mine = ptx.op("setp.lt.u32", byte, 256, kind="pred") if threads > 256 else None
             pattern = self._table_pattern(byte, book, mine)
-            row = ptx.op("mad.lo.u32", byte, _ENTRY_BYTES, self.table)
-            for turn in range(_ENTRY_BYTES // 16):
+            row = ptx.op("mad.lo.u32", byte, self.table_row, self.table)
+            for turn in range(self.table_row // 16):
                 # Lanes start at different columns: otherwise all would write to the same banks.
-                column = ptx.op("and.b32", ptx.op("add.u32", self.lane, turn), 7)
+                column = ptx.op("add.u32", self.lane, turn)
+                column = ptx.op("and.b32", column, self.table_row // 16 - 1)
                 address = ptx.op("mad.lo.u32", column, 16, row)
                 ptx.do("st.shared.v4.b32", at(address), vector(pattern), when=mine)
         ptx.do("bar.sync", 0)
@@ -347,9 +373,10 @@ class _Writer:
     def _look_up(self, word: str, byte: int) -> list[str]:
         """The pairs of values of a byte of a word."""
         ptx = self.ptx
-        opcode, distance = ("shl.b32", 7) if byte == 0 else ("shr.u32", 8 * byte - 7)
+        place = self.table_row.bit_length() - 1
+        opcode, distance = ("shl.b32", place) if byte == 0 else ("shr.u32", 8 * byte - place)
         address = ptx.op(opcode, word, distance)
-        address = ptx.op("lop3.b32", address, 255 * _ENTRY_BYTES, self.lane_offset, "0xEA")
+        address = ptx.op("lop3.b32", address, 255 * self.table_row, self.lane_offset, "0xEA")
         address = ptx.op("add.u32", address, self.table)
         pairs = ptx.registers("b32", self._entry_bytes() // 4)
         width = f".v{len(pairs)}" if len(pairs) > 1 else ""
@@ -366,10 +393,7 @@ class _Writer:
             ptx.do("bra", "fdk_done", when=done)
             self._multiply(buffer, stage)
             self._load(buffer, stage + len(buffers))
-        if len(buffers) * case.planes % 2:
-            for first, second in zip(*self.x_buffers, strict=True):
-                for target, value in zip(first, second, strict=True):
-                    ptx.do("mov.b32", target, value)
+        self._turn_x(len(buffers) * case.planes)
         step = len(buffers) * config.k_warps
         for address in self.packed:
             ptx.do("add.u64", address, address, step * _TILE_BYTES)
@@ -389,7 +413,7 @@ class _Writer:
         """Decodes a block and multiplies it with its stretch of x."""
         case, ptx = self.case, self.ptx
         sums = [[ptx.registers("f32", 4) for _ in self.x] for _ in self.packed]
-        per_run = max(1, case.planes // _scale_runs(case))
+        per_run = max(1, case.planes // self.scale_runs)
         for plane in range(case.planes):
             current = (stage * case.planes + plane) % 2
             x = self.x_buffers[current]
@@ -415,6 +439,14 @@ class _Writer:
             for half in range(2):
                 part = vector(values[4 * half : 4 * half + 4])
                 ptx.do("ld.global.nc.v4.b32", part, at(address, offset + _PLANE * half), when=there)
+
+    def _turn_x(self, planes: int) -> None:
+        """Makes the buffer of x after `planes` planes the first one."""
+        if planes % 2 == 0:
+            return
+        for first, second in zip(*self.x_buffers, strict=True):
+            for target, value in zip(first, second, strict=True):
+                self.ptx.do("mov.b32", target, value)
 
     def _decode(self, words: list[str], plane: int, step: int) -> list[str]:
         """The four operand registers of a step: halves of the plane times upper and lower row."""
@@ -443,7 +475,7 @@ class _Writer:
         """The plane's scales, float32: for upper and lower row; in mode "lane" by half of the plane."""
         if self.scale_mode == "lane":
             return self._factors(registers, 2 * plane) + self._factors(registers, 2 * plane + 1)
-        return self._factors(registers, plane * _scale_runs(self.case) // self.case.planes)
+        return self._factors(registers, plane * self.scale_runs // self.case.planes)
 
     def _factors(self, registers: list[str], run: int) -> list[str]:
         """The scales of a run for the upper and the lower row, float32."""
@@ -462,6 +494,19 @@ class _Writer:
         opcode = f"mul.rn.{self.operand_type}x2"
         pairs = zip(operands, factors, strict=True)
         return [self.ptx.op(opcode, weights, self._pack(f, f)) for weights, f in pairs]
+
+    def _scaled_plane(self, words: list[str], scales: list[str], plane: int) -> list[list[str]]:
+        """The operand registers of a plane's steps, scaled."""
+        factors = self._plane_factors(scales, plane)
+        doubled = [self._pack(f, f) for f in factors] * (4 // len(factors))
+        opcode = f"mul.rn.{self.operand_type}x2"
+        return [
+            [
+                self.ptx.op(opcode, weights, factor)
+                for weights, factor in zip(self._decode(words, plane, i), doubled, strict=True)
+            ]
+            for i in range(_STEPS)
+        ]
 
     def _accumulate(self, sums, factors) -> None:
         """Adds the sums of a group, times its scale, to the totals."""
@@ -484,8 +529,8 @@ class _Writer:
         tokens = min(case.m, 8 * config.columns)
         ptx.do("bar.sync", 0)
         per_warp = 8 * config.columns * self.sum_stride * 4
-        address = ptx.op("mad.lo.u32", self.member, per_warp, self.table)
-        row = ptx.op("mad.lo.u32", self.team, config.tiles * _TILE_ROWS, self.row)
+        address = ptx.op("mad.lo.u32", self.k_warp, per_warp, self.table)
+        row = ptx.op("mad.lo.u32", self.row_warp, config.tiles * _TILE_ROWS, self.row)
         address = ptx.op("mad.lo.u32", row, 4, address)
         address = ptx.op("mad.lo.u32", self.quad, 2 * self.sum_stride * 4, address)
         for r, row_totals in enumerate(self.totals):
@@ -546,19 +591,19 @@ class _Writer:
         return ptx.op("mov.b32", vector([zero, half]), kind="f32")
 
 
-def _scale_mode(case: Case) -> str:
+def _scale_mode(case: Case, config: Config) -> str:
     """How scales meet groups: see `_group` and `_load_scale_vectors`."""
     if case.group_size % _PLANE:
         return "lane"
-    if case.span % case.group_size == 0:
-        per_block = case.span // case.group_size
-        return "vector" if per_block in (1, 2) or per_block % 4 == 0 else "plane"
-    return "single" if case.group_size % case.span == 0 else "plane"
+    if case.group_size % case.span == 0 and case.group_size > case.span:
+        return "single"
+    per_block, rest = divmod(case.span, case.group_size)
+    quads = config.stages * config.k_warps * per_block
+    return "vector" if rest == 0 and quads % 4 == 0 else "plane"
 
 
-def _scale_runs(case: Case) -> int:
+def _scale_runs(case: Case, mode: str) -> int:
     """Scales that a lane loads for a row of a block."""
-    mode = _scale_mode(case)
     if mode == "vector":
         return case.span // case.group_size
     return {"single": 1, "plane": case.planes, "lane": 2 * case.planes}[mode]

@@ -1,7 +1,35 @@
-"""Which kernel a product takes, with which launch configuration."""
+"""Which kernel a product takes, with which launch configuration: the measured table, and its search.
 
+The table holds the fastest choice for each (bits, m, n, k) that was measured; a product takes the row of
+the next larger m and the nearest shape. Nothing is measured on import or on a first call:
+
+    python -m pallas_kernels.tuning --shapes 4096x4096 --bits 4,1 --m 1,16
+
+measures on the GPU at hand and writes a cache file, whose rows win over those that come with the package.
+"""
+
+import argparse
 import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dequantise, matvec, wgmma
+from pallas_kernels.matvec import Case
+
+KERNELS = {"matvec": matvec.Config, "wgmma": wgmma.Config}
+_SHIPPED = Path(__file__).with_name("tuned.json")
+_FEW = 16  # most rows of x a program of `matvec` takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -9,15 +37,23 @@ class Plan:
     """The choice for one product.
 
     Attributes:
-        kernel: "gather".
+        kernel: "matvec", "wgmma", "dequantise" (then dot) or "gather".
+        config: launch configuration of "matvec" and "wgmma", else None.
         reason: why, in words.
     """
 
     kernel: str
+    config: matvec.Config | wgmma.Config | None
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.kernel}: {self.reason}"
+        return f"{self.kernel}{'' if self.config is None else f' {self.config}'}: {self.reason}"
+
+
+def cache_file() -> Path:
+    """Where the search writes and a process looks for rows of its own; FDK_JAX_TUNED overrides."""
+    default = Path.home() / ".cache" / "fdk_jax" / "tuned.json"
+    return Path(os.environ.get("FDK_JAX_TUNED", default))
 
 
 def plan(
@@ -39,8 +75,212 @@ def plan(
         group_size: weights a scale.
         out_features: N.
         in_features: K.
-        uniform: whether the codebook is affine in the code.
+        uniform: whether the codebook is affine in the code; the kernels look values up either way.
         dtype: of x.
         device_kind: as JAX names the device, e.g. "NVIDIA H200"; None for the default device.
     """
-    return Plan("gather", "looks every code up in memory; serves every case")
+    del uniform
+    dtype = jnp.dtype(dtype)
+    case = Case(
+        max(m, 1), out_features, in_features, bits, group_size, 1, dtype, dtype, None, dtype
+    )
+    return choose(case, device_kind)
+
+
+def choose(case: Case, device_kind: str | None = None) -> Plan:
+    """As `plan`, from everything that is static about a product."""
+    reason = matvec.unsupported_reason(case, matvec.Config(tiles=1, warps=8))
+    if reason is not None:
+        return Plan("gather", None, f"looks every code up in memory, because {reason}")
+    kind = _device_kind() if device_kind is None else device_kind
+    row = _nearest(case, kind)
+    why = f"fastest of those measured at {row['m']} x {row['n']} x {row['k']} on {row['device']}"
+    if row["kernel"] == "dequantise":
+        return Plan("dequantise", None, f"then dot, {why}")
+    config = fit(case, KERNELS[row["kernel"]](**row["config"]))
+    if unsupported_reason(case, config) is None:
+        return Plan(row["kernel"], config, why)
+    # Codebooks that change within the tuned program's rows: the least rows a program can have.
+    return Plan("matvec", fit(case, matvec.Config(tiles=1, warps=8)), "codebooks change often")
+
+
+def fit(case: Case, config: Any) -> Any:
+    """A configuration with what follows from the number of tokens."""
+    if isinstance(config, matvec.Config):
+        return dataclasses.replace(config, columns=1 if case.m <= _FEW // 2 else _FEW // 8)
+    return config
+
+
+def unsupported_reason(case: Case, config: Any) -> str | None:
+    """Why a configuration does not run a case, or None."""
+    module = matvec if isinstance(config, matvec.Config) else wgmma
+    return module.unsupported_reason(case, config)
+
+
+def _device_kind() -> str:
+    device = jax.devices()[0]
+    return device.device_kind if device.platform in ("gpu", "cuda") else "NVIDIA H200"
+
+
+def _nearest(case: Case, device_kind: str) -> dict:
+    rows = _table()
+    for wanted in (device_kind, "NVIDIA H200"):
+        same = [r for r in rows if r["device"] == wanted and r["bits"] == case.bits]
+        if same:
+            break
+    largest = max(r["m"] for r in same)
+    m = min(r["m"] for r in same if r["m"] >= min(case.m, largest))
+    ratios = (
+        (abs(math.log(r["n"] / case.n)) + abs(math.log(r["k"] / case.k)), i)
+        for i, r in enumerate(same)
+        if r["m"] == m
+    )
+    return same[min(ratios)[1]]
+
+
+@functools.cache
+def _table() -> list[dict]:
+    rows = {}
+    for path in (_SHIPPED, cache_file()):
+        if path.is_file():
+            for row in json.loads(path.read_text(encoding="utf-8")):
+                rows[_key(row)] = row
+    return list(rows.values())
+
+
+def _key(row: dict) -> tuple:
+    return tuple(row[name] for name in ("device", "bits", "m", "n", "k"))
+
+
+# The search
+
+
+def candidates(case: Case) -> Iterator[tuple[str, Any]]:
+    """(kernel, configuration) pairs that may be the fastest for a case."""
+    if case.m <= 2 * _FEW:
+        shapes = itertools.product((1, 2, 4), (8, 16), (1, 2), (1, 2))
+        for tiles, warps, stages, row_warps in shapes:
+            if tiles * stages * row_warps <= 4:
+                yield "matvec", fit(case, matvec.Config(tiles, warps, stages, 1, row_warps))
+    if case.m > _FEW // 2:
+        for tokens, rows, ks in itertools.product((16, 32, 64, 128), (1, 2, 4), (1, 2, 4)):
+            if tokens // 2 <= case.m and rows * ks <= 4:
+                yield "wgmma", wgmma.Config(tokens, rows, ks, 2)
+    if case.m >= 128:
+        yield "dequantise", None
+
+
+def search(cases: list[Case], seconds: float = 0.02) -> list[dict]:
+    """Measures all candidates of some cases on the GPU at hand; a row of the table for each case."""
+    rows = []
+    for case in cases:
+        best = None
+        weights = _random_weights(case)
+        for kernel, config in candidates(case):
+            if config is not None and unsupported_reason(case, config) is not None:
+                continue
+            microseconds = measure(case, kernel, config, weights, seconds)
+            if best is None or microseconds < best["us"]:
+                facts = {} if config is None else dataclasses.asdict(config)
+                best = {
+                    "device": jax.devices()[0].device_kind,
+                    "bits": case.bits,
+                    "m": case.m,
+                    "n": case.n,
+                    "k": case.k,
+                    "kernel": kernel,
+                    "config": facts,
+                    "us": round(microseconds, 2),
+                }
+        if best is not None:
+            print(json.dumps(best), flush=True)
+            rows.append(best)
+    return rows
+
+
+def launch(case: Case, kernel: str, config: Any, x, packed, scales, codebook, bias):
+    """Runs a product with a given kernel (not "gather") and configuration."""
+    if kernel == "dequantise":
+        return dequantise.matmul(case, x, packed, scales, codebook, bias)
+    module = matvec if kernel == "matvec" else wgmma
+    return module.matmul(case, config, x, packed, scales, codebook, bias)
+
+
+def measure(case: Case, kernel: str, config: Any, weights: list, seconds: float) -> float:
+    """Microseconds of a product in a loop that rotates weights past the caches."""
+    trips = 4
+
+    def loop(x, weights, codebook):
+        def body(_, x):
+            for packed, scales in weights:
+                y = launch(case, kernel, config, x, packed, scales, codebook, None)
+                x, _y = jax.lax.optimization_barrier((x, y))  # orders the calls
+            return x
+
+        return jax.lax.fori_loop(0, trips, body, x)
+
+    x = jax.random.normal(jax.random.key(0), (case.m, case.k), case.x_dtype)
+    codebook = jnp.sort(jax.random.normal(jax.random.key(1), (2**case.bits,)))
+    run = jax.jit(loop).lower(x, weights, codebook).compile()
+    times, end = [], None
+    while end is None or time.perf_counter() < end or len(times) < 5:
+        start = time.perf_counter()
+        jax.block_until_ready(run(x, weights, codebook))
+        times.append(time.perf_counter() - start)
+        end = end or time.perf_counter() + seconds
+    times = sorted(times[len(times) // 3 :])  # the first ones wake the clocks
+    return times[len(times) // 2] / (trips * len(weights)) * 1e6
+
+
+def _random_weights(case: Case) -> list:
+    """Copies of a weight, together larger than the cache of any GPU."""
+    shape = (case.tiles, case.blocks, 2, 8, 32)
+    copies = max(2, min(24, math.ceil(240e6 / (2 * math.prod(shape)))))
+
+    @jax.jit
+    def one(key):
+        packed = jax.random.bits(key, shape, jnp.uint16)
+        scales = jax.random.uniform(key, (case.tiles, case.quads, 64), minval=0.5)
+        return packed, scales.astype(case.scale_dtype)
+
+    return [one(jax.random.key(i)) for i in range(copies)]
+
+
+def _write(rows: list[dict], path: Path) -> None:
+    """Merges rows into a table file; whole or not at all."""
+    merged = {}
+    if path.is_file():
+        merged = {_key(row): row for row in json.loads(path.read_text(encoding="utf-8"))}
+    merged |= {_key(row): row for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(f"[\n{text}\n]\n")
+    os.replace(file.name, path)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", default="4096x4096,8192x8192", help="NxK, comma-separated")
+    parser.add_argument("--bits", default="1,2,4,8")
+    parser.add_argument("--m", default="1,8,16,32,64,128,256,512")
+    parser.add_argument("--group_size", type=int, default=64)
+    parser.add_argument("--output", type=Path, default=cache_file())
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds; then it writes")
+    flags = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        raise SystemExit("tuning needs an NVIDIA GPU that JAX sees")
+    half, start = jnp.dtype(jnp.bfloat16), time.perf_counter()
+    for shape, bits in itertools.product(flags.shapes.split(","), flags.bits.split(",")):
+        n, k = map(int, shape.split("x"))
+        cases = [
+            Case(int(m), n, k, int(bits), flags.group_size, 1, half, half, None, half)
+            for m in flags.m.split(",")
+        ]
+        if time.perf_counter() - start < flags.budget:
+            _write(search(cases), flags.output)
+
+
+if __name__ == "__main__":
+    main()

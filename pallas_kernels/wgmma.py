@@ -1,0 +1,271 @@
+"""The kernel for tens to hundreds of rows of x: decoded weights go from registers into `wgmma`.
+
+A warpgroup decodes 64 rows of the weight into the operand registers of `wgmma.m64nTk16`; the fragments are
+those of `matvec`, so the weight never passes through shared memory. T tokens of x are the other operand, in
+shared memory, two planes deep. Scales multiply the decoded weights, so that the sums stay in the
+instruction's accumulators over the whole of K.
+
+Glossary: T tokens a program (`Config.tokens`); V warpgroups with rows of their own (`Config.row_groups`);
+U warpgroups that share K (`Config.k_groups`), each with V * 64 rows: a team; D blocks in flight a warp
+(`Config.stages`).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import matvec, triton_compat
+from pallas_kernels.matvec import Case
+from pallas_kernels.ptx import at, vector
+
+_PLANE = 64
+_STEPS = 4
+_X_DEPTH = 4  # most planes of x on their way
+_X_LOADS = 8  # most loads of x on their way, 4 registers each
+_CORE_BYTES = 128  # 8 tokens by 8 weights, what the instruction reads as a unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Launch configuration: T, V, U and D of the module's glossary."""
+
+    tokens: int = 64
+    row_groups: int = 2
+    k_groups: int = 1
+    stages: int = 2
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight a program."""
+        return 64 * self.row_groups
+
+    @property
+    def warps(self) -> int:
+        """Warps a program."""
+        return 4 * self.row_groups * self.k_groups
+
+    @property
+    def table_row(self) -> int:
+        """Bytes of the table for a byte of codes; x takes the rest of 48 KiB."""
+        return 128 if self.tokens * self.k_groups <= 64 else 64
+
+    @property
+    def sum_tokens(self) -> int:
+        """As many tokens as have their sums in the table's memory at the end."""
+        tokens = self.tokens
+        while self.k_groups * tokens * (self.rows + 4) * 4 > 256 * self.table_row:
+            tokens //= 2
+        return tokens
+
+    @property
+    def as_matvec(self) -> matvec.Config:
+        """What the parts shared with `matvec` see."""
+        return matvec.Config(
+            tiles=1,
+            warps=self.warps,
+            stages=self.stages,
+            columns=self.tokens // 8,
+            row_warps=4 * self.row_groups,
+        )
+
+
+def unsupported_reason(case: Case, config: Config) -> str | None:
+    """Why the kernel does not take a case, or None."""
+    if config.stages * case.planes % 2:
+        return f"{config.stages} stages of {case.planes} planes are odd"
+    if config.tokens * config.k_groups > 128 or config.sum_tokens < 8:
+        return f"{config.k_groups} teams with {config.tokens} tokens exceed the shared memory"
+    return matvec.unsupported_reason(case, config.as_matvec)
+
+
+def matmul(
+    case: Case,
+    config: Config,
+    x: Array,
+    packed: Array,
+    scales: Array,
+    codebook: Array,
+    bias: Array | None,
+) -> Array:
+    """X [M, K] times the transpose of a planar weight, [M, N]."""
+    if x.shape[1] != case.blocks * case.span:
+        x = jnp.pad(x, ((0, 0), (0, case.blocks * case.span - x.shape[1])))
+    operands = (x, packed, scales, codebook) + (() if bias is None else (bias,))
+    return triton_compat.ptx_call(
+        source(case, config),
+        operands,
+        jax.ShapeDtypeStruct((case.m, case.n), case.out_dtype),
+        grid=(-(-case.m // config.tokens), -(-case.n // config.rows)),
+        num_warps=config.warps,
+        name="fdk_matmul",
+    )
+
+
+def source(case: Case, config: Config) -> str:
+    """The kernel's PTX. Operands as in `matvec.source`."""
+    return _Writer(case, config).write()
+
+
+class _Writer(matvec._Writer):
+    """Writes the PTX of one case."""
+
+    def __init__(self, case: Case, config: Config) -> None:
+        super().__init__(case, config.as_matvec)
+        self.launch = config
+        self.table_row = config.table_row
+        self.cores = config.tokens // 8
+        self.x_bytes = config.tokens * _PLANE * 2
+        self.single = False
+
+    def write(self) -> str:
+        config, ptx = self.launch, self.ptx
+        table = 256 * config.table_row
+        self.sum_tokens = config.sum_tokens
+        shared = table + 2 * config.k_groups * self.x_bytes
+        ptx.declare(f".shared .align 128 .b8 fdk_shared[{shared}];")
+        self._locate()
+        self._locate_x(table)
+        buffers = [self._buffer() for _ in range(config.stages)]
+        for stage, buffer in enumerate(buffers):
+            self._load(buffer, stage)
+        for plane in range(self.x_depth):
+            self._load_x(plane % self.x_depth, *divmod(plane, self.case.planes))
+        self._store_x(0)
+        self._load_x(0, *divmod(self.x_depth, self.case.planes))
+        self._fill_table()
+        self._loop(buffers)
+        ptx.do("wgmma.wait_group.sync.aligned", 0)
+        self._reduce()
+        return ptx.text()
+
+    def _locate_program(self) -> None:
+        """Programs that share rows come next to each other: the second finds the weight in L2."""
+        ptx, config = self.ptx, self.launch
+        self.program_row = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.y"), config.rows)
+        self.first_token = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.x"), config.tokens)
+
+    def _locate_x(self, offset: int) -> None:
+        """Where this thread loads x, where it stores it, and the descriptors of both buffers."""
+        ptx, case, config = self.ptx, self.case, self.launch
+        within = ptx.op("rem.u32", self.warp, 4 * config.row_groups)
+        team_bytes = 2 * self.x_bytes
+        team = ptx.op("mad.lo.u32", self.k_warp, team_bytes, self.table)
+        team = ptx.op("add.u32", team, offset)
+        self.x, self.x_targets = [], []
+        # A warp moves 8 tokens by 32 weights (half a plane) at a time.
+        items = 2 * self.cores
+        per_warp = -(-items // (4 * config.row_groups))
+        for i in range(per_warp):
+            item = ptx.op("add.u32", within, i * 4 * config.row_groups)
+            if items % (4 * config.row_groups):
+                item = ptx.op("min.u32", item, items - 1)
+            half = ptx.op("and.b32", item, 1)
+            core = ptx.op("shr.u32", item, 1)
+            token = ptx.op("mad.lo.u32", core, 8, self.row)
+            token = ptx.op("min.u32", ptx.op("add.u32", token, self.first_token), case.m - 1)
+            row_bytes = case.blocks * case.span * 2
+            address = ptx.op("mad.wide.u32", token, row_bytes, "$1", kind="b64")
+            address = ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64")
+            address = ptx.op("mad.wide.u32", half, _PLANE, address, kind="b64")
+            self.x.append(ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64"))
+            target = ptx.op("mad.lo.u32", half, self.cores, core)
+            target = ptx.op("mad.lo.u32", target, _CORE_BYTES, team)
+            self.x_targets.append(ptx.op("mad.lo.u32", self.lane, 4, target))
+        # Planes of x on their way in registers: enough to cover the latency of L2, a divisor of the loop.
+        self.x_depth = 1
+        while (
+            self.x_depth < _X_DEPTH
+            and self.x_depth * per_warp < _X_LOADS
+            and config.stages * case.planes % (2 * self.x_depth) == 0
+        ):
+            self.x_depth *= 2
+        self.x_registers = [[ptx.registers("b32", 4) for _ in self.x] for _ in range(self.x_depth)]
+        start = ptx.op("shr.u32", ptx.op("and.b32", team, 0x3FFFF), 4)
+        low = ptx.op("or.b32", start, self.cores * _CORE_BYTES // 16 << 16)
+        high = ptx.op("mov.u32", _CORE_BYTES // 16)
+        self.descriptor = ptx.register("b64")
+        ptx.do("mov.b64", self.descriptor, vector([low, high]))
+        self.barrier = ptx.op("add.u32", self.k_warp, 1)
+        self.true = ptx.op("setp.eq.u32", 0, 0, kind="pred")
+        zero = "0f00000000"
+        self.totals = [
+            [[ptx.op("mov.f32", zero, kind="f32") for _ in range(4)] for _ in range(self.cores)]
+        ]
+
+    def _load_x(self, slot: int, ahead: int, plane: int) -> None:
+        """Starts the loads of a plane of x into one of the sets of registers."""
+        ptx, case = self.ptx, self.case
+        there = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
+        offset = (ahead * self.config.k_warps * case.span + plane * _PLANE) * 2
+        for address, values in zip(self.x, self.x_registers[slot], strict=True):
+            ptx.do("ld.global.nc.v4.b32", vector(values), at(address, offset), when=there)
+
+    def _turn_x(self, planes: int) -> None:
+        if planes % 2:
+            raise NotImplementedError(f"{planes=} of a loop step must be even; use more stages")
+
+    def _store_x(self, flat: int) -> None:
+        """Stores the loaded plane in the order that the decoded weights have: step, half, token."""
+        ptx = self.ptx
+        values_of_plane = self.x_registers[flat % self.x_depth]
+        for target, values in zip(self.x_targets, values_of_plane, strict=True):
+            for step, value in enumerate(values):
+                offset = flat % 2 * self.x_bytes + step * 2 * self.cores * _CORE_BYTES
+                ptx.do("st.shared.b32", at(target, offset), value)
+
+    def _multiply(self, buffer, stage: int) -> None:
+        case, ptx, config = self.case, self.ptx, self.launch
+        [words], [scales] = buffer["words"], buffer["scales"]
+        for plane in range(case.planes):
+            flat = stage * case.planes + plane
+            operands = self._scaled_plane(words, scales, plane)
+            ptx.do("wgmma.wait_group.sync.aligned", 0)
+            ptx.do("fence.proxy.async.shared::cta")
+            ptx.do("bar.sync", self.barrier, 128 * config.row_groups)
+            self._dot(operands, flat % 2)
+            self._store_x(flat + 1)
+            ahead, next_plane = divmod(plane + 1 + self.x_depth, case.planes)
+            self._load_x((flat + 1) % self.x_depth, stage + ahead, next_plane)
+
+    def _dot(self, operands: list[list[str]], buffer: int) -> None:
+        """Starts the products of a plane with the tokens in a buffer."""
+        ptx, kind = self.ptx, self.operand_type
+        totals = vector([t for core in self.totals[0] for t in core])
+        ptx.do("wgmma.fence.sync.aligned")
+        for step, a in enumerate(operands):
+            offset = (buffer * self.x_bytes + step * 2 * self.cores * _CORE_BYTES) // 16
+            descriptor = ptx.op("add.u64", self.descriptor, offset, kind="b64")
+            ptx.do(
+                f"wgmma.mma_async.sync.aligned.m64n{self.launch.tokens}k16.f32.{kind}.{kind}",
+                totals,
+                vector(a),
+                descriptor,
+                self.true,
+                1,
+                1,
+                0,
+            )
+        ptx.do("wgmma.commit_group.sync.aligned")
+
+    def _reduce(self) -> None:
+        """Adds the teams' sums, adds the bias, and writes the outputs, some tokens at a time."""
+        ptx, config = self.ptx, self.launch
+        per_team = self.sum_tokens * self.sum_stride * 4
+        address = ptx.op("mad.lo.u32", self.k_warp, per_team, self.table)
+        row = ptx.op("mad.lo.u32", self.row_warp, 16, self.row)
+        address = ptx.op("mad.lo.u32", row, 4, address)
+        address = ptx.op("mad.lo.u32", self.quad, 2 * self.sum_stride * 4, address)
+        threads = 32 * config.warps
+        for first in range(0, config.tokens, self.sum_tokens):
+            ptx.do("bar.sync", 0)
+            for core in range(self.sum_tokens // 8):
+                for i, total in enumerate(self.totals[0][first // 8 + core]):
+                    offset = ((8 * core + i % 2) * self.sum_stride + 8 * (i // 2)) * 4
+                    ptx.do("st.shared.f32", at(address, offset), total)
+            ptx.do("bar.sync", 0)
+            for start in range(0, config.rows * self.sum_tokens, threads):
+                behind = f"fdk_next{first}_{start}"
+                self._write_output(start, self.sum_tokens, per_team, behind)
+            ptx.do("add.u32", self.first_token, self.first_token, self.sum_tokens)
