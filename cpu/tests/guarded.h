@@ -35,7 +35,7 @@ class Guarded {
   }
   template <typename T>
   Guarded(const std::vector<T> &values, Side side) : Guarded(values.size() * sizeof(T), side) {
-    std::memcpy(data_, values.data(), bytes_);
+    if (bytes_ > 0) std::memcpy(data_, values.data(), bytes_);
   }
   Guarded(Guarded &&other) noexcept
       : bytes_(other.bytes_),
