@@ -375,6 +375,8 @@ def test_speed_up_is_over_the_fastest_dense_row():
     assert table.speed_up(row(median_us=5.0), [other]) is None
     assert table.speed_up(row(median_us=None), dense) is None
     assert table.share_of_bound(row(median_us=4.0, bound_us=1.0)) == 0.25
+    assert table.bandwidth(row(read_gb_s=3.0, copy_gb_s=4.0, threads=2)) == 3.0
+    assert table.bandwidth(row(read_gb_s=3.0, copy_gb_s=4.0)) == 4.0
 
 
 def test_table_shows_rows_that_were_not_measured():

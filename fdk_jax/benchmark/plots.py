@@ -113,7 +113,7 @@ def _roofline(rows: Rows):
                 s=14, label=f"{bits} bit {backend}", color=_COLOURS.get(bits),
                 marker=_MARKERS.get(backend, "x"),
             )  # fmt: skip
-        bandwidth = max(max(r["read_gb_s"] or 0, r["copy_gb_s"] or 0) for r in panel)
+        bandwidth = max(table.bandwidth(r) or 0 for r in panel)
         rate = max(r.get("matmul_gflop_s") or 0 for r in panel)
         if bandwidth and rate:
             low, high = (f(r["ops"] / r["bytes_rw"] for r in panel) for f in (min, max))

@@ -27,6 +27,12 @@ def share_of_bound(row: dict[str, Any]) -> float | None:
     return row["bound_us"] / row["median_us"]
 
 
+def bandwidth(row: dict[str, Any]) -> float | None:
+    """GB/s that the bound of a row stands on; see `probes.bound`. A row with threads is a CPU's."""
+    measured = [row["read_gb_s"]] if row["threads"] else [row["read_gb_s"], row["copy_gb_s"]]
+    return max((v for v in measured if v), default=None)
+
+
 def render(rows: Sequence[dict[str, Any]]) -> str:
     """The table of a run: kernels or models, whatever the rows are of."""
     blocks = []
