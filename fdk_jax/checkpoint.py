@@ -5,10 +5,12 @@ Weights are written in the interchange layout whatever layout they are held in. 
 "fdk_jax" is a JSON object {"version": 1, "tree": ...} with the static metadata.
 """
 
+import collections
 import contextlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,12 +39,16 @@ def save(path: str | os.PathLike, tree: Any) -> None:
 
     Raises:
         TypeError: a leaf is not an array.
+        OSError: the file could not be written; an old one is as it was.
     """
     arrays: dict[str, Any] = {}
     structure = _describe(_plain(prepare(tree, "xla")), "", arrays)
     header = {_KEY: json.dumps({"version": VERSION, "tree": structure})}
     with atomic_path(path) as temporary:
-        safetensors.flax.save_file(arrays, temporary, metadata=header)
+        try:
+            safetensors.flax.save_file(arrays, temporary, metadata=header)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def load(path: str | os.PathLike, *, like: Any = None) -> Any:
@@ -66,6 +72,7 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         with safetensors.safe_open(path, framework="flax") as file:
+            _check_names(path)
             structure = _structure(path, file.metadata())
             names = set(file.keys())
             tree = _rebuild(structure, file.get_tensor, names)
@@ -87,17 +94,31 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
 def atomic_path(path: str | os.PathLike) -> Iterator[str]:
     """A temporary path beside `path` that replaces it when the block ends without an exception."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(6)}"))
+    # Not by tempfile, whose files only their owner may read.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    mode = stat.S_IMODE(os.fstat(handle).st_mode)
     os.close(handle)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        os.chmod(temporary, mode)
+        _flush(temporary)
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+            _flush(path.parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def _flush(path: str | Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _plain(tree: Any) -> Any:
@@ -150,11 +171,18 @@ def _add(arrays: dict[str, Any], name: str, array: Any) -> None:
     arrays[name] = jax.numpy.asarray(array)
 
 
+def _check_names(path: Path) -> None:
+    """Refuses a safetensors header in which a name occurs twice: readers disagree on which one counts."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")  # checked by safetensors
+        json.loads(file.read(size), object_pairs_hook=_unique)
+
+
 def _structure(path: Path, metadata: Mapping[str, str] | None) -> Any:
     if not metadata or _KEY not in metadata:
         raise ValueError(f"{path} was not written by fdk_jax.checkpoint.save")
     try:
-        header = json.loads(metadata[_KEY])
+        header = json.loads(metadata[_KEY], object_pairs_hook=_unique)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} has a damaged header: {error}") from error
     version = header["version"]
@@ -171,17 +199,15 @@ def _rebuild(node: Any, tensor: Any, names: set[str]) -> Any:
     if kind == "none":
         return None
     if kind == "array":
-        names.discard(node["name"])
-        return tensor(node["name"])
+        return _take(node["name"], tensor, names)
     if kind == "dict":
-        return {key: _rebuild(value, tensor, names) for key, value in node["items"]}
+        return _unique([(key, _rebuild(value, tensor, names)) for key, value in node["items"]])
     if kind in ("list", "tuple"):
         items = [_rebuild(value, tensor, names) for value in node["items"]]
         return items if kind == "list" else tuple(items)
     if kind != "quantised":
         raise ValueError(f"the header holds a node of unknown kind {kind!r}")
-    arrays = [tensor(f"{node['name']}.{part}") for part in _ARRAYS]
-    names.difference_update(f"{node['name']}.{part}" for part in _ARRAYS)
+    arrays = [_take(f"{node['name']}.{part}", tensor, names) for part in _ARRAYS]
     w = QuantisedTensor(
         *arrays,
         bits=node["bits"],
@@ -196,6 +222,23 @@ def _rebuild(node: Any, tensor: Any, names: set[str]) -> Any:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{node['name']}: {error}") from error
     return w
+
+
+def _take(name: str, tensor: Any, names: set[str]) -> Any:
+    """An array of the file, which is then used up."""
+    if name not in names:
+        raise ValueError(f"the header names {name!r} twice, or it is missing")
+    names.remove(name)
+    return tensor(name)
+
+
+def _unique(items: list[tuple[Any, Any]]) -> dict:
+    """A dict of items whose keys must differ."""
+    result = dict(items)
+    if len(result) != len(items):
+        name, count = collections.Counter(key for key, _ in items).most_common(1)[0]
+        raise ValueError(f"the name {name!r} occurs {count} times")
+    return result
 
 
 def _compare(path: Path, tree: Any, like: Any) -> None:

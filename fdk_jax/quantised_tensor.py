@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fdk_jax import packing
+from fdk_jax import codebooks, packing
 
 FLOAT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
 _DATA_FIELDS = ("packed", "scales", "codebook")
@@ -130,6 +130,8 @@ class QuantisedTensor:
         values = np.asarray(self.codebook)
         if not np.isfinite(values).all() or (np.diff(values, axis=-1) < 0).any():
             raise ValueError(f"codebook must be finite and ascending, got {values}; sort it first")
+        if self.uniform and not codebooks.is_uniform(values):
+            raise ValueError(f"codebook {values} is not affine in the code; set uniform=False")
 
     def dequantise(self, dtype: Any = None) -> Array:
         """The weight as a float array of its original shape; see `fdk_jax.dequantise`."""
@@ -167,6 +169,10 @@ def _validate_static(w: QuantisedTensor) -> None:
     packing.codes_per_byte(w.bits)
     if not isinstance(w.group_size, int) or w.group_size < 1:
         raise ValueError(f"group_size must be a positive integer, got {w.group_size!r}")
+    if not isinstance(w.uniform, bool):
+        raise TypeError(f"uniform must be a bool, got {w.uniform!r}")
+    if not all(isinstance(d, int) and d >= 0 for d in w.shape):
+        raise ValueError(f"shape must hold non-negative integers, got {w.shape}")
     if len(w.axes) != len(w.shape) or set(w.axes) != {"k", "n"}:
         raise ValueError(f'axes={w.axes!r} must have a "k" or "n" for each axis of shape={w.shape}')
     if w.layout not in packing.LAYOUTS:
