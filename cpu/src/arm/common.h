@@ -199,13 +199,19 @@ inline void int8_prepare(const Plan &plan, void *prepared, int64_t token_begin,
   }
 }
 
-// With weights stored as level - bias, a block's part of y is scales * (slope * integers + shift).
+// With weights stored as level - bias, or as the code itself at 1 bit, a block's part of y is
+// scales * (slope * integers + shift).
 struct Affine {
   float factor;
   float offset;  // of one activation
-  Affine(const Levels &levels, int bias)
+  Affine(const Levels &levels, int bits, int bias)
       : factor(levels.factor8),
-        offset(levels.offset8 + static_cast<float>(bias) * levels.factor8) {}
+        offset(levels.offset8 + static_cast<float>(bias) * levels.factor8) {
+    if (bits > 1) return;
+    const int zero = levels.level8[0];
+    offset = levels.offset8 + static_cast<float>(zero) * levels.factor8;
+    factor = levels.factor8 * static_cast<float>(levels.level8[1] - zero);
+  }
   float slope(float x_scale) const { return x_scale * factor; }
   float shift(float x_scale, float x_sum) const { return x_scale * (offset * x_sum); }
 };
@@ -289,7 +295,7 @@ inline void for_each_code_unit(const uint8_t *bytes, int64_t count, F f) {
 
 // ---- Weights of a block as int8 ------------------------------------------------------------
 
-// Level - bias for every code; at 2 bits also for the two codes of a nibble. The levels of an affine
+// Level - bias for every code (at 1 bit, where two values are always affine, the code); at 2 bits also for the two codes of a nibble. The levels of an affine
 // codebook of few bits are small as they are, and lose least that way.
 struct Int8Tables {
   bool uniform;
@@ -299,7 +305,7 @@ struct Int8Tables {
   const uint8_t *all;
 
   Int8Tables(const Levels &levels, int bits, bool is_uniform)
-      : uniform(is_uniform), bias(is_uniform && bits < 8 ? 0 : 128), all(levels.level8) {
+      : uniform(is_uniform), bias(bits == 1 || (is_uniform && bits < 8) ? 0 : 128), all(levels.level8) {
     const uint8x16_t subtract = vdupq_n_u8(static_cast<uint8_t>(bias));
     uint8_t low_bytes[16] = {};
     uint8_t high_bytes[16] = {};
@@ -341,7 +347,7 @@ inline void for_each_unit(const uint8_t *bytes, int64_t count, const Int8Tables 
     for_each_code_unit<kBits>(bytes, count, [&](int64_t unit, int j, uint8x16_t codes) {
       if constexpr (kBits == 4) {
         f(unit, j, vqtbl1q_s8(tables.low, codes));
-      } else if constexpr (kBits == 1) {  // level = code
+      } else if constexpr (kBits == 1) {
         f(unit, j, vreinterpretq_s8_u8(codes));
       } else if (tables.uniform) {
         f(unit, j, vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(128))));

@@ -17,7 +17,7 @@ struct Int8Pairs {
     Affine affine;
     Tables(const Plan &plan, int64_t codebook)
         : int8(plan.levels[codebook], plan.bits, plan.uniform),
-          affine(plan.levels[codebook], int8.bias) {}
+          affine(plan.levels[codebook], plan.bits, int8.bias) {}
     float factor() const { return affine.factor; }
     float offset() const { return affine.offset; }
   };

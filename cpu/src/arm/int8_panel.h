@@ -74,7 +74,7 @@ struct Int8Panel {
         decode_int8_panel<kBits>(column_bytes(plan, tile, columns), columns.count, tables,
                                  panel);
         Part part{plan,          prepared, columns_stride(plan), static_cast<int64_t>(b),
-                  columns.count, panel,    {},                   Affine(levels, tables.bias)};
+                  columns.count, panel,    {},                   Affine(levels, kBits, tables.bias)};
         load_scales4(plan, tile, plan.blocks[b].group, part.scales);
         int64_t t = 0;
         for (; t + Dot::kTokens <= tokens; t += Dot::kTokens)

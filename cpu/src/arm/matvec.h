@@ -186,7 +186,7 @@ struct Matvec {
     const Code code(levels);
     for (int64_t t = range.token_begin; t < range.token_end; ++t) {
       const Int8Token token(plan, prepared, t, columns_stride(plan));
-      make_affine(plan, token, Affine(levels, Code::kBias), affine);
+      make_affine(plan, token, Affine(levels, Code::kBits, Code::kBias), affine);
       for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile)
         run_tile<kDtype>(plan, code, token.x, affine, t, tile, range);
     }

@@ -84,7 +84,7 @@ template <int kBits>
 void run(const Plan &plan, const void *prepared, void *, const Range &range) {
   const Levels &levels = plan.levels[range.codebook];
   const Int8Tables registers(levels, kBits, plan.uniform);
-  const Affine affine(levels, registers.bias);
+  const Affine affine(levels, kBits, registers.bias);
   int8_t tables[2][16];
   vst1q_s8(tables[0], registers.low);
   vst1q_s8(tables[1], registers.high);

@@ -84,10 +84,11 @@ struct Tables1 {
 
   // A sum s is not converted: the bits 1.0f + s * 1024 are the float 1 + s / 8192.
   static void make_affine(const Plan &plan, const Token &token, const Levels &levels, float *out) {
+    const Affine affine(levels, 1, 0);
     for (size_t b = 0; b < plan.blocks.size(); ++b, out += kAffineFloats) {
-      const float slope = token.scales[b] * levels.factor8 * 8192.0F;
-      const float shift = token.scales[b] * (levels.offset8 * token.sums[b] +
-                                             levels.factor8 * token.smallest[b]);
+      const float slope = token.scales[b] * affine.factor * 8192.0F;
+      const float shift = token.scales[b] * (affine.offset * token.sums[b] +
+                                             affine.factor * token.smallest[b]);
       vst1q_f32(out, vdupq_n_f32(slope));
       vst1q_f32(out + 4, vdupq_n_f32(shift - slope));
     }
