@@ -94,7 +94,9 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     compiler, openmp = find_compiler()
-    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
+    version = subprocess.run(
+        [*compiler.split(), "--version"], capture_output=True, text=True
+    ).stdout
     includes, module = python_module()
     x86 = platform.machine() in ("x86_64", "AMD64")
     arm = platform.machine() in ("aarch64", "arm64")
