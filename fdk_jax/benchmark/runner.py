@@ -23,18 +23,37 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+class Interrupts:
     """Within it SIGINT and SIGTERM raise `Interrupted`, so that what was measured is kept and shown."""
 
-    def stop(signum, _frame):
-        raise Interrupted(signum)
+    def __init__(self) -> None:
+        self._shielded = False
+        self._pending: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
+    def _stop(self, signum: int, _frame: Any) -> None:
+        if not self._shielded:
+            raise Interrupted(signum)
+        self._pending = signum
+
+    @contextlib.contextmanager
+    def shield(self) -> Iterator[None]:
+        """Within it a signal waits for the end."""
+        self._shielded = True
+        try:
+            yield
+        finally:
+            self._shielded = False
+        if self._pending is not None:
+            raise Interrupted(self._pending)
+
+    def __enter__(self) -> "Interrupts":
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._before[signum] = signal.signal(signum, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
 
@@ -56,11 +75,12 @@ def run(
         The signal that ended the run early, None when it came to its end.
     """
     try:
-        with interruptible(), _progress(len(cases)) as progress:
+        with Interrupts() as interrupts, _progress(len(cases)) as progress:
             for together in _groups(suite, cases):
                 for row in measure(suite, together, session, progress.start):
-                    write(row)
-                    progress.finish(row)
+                    with interrupts.shield():
+                        write(row)
+                        progress.finish(row)
     except Interrupted as stop:
         return stop.signum
     return None
