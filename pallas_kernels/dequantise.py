@@ -84,5 +84,5 @@ class _Writer(matvec._Writer):
                 place = at(self.x[i % 2], 2 * (offset + 32 * (i // 2)))
                 self.ptx.do("st.global.v4.b32", place, values)
 
-    def _turn_x(self, planes: int) -> None:
+    def _turn_x(self, loads: int) -> None:
         """Nothing to do: there is no x."""

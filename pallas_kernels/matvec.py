@@ -15,8 +15,10 @@ grid, the operands and the place in the program.
 
 Glossary: W warps a program (`Config.warps`), of which V have rows of their own (`Config.row_warps`) and the
 others share their K; R tiles of 16 rows a warp (`Config.tiles`), D blocks in flight a warp
-(`Config.stages`), J groups of 8 tokens (`Config.columns`). A tile holds E = 8 / bits planes of 64 weights a
-row, each of 4 steps of the instruction; see `fdk_jax.packing`. A block is a tile of each of the R.
+(`Config.stages`), J groups of 8 tokens (`Config.columns`). One token leaves seven columns of the instruction
+free; `Config.diagonal` gives them to eight planes of x: a lane loads an eighth as much, and plane p finds its
+products in column p. A tile holds E = 8 / bits planes of 64 weights a row, each of 4 steps of the
+instruction; see `fdk_jax.packing`. A block is a tile of each of the R.
 """
 
 import dataclasses
@@ -45,6 +47,7 @@ class Config:
     stages: int = 2
     columns: int = 1
     row_warps: int = 1
+    diagonal: bool = False
 
     @property
     def k_warps(self) -> int:
@@ -105,6 +108,8 @@ def unsupported_reason(case: Case, config: Config) -> str | None:
         return f"x is {case.x_dtype}, the tensor cores' inputs are bfloat16 or float16"
     if case.group_size % 8:
         return f"group_size={case.group_size} is no multiple of 8"
+    if config.diagonal and (case.m > 1 or config.stages * case.planes % 8):
+        return f"{case.m} tokens, {config.stages} stages of {case.planes} planes are not diagonal"
     if case.books > 1 and (case.n // case.books) % config.rows:
         return f"{case.books} codebooks do not change at multiples of {config.rows} rows"
     return None
@@ -162,6 +167,7 @@ class _Writer:
         # A column of partial sums is padded so that the lanes of a warp write to different banks.
         self.sum_stride = config.rows + 4
         self.single = case.m == 1
+        self.x_planes = 8 if config.diagonal else 1
 
     def write(self) -> str:
         config, ptx = self.config, self.ptx
@@ -233,6 +239,13 @@ class _Writer:
             address = ptx.op("mad.wide.u32", token, row_bytes, "$1", kind="b64")
             address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
             self.x.append(ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64"))
+        if self.config.diagonal:
+            self.x_block = ptx.op("div.u32", self.row, case.planes)
+            step = config.k_warps * case.span * 2
+            address = ptx.op("mad.wide.u32", self.x_block, step, self.x[0], kind="b64")
+            plane = ptx.op("rem.u32", self.row, case.planes)
+            self.x = [ptx.op("mad.wide.u32", plane, 2 * _PLANE, address, kind="b64")]
+            self.mine = [ptx.op("setp.eq.u32", self.quad, i, kind="pred") for i in range(4)]
         zero = ptx.op("mov.f32", "0f00000000", kind="f32")
         self.zeros = [zero] * 4
         self.totals = [
@@ -393,7 +406,7 @@ class _Writer:
             ptx.do("bra", "fdk_done", when=done)
             self._multiply(buffer, stage)
             self._load(buffer, stage + len(buffers))
-        self._turn_x(len(buffers) * case.planes)
+        self._turn_x(len(buffers) * case.planes // self.x_planes)
         step = len(buffers) * config.k_warps
         for address in self.packed:
             ptx.do("add.u64", address, address, step * _TILE_BYTES)
@@ -413,12 +426,13 @@ class _Writer:
         """Decodes a block and multiplies it with its stretch of x."""
         case, ptx = self.case, self.ptx
         sums = [[ptx.registers("f32", 4) for _ in self.x] for _ in self.packed]
-        per_run = max(1, case.planes // self.scale_runs)
+        per_run = 1 if self.config.diagonal else max(1, case.planes // self.scale_runs)
         for plane in range(case.planes):
-            current = (stage * case.planes + plane) % 2
+            flat = stage * case.planes + plane
+            current = flat // self.x_planes % 2
             x = self.x_buffers[current]
-            ahead, next_plane = divmod(plane + 1, case.planes)
-            self._load_x(1 - current, stage + ahead, next_plane)
+            if flat % self.x_planes == 0:
+                self._load_x(1 - current, *divmod(flat + self.x_planes, case.planes))
             factors = [self._plane_factors(s, plane) for s in buffer["scales"]]
             for i in range(_STEPS):
                 operands = [self._decode(words, plane, i) for words in buffer["words"]]
@@ -428,21 +442,22 @@ class _Writer:
                     ]
                 self._dot(operands, x, i, sums, fresh=plane % per_run == 0 and i == 0)
             if plane % per_run == per_run - 1:
-                self._accumulate(sums, factors)
+                self._accumulate(sums, factors, flat % self.x_planes)
 
     def _load_x(self, buffer: int, ahead: int, plane: int) -> None:
         """Starts the loads of a plane's x: for each lane its pairs in the first half, then the second."""
         ptx, case = self.ptx, self.case
-        there = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
+        block = ptx.op("add.u32", self.x_block, ahead) if self.config.diagonal else ahead
+        there = ptx.op("setp.gt.u32", self.left, block, kind="pred")
         offset = (ahead * self.config.k_warps * case.span + plane * _PLANE) * 2
         for address, values in zip(self.x, self.x_buffers[buffer], strict=True):
             for half in range(2):
                 part = vector(values[4 * half : 4 * half + 4])
                 ptx.do("ld.global.nc.v4.b32", part, at(address, offset + _PLANE * half), when=there)
 
-    def _turn_x(self, planes: int) -> None:
-        """Makes the buffer of x after `planes` planes the first one."""
-        if planes % 2 == 0:
+    def _turn_x(self, loads: int) -> None:
+        """Makes the buffer of x after some loads the first one."""
+        if loads % 2 == 0:
             return
         for first, second in zip(*self.x_buffers, strict=True):
             for target, value in zip(first, second, strict=True):
@@ -508,18 +523,18 @@ class _Writer:
             for i in range(_STEPS)
         ]
 
-    def _accumulate(self, sums, factors) -> None:
+    def _accumulate(self, sums, factors, column: int) -> None:
         """Adds the sums of a group, times its scale, to the totals."""
+        # The lanes whose sums are those of the column; all, if columns are tokens.
+        when = self.mine[column // 2] if self.config.diagonal else None
         for row_totals, row_sums, scale in zip(self.totals, sums, factors, strict=True):
             for totals, column_sums in zip(row_totals, row_sums, strict=True):
-                # The odd columns of the instruction are other tokens; a single token has none.
                 for i in (0, 2) if self.single else range(4):
+                    total, part = totals[i], column_sums[i + column % 2]
                     if self.scale_mode == "lane":
-                        self.ptx.do("add.f32", totals[i], totals[i], column_sums[i])
+                        self.ptx.do("add.f32", total, total, part, when=when)
                     else:
-                        self.ptx.do(
-                            "fma.rn.f32", totals[i], scale[i // 2], column_sums[i], totals[i]
-                        )
+                        self.ptx.do("fma.rn.f32", total, scale[i // 2], part, total, when=when)
 
     # The end
 
@@ -527,6 +542,8 @@ class _Writer:
         """Adds the warps' totals, adds the bias, and writes the outputs."""
         ptx, case, config = self.ptx, self.case, self.config
         tokens = min(case.m, 8 * config.columns)
+        if self.config.diagonal:
+            self._add_lanes()
         ptx.do("bar.sync", 0)
         per_warp = 8 * config.columns * self.sum_stride * 4
         address = ptx.op("mad.lo.u32", self.k_warp, per_warp, self.table)
@@ -543,6 +560,15 @@ class _Writer:
         threads = 32 * config.warps
         for i in range(-(-config.rows * tokens // threads)):
             self._write_output(i * threads, tokens, per_warp, f"fdk_next{i}")
+
+    def _add_lanes(self) -> None:
+        """Adds the totals of the four lanes of a row, each of which has those of two columns."""
+        for [totals] in self.totals:
+            for i in (0, 2):
+                for distance in (1, 2):
+                    other = self.ptx.register("f32")
+                    self.ptx.do("shfl.sync.bfly.b32", other, totals[i], distance, 31, "0xffffffff")
+                    self.ptx.do("add.f32", totals[i], totals[i], other)
 
     def _write_output(self, start: int, tokens: int, per_warp: int, behind: str) -> None:
         ptx, case = self.ptx, self.case

@@ -18,6 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,9 @@ def choose(case: Case, device_kind: str | None = None) -> Plan:
 def fit(case: Case, config: Any) -> Any:
     """A configuration with what follows from the number of tokens."""
     if isinstance(config, matvec.Config):
-        return dataclasses.replace(config, columns=1 if case.m <= _FEW // 2 else _FEW // 8)
+        columns = 1 if case.m <= _FEW // 2 else _FEW // 8
+        diagonal = config.diagonal and case.m == 1
+        return dataclasses.replace(config, columns=columns, diagonal=diagonal)
     return config
 
 
@@ -154,48 +157,88 @@ def _key(row: dict) -> tuple:
 
 # The search
 
+_MATVEC = (  # tiles, warps, stages, row_warps
+    (1, 8, 1, 1),
+    (1, 8, 2, 1),
+    (1, 16, 1, 1),
+    (1, 16, 1, 2),
+    (1, 16, 2, 2),
+    (2, 8, 1, 1),
+    (2, 8, 2, 1),
+    (2, 16, 1, 1),
+    (2, 16, 1, 2),
+    (4, 8, 1, 1),
+)
+_DIAGONAL = (
+    (1, 8, 1, 1),
+    (1, 16, 1, 1),
+    (1, 16, 1, 2),
+    (1, 8, 2, 1),
+    (1, 8, 4, 1),
+    (1, 16, 2, 2),
+    (1, 16, 4, 2),
+    (2, 8, 1, 1),
+    (2, 16, 1, 2),
+    (2, 8, 2, 1),
+)
+_WGMMA = (  # tokens, row_groups, k_groups, stages
+    (16, 1, 4, 2),
+    (16, 1, 2, 2),
+    (32, 1, 2, 2),
+    (32, 1, 4, 2),
+    (32, 2, 2, 2),
+    (32, 2, 1, 2),
+    (64, 1, 2, 2),
+    (64, 2, 1, 2),
+    (64, 4, 1, 2),
+    (128, 2, 1, 2),
+)
+
 
 def candidates(case: Case) -> Iterator[tuple[str, Any]]:
-    """(kernel, configuration) pairs that may be the fastest for a case."""
+    """(kernel, configuration) pairs that may be the fastest for a case: those that ever were."""
     if case.m <= 2 * _FEW:
-        shapes = itertools.product((1, 2, 4), (8, 16), (1, 2), (1, 2))
-        for tiles, warps, stages, row_warps in shapes:
-            if tiles * stages * row_warps <= 4:
-                yield "matvec", fit(case, matvec.Config(tiles, warps, stages, 1, row_warps))
+        for facts in _MATVEC:
+            yield "matvec", fit(case, matvec.Config(*facts[:3], row_warps=facts[3]))
+    if case.m == 1:
+        for facts in _DIAGONAL:
+            yield "matvec", matvec.Config(*facts[:3], row_warps=facts[3], diagonal=True)
     if case.m > _FEW // 2:
-        for tokens, rows, ks in itertools.product((16, 32, 64, 128), (1, 2, 4), (1, 2, 4)):
-            if tokens // 2 <= case.m and rows * ks <= 4:
-                yield "wgmma", wgmma.Config(tokens, rows, ks, 2)
+        for facts in _WGMMA:
+            if facts[0] < 2 * case.m:
+                yield "wgmma", wgmma.Config(*facts)
     if case.m >= 128:
         yield "dequantise", None
 
 
-def search(cases: list[Case], seconds: float = 0.02) -> list[dict]:
-    """Measures all candidates of some cases on the GPU at hand; a row of the table for each case."""
-    rows = []
-    for case in cases:
-        best = None
-        weights = _random_weights(case)
-        for kernel, config in candidates(case):
-            if config is not None and unsupported_reason(case, config) is not None:
-                continue
-            microseconds = measure(case, kernel, config, weights, seconds)
-            if best is None or microseconds < best["us"]:
-                facts = {} if config is None else dataclasses.asdict(config)
-                best = {
-                    "device": jax.devices()[0].device_kind,
-                    "bits": case.bits,
-                    "m": case.m,
-                    "n": case.n,
-                    "k": case.k,
-                    "kernel": kernel,
-                    "config": facts,
-                    "us": round(microseconds, 2),
-                }
-        if best is not None:
-            print(json.dumps(best), flush=True)
-            rows.append(best)
-    return rows
+def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
+    """Measures the candidates of cases with one weight on the GPU at hand; a row of the table for each case."""
+    weights = _random_weights(cases[0])
+    jobs = [
+        (case, kernel, config)
+        for case in cases
+        for kernel, config in candidates(case)
+        if config is None or unsupported_reason(case, config) is None
+    ]
+    with ThreadPoolExecutor() as pool:
+        programs = list(pool.map(lambda job: _compile(*job, weights), jobs))
+    best: dict[Case, dict] = {}
+    for (case, kernel, config), program in zip(jobs, programs, strict=True):
+        microseconds = _measure(case, program, weights, seconds)
+        if case not in best or microseconds < best[case]["us"]:
+            best[case] = {
+                "device": jax.devices()[0].device_kind,
+                "bits": case.bits,
+                "m": case.m,
+                "n": case.n,
+                "k": case.k,
+                "kernel": kernel,
+                "config": {} if config is None else dataclasses.asdict(config),
+                "us": round(microseconds, 2),
+            }
+    for row in best.values():
+        print(json.dumps(row), flush=True)
+    return list(best.values())
 
 
 def launch(case: Case, kernel: str, config: Any, x, packed, scales, codebook, bias):
@@ -206,30 +249,45 @@ def launch(case: Case, kernel: str, config: Any, x, packed, scales, codebook, bi
     return module.matmul(case, config, x, packed, scales, codebook, bias)
 
 
-def measure(case: Case, kernel: str, config: Any, weights: list, seconds: float) -> float:
-    """Microseconds of a product in a loop that rotates weights past the caches."""
-    trips = 4
+_TRIPS = 4
+
+
+def _compile(case: Case, kernel: str, config: Any, weights: list) -> Any:
+    """A loop over products that rotates weights past the caches."""
 
     def loop(x, weights, codebook):
-        def body(_, x):
-            for packed, scales in weights:
-                y = launch(case, kernel, config, x, packed, scales, codebook, None)
-                x, _y = jax.lax.optimization_barrier((x, y))  # orders the calls
-            return x
+        def body(_, carry):
+            x, _ = carry
+            results = [
+                launch(case, kernel, config, x, packed, scales, codebook, None)
+                for packed, scales in weights
+            ]
+            # Every result is carried on, and every trip's x depends on them: nothing is left out or hoisted.
+            return jax.lax.optimization_barrier((x, results))
 
-        return jax.lax.fori_loop(0, trips, body, x)
+        zeros = [jnp.zeros((case.m, case.n), case.out_dtype) for _ in weights]
+        return jax.lax.fori_loop(0, _TRIPS, body, (x, zeros))
 
+    return jax.jit(loop).lower(*_inputs(case, weights)).compile()
+
+
+def _inputs(case: Case, weights: list) -> tuple:
     x = jax.random.normal(jax.random.key(0), (case.m, case.k), case.x_dtype)
     codebook = jnp.sort(jax.random.normal(jax.random.key(1), (2**case.bits,)))
-    run = jax.jit(loop).lower(x, weights, codebook).compile()
+    return x, weights, codebook
+
+
+def _measure(case: Case, program: Any, weights: list, seconds: float) -> float:
+    """Microseconds of a product, the median."""
+    inputs = _inputs(case, weights)
     times, end = [], None
-    while end is None or time.perf_counter() < end or len(times) < 5:
+    while end is None or time.perf_counter() < end or len(times) < 6:
         start = time.perf_counter()
-        jax.block_until_ready(run(x, weights, codebook))
+        jax.block_until_ready(program(*inputs))
         times.append(time.perf_counter() - start)
         end = end or time.perf_counter() + seconds
     times = sorted(times[len(times) // 3 :])  # the first ones wake the clocks
-    return times[len(times) // 2] / (trips * len(weights)) * 1e6
+    return times[len(times) // 2] / (_TRIPS * len(weights)) * 1e6
 
 
 def _random_weights(case: Case) -> list:

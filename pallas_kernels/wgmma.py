@@ -202,9 +202,8 @@ class _Writer(matvec._Writer):
         for address, values in zip(self.x, self.x_registers[slot], strict=True):
             ptx.do("ld.global.nc.v4.b32", vector(values), at(address, offset), when=there)
 
-    def _turn_x(self, planes: int) -> None:
-        if planes % 2:
-            raise NotImplementedError(f"{planes=} of a loop step must be even; use more stages")
+    def _turn_x(self, loads: int) -> None:
+        """Nothing to do: a turn of the loop is an even number of planes."""
 
     def _store_x(self, flat: int) -> None:
         """Stores the loaded plane in the order that the decoded weights have: step, half, token."""
