@@ -115,25 +115,55 @@ def _record_backward(inputs, full, x, g):
 _record.defvjp(_record_forward, _record_backward)
 
 
-class _Recorder(nnx.Module):
-    """A linear layer whose inputs are recorded."""
+class _Wrapped(nnx.Module):
+    """A linear layer that something is to be learned about; checks its inputs."""
 
-    def __init__(self, name: str, linear: LinearLayer, full: bool):
-        k = linear.in_features
-        self.name, self.full, self.inputs, self.in_features = name, full, linear.inputs, k
+    def __init__(self, name: str, linear: LinearLayer):
+        self.name, self.inputs, self.in_features = name, linear.inputs, linear.in_features
         self.layer = linear.layer
-        self.second = _Tap(jnp.zeros((*linear.lead, *((k, k) if full else (k,))), jnp.float32))
-        self.tokens = _Tap(jnp.zeros(linear.lead, jnp.float32))
 
-    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+    def check(self, x: Array) -> None:
         sizes = [x.shape[a] for a in self.inputs if -x.ndim <= a < x.ndim]
         if len(sizes) < len(self.inputs) or np.prod(sizes) != self.in_features:
             raise ValueError(
                 f"{self.name}: the calibration data reaches this layer as {x.shape}, where"
                 f" axes {self.inputs} must hold {self.in_features} features"
             )
+
+
+class _Recorder(_Wrapped):
+    """Records second moments of the inputs."""
+
+    def __init__(self, name: str, linear: LinearLayer, full: bool):
+        super().__init__(name, linear)
+        self.full, k = full, linear.in_features
+        self.second = _Tap(jnp.zeros((*linear.lead, *((k, k) if full else (k,))), jnp.float32))
+        self.tokens = _Tap(jnp.zeros(linear.lead, jnp.float32))
+
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+        self.check(x)
         second, tokens = self.second.get_value(), self.tokens.get_value()
         return self.layer(_record(self.inputs, self.full, x, second, tokens), *args, **kwargs)
+
+
+class _Order:
+    """Names in the order of calls; an object of its own to jit."""
+
+    def __init__(self):
+        self.names: list[str] = []
+
+
+class _Noter(_Wrapped):
+    """Notes when it is traced."""
+
+    def __init__(self, name: str, linear: LinearLayer, order: _Order):
+        super().__init__(name, linear)
+        self.order = order
+
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+        self.check(x)
+        self.order.names.append(self.name)
+        return self.layer(x, *args, **kwargs)
 
 
 def default_forward(model: nnx.Module, batch: Any) -> Any:
@@ -333,29 +363,11 @@ def in_call_order(
     """The same layers, in the order in which `forward` calls them; those it never calls come last."""
     order = _Order()
     noting = replace_layers(
-        model, lambda name, layer: _Noter(name, layer, order) if name in layers else None
+        model, lambda name, _: _Noter(name, layers[name], order) if name in layers else None
     )
     nnx.eval_shape(forward, noting, batch)
     called = [name for name in dict.fromkeys(order.names) if name in layers]
     return {name: layers[name] for name in (*called, *layers)}
-
-
-class _Order:
-    """Names in the order of calls; an object of its own to jit."""
-
-    def __init__(self):
-        self.names: list[str] = []
-
-
-class _Noter(nnx.Module):
-    """A linear layer that notes when it is traced."""
-
-    def __init__(self, name: str, layer: nnx.Module, order: _Order):
-        self.name, self.layer, self.order = name, layer, order
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Array:
-        self.order.names.append(self.name)
-        return self.layer(*args, **kwargs)
 
 
 def chunks(

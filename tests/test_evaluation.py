@@ -143,7 +143,7 @@ def test_the_table_and_its_figure(tmp_path):
         dict(base, bits=1, method="kmeans", perplexity=9.0),
         dict(base, bits=1, method="qat", perplexity=2.5),
     ]
-    lines = table.markdown(rows).splitlines()
+    lines = table.markdown(rows, table.METHODS).splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     assert "| 4 | 0.500 |" in lines[2] and "2.250 (0.010)" in lines[2]
     curves.draw(rows, tmp_path / "figure.svg")

@@ -64,7 +64,9 @@ def main(argv: list[str]) -> None:
         f" bfloat16 {reference['perplexity']:.3f},"
         f" the language itself {math.exp(reference['entropy']):.3f}\n"
     )
-    print(table.markdown(found))
+    print(table.markdown(found, table.METHODS))
+    print("\nVariants of error-corrected calibration\n")
+    print(table.markdown(found, table.VARIANTS))
     curves.draw(found, Path(_FIGURE.value))
 
 

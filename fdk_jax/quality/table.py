@@ -1,5 +1,6 @@
 """Every format on one trained model: rows, and the table of them."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +32,12 @@ METHODS = {
     "weighted": "weighted k-means, scale search",
     "corrected": "+ error correction",
     "qat": "+ QAT",
+}
+VARIANTS = {
+    "corrected": "as above",
+    "fisher": "importance by squared gradients",
+    "shared": "one codebook for the model",
+    "sequential": "one layer at a time",
 }
 
 
@@ -85,8 +92,18 @@ def post_training(model: nnx.Module, data: Data, bits: int) -> dict[str, Callabl
         return lambda: quantise(model, bits, codebook=name, **options)
 
     ways = {name: plain(name) for name in ("uniform", *special, "normal", "kmeans")}
-    ways["weighted"] = lambda: calibrate(model, bits, calibration, rounding="nearest", **options)
-    ways["corrected"] = lambda: calibrate(model, bits, calibration, **options)
+    calibrated: dict[str, dict[str, Any]] = {
+        "weighted": dict(rounding="nearest"),
+        "corrected": {},
+    }
+    if bits <= 4:
+        calibrated |= {
+            "fisher": dict(importance="fisher"),
+            "shared": dict(share="model"),
+            "sequential": dict(layers_at_a_time=1),
+        }
+    for name, more in calibrated.items():
+        ways[name] = functools.partial(calibrate, model, bits, calibration, **options, **more)
     return ways
 
 
@@ -130,17 +147,17 @@ def train_through(
     return training.export(tuned), curve
 
 
-def markdown(found: list[dict[str, Any]]) -> str:
-    """The table of perplexity (KL divergence in nats) by bits and method."""
-    cells = {(row["bits"], row["method"]): row for row in found if row["status"] == "ok"}
+def markdown(found: list[dict[str, Any]], methods: dict[str, str]) -> str:
+    """A table of perplexity (KL divergence in nats) by bits and method."""
+    cells = {(row["bits"], row["method"]): row for row in found if row["method"] in methods}
     by_bits = {row["bits"]: row["bytes_per_weight"] for row in cells.values()}
-    lines = ["| bits | bytes a weight | " + " | ".join(METHODS.values()) + " |"]
-    lines.append("|---" * (len(METHODS) + 2) + "|")
+    lines = ["| bits | bytes a weight | " + " | ".join(methods.values()) + " |"]
+    lines.append("|---" * (len(methods) + 2) + "|")
     for bits in (8, 4, 3, 2, 1):
         if bits not in by_bits:
             continue
         texts = []
-        for method in METHODS:
+        for method in methods:
             row = cells.get((bits, method))
             texts.append("" if row is None else f"{row['perplexity']:.3f} ({row['kl']:.3f})")
         lines.append(f"| {bits} | {by_bits[bits]:.3f} | " + " | ".join(texts) + " |")
