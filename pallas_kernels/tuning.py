@@ -95,6 +95,10 @@ def choose(case: Case, device_kind: str | None = None) -> Plan:
         return Plan("gather", None, f"looks every code up in memory, because {reason}")
     kind = _device_kind() if device_kind is None else device_kind
     row = _nearest(case, kind)
+    if row is None:
+        return Plan(
+            "dequantise", None, "then dot: more tokens than any for which decoding again paid"
+        )
     why = f"fastest of those measured at {row['m']} x {row['n']} x {row['k']} on {row['device']}"
     if row["kernel"] == "dequantise":
         return Plan("dequantise", None, f"then dot, {why}")
@@ -125,20 +129,20 @@ def _device_kind() -> str:
     return device.device_kind if device.platform in ("gpu", "cuda") else "NVIDIA H200"
 
 
-def _nearest(case: Case, device_kind: str) -> dict:
+def _nearest(case: Case, device_kind: str) -> dict | None:
+    """The row to follow; None if the product has more tokens than all rows."""
     rows = _table()
     for wanted in (device_kind, "NVIDIA H200"):
         same = [r for r in rows if r["device"] == wanted and r["bits"] == case.bits]
         if same:
             break
-    largest = max(r["m"] for r in same)
-    m = min(r["m"] for r in same if r["m"] >= min(case.m, largest))
+    m = min((r["m"] for r in same if r["m"] >= case.m), default=None)
     ratios = (
         (abs(math.log(r["n"] / case.n)) + abs(math.log(r["k"] / case.k)), i)
         for i, r in enumerate(same)
         if r["m"] == m
     )
-    return same[min(ratios)[1]]
+    return None if m is None else same[min(ratios)[1]]
 
 
 @functools.cache
@@ -278,7 +282,7 @@ def _inputs(case: Case, weights: list) -> tuple:
 
 
 def _measure(case: Case, program: Any, weights: list, seconds: float) -> float:
-    """Microseconds of a product, the median."""
+    """Microseconds of a product, the median; with the loop's copies of results, the same for all candidates."""
     inputs = _inputs(case, weights)
     times, end = [], None
     while end is None or time.perf_counter() < end or len(times) < 6:

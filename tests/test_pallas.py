@@ -1,0 +1,158 @@
+"""The Pallas kernels without a GPU: values in the interpreter, lowering to CUDA, plans and errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import pallas_kernels
+from fdk_jax import packing
+from pallas_kernels import dequantise, matvec, tuning, wgmma
+
+HALF = jnp.dtype(jnp.bfloat16)
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+
+
+def _product(rng, m, n, k, bits, group_size, dtype, books=1):
+    """Arguments of `pallas_kernels.matmul`, the product in float64 and its size without cancellation."""
+    dtype = jnp.dtype(dtype)
+    codes = rng.integers(0, 2**bits, (n, k)).astype(np.uint8)
+    codebook = np.sort(rng.normal(size=(books, 2**bits)), -1).astype(np.float32)
+    scales = jnp.asarray(rng.uniform(0.5, 2, (n, -(-k // group_size))), dtype)
+    x = jnp.asarray(rng.normal(size=(m, k)), dtype)
+    facts = dict(bits=bits, group_size=group_size, out_features=n)
+    packed, planar = packing.to_planar(packing.pack(codes, bits), scales, in_features=k, **facts)
+    values = np.repeat(np.asarray(jnp.asarray(codebook, dtype), np.float64), n // books, 0)
+    weight = np.take_along_axis(values, codes.astype(int), -1)
+    weight *= np.repeat(np.asarray(scales, np.float64), group_size, -1)[:, :k]
+    exact = np.asarray(x, np.float64)
+    size = np.sqrt(np.mean(exact**2 @ (weight**2).T))
+    return (x, packed, planar, jnp.asarray(codebook)), facts, (exact @ weight.T, size)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size", "books"),
+    [(1, 1, 7, 4, 1), (3, 33, 130, 64, 1), (17, 48, 96, 32, 3), (2, 5, 600, 24, 1)],
+)
+def test_interpreted_values(rng, dtype, bits, m, n, k, group_size, books):
+    arrays, facts, (expected, size) = _product(rng, m, n, k, bits, group_size, dtype, books)
+    bias = rng.normal(size=n).astype(np.float32)
+    y = pallas_kernels.matmul(
+        *arrays,
+        **facts,
+        uniform=False,
+        bias=jnp.asarray(bias),
+        out_dtype=jnp.float32,
+        interpret=True,
+    )
+    assert y.shape == (m, n)
+    assert y.dtype == jnp.float32
+    error = np.asarray(y, np.float64) - (expected + bias)
+    assert np.sqrt(np.mean(error**2)) < TOLERANCE[dtype] * size
+
+
+def _lower(case, run):
+    """The program for an NVIDIA GPU, which this machine need not have."""
+    shape = jax.ShapeDtypeStruct
+    arrays = (
+        shape((case.m, case.k), case.x_dtype),
+        shape((case.tiles, case.blocks, 2, 8, 32), jnp.uint16),
+        shape((case.tiles, case.quads, 64), case.scale_dtype),
+        shape((case.books, 2**case.bits), jnp.float32),
+        None if case.bias_dtype is None else shape((case.n,), case.bias_dtype),
+    )
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        return jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def _case(m, n, k, bits, *, group_size=64, books=1, dtype=HALF, scales=HALF, bias=None, out=HALF):
+    return matvec.Case(m, n, k, bits, group_size, books, dtype, scales, bias, out)
+
+
+@pytest.mark.parametrize("row", tuning._table(), ids=lambda r: "{bits}-{m}-{n}-{k}".format(**r))
+def test_tuned_rows_lower(row):
+    case = _case(row["m"], row["n"], row["k"], row["bits"])
+    plan = tuning.choose(case, row["device"])
+    assert plan.kernel == row["kernel"]
+    text = _lower(case, lambda *a: tuning.launch(case, plan.kernel, plan.config, *a))
+    assert text.count("fdk_") >= 1
+    # One launch and nothing that reformats the weight.
+    assert text.count("stablehlo.custom_call") == 1
+    assert "stablehlo.transpose" not in text
+
+
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize("group_size", [8, 16, 32, 64, 96, 128, 192, 1024, 4096])
+@pytest.mark.parametrize("m", [1, 9, 40, 2000])
+def test_group_sizes_lower(bits, group_size, m):
+    half = jnp.dtype(jnp.float16)
+    case = _case(m, 33, 2000, bits, group_size=group_size, bias=jnp.dtype(jnp.float32), dtype=half)
+    plan = tuning.choose(case, "NVIDIA H200")
+    assert plan.kernel in ("matvec", "wgmma", "dequantise")
+    _lower(case, lambda *a: tuning.launch(case, plan.kernel, plan.config, *a))
+
+
+@pytest.mark.parametrize("bits", packing.BITS)
+def test_candidates_are_written(bits):
+    for m in (1, 8, 16, 32, 64, 256):
+        case = _case(m, 200, 1000, bits)
+        for kernel, config in tuning.candidates(case):
+            if config is None:
+                source = dequantise.source(case)
+            elif tuning.unsupported_reason(case, config) is None:
+                source = (matvec if kernel == "matvec" else wgmma).source(case, config)
+            else:
+                continue
+            assert source.startswith("{") and source.endswith("}")
+
+
+def test_plans_say_why():
+    facts = dict(bits=4, group_size=64, out_features=6144, in_features=4096, uniform=False)
+    assert pallas_kernels.plan(1, dtype=HALF, **facts).kernel == "matvec"
+    assert pallas_kernels.plan(64, dtype=HALF, **facts).kernel == "wgmma"
+    assert pallas_kernels.plan(100_000, dtype=HALF, **facts).kernel == "dequantise"
+    exact = pallas_kernels.plan(1, dtype=jnp.float32, **facts)
+    assert exact.kernel == "gather" and "float32" in str(exact)
+    odd = pallas_kernels.plan(1, dtype=HALF, **(facts | {"group_size": 10}))
+    assert odd.kernel == "gather" and "group_size=10" in odd.reason
+    unknown = pallas_kernels.plan(1, dtype=HALF, device_kind="another", **facts)
+    assert "NVIDIA H200" in unknown.reason
+
+
+def test_codebooks_that_change_within_a_program_take_smaller_programs():
+    case = _case(1, 96, 4096, 4, books=6)
+    plan = tuning.choose(case, "NVIDIA H200")
+    assert plan.kernel == "matvec" and plan.config.rows == 16
+    assert tuning.choose(_case(1, 96, 4096, 4, books=12), "NVIDIA H200").kernel == "gather"
+
+
+def test_errors_name_the_remedy(rng):
+    arrays, facts, _ = _product(rng, 2, 16, 64, 4, 64, "bfloat16")
+    x, packed, scales, codebook = arrays
+    with pytest.raises(ValueError, match=r"fdk_jax\.prepare"):
+        pallas_kernels.matmul(x, packed[:, :0], scales, codebook, **facts, uniform=False)
+    with pytest.raises(ValueError, match=r"scales\.shape"):
+        pallas_kernels.matmul(x, packed, scales[:0], codebook, **facts, uniform=False)
+    with pytest.raises(ValueError, match=r"codebook\.shape"):
+        pallas_kernels.matmul(x, packed, scales, codebook[:, :3], **facts, uniform=False)
+    with pytest.raises(NotImplementedError, match="diagonal"):
+        pallas_kernels.matmul(*arrays, **facts, uniform=False, config=matvec.Config(diagonal=True))
+
+
+def test_a_cache_file_wins_over_the_package(tmp_path, monkeypatch):
+    row = dict(device="here", bits=4, m=1, n=64, k=64, kernel="matvec", us=1.0)
+    row["config"] = dict(tiles=1, warps=4, stages=1, columns=1, row_warps=1, diagonal=False)
+    path = tmp_path / "tuned.json"
+    monkeypatch.setenv("FDK_JAX_TUNED", str(path))
+    tuning._write([row], path)
+    tuning._write([row | {"us": 2.0}], path)
+    tuning._table.cache_clear()
+    try:
+        assert tuning.choose(_case(1, 64, 64, 4), "here").config.warps == 4
+        assert sum(r["device"] == "here" for r in tuning._table()) == 1
+    finally:
+        tuning._table.cache_clear()
