@@ -17,7 +17,8 @@ endef
 
 bench: $(VENV)/.ready
 	$(call build_cpu,$(VENV))
-	$(VENV)/bin/python bench.py --backend xla,cpu --bits 16,8,4,2,1 --m 1,16 $(BENCH_FLAGS)
+	$(VENV)/bin/python bench.py --backend xla,cpu --bits 32,16,8,4,2,1 --m 1,16 \
+		--repetitions 10 --max_seconds 3 $(BENCH_FLAGS)
 
 test: $(VENV)/.ready-dev toolchains
 	$(call build_cpu,$(VENV))

@@ -80,8 +80,9 @@ def unpack(packed: ArrayLike, bits: int, k: int) -> Array:
         raise TypeError(f"packed must be uint8, got {packed.dtype}")
     if packed.ndim == 0 or packed.shape[-1] != -(-k // e):
         raise ValueError(f"{packed.shape=} does not hold rows of {k=} codes of {bits=}")
-    fields = [(packed >> jnp.uint8(8 - bits * (i + 1))) & jnp.uint8(2**bits - 1) for i in range(e)]
-    return jnp.stack(fields, axis=-1).reshape(*packed.shape[:-1], -1)[..., :k]
+    shifts = jnp.expand_dims(jnp.arange(8 - bits, -1, -bits, dtype=jnp.uint8), range(packed.ndim))
+    fields = (packed[..., None] >> shifts) & jnp.uint8(2**bits - 1)
+    return fields.reshape(*packed.shape[:-1], packed.shape[-1] * e)[..., :k]
 
 
 def _unchanged(packed, scales, **_):
