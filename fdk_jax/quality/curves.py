@@ -25,11 +25,11 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps = len(reference["curve"])
-    axes.plot(range(steps), _smooth(reference["curve"]), color="black", label="training, bfloat16")
+    axes.plot(range(steps), _smooth(reference["curve"]), color="black", label="training, not quantised")
     for (bits, method), row in sorted(cells.items(), key=lambda cell: -cell[0][0]):
         if method != "qat":
             continue
-        name = f"{bits} bits" if bits < 16 else "bfloat16, as many steps more"
+        name = f"{bits} bits" if bits < 16 else "not quantised, as many steps more"
         curve = _smooth(row["curve"])
         (line,) = axes.plot(np.arange(steps, steps + len(curve)), curve, label=name)
         for other, marker in (("kmeans", "x"), ("corrected", "o")):

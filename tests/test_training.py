@@ -1,0 +1,213 @@
+"""Quantisation-aware training: the numbers of quantise, straight-through gradients, what it recovers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from flax import nnx
+
+import fdk_jax
+from fdk_jax import training
+from fdk_jax.calibration import calibrate
+from fdk_jax.evaluation import evaluate
+from fdk_jax.quality import language_model
+from fdk_jax.quality.text import ALPHABET, Language
+
+BITS = [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("scale", "axes", "shape"),
+    [
+        ("auto", "nk", (6, 130)),
+        ("absmax", "kn", (64, 5)),
+        ("absmean", "kkn", (4, 16, 6)),
+        ("rms", "knn", (40, 2, 3)),
+        ("none", "nk", (3, 7)),
+    ],
+)
+def test_fake_quantise_is_quantise_bit_for_bit(bits, scale, axes, shape, rng):
+    w = jnp.asarray(rng.standard_t(4, shape), jnp.float32)
+    books = ["uniform", "normal", np.sort(rng.standard_normal(2**bits)).astype(np.float32)]
+    for codebook in books:
+        for dtype in (jnp.float32, jnp.bfloat16):
+            options = dict(group_size=32, codebook=codebook, scale=scale, axes=axes)
+            q = fdk_jax.quantisation.quantise_array(w, bits, dtype=dtype, **options)
+            fake = jax.jit(
+                lambda w, o=options, d=dtype: training.fake_quantise(w, bits, dtype=d, **o)
+            )(w)
+            assert (np.asarray(fake) == np.asarray(fdk_jax.dequantise(q, jnp.float32))).all()
+
+
+def test_gradients_pass_straight_through(rng):
+    w, c = (jnp.asarray(rng.standard_normal((4, 64)), jnp.float32) for _ in range(2))
+    gradient = jax.grad(lambda w: jnp.sum(training.fake_quantise(w, 2) * c))(w)
+    assert (np.asarray(gradient) == np.asarray(c)).all()
+    two = jax.vmap(lambda w: training.fake_quantise(w, 2))(jnp.stack([w, c]))
+    assert (np.asarray(two[1]) == np.asarray(training.fake_quantise(c, 2))).all()
+
+
+class Model(nnx.Module):
+    """Linears with and without bias, and a LinearGeneral."""
+
+    def __init__(self, dtype=jnp.float32, seed=0):
+        rngs = nnx.Rngs(seed)
+        self.inner = nnx.Linear(64, 96, rngs=rngs, dtype=dtype)
+        self.heads = nnx.LinearGeneral((4, 24), (8, 8), axis=(-2, -1), rngs=rngs, dtype=dtype)
+        self.lm_head = nnx.Linear(64, 10, use_bias=False, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x):
+        a = nnx.relu(self.inner(x)).reshape(*x.shape[:-1], 4, 24)
+        return self.lm_head(self.heads(a).reshape(*x.shape[:-1], 64))
+
+
+def square_loss(model, batch):
+    x, y = batch
+    return jnp.mean(jnp.square(model(x).astype(jnp.float32) - y))
+
+
+def steps(model, count, rng, **options):
+    optimizer = nnx.Optimizer(model, optax.adamw(3e-3), wrt=nnx.Param)
+    step = training.make_train_step(square_loss, **options)
+    x = jnp.asarray(rng.standard_normal((32, 64)), jnp.float32)
+    batch = (x, jnp.sin(x[:, :10] * 2))
+    return [float(step(model, optimizer, batch)) for _ in range(count)], x
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("codebook", "dtype", "compute"),
+    [
+        ("kmeans", jnp.bfloat16, jnp.float32),
+        ("uniform", None, None),
+        ("normal", jnp.bfloat16, jnp.bfloat16),
+    ],
+)
+def test_the_exported_model_gives_the_logits_of_training(bits, codebook, dtype, compute, rng):
+    model = training.quantisation_aware(
+        Model(compute), bits, codebook=codebook, dtype=dtype, group_size=32
+    )
+    losses, x = steps(model, 6, rng, refresh_every=2)
+    assert losses[-1] < losses[0]
+    exported = training.export(model)
+    assert isinstance(exported.inner, fdk_jax.QuantisedLinear)
+    assert isinstance(exported.lm_head, nnx.Linear)
+    assert exported.inner.weight.get_value().dtype == (dtype or jnp.float32)
+    tolerance = 1e-2 if compute == jnp.bfloat16 else 1e-5
+    assert oracle.relative_rms(exported(x), np.asarray(model(x).astype(jnp.float32))) <= tolerance
+    w = exported.heads.weight.get_value()
+    assert (
+        w.axes == "kknn"
+        and (np.asarray(w.dequantise(jnp.float32)) == np.asarray(model.heads.weight())).all()
+    )
+
+
+def test_start_step_and_float32_master_weights(rng):
+    plain = Model()
+    late = training.quantisation_aware(plain, 1, codebook="kmeans")
+    before = np.asarray(late.inner.codebook.get_value())
+    assert late.inner.kernel.get_value().dtype == jnp.float32
+    seed = rng.integers(2**31)
+    ours, x = steps(late, 5, np.random.default_rng(seed), start_step=3, refresh_every=1)
+    theirs, _ = steps(plain, 5, np.random.default_rng(seed))
+    # Up to the start the same training; from then on another.
+    assert ours[:3] == pytest.approx(theirs[:3], rel=1e-4)
+    assert abs(ours[3] - theirs[3]) > 1e-3 * theirs[3]
+    assert bool(late.inner.active.get_value())
+    after = np.asarray(late.inner.codebook.get_value())
+    assert (after != before).any() and (np.diff(after) > 0).all()
+    assert oracle.relative_rms(training.export(late)(x), np.asarray(late(x))) < 1e-5
+
+
+def test_refreshed_codebooks_follow_the_weights(rng):
+    model = training.quantisation_aware(Model(), 2, codebook="kmeans", scale="absmax")
+    layer = model.inner
+    layer.kernel.set_value(
+        jnp.sign(layer.kernel.get_value()) * jnp.square(layer.kernel.get_value())
+    )
+
+    def error():
+        return oracle.relative_rms(layer.weight(), np.asarray(layer.kernel.get_value()))
+
+    stale = error()
+    training.refresh_codebooks(model)
+    assert error() < 0.98 * stale
+    fixed = training.quantisation_aware(Model(), 2)
+    training.refresh_codebooks(fixed)
+    assert (
+        np.asarray(fixed.inner.codebook.get_value()).tolist()
+        == np.linspace(-1, 1, 4, dtype=np.float32).tolist()
+    )
+
+
+def test_bad_arguments_name_the_value():
+    with pytest.raises(ValueError, match="bits=3"):
+        training.quantisation_aware(Model(), 3)
+    with pytest.raises(ValueError, match="kmeans"):
+        training.fake_quantise(jnp.ones((4, 64)), 4, codebook="kmeans")
+    with pytest.raises(ValueError, match="must end in 4"):
+        training.fake_quantise(jnp.ones((4, 64)), 2, codebook=jnp.zeros(3))
+    with pytest.raises(ValueError, match="start_step=-1"):
+        training.make_train_step(square_loss, start_step=-1)
+    with pytest.raises(TypeError, match=r"no nnx\.Linear"):
+        training.quantisation_aware(nnx.Dropout(0.1), 4)
+    with pytest.raises(ValueError, match="contracted axes"):
+        training.quantisation_aware(Model(), 4).inner(jnp.ones((2, 63)))
+
+
+def test_the_language_is_reproducible_and_has_its_entropy():
+    language = Language.invent()
+    tokens, entropy = language.write(60_000, 5)
+    again, _ = Language.invent().write(60_000, 5)
+    assert (tokens == again).all() and (language.write(60_000, 6)[0] != tokens).any()
+    text = "".join(ALPHABET[t] for t in tokens)
+    words = {w for kind in language.words.values() for w in kind} | {"the", "in"}
+    assert set(text[: text.rindex(" ")].replace(".", "").split()) <= words
+    assert entropy == pytest.approx(language.write(200_000, 7)[1], rel=0.02)
+    # A code for words by their frequency alone cannot reach the entropy: there is structure to learn.
+    counts = np.unique(text.split(), return_counts=True)[1]
+    shares = counts / counts.sum()
+    assert -(shares * np.log(shares)).sum() * len(text.split()) / len(text) > 1.3 * entropy
+
+
+def test_what_formats_cost_a_trained_model():
+    """The claims of docs/quality.md, on a smaller model: one test, as training takes most of its time."""
+    recipe = language_model.SMALL
+    data = language_model.make_data(recipe)
+    model = language_model.train(recipe, data)
+    calibration = [jnp.asarray(batch) for batch in data.calibration]
+
+    def loss(candidate):
+        report = evaluate(candidate, model, data.test, batch_size=64)
+        return math.log(report.perplexity), report
+
+    reference, _ = loss(model)
+    assert data.entropy < reference < 0.85  # 2.5 nats are the entropy of single letters
+    four, report = loss(calibrate(model, 4, calibration, dtype=jnp.bfloat16))
+    assert four - reference < 0.02 and report.kl < 0.02
+    assert report.bytes_per_weight == pytest.approx(0.5 + 2 / 64, abs=0.02)
+    plain, _ = loss(fdk_jax.quantise(model, 1, codebook="kmeans", dtype=jnp.bfloat16))
+    corrected, _ = loss(calibrate(model, 1, calibration, dtype=jnp.bfloat16))
+    assert corrected - reference < 0.75 * (plain - reference)
+    aware = training.quantisation_aware(model, 1, codebook="kmeans", dtype=jnp.bfloat16)
+    language_model.tune(
+        aware,
+        recipe,
+        data,
+        first=recipe.steps,
+        steps=recipe.tuning_steps,
+        peak=2e-3,
+        refresh_every=25,
+    )
+    exported = training.export(aware)
+    tuned, report = loss(exported)
+    # 1-bit training recovers most of what 1-bit rounding loses.
+    assert tuned - reference < 0.25 * (plain - reference)
+    assert tuned < corrected
+    tokens = calibration[0]
+    assert oracle.relative_rms(exported(tokens), np.asarray(aware(tokens))) < 1e-5
