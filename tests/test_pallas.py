@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ptx_machine
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -156,3 +157,68 @@ def test_a_cache_file_wins_over_the_package(tmp_path, monkeypatch):
         assert sum(r["device"] == "here" for r in tuning._table()) == 1
     finally:
         tuning._table.cache_clear()
+
+
+def _run_ptx(case, config, arrays, bias):
+    """A kernel's PTX on numpy: its result, poisoned beforehand."""
+    x, packed, scales, codebook = (np.asarray(a) for a in arrays)
+    x = np.pad(x, ((0, 0), (0, case.blocks * case.span - case.k)))
+    operands = [x, packed, scales, codebook] + ([] if bias is None else [bias])
+    out = np.full((case.m, case.n), np.nan, case.out_dtype)
+    grid = (-(-case.n // config.rows), -(-case.m // (8 * config.columns)))
+    ptx_machine.run(matvec.source(case, config), [*operands, out], grid, 32 * config.warps)
+    return out
+
+
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size", "books", "dtype", "config"),
+    [
+        (1, 33, 600, 64, 1, "bfloat16", matvec.Config(2, 4, 1, 1)),
+        (1, 20, 1100, 128, 1, "bfloat16", matvec.Config(1, 4, 8, 1, 1, True)),
+        (3, 48, 700, 32, 3, "float16", matvec.Config(1, 4, 2, 1)),
+        (11, 40, 520, 64, 1, "float16", matvec.Config(1, 8, 1, 2, 2)),
+        (2, 17, 1030, 1024, 1, "bfloat16", matvec.Config(2, 4, 1, 1)),
+        (1, 16, 900, 192, 1, "bfloat16", matvec.Config(1, 8, 1, 1)),
+        (5, 16, 300, 8, 1, "float16", matvec.Config(1, 4, 1, 1)),
+    ],
+)
+def test_ptx_values_and_bounds(rng, bits, m, n, k, group_size, books, dtype, config):
+    arrays, _, (expected, size) = _product(rng, m, n, k, bits, group_size, dtype, books)
+    half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
+    case = matvec.Case(m, n, k, bits, group_size, books, half, half, single, single)
+    assert tuning.unsupported_reason(case, config) is None
+    bias = rng.normal(size=n).astype(np.float32)
+    error = _run_ptx(case, config, arrays, bias).astype(np.float64) - (expected + bias)
+    assert np.sqrt(np.mean(error**2)) < TOLERANCE[dtype] * size
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_ptx_propagates_like_a_dense_product(rng, value):
+    arrays, _, _ = _product(rng, 1, 16, 1024, 1, 64, "bfloat16")
+    x, *weight = arrays
+    x = x.at[0, 700].set(value)
+    case = _case(1, 16, 1024, 1)
+    for diagonal in (False, True):
+        y = _run_ptx(case, matvec.Config(1, 4, 1, 1, 1, diagonal), (x, *weight), None)
+        assert np.isnan(y.astype(np.float32)).all() == np.isnan(value)
+        assert not np.isfinite(y.astype(np.float32)).any()
+
+
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(("group_size", "dtype"), [(64, "bfloat16"), (16, "float16")])
+def test_ptx_decodes_whole_weights(rng, bits, group_size, dtype):
+    n, k, half = 20, 700, jnp.dtype(dtype)
+    arrays, _, _ = _product(rng, 1, n, k, bits, group_size, dtype)
+    _, packed, scales, codebook = arrays
+    case = _case(1, n, k, bits, group_size=group_size, dtype=half, scales=half)
+    out = np.full((16 * case.tiles, case.blocks * case.span), np.nan, half)
+    operands = [np.asarray(a) for a in (packed, scales, codebook)]
+    ptx_machine.run(dequantise.source(case), [*operands, out], (case.tiles, 1), 256)
+    interchange, plain = packing.from_planar(
+        packed, scales, bits=bits, group_size=group_size, out_features=n, in_features=k
+    )
+    codes = np.asarray(packing.unpack(interchange, bits, k)).astype(int)
+    values = np.asarray(codebook[0].astype(half)).astype(np.float64)[codes]
+    values *= np.repeat(np.asarray(plain).astype(np.float64), group_size, -1)[:, :k]
+    np.testing.assert_array_equal(out[:n, :k], values.astype(half))

@@ -1,0 +1,246 @@
+"""Runs the kernels' PTX on numpy, one program at a time: values and every memory access, without a GPU.
+
+Threads run in lockstep over the least program counter, which joins branches again by itself and makes
+barriers order what they should. Registers hold raw bits; an access outside of an operand, or a misaligned
+one, raises. Only what the kernels use is known.
+"""
+
+import re
+
+import ml_dtypes
+import numpy as np
+
+_HALVES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
+_GAP = 4096  # unmapped bytes between operands
+_POISON = 0x7FFF7FFF  # NaN in every type
+
+
+def run(source: str, operands: list[np.ndarray], grid: tuple[int, int], threads: int) -> None:
+    """Runs all programs of a kernel; the last operand is written."""
+    for y in range(grid[1]):
+        for x in range(grid[0]):
+            _Program(source, operands, (x, y), threads).run()
+
+
+class _Program:
+    def __init__(self, source, operands, place, threads):
+        self.threads, self.registers, self.labels, self.code = threads, {}, {}, []
+        self.memory, starts = _Memory(), []
+        for operand in operands:
+            starts.append(self.memory.map(operand))
+        shared = re.search(r"fdk_shared\[(\d+)\]", source)
+        self.shared = _Memory()
+        assert int(shared[1]) <= 48 * 1024
+        self.shared.map(np.full(int(shared[1]), 0xAB, np.uint8), 1024)
+        lanes = np.arange(threads, dtype=np.uint64)
+        fixed = {"fdk_shared": 1024, "%ctaid.x": place[0], "%ctaid.y": place[1]}
+        fixed |= {f"${i + 1}": start for i, start in enumerate(starts)}
+        self.fixed = {k: np.full(threads, v, np.uint64) for k, v in fixed.items()} | {
+            "%tid.x": lanes
+        }
+        for line in source.splitlines():
+            line = line.strip()
+            if line in "{}" or line.startswith("."):
+                continue
+            if line.endswith(":"):
+                self.labels[line[:-1]] = len(self.code)
+                continue
+            match = re.fullmatch(r"(?:@(\w+) )?(\S+)(?: (.*))?;", line)
+            parts = re.findall(r"\{[^}]*\}|[^,\s]+", match[3] or "")
+            self.code.append((match[1], match[2], [_operand(p) for p in parts]))
+
+    def run(self):
+        counter = np.zeros(self.threads, np.int64)
+        while (at := counter.min()) < len(self.code):
+            guard, opcode, operands = self.code[at]
+            active = counter == at
+            counter[active] += 1
+            if guard:
+                active &= self.registers[guard] != 0
+            if opcode == "bra":
+                counter[active] = self.labels[operands[0]]
+            elif active.any():
+                self.step(opcode.split("."), operands, active)
+
+    def read(self, name):
+        if name in self.registers:
+            return self.registers[name]
+        if name in self.fixed:
+            return self.fixed[name]
+        if re.fullmatch(r"\w+_\d+", name):
+            return np.full(self.threads, _POISON, np.uint64)  # a register that nothing has filled
+        value = int(name[2:], 16) if name.startswith("0f") else int(name, 0)
+        return np.full(self.threads, value, np.uint64)
+
+    def write(self, name, value, active):
+        old = self.registers.get(name, np.full(self.threads, _POISON, np.uint64))
+        self.registers[name] = np.where(active, value.astype(np.uint64), old)
+
+    def floats(self, name):
+        return self.read(name).astype(np.uint32).view(np.float32)
+
+    def step(self, opcode, operands, active):
+        name, kind = opcode[0], opcode[-1]
+        wide = kind in ("u64", "b64") or "wide" in opcode
+        mask = np.uint64(2**64 - 1 if wide else 2**32 - 1)
+        if name in ("ld", "st"):
+            self.access(opcode, operands, active)
+        elif name in ("bar", "fence"):
+            return
+        elif name == "mma":
+            assert active.reshape(-1, 32).all(1).sum() * 32 == active.sum(), "a warp diverged"
+            self.multiply(opcode, operands, active)
+        elif name == "setp":
+            test = {"gt": "greater", "lt": "less", "le": "less_equal", "ge": "greater_equal"}
+            compare = getattr(np, test.get(opcode[1], "equal"))
+            self.write(operands[0], compare(self.read(operands[1]), self.read(operands[2])), active)
+        elif name == "mov" and isinstance(operands[0], list):
+            for i, half in enumerate(operands[0]):
+                self.write(
+                    half, self.read(operands[1]) >> np.uint64(16 * i) & np.uint64(0xFFFF), active
+                )
+        elif name == "mov" and isinstance(operands[1], list):
+            low, high = (self.read(half) for half in operands[1])
+            self.write(operands[0], low | high << np.uint64(16), active)
+        elif kind == "f32" and name in ("add", "fma"):
+            a, b, *c = (self.floats(o) for o in operands[1:])
+            with np.errstate(all="ignore"):
+                value = a + b if name == "add" else (a.astype(np.float64) * b + c[0])
+            self.write(operands[0], value.astype(np.float32).view(np.uint32), active)
+        elif name == "cvt":
+            self.convert(opcode, operands, active)
+        elif name == "mul" and opcode[1] == "rn":
+            half = _HALVES[kind[:-2]]
+            a, b = (_halves(self.read(o), half) for o in operands[1:])
+            self.write(operands[0], _join((a * b).astype(half)), active)
+        elif name == "shfl":
+            lanes = np.arange(self.threads) ^ int(operands[2])
+            self.write(operands[0], self.read(operands[1])[lanes], active)
+        else:
+            values = [self.read(o) for o in operands[1:]]
+            self.write(operands[0], _integer(name, opcode, values) & mask, active)
+
+    def access(self, opcode, operands, active):
+        memory = self.memory if opcode[1] == "global" else self.shared
+        size = {"b16": 2}.get(opcode[-1], 4)
+        registers, (base, offset) = operands if opcode[0] == "ld" else operands[::-1]
+        registers = registers if isinstance(registers, list) else [registers]
+        addresses = self.read(base).astype(np.int64) + offset
+        assert (addresses[active] % (size * len(registers)) == 0).all(), "misaligned"
+        for i, register in enumerate(registers):
+            where = addresses[active] + i * size
+            if opcode[0] == "ld":
+                value = np.zeros(self.threads, np.uint64)
+                value[active] = memory.load(where, size)
+                self.write(register, value, active)
+            else:
+                memory.store(where, size, self.read(register)[active])
+
+    def convert(self, opcode, operands, active):
+        if opcode[1] == "f32":
+            value = self.read(operands[1]).astype(np.uint16).view(np.float16).astype(np.float32)
+            self.write(operands[0], value.view(np.uint32), active)
+        elif opcode[2].endswith("x2"):
+            half = _HALVES[opcode[2][:-2]]
+            pair = [self.floats(o).astype(half) for o in operands[:0:-1]]
+            self.write(operands[0], _join(np.stack(pair)), active)
+        else:
+            value = self.floats(operands[1]).astype(_HALVES[opcode[2]])
+            self.write(operands[0], value.view(np.uint16), active)
+
+    def multiply(self, opcode, operands, active):
+        """m16n8k16: lane 4 g + c; A rows g, g + 8 and columns 2 c, 2 c + 8; B column g; D columns 2 c."""
+        half = _HALVES[opcode[-2]]
+        d, a, b, c = operands
+        lane = np.arange(self.threads)
+        warp, g, quad = lane // 32, lane % 32 // 4, lane % 4
+        left = np.zeros((self.threads // 32, 16, 16))
+        right = np.zeros((self.threads // 32, 16, 8))
+        for i, register in enumerate(a):
+            pair = _halves(self.read(register), half)
+            for e in range(2):
+                left[warp, g + 8 * (i % 2), 2 * quad + e + 8 * (i // 2)] = pair[e]
+        for i, register in enumerate(b):
+            pair = _halves(self.read(register), half)
+            for e in range(2):
+                right[warp, 2 * quad + e + 8 * i, g] = pair[e]
+        with np.errstate(all="ignore"):
+            product = left @ right
+            sums = [
+                self.floats(r) + product[warp, g + 8 * (i // 2), 2 * quad + i % 2]
+                for i, r in enumerate(c)
+            ]
+        for register, value in zip(d, sums, strict=True):
+            self.write(register, value.astype(np.float32).view(np.uint32), active)
+
+
+class _Memory:
+    """Operands in one address space with gaps between them."""
+
+    def __init__(self):
+        self.regions, self.next = [], _GAP
+
+    def map(self, array, start=None):
+        start = self.next if start is None else start
+        assert array.flags.c_contiguous
+        self.regions.append((start, array.reshape(-1).view(np.uint8)))
+        self.next = -(-(start + array.nbytes) // _GAP) * _GAP + _GAP
+        return start
+
+    def _find(self, addresses, size):
+        for start, data in self.regions:
+            if addresses.min() >= start and addresses.max() + size <= start + data.size:
+                return data.view(f"u{size}") if data.size % size == 0 else None, (
+                    addresses - start
+                ) // size
+        raise IndexError(f"access outside of the operands: {addresses.min()} to {addresses.max()}")
+
+    def load(self, addresses, size):
+        data, places = self._find(addresses, size)
+        return data[places].astype(np.uint64)
+
+    def store(self, addresses, size, values):
+        data, places = self._find(addresses, size)
+        data[places] = values.astype(data.dtype)
+
+
+def _operand(text):
+    if text.startswith("{"):
+        return [part.strip() for part in text[1:-1].split(",")]
+    if text.startswith("["):
+        base, offset = text[1:-1].split("+")
+        return base, int(offset)
+    return text
+
+
+def _halves(bits, half):
+    words = bits.astype(np.uint32)
+    return np.stack([words & 0xFFFF, words >> 16]).astype(np.uint16).view(half)
+
+
+def _join(pair):
+    low, high = pair.view(np.uint16).astype(np.uint64)
+    return low | high << np.uint64(16)
+
+
+def _integer(name, opcode, v):
+    if name == "prmt":
+        return v[0] & np.uint64(0xFFFF) | (v[1] & np.uint64(0xFFFF)) << np.uint64(16)
+    if name == "lop3":
+        return v[0] & v[1] | v[2]
+    simple = {
+        "mov": lambda: v[0],
+        "and": lambda: v[0] & v[1],
+        "or": lambda: v[0] | v[1],
+        "xor": lambda: v[0] ^ v[1],
+        "shl": lambda: v[0] << v[1],
+        "shr": lambda: v[0] >> v[1],
+        "add": lambda: v[0] + v[1],
+        "sub": lambda: v[0] - v[1],
+        "mul": lambda: v[0] * v[1],
+        "mad": lambda: v[0] * v[1] + v[2],
+        "div": lambda: v[0] // v[1],
+        "rem": lambda: v[0] % v[1],
+        "min": lambda: np.minimum(v[0], v[1]),
+    }
+    return simple[name]()
