@@ -172,9 +172,10 @@ def from_planar(
     codes = _permute(codes, len(lead), (0, 7, 2, 1, 5, 6, 3, 4, 8))
     codes = codes.reshape(*lead, tiles * TILE_ROWS, blocks * planes * PLANE)
 
-    scales = scales.reshape(*lead, tiles, -1, 8, SCALE_GROUPS, 2)
+    quads = scales.shape[-2]
+    scales = scales.reshape(*lead, tiles, quads, 8, SCALE_GROUPS, 2)
     scales = _permute(scales, len(lead), (0, 4, 2, 1, 3))
-    scales = scales.reshape(*lead, tiles * TILE_ROWS, -1)
+    scales = scales.reshape(*lead, tiles * TILE_ROWS, quads * SCALE_GROUPS)
     groups = -(-in_features // group_size)
     return (
         pack(codes[..., :out_features, :in_features], bits),

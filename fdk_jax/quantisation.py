@@ -235,7 +235,7 @@ def nearest_codes(quotients: Array, codebook: Array, dtype: Any) -> Array:
     rows = codebook.reshape(-1, codebook.shape[-1])
     values = round_to(rows, dtype)
     middle = round_to(round_to(values[:, 1:] + values[:, :-1], dtype) / 2, dtype)
-    blocks = quotients.reshape(rows.shape[0], -1)
+    blocks = quotients.reshape(rows.shape[0], quotients.size // rows.shape[0])
     if middle.shape[-1] <= 15:
         codes = jnp.zeros(blocks.shape, jnp.uint8)
         for i in range(middle.shape[-1]):

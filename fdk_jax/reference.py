@@ -14,7 +14,7 @@ from fdk_jax.quantised_tensor import QuantisedTensor
 def lookup(codes: Array, codebook: Array) -> Array:
     """codebook[codes] for codes [N, K] and a codebook [2**bits] or [C, 2**bits] (row blocks)."""
     rows = codebook.reshape(-1, codebook.shape[-1])
-    blocks = codes.reshape(rows.shape[0], -1)
+    blocks = codes.reshape(rows.shape[0], codes.size // rows.shape[0])
     if rows.shape[-1] > 16:
         return jnp.take_along_axis(rows, blocks.astype(jnp.int32), axis=-1).reshape(codes.shape)
     # A tree of selects on the bits of the code: no gather, which is slow on every platform.
@@ -44,7 +44,8 @@ def dequantise_matrix(
     codes = packing.unpack(packed, bits, in_features)
     # The codebook is rounded to the compute dtype first, as the format says.
     values = lookup(codes, codebook.astype(scales.dtype).astype(jnp.float32))
-    spread = jnp.repeat(scales.astype(jnp.float32), group_size, axis=-1)[:, :in_features]
+    repeats = max(1, min(group_size, in_features))  # a group may be far larger than K
+    spread = jnp.repeat(scales.astype(jnp.float32), repeats, axis=-1)[:, :in_features]
     return (values * spread).astype(dtype)
 
 
