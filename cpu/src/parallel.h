@@ -1,6 +1,7 @@
 // Threads: a team that runs one body, and the division of work among whoever takes part.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -63,6 +64,8 @@ class Latch {
 // Runs work(begin, end) over pieces of [0, total), each `smallest` or more.
 template <typename Work>
 void for_pieces(const Team &team, int threads, int64_t total, int64_t smallest, Work work) {
+  const int64_t pieces = (total + smallest - 1) / smallest;
+  threads = static_cast<int>(std::clamp<int64_t>(pieces, 1, threads));
   struct Context {
     WorkQueue queue;
     Work &work;

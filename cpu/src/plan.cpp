@@ -182,6 +182,11 @@ void OwnedPlan::build_blocks() {
 
 namespace {
 
+// Towards zero, within bounds: no value of a codebook, not even NaN, may leave the integers.
+int truncate(float value, float low, float high) {
+  return static_cast<int>(value > low ? std::min(value, high) : low);
+}
+
 // Integers for int8: the codebook's range on 0..top, where top is the one of 224..255 that rounds
 // with the smallest squared error.
 void round_levels8(const float *codebook, int count, uint8_t *levels, Levels &out) {
@@ -201,7 +206,7 @@ void round_levels8(const float *codebook, int count, uint8_t *levels, Levels &ou
     float error = 0.0F;
     for (int i = 0; i < count; ++i) {
       const float level = (codebook[i] - base) * per_level;
-      const float miss = level - static_cast<float>(static_cast<int>(level + 0.5F));
+      const float miss = level - static_cast<float>(truncate(level + 0.5F, 0.0F, 255.0F));
       error += miss * miss;
     }
     error /= per_level * per_level;
@@ -212,7 +217,8 @@ void round_levels8(const float *codebook, int count, uint8_t *levels, Levels &ou
   }
   out.factor8 = range / best_top;
   for (int i = 0; i < count; ++i)
-    levels[i] = static_cast<uint8_t>((codebook[i] - base) * (best_top / range) + 0.5F);
+    levels[i] = static_cast<uint8_t>(
+        truncate((codebook[i] - base) * (best_top / range) + 0.5F, 0.0F, 255.0F));
 }
 
 // Integers for int16: the codebook's range on -4095..4095.
@@ -225,7 +231,7 @@ void round_levels16(const float *codebook, int count, int16_t *levels, Levels &o
   out.factor16 = half > 0.0F ? half / top : 1.0F;  // never 0: kernels divide by it
   for (int i = 0; i < count; ++i) {
     const float level = half > 0.0F ? (codebook[i] - middle) * (top / half) : 0.0F;
-    levels[i] = static_cast<int16_t>(std::nearbyint(std::clamp(level, -top, top)));
+    levels[i] = static_cast<int16_t>(truncate(std::nearbyint(level), -top, top));
   }
 }
 
