@@ -7,7 +7,7 @@ BENCH_FLAGS ?=
 TEST_FLAGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: bench test test-newest toolchains lint cpu clean
+.PHONY: bench test test-newest toolchains lint cpu clean fuzz matrix
 
 # Builds the C++ library and its Python module for the environment $(1).
 define build_cpu
@@ -34,6 +34,16 @@ test-newest: $(NEWEST_VENV)/.ready-dev toolchains
 toolchains:
 	@for part in android-test model; do \
 		cpu/toolchain/install.sh $$part || echo "going on without the toolchain for $$part"; done
+
+# Minutes of random input: the C++ library under the sanitizers, then the long versions of the tests.
+FUZZ_SECONDS ?= 120
+fuzz: $(VENV)/.ready-dev
+	$(call build_cpu,$(VENV))
+	tests/fuzz.sh $(VENV)/bin/python $(FUZZ_SECONDS)
+
+# The suite in a clean state on every supported set of packages; see docs/trust.md.
+matrix:
+	tests/matrix.sh
 
 lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check .
