@@ -1,0 +1,452 @@
+"""Codebooks, scales and codes fitted to data, against slow float64 twins; statistics; bad data by name."""
+
+import statistics as stdlib
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+
+import fdk_jax
+from fdk_jax import codebooks, densities, rounding
+from fdk_jax.calibration import calibrate, calibrate_array
+from fdk_jax.evaluation import evaluate
+from fdk_jax.models.config import ModelConfig
+from fdk_jax.models.modules import Transformer
+from fdk_jax.statistics import CalibrationWarning, linear_layers, second_moments, squared_gradients
+
+BITS = [1, 2, 4, 8]
+
+
+def test_fp4_is_e2m1():
+    values = []
+    for sign, exponent, mantissa in np.ndindex(2, 4, 2):
+        magnitude = mantissa / 2 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + mantissa / 2)
+        values.append((-1) ** sign * magnitude)
+    assert np.allclose(codebooks.fp4() * 6, sorted(values), atol=1e-7)
+
+
+def test_nf4_follows_from_its_definition():
+    quantile = stdlib.NormalDist().inv_cdf
+    above = [quantile(p) for p in np.linspace(0.9677083, 0.5, 9)[:-1]]
+    below = [-quantile(p) for p in np.linspace(0.9677083, 0.5, 8)[:-1]]
+    levels = np.sort([*above, 0.0, *below])
+    assert np.allclose(codebooks.nf4(), levels / np.abs(levels).max(), atol=2e-6)
+
+
+@pytest.mark.parametrize("entries", [2, 4, 16, 256])
+def test_cube_root_densities_have_the_published_quantiles(entries):
+    ranks = np.arange(1, entries + 1) / (entries + 1)
+    quantile = stdlib.NormalDist().inv_cdf
+    normal = densities.cube_root(entries, scale="rms")
+    assert np.allclose(normal, np.sqrt(3) * np.array([quantile(p) for p in ranks]), atol=1e-3)
+    laplace = densities.cube_root(entries, scale="none", distribution="laplace")
+    exact = -np.sign(ranks - 0.5) * 3 / np.sqrt(2) * np.log(1 - 2 * np.abs(ranks - 0.5))
+    assert np.allclose(laplace, exact, atol=3e-3)
+    # (7 - 2) / 3 degrees of freedom have no closed form; 3 * 2 + 2 = 8 degrees give 2, which has one.
+    student = densities.cube_root(entries, scale="rms", distribution="student", degrees=8)
+    t2 = (2 * ranks - 1) * np.sqrt(2 / (4 * ranks * (1 - ranks)))
+    assert np.allclose(student, t2 * np.sqrt((8 - 2) / 2), rtol=5e-3, atol=1e-3)
+    for distribution in densities.DISTRIBUTIONS:
+        levels = densities.cube_root(entries, distribution=distribution)
+        assert levels[-1] == 1 and (levels == -levels[::-1]).all() and (np.diff(levels) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["normal", "laplace", "student"])
+def test_cube_root_codebooks_suit_their_distribution(name, rng):
+    draw = {
+        "normal": lambda: rng.standard_normal((64, 1024)),
+        "laplace": lambda: rng.laplace(size=(64, 1024)),
+        "student": lambda: rng.standard_t(7, (64, 1024)),
+    }[name]
+    w = draw().astype(np.float32)
+    for bits in (2, 4):
+        error = {
+            book: oracle.relative_rms(
+                fdk_jax.quantise(w, bits, codebook=book, scale="rms").dequantise(), w
+            )
+            for book in (name, "uniform", "kmeans")
+        }
+        assert error["kmeans"] * 0.999 <= error[name] < error["uniform"]
+        assert error[name] < 1.25 * error["kmeans"]
+
+
+def test_refine_takes_lloyd_steps(rng):
+    values = rng.standard_normal(3000).astype(np.float32)
+    importance = rng.random(3000).astype(np.float32)
+    levels = np.array([-3.0, -0.1, 0.2, 9.0], np.float32)
+    got = codebooks.refine(
+        jnp.asarray(values), jnp.asarray(levels), importance=jnp.asarray(importance), steps=3
+    )
+    want = levels.astype(np.float64)
+    for _ in range(3):
+        code = np.abs(values[:, None] - want).argmin(1)
+        for i in range(4):
+            if (code == i).any():
+                want[i] = np.average(values[code == i], weights=importance[code == i])
+    assert np.allclose(got, want, atol=1e-5) and got[3] == 9.0
+
+
+def test_a_shared_codebook_is_that_of_all_values_together(rng):
+    parts = [rng.standard_normal(4000).astype(np.float32) * s for s in (1, 3)]
+    weights = [np.ones(4000, np.float32), rng.random(4000).astype(np.float32)]
+    shared = codebooks.fit_parts(
+        [lambda i=i: (jnp.asarray(parts[i]), weights[i]) for i in range(2)], 8
+    )
+    together = codebooks.fit(np.concatenate(parts), 8, importance=np.concatenate(weights))
+    assert np.allclose(shared, together, atol=1e-5)
+
+
+def make_problem(rng, n=24, k=130):
+    """A weight, and second moments of strongly correlated inputs."""
+    w = (rng.standard_t(5, (n, k)) * 0.02).astype(np.float32)
+    mix = rng.standard_normal((k, k)) * np.exp(-np.arange(k) / 25)[:, None]
+    x = rng.standard_normal((6 * k, k)) @ mix + 0.05 * rng.standard_normal((6 * k, k))
+    return w, (x.T @ x / len(x)).astype(np.float32)
+
+
+def output_error(w, q, second):
+    d = np.asarray(w, np.float64) - np.asarray(q).astype(np.float64)
+    return float(np.sum((d @ second.astype(np.float64)) * d))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", [64, 50])
+def test_scale_search_beats_every_rule_in_every_group(bits, group, rng):
+    w, second = make_problem(rng)
+    h = np.diagonal(second)
+    levels = codebooks.uniform(bits) if bits > 1 else np.array([-0.7, 1.1], np.float32)
+
+    def errors(scales):
+        wide = np.repeat(np.asarray(scales, np.float64), group, 1)[:, : w.shape[1]]
+        nearest = np.abs(w[..., None] / wide[..., None] - levels).argmin(-1)
+        square = h * (w - wide * levels[nearest]) ** 2
+        return np.stack([square[:, i : i + group].sum(1) for i in range(0, w.shape[1], group)], 1)
+
+    kind = "absmean" if bits <= 2 else "absmax"
+    base = fdk_jax.quantise(w, bits, group_size=group, codebook=levels, scale=kind).scales
+    found = rounding.search_scales(
+        jnp.asarray(w),
+        base,
+        jnp.asarray(levels),
+        jnp.asarray(h)[None],
+        group_size=group,
+        dtype=jnp.float32,
+    )
+    best = np.min([errors(np.asarray(base) * m) for m in np.arange(0.4, 1.61, 0.05)], axis=0)
+    assert (errors(found) <= best * 1.0001).all()
+    assert errors(found).sum() < errors(base).sum() * (1 if bits < 8 else 1.0001)
+
+
+def textbook_correction(w, scales, levels, second, damping, group):
+    """Optimal brain quantisation in a fixed order, with an explicit inverse that shrinks; float64."""
+    k = w.shape[1]
+    h = second.astype(np.float64) + damping * np.mean(np.diagonal(second)) * np.eye(k)
+    order = list(np.argsort(-np.diagonal(second), kind="stable"))
+    w, codes = w.astype(np.float64).copy(), np.zeros(w.shape, np.int64)
+    while order:
+        i, rest = order[0], order[1:]
+        inverse = np.linalg.inv(h[np.ix_(order, order)])
+        s = scales[:, i // group].astype(np.float64)
+        codes[:, i] = np.abs((w[:, i] / s)[:, None] - levels).argmin(-1)
+        error = (w[:, i] - s * levels[codes[:, i]]) / inverse[0, 0]
+        w[:, rest] -= np.outer(error, inverse[0, 1:])
+        order = rest
+    return codes
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("k", [40, 130])
+def test_error_correction_is_gptq_on_any_codebook(bits, k, rng):
+    w, second = make_problem(rng, k=k)
+    levels = np.sort(rng.standard_normal(2**bits)).astype(np.float32)
+    scales = np.asarray(fdk_jax.quantise(w, bits, group_size=32, codebook=levels).scales)
+    got = rounding.corrected(
+        jnp.asarray(w), jnp.asarray(scales), jnp.asarray(levels), jnp.asarray(second),
+        group_size=32, dtype=jnp.float32, damping=0.01,
+    )  # fmt: skip
+    want = textbook_correction(w, scales, levels, second, 0.01, 32)
+    wide = np.repeat(scales, 32, 1)[:, :k]
+    ours, theirs = (output_error(w, wide * levels[np.asarray(c)], second) for c in (got, want))
+    # A rounding that falls the other way in float32 changes what follows it; the quality stays.
+    assert np.mean(np.asarray(got) == want) > 0.9
+    assert ours == pytest.approx(theirs, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(1, "float32"), (2, "bfloat16"), (4, "float32"), (8, "float32")]
+)
+def test_each_step_lowers_the_output_error(bits, dtype, rng):
+    w, second = make_problem(rng)
+    w = w.astype(oracle.DTYPES[dtype])
+    options = dict(axes="nk", importance=np.diagonal(second))
+    error = {
+        "kmeans": fdk_jax.quantise(w, bits, codebook="kmeans"),
+        "weighted": calibrate_array(w, bits, **options),
+        "corrected": calibrate_array(w, bits, second_moment=second, **options),
+    }
+    for q in error.values():
+        q.validate()
+        assert q.dtype == w.dtype and (np.asarray(q.scales).astype(np.float32) > 0).all()
+    output = {name: output_error(w, oracle.weights(q), second) for name, q in error.items()}
+    assert output["corrected"] < 0.8 * output["weighted"]
+    # Without correlations, which the search does not see, its error is the least.
+    alone = np.diag(np.diagonal(second))
+    weighted = {name: output_error(w, oracle.weights(q), alone) for name, q in error.items()}
+    assert weighted["weighted"] < 1.001 * weighted["kmeans"]
+
+
+def test_row_blocks_keep_their_codebooks_and_stacks_their_matrices(rng):
+    w, second = make_problem(rng, n=8)
+    levels = np.stack([codebooks.uniform(2), 2 * codebooks.uniform(2)])
+    options = dict(second_moment=second, scale="auto")
+    both = calibrate_array(w, 2, codebook=levels, **options)
+    halves = [
+        calibrate_array(w[i * 4 : i * 4 + 4], 2, codebook=levels[i], **options) for i in range(2)
+    ]
+    assert (oracle.weights(both) == np.concatenate([oracle.weights(q) for q in halves])).all()
+    stack = calibrate_array(
+        np.stack([w.T, w.T * 2]), 4, axes="kn", second_moment=np.stack([second] * 2), scale="auto"
+    )
+    assert stack.batch_shape == (2,) and stack.dequantise().shape == (2, 130, 8)
+    assert oracle.relative_rms(stack.dequantise()[1], w.T * 2) < 0.3
+
+
+class Toy(nnx.Module):
+    """A Linear, a LinearGeneral over two axes, and a Linear that is used twice."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(12, 20, rngs=rngs)
+        self.general = nnx.LinearGeneral((4, 5), (3, 4), axis=(-2, -1), rngs=rngs)
+        self.again = nnx.Linear(12, 12, rngs=rngs)
+        self.inputs = None
+
+    def __call__(self, x):
+        a = jax.jit(lambda layer, x: layer(x), static_argnums=())(self.first, x)
+        b = self.general(a.reshape(*a.shape[:-1], 4, 5)).reshape(*a.shape[:-1], 12)
+        return self.again(nnx.relu(self.again(b)))
+
+
+def test_second_moments_are_those_of_the_inputs(rng):
+    model = Toy(nnx.Rngs(0))
+    batches = [rng.standard_normal((6, 7, 12)).astype(np.float32) for _ in range(3)]
+    got = second_moments(model, [jnp.asarray(b) for b in batches], ["first", "general", "again"])
+    x = np.concatenate(batches).reshape(-1, 12).astype(np.float64)
+    a = np.asarray(model.first(jnp.asarray(x, jnp.float32)))
+    b = np.asarray(model.general(a.reshape(-1, 4, 5))).reshape(-1, 12)
+    c = np.concatenate([b, np.maximum(np.asarray(model.again(jnp.asarray(b))), 0)])
+    for name, inputs in {"first": x, "general": a, "again": c}.items():
+        assert got[name].tokens == len(inputs)
+        assert oracle.relative_rms(got[name].second, inputs.T @ inputs / len(inputs)) < 1e-5
+        assert np.allclose(got[name].diagonal, np.mean(inputs**2, 0), rtol=1e-4)
+
+
+def test_squared_gradients_are_averaged_over_sequences(rng):
+    model = Toy(nnx.Rngs(0))
+    x = rng.standard_normal((5, 2, 12)).astype(np.float32)
+    got = squared_gradients(
+        model, [jnp.asarray(x[:2]), jnp.asarray(x[2:])], ["first"], loss=squares
+    )["first"]
+    expected = 0
+    for row in x:
+        gradient = nnx.grad(squares)(model, jnp.asarray(row[None])).first.kernel[...]
+        expected = expected + np.asarray(gradient, np.float64) ** 2 / len(x)
+    assert oracle.relative_rms(got, expected) < 1e-4
+
+
+def squares(model, x):
+    return jnp.mean(jnp.square(model(x)))
+
+
+def stacked_model(rngs):
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(key):
+        return nnx.Linear(8, 8, rngs=nnx.Rngs(key))
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.layers = make(jax.random.split(rngs.params(), 3))
+
+        def __call__(self, x):
+            @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+            def run(layer, x):
+                return nnx.relu(layer(x)) + x
+
+            return run(self.layers, x)
+
+    return Stack()
+
+
+def test_layers_under_scan(rng):
+    model = stacked_model(nnx.Rngs(0))
+    x = jnp.asarray(rng.standard_normal((32, 8)), jnp.float32)
+    got = second_moments(model, [x], ["layers"])["layers"]
+    assert got.second.shape == (3, 8, 8) and got.tokens == 32
+    kernel, bias, a = (
+        *(np.asarray(p[...], np.float64) for p in (model.layers.kernel, model.layers.bias)),
+        x,
+    )
+    for i in range(3):
+        a = np.asarray(a, np.float64)
+        assert oracle.relative_rms(got.second[i], a.T @ a / 32) < 1e-4
+        a = np.maximum(a @ kernel[i] + bias[i], 0) + a
+    quantised = calibrate(model, 4, [x], group_size=8, scale="auto")
+    assert oracle.relative_rms(quantised(x), np.asarray(model(x))) < 0.2
+
+
+@pytest.fixture(scope="module")
+def llama():
+    config = ModelConfig(32, 64, 64, 1, 2, 2, 32, dtype="float32")
+    return Transformer(config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    # Never used by the last token: every layer still sees every input.
+    return [
+        jnp.asarray(np.random.default_rng(i).integers(0, 32, (8, 24)), jnp.int32) for i in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(share="kind", importance="fisher", layers_at_a_time=1),
+        dict(share="model", rounding="nearest", scale="auto"),
+        dict(codebook="ternary", importance="none"),
+    ],
+)
+def test_calibrate_is_deterministic_and_leaves_the_model_alone(options, llama, tokens):
+    before = jax.tree.map(np.asarray, nnx.state(llama))
+    first, second = (calibrate(llama, 2, tokens, dtype=jnp.bfloat16, **options) for _ in range(2))
+    arrays = [jax.tree.leaves(nnx.state(m)) for m in (first, second)]
+    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(*arrays, strict=True))
+    after = jax.tree.map(np.asarray, nnx.state(llama))
+    assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(after)))
+    summary = fdk_jax.summary(first)
+    assert len(summary.quantised) == 4 and any("lm_head" in name for name in summary.kept)
+    plain = fdk_jax.quantise(llama, 2, dtype=jnp.bfloat16)
+    wanted = np.asarray(llama(tokens[0]))
+    error = [oracle.relative_rms(m(tokens[0]), wanted) for m in (first, plain)]
+    assert error[0] < error[1] * (1.1 if options.get("codebook") == "ternary" else 1)
+    books = {np.asarray(leaf).tobytes() for leaf in codebooks_of(first)}
+    assert len(books) == {"kind": 4, "model": 1}.get(
+        options.get("share"), 1 if "codebook" in options else 4
+    )
+
+
+def codebooks_of(model):
+    found = []
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, fdk_jax.QuantisedLinear):
+            found.append(module.weight.get_value().codebook)
+    return found
+
+
+def test_calibrate_without_data_and_in_place(llama, tokens, capsys):
+    model = nnx.clone(llama)
+    same = calibrate(model, 4, in_place=True, progress=True)
+    assert same is model and len(fdk_jax.summary(model).quantised) == 4
+    assert "calibrate" in capsys.readouterr().err
+    plain = fdk_jax.quantise(llama, 4)
+    error = [evaluate(m, llama).weight_error for m in (model, plain)]
+    assert error[0] < 0.95 * error[1]
+    assert oracle.relative_rms(model(tokens[0]), np.asarray(llama(tokens[0]))) < 0.5
+
+
+def test_linear_layers_by_name(llama):
+    names = list(linear_layers(llama, lambda name: "mlp" in name))
+    assert len(names) == 3 and "layers.0.attention.qkv" in names and "lm_head" in names
+
+
+class Gate(nnx.Module):
+    """A layer behind a mask of its inputs, and one that is never called."""
+
+    def __init__(self, mask):
+        self.mask = tuple(mask)
+        self.open = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.idle = nnx.Linear(4, 4, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.open(x * jnp.asarray(self.mask, jnp.float32)[None])
+
+
+def test_bad_data_is_told_by_layer(rng):
+    x = jnp.asarray(rng.standard_normal((16, 4)), jnp.float32)
+    model = Gate([1, 1, 1, 1])
+    skip = "idle"
+    with pytest.raises(ValueError, match=r"^idle: no calibration data reaches"):
+        calibrate(model, 4, [x])
+    with pytest.raises(ValueError, match=r"open: .*NaN or inf"):
+        calibrate(Gate([1, np.inf, 1, 1]), 4, [x], skip=skip)
+    with pytest.raises(ValueError, match=r"batch 1 .*NaN"):
+        calibrate(model, 4, [x, x.at[0, 0].set(jnp.nan)], skip=skip)
+    with pytest.raises(ValueError, match=r"open: .*\(16, 3\).*4 features"):
+        calibrate(Gate([1, 1, 1]), 4, [x[:, :3]], skip=skip)
+    with pytest.raises(ValueError, match=r"open: all inputs are zero"):
+        calibrate(Gate([0, 0, 0, 0]), 4, [x], skip=skip)
+    with pytest.raises(ValueError, match=r"open: .*gradients"):
+        loss = lambda model, x: jnp.sum(jnp.sqrt(model(x) * 0))  # noqa: E731
+        calibrate(model, 4, [x], skip=skip, importance="fisher", loss=loss)
+    with pytest.raises(ValueError, match="batches is empty"):
+        calibrate(model, 4, [])
+    with pytest.raises(TypeError, match="generator"):
+        calibrate(model, 4, (b for b in [x]), skip=skip)
+    with pytest.warns(CalibrationWarning, match="open: 2 of 4 inputs are zero"):
+        calibrate(Gate([1, 0, 1, 0]), 4, [x], skip=skip)
+    with pytest.warns(CalibrationWarning, match="open: 3 tokens .* few for 4"):
+        calibrate(model, 4, [x[:3]], skip=skip)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(model, 4, [x], skip=skip)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(bits=3), "bits=3"),
+        (dict(scale="max"), "scale='max'"),
+        (dict(share="all"), "share='all'"),
+        (dict(importance="hessian"), "importance='hessian'"),
+        (dict(importance="fisher"), "give batches"),
+        (dict(rounding="corrected"), "give batches"),
+        (dict(rounding="up"), "rounding='up'"),
+        (dict(damping=0), "damping=0"),
+        (dict(layers_at_a_time=0), "layers_at_a_time=0"),
+        (dict(codebook="nf4", bits=2), "bits=4"),
+    ],
+)
+def test_bad_options_name_the_value(options, words, llama):
+    with pytest.raises(ValueError, match=words):
+        calibrate(llama, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(importance=-np.ones(64)), "non-negative"),
+        (dict(importance=np.ones(3)), r"importance of shape \(3,\)"),
+        (dict(second_moment=np.ones((3, 3))), "second_moment of shape"),
+        (dict(second_moment=np.full((64, 64), np.nan)), "NaN"),
+        (dict(second_moment=-np.eye(64)), "positive definite"),
+    ],
+)
+def test_bad_arrays_name_the_value(options, words):
+    with pytest.raises(ValueError, match=words):
+        calibrate_array(
+            np.ones((4, 64), np.float32) * np.arange(1, 65, dtype=np.float32), 4, **options
+        )
+
+
+def test_ternary_codes_through_the_product(rng):
+    w = rng.standard_normal((32, 128)).astype(np.float32)
+    q = fdk_jax.quantise(w, 2, codebook="ternary")
+    assert np.asarray(q.codebook).tolist() == [-1, 0, 1, 1]
+    scale = np.abs(w.reshape(32, 2, 64)).mean(-1).repeat(64, -1)
+    assert np.allclose(oracle.weights(q), scale * np.clip(np.round(w / scale), -1, 1), atol=1e-6)
+    x = rng.standard_normal((5, 128)).astype(np.float32)
+    assert oracle.relative_rms(fdk_jax.matmul(jnp.asarray(x), q), oracle.product(x, q)) < 1e-5
