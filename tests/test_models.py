@@ -1,5 +1,6 @@
 """Models against golden values of `transformers`, loading, tensor parallelism, decode attention."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,14 +15,14 @@ from safetensors.numpy import save_file
 
 import fdk_jax
 from fdk_jax import models
-from fdk_jax.models import attention, rope
+from fdk_jax.models import attention, platforms, rope
 from fdk_jax.models.cache import append
 from fdk_jax.models.config import ModelConfig, custom_llama, read_config
 from pallas_kernels import attention as pallas_attention
+from pallas_kernels import dense, norm
 
 DATA = Path(__file__).parent / "data" / "models"
 FOLDERS = sorted(path.name for path in DATA.iterdir())
-PLAIN = [name for name in FOLDERS if "kmeans" not in name]
 
 
 def relative(found, wanted) -> float:
@@ -79,8 +80,9 @@ def test_live_parity_with_transformers(name):
     assert relative(ours.logits(tokens), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("llama2", 1), ("llama3", 4), ("qwen2", 2), ("qwen3", 8)]
+)
 def test_quantised_while_loading_equals_dequantised_weights(name, bits):
     quantised = models.load(
         DATA / name, dtype="float32", quantisation=models.Quantisation(bits, codebook="kmeans")
@@ -170,8 +172,6 @@ def test_both_spellings_of_rope_give_the_same():
 
 def test_linear_rope_scaling_divides_frequencies():
     config = read_config(DATA / "llama2")
-    import dataclasses
-
     scaled = dataclasses.replace(config, rope_scaling=models.RopeScaling("linear", 4.0))
     ratio = rope.inverse_frequencies(config) / rope.inverse_frequencies(scaled)
     np.testing.assert_allclose(ratio, 4.0, rtol=1e-6)
@@ -244,9 +244,13 @@ def test_unknown_quantisation_method(copy):
         models.load(folder)
 
 
-def test_head_bits_of_a_tied_model():
-    with pytest.raises(ValueError, match="head_bits"):
-        models.load(DATA / "qwen3", quantisation=models.Quantisation(4, head_bits=8))
+def test_tied_head_becomes_a_quantised_copy():
+    options = models.Quantisation(4, head_bits=8)
+    model = models.load(DATA / "qwen3", dtype="float32", quantisation=options)
+    assert model.lm_head.weight.get_value().bits == 8
+    tokens = expected("qwen3")["tokens"]
+    plain = models.Generator(fdk_jax.dequantise(model))
+    assert relative(models.Generator(model).logits(tokens), plain.logits(tokens)) < 1e-5
 
 
 def test_fewer_centroids_than_codes(copy):
@@ -280,11 +284,66 @@ def test_saved_model_is_loaded_again(tmp_path):
     )
 
 
+# --- operations by platform -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 384, 128), (3, 256, 64), (16, 1024, 192)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dense_kernel(rng, m, k, n, dtype):
+    x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((m, k), (k, n)))
+    wanted = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    found = dense.matmul(x, w, out_dtype=jnp.float32, interpret=True)
+    assert relative(found, wanted) < 1e-5
+    assert relative(platforms.linear(x, w, jnp.float32), wanted) < 1e-5
+    assert relative(platforms.linear(x, w, x.dtype).astype(jnp.float32), wanted) < 1e-2
+
+
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_linear_of_rows(rng, m, dtype):
+    x, rows = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((m, 64), (40, 64)))
+    wanted = np.asarray(x, np.float64) @ np.asarray(rows, np.float64).T
+    assert relative(platforms.linear_of_rows(x, rows), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("features", [96, 128, 3072])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_add_rms_norm_kernel(rng, features, dtype):
+    x, delta = (jnp.asarray(rng.normal(size=(2, features)), dtype) for _ in range(2))
+    scale = jnp.asarray(rng.normal(size=features), dtype)
+    total = np.asarray(x, np.float64) + np.asarray(delta, np.float64)
+    root = np.sqrt((total**2).mean(-1, keepdims=True) + 1e-5)
+    wanted = total / root * np.asarray(scale, np.float64)
+    tolerance = 1e-6 if dtype == "float32" else 1e-2
+    for found in (
+        norm.add_rms_norm(x, delta, scale, eps=1e-5, interpret=True),
+        platforms.add_rms_norm(x, delta, scale, 1e-5),
+    ):
+        assert relative(found[0].astype(jnp.float32), total) < tolerance
+        assert relative(found[1].astype(jnp.float32), wanted) < tolerance
+
+
+def test_a_decoding_step_lowers_for_cuda_with_one_copy_of_a_layer():
+    config = ModelConfig(1024, 512, 1024, 3, 4, 2, 128)
+    graph, state = nnx.split(models.random_model(config, bits=4, backend="pallas"))
+    shape = (1, config.num_kv_heads, 64, config.head_dim)
+    arrays = (jnp.zeros(shape, config.dtype),) * config.num_layers
+    cache = models.KVCache(arrays, arrays, jnp.zeros(1, jnp.int32))
+    program = jax.jit(lambda s, t, c: nnx.merge(graph, s).decode(t, c))
+    traced = program.trace(state, jnp.zeros(1, jnp.int32), cache)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("call @_run_layer") == 3
+    # Four products, attention and two norms in the layer they share; a norm and the head behind it.
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 4 + 1 + 2 + 2
+
+
 # --- random models ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4, 2, 1])
-@pytest.mark.parametrize("codebook", ["uniform", "kmeans"])
+@pytest.mark.parametrize(
+    ("bits", "codebook"),
+    [(16, "uniform"), (8, "uniform"), (4, "kmeans"), (2, "kmeans"), (1, "kmeans")],
+)
 def test_random_models_run_and_stay_finite(bits, codebook):
     config = ModelConfig(256, 128, 192, 2, 4, 2, 32, dtype="bfloat16")
     model = models.random_model(config, bits=bits, codebook=codebook)
@@ -334,13 +393,16 @@ def write_folder(folder: Path, config: ModelConfig) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    "quantisation",
-    [None, models.Quantisation(4, 16, "kmeans"), models.Quantisation(1, 16)],
+    ("quantisation", "tied"),
+    [
+        (None, False),
+        (models.Quantisation(4, 16, "kmeans"), True),
+        (models.Quantisation(1, 16), False),
+    ],
     ids=["16bit", "4bit", "1bit"],
 )
-def test_tensor_parallel_equals_one_device_and_gathers_no_weight(tmp_path, tied, quantisation):
+def test_tensor_parallel_equals_one_device_and_gathers_no_weight(tmp_path, quantisation, tied):
     folder = write_folder(tmp_path / "model", wide_config(tie_embeddings=tied))
     parallel = models.Parallel(jax.make_mesh((8,), ("model",)))
     one = models.Generator(models.load(folder, quantisation=quantisation))

@@ -43,7 +43,8 @@ class ModelCase:
     """Tokens a second of a model at one batch size.
 
     Attributes:
-        model: "custom-llama-4B", "-12B", "-31B" or "-1B" (random weights), or a checkpoint folder.
+        model: "custom-llama-4B", "-12B", "-31B" or "-1B" (random weights), or a checkpoint folder. With
+            "-head8" behind a name the final projection has 8 bits.
         backend: "pallas", "cpu" or "xla"; of a model that is not quantised always "xla".
         bits: 1, 2, 4, 8, or 16 for weights that are not quantised.
         batch: sequences decoded together.
@@ -157,8 +158,17 @@ def _without_batch(case: ModelCase) -> ModelCase:
 
 def _config(case: ModelCase) -> ModelConfig:
     if case.model.startswith(_CUSTOM):
-        return custom_llama(case.model.removeprefix(_CUSTOM))
+        return custom_llama(_size_and_head(case)[0])
     return read_config(case.model)
+
+
+def _size_and_head(case: ModelCase) -> tuple[str, int | None]:
+    if not case.model.startswith(_CUSTOM):
+        return case.model, None
+    size, _, head = case.model.removeprefix(_CUSTOM).partition("-head")
+    if head and head not in ("1", "2", "4", "8"):
+        raise NotImplementedError(f"{case.model}: a head has 1, 2, 4 or 8 bits")
+    return size, int(head) if head else None
 
 
 # One model at a time: the largest fill most of a device.
@@ -179,13 +189,13 @@ def _model(case: ModelCase, device: jax.Device) -> tuple[Generator, float | None
 def _make(case: ModelCase) -> Transformer:
     quantised = case.bits != _DENSE_BITS
     if case.model.startswith(_CUSTOM):
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(head_bits=_size_and_head(case)[1])
         if quantised:
             if case.codebook not in _CODEBOOKS:
                 raise NotImplementedError(
                     f"random models have codebooks {_CODEBOOKS}, not {case.codebook}"
                 )
-            options = dict(group_size=case.group_size, codebook=case.codebook)
+            options |= dict(group_size=case.group_size, codebook=case.codebook)
         return random_model(_config(case), bits=case.bits, backend=case.backend, **options)
     stored = read_stored_quantisation(case.model)
     quantisation = None
@@ -230,8 +240,10 @@ def _one_token(layer: Any, x: jax.Array, config: ModelConfig) -> jax.Array:
 
     @jax.jit
     def run(state, x):
+        zero = jnp.zeros_like(x)
         with jax.default_matmul_precision("highest"):
-            return nnx.merge(graph, state).token(x, cos, sin, lengths, cache, cache)[0]
+            out = nnx.merge(graph, state).token(x, zero, cos, sin, lengths, cache, cache)
+            return out[0] + out[1]
 
     return run(state, x)
 
@@ -240,15 +252,15 @@ def _facts(case: ModelCase, generator: Generator, device: jax.Device) -> dict[st
     """What a step has to read and compute, and how long the device needs for that at best."""
     config = generator.config
     size = sum(leaf.nbytes for leaf in generator.leaves)
-    if not config.tie_embeddings:
+    tied = config.tie_embeddings and _size_and_head(case)[1] is None
+    if not tied:
         # A step reads a row of the embedding for each sequence, and all of a head.
         row = config.hidden_size * jnp.dtype(config.dtype).itemsize
         size -= (config.vocab_size - case.batch) * row
     context = case.prompt + case.steps // 2
     size += case.batch * context * _cache_bytes(config)
-    products = config.num_parameters
-    if not config.tie_embeddings:
-        products -= config.vocab_size * config.hidden_size
+    tables = config.vocab_size * config.hidden_size * (not config.tie_embeddings)
+    products = config.num_parameters - tables
     ops = 2 * case.batch * products
     facts = {"dtype": config.dtype, "parameters": config.num_parameters}
     return facts | probes.bound(device, size, ops, config.dtype)

@@ -32,7 +32,8 @@ class Quantisation:
         group_size: Weights that share a scale.
         codebook: "uniform", "nf4", "kmeans" or the values; see `fdk_jax.quantise`.
         scale: See `fdk_jax.quantise`.
-        head_bits: Bits of the final projection (uniform, groups of `group_size`), or None to keep it.
+        head_bits: Bits of the final projection (uniform, groups of `group_size`), or None to keep it. A
+            head that is tied to the embedding becomes a quantised copy of it.
     """
 
     bits: int
@@ -197,12 +198,9 @@ class _Reader:
         q = self.quantisation
         model.embedding = nnx.Param(self.placer.embedding(self._read(names.EMBEDDING)))
         set_norm(model, ("norm",), self.placer.vector(self._read(names.FINAL_NORM)))
-        head_bits = q.head_bits if q else None
-        if self.config.tie_embeddings:
-            if head_bits is not None:
-                raise ValueError("head_bits needs a head of its own; this model's is its embedding")
+        head = Quantisation(q.head_bits, q.group_size) if q and q.head_bits else None
+        if self.config.tie_embeddings and head is None:
             return
-        head = Quantisation(head_bits, q.group_size) if q and head_bits else None
         self._projection(model, names.head(self.config), head, plain=True)
 
     def _projection(self, owner, projection, quantisation, *, plain: bool = False) -> None:

@@ -6,13 +6,14 @@ logits in float32.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from fdk_jax.models import attention, rope
+from fdk_jax.models import attention, platforms, rope
 from fdk_jax.models.cache import KVCache, append, fill
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.parallel import Parallel
@@ -28,14 +29,27 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Normalises x [..., size] with a mean in float32; same shape and dtype."""
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + jnp.float32(self.eps))
-        return wide.astype(x.dtype) * jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
+        return platforms.rms_norm(x, self.scale[...], self.eps)
+
+    def after_add(self, x: Array, delta: Array) -> tuple[Array, Array]:
+        """(x + delta, its norm), both [B, size]."""
+        return platforms.add_rms_norm(x, delta, self.scale[...], self.eps)
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear` that reads its kernel at full speed for a few tokens."""
+
+    def __call__(self, inputs: Array, out_dtype: Any = None) -> Array:
+        """Maps [..., K] to [..., N]."""
+        y = platforms.linear(inputs, self.kernel[...], out_dtype or inputs.dtype)
+        if self.bias is None:
+            return y
+        return y + jnp.expand_dims(self.bias[...].astype(y.dtype), tuple(range(y.ndim - 1)))
 
 
 def _linear(inputs: int, outputs: int, config: ModelConfig, bias: bool, rngs: nnx.Rngs):
     dtype = jnp.dtype(config.dtype)
-    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+    return Linear(inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -53,7 +67,7 @@ class Attention(nnx.Module):
     def prompt(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Maps x [B, T, D] to (output [B, T, D], keys [B, T, KV, d], values [B, T, KV, d])."""
         q, k, v = self._heads(self.qkv(x), cos[:, :, None], sin[:, :, None])
-        mixed = attention.over_prompt(q, k, v)
+        mixed = platforms.in_float32_on_cpu(attention.over_prompt, q, k, v)
         return self._out(mixed.reshape(*x.shape[:-1], -1)), k, v
 
     def token(self, x, cos, sin, lengths, keys, values) -> tuple[Array, Array, Array]:
@@ -83,7 +97,7 @@ class Attention(nnx.Module):
     def _token_jnp(self, qkv, cos, sin, lengths, keys, values):
         q, k, v = self._heads(qkv, cos[:, None], sin[:, None])
         keys, values = append(keys, k, lengths), append(values, v, lengths)
-        mixed = attention.over_cache(q, keys, values, lengths + 1)
+        mixed = platforms.in_float32_on_cpu(attention.over_cache, q, keys, values, lengths + 1)
         return mixed.reshape(qkv.shape[0], -1), keys, values
 
     def _heads(self, qkv: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
@@ -131,12 +145,25 @@ class Layer(nnx.Module):
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), keys, values
 
-    def token(self, x, cos, sin, lengths, keys, values) -> tuple[Array, Array, Array]:
-        """Maps x [B, D] to (x, keys, values), the cache arrays one token longer."""
-        normed = self.attention_norm(x)
+    def token(self, x, delta, cos, sin, lengths, keys, values) -> tuple[Array, ...]:
+        """One token a sequence.
+
+        Args:
+            x: [B, D], the residual stream before the previous layer's last sum.
+            delta: [B, D], what that sum adds: it and the norm behind it are one operation.
+            cos: float32 [B, d / 2].
+            sin: Like cos.
+            lengths: int32 [B].
+            keys: [B, KV, S, d].
+            values: Like keys.
+
+        Returns:
+            (x, delta, keys, values), the cache arrays one token longer.
+        """
+        x, normed = self.attention_norm.after_add(x, delta)
         mixed, keys, values = self.attention.token(normed, cos, sin, lengths, keys, values)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), keys, values
+        x, normed = self.mlp_norm.after_add(x, mixed)
+        return x, self.mlp(normed), keys, values
 
 
 # The layers are alike: jit traces the first and reuses it, and XLA inlines the calls.
@@ -172,7 +199,7 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         """Logits of every position: int [B, T] -> float32 [B, T, V]."""
-        return self._logits(self._prompt(tokens)[0])
+        return self._logits(self.norm(self._prompt(tokens)[0]))
 
     def prefill(self, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, KVCache]:
         """Reads prompts.
@@ -192,18 +219,22 @@ class Transformer(nnx.Module):
             tuple(fill(v, cache_length) for v in values),
             lengths.astype(jnp.int32),
         )
-        return self._logits(last), cache
+        return self._logits(self.norm(last)), cache
 
     def decode(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Reads one token a sequence: int [B] -> (logits float32 [B, V], the longer cache)."""
         x = self._embed(tokens)
-        cos, sin = rope.cos_sin(self.config, cache.lengths)
+        delta = jnp.zeros_like(x)
+        turn = rope.cos_sin(self.config, cache.lengths)
         keys, values = [], []
         for layer, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
-            x, k, v = _run_layer("token", *nnx.split(layer), x, cos, sin, cache.lengths, k, v)
+            x, delta, k, v = _run_layer(
+                "token", *nnx.split(layer), x, delta, *turn, cache.lengths, k, v
+            )
             keys.append(k)
             values.append(v)
-        return self._logits(x), KVCache(tuple(keys), tuple(values), cache.lengths + 1)
+        normed = self.norm.after_add(x, delta)[1]
+        return self._logits(normed), KVCache(tuple(keys), tuple(values), cache.lengths + 1)
 
     def _prompt(self, tokens: Array) -> tuple[Array, list[Array], list[Array]]:
         x = self._embed(tokens)
@@ -228,16 +259,11 @@ class Transformer(nnx.Module):
         )
 
     def _logits(self, x: Array) -> Array:
-        x = self.norm(x)
         head = self.lm_head
-        if isinstance(head, nnx.Linear):
-            logits = jnp.einsum(
-                "...d,dv->...v", x, head.kernel[...], preferred_element_type=jnp.float32
-            )
-        elif head is None:
-            logits = jnp.einsum(
-                "...d,vd->...v", x, self.embedding[...], preferred_element_type=jnp.float32
-            )
+        if head is None:
+            logits = platforms.linear_of_rows(x, self.embedding[...])
+        elif isinstance(head, Linear):
+            logits = head(x, jnp.float32)
         else:
             logits = head(x).astype(jnp.float32)
         if self.parallel is None:

@@ -70,8 +70,9 @@ def layer_norms(config: ModelConfig, index: int) -> dict[str, tuple[tuple[str, .
 
 
 def head(config: ModelConfig) -> Projection:
-    """The final projection of a model whose head is not its embedding."""
-    part = Part("lm_head", (config.vocab_size, config.hidden_size))
+    """The final projection; a tied one has the weights of the embedding."""
+    name = EMBEDDING.removesuffix(".weight") if config.tie_embeddings else "lm_head"
+    part = Part(name, (config.vocab_size, config.hidden_size))
     return Projection(("lm_head",), (part,), "n")
 
 

@@ -28,6 +28,7 @@ def random_model(
     bits: int = 16,
     group_size: int = 64,
     codebook: str = "uniform",
+    head_bits: int | None = None,
     backend: str | None = None,
     seed: int = 0,
 ) -> Transformer:
@@ -39,11 +40,12 @@ def random_model(
         group_size: Weights that share a scale.
         codebook: "uniform" or "kmeans": an own, uneven codebook for each of the checkpoint's matrices,
             as the published models have.
+        head_bits: Bits of the final projection (uniform), or None for the configuration's dtype.
         backend: Whose kernels the weights are laid out for; None for the default platform's.
         seed: Of everything.
 
     Returns:
-        The model on the default device; head and embedding are not quantised.
+        The model on the default device; its embedding is not quantised.
     """
     if codebook not in ("uniform", "kmeans"):
         raise ValueError(f"{codebook=} is not uniform or kmeans")
@@ -56,38 +58,32 @@ def random_model(
     def ones(norm):
         norm.scale = nnx.Param(jnp.ones(norm.scale.shape, dtype))
 
+    def weight(projection: names.Projection, bits: int, codebook: str) -> Array | QuantisedTensor:
+        rows = [part.shape[0] for part in projection.parts]
+        n, k = sum(rows), projection.parts[0].shape[1]
+        if bits == 16:
+            return _matrix(next(keys), (k, n), dtype)
+        packed, scales = _codes(next(keys), layout, bits, group_size, n, k, dtype)
+        values = join_codebooks([_codebook(codebook, bits, rng) for _ in rows], rows, 1)
+        uniform = codebook == "uniform" or bits == 1
+        facts = (bits, group_size, (n, k), "nk", layout, uniform)
+        return QuantisedTensor(packed, scales, jnp.asarray(values), *facts)
+
     for index, layer in enumerate(model.layers):
         for path, _ in names.layer_norms(config, index).values():
             ones(functools.reduce(getattr, path, layer))
         for projection in names.layer_projections(config, index):
-            rows = [part.shape[0] for part in projection.parts]
-            n, k = sum(rows), projection.parts[0].shape[1]
-            bias = jnp.zeros(n, dtype) if projection.parts[0].bias else None
-            if bits == 16:
-                weight = _matrix(next(keys), (k, n), dtype)
-            else:
-                values = [_codebook(codebook, bits, rng) for _ in rows]
-                packed, scales = _codes(next(keys), layout, bits, group_size, n, k, dtype)
-                weight = QuantisedTensor(
-                    packed,
-                    scales,
-                    jnp.asarray(join_codebooks(values, rows, 1)),
-                    bits,
-                    group_size,
-                    (n, k),
-                    "nk",
-                    layout,
-                    uniform=codebook == "uniform" or bits == 1,
-                )
-            set_linear(layer, projection.path, weight, bias)
+            rows = sum(part.shape[0] for part in projection.parts)
+            bias = jnp.zeros(rows, dtype) if projection.parts[0].bias else None
+            set_linear(layer, projection.path, weight(projection, bits, codebook), bias)
     ones(model.norm)
     # Rows of about unit length, so that a tied head gives logits of the order of one.
     model.embedding = nnx.Param(
         _matrix(next(keys), (config.vocab_size, config.hidden_size), dtype, config.hidden_size)
     )
-    if not config.tie_embeddings:
-        head = _matrix(next(keys), (config.hidden_size, config.vocab_size), dtype)
-        set_linear(model, ("lm_head",), head, None)
+    if head_bits is not None or not config.tie_embeddings:
+        head = names.head(config)
+        set_linear(model, head.path, weight(head, head_bits or 16, "uniform"), None)
     return model
 
 

@@ -190,7 +190,8 @@ def set_linear(
     owner = functools.reduce(getattr, above, module)
     layer = getattr(owner, name)
     if isinstance(weight, QuantisedTensor):
-        setattr(owner, name, QuantisedLinear.from_weight(weight, bias, dtype=weight.dtype))
+        layer = QuantisedLinear.from_weight(weight, bias, dtype=weight.dtype)
+        setattr(owner, name, nnx.data(layer))  # where a tied model has None
         return
     layer.kernel = nnx.Param(weight)
     if bias is not None:

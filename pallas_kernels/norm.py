@@ -1,0 +1,65 @@
+"""A residual sum and the RMS norm behind it in one launch, where XLA makes two."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from pallas_kernels import triton_compat
+
+_MOST = 16384  # features that the registers of one program hold
+
+
+def supported(features: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Whether `add_rms_norm` takes rows of so many features."""
+    return features <= _MOST and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def add_rms_norm(
+    x: Array, delta: Array | None, scale: Array, *, eps: float, interpret: bool = False
+) -> tuple[Array, Array]:
+    """Adds, then normalises each row by the root of its mean square.
+
+        sum = x + delta;  y = scale * sum / sqrt(mean(sum**2) + eps)
+
+    Args:
+        x: [B, D].
+        delta: [B, D] of the same dtype, or None.
+        scale: [D] of the same dtype.
+        eps: Added to the mean.
+        interpret: Run in Pallas' interpreter.
+
+    Returns:
+        (sum, y), both [B, D] in the dtype of x; the mean is in float32.
+    """
+    struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    size = pl.next_power_of_2(x.shape[1])
+    outputs = pl.pallas_call(
+        functools.partial(_kernel, eps=eps, size=size, added=delta is not None),
+        grid=(x.shape[0],),
+        out_shape=(struct,) if delta is None else (struct, struct),
+        compiler_params=triton_compat.compiler_params(
+            num_warps=max(1, min(16, size // 512)), num_stages=1
+        ),
+        interpret=interpret,
+        name="add_rms_norm",
+    )(x, scale, *(() if delta is None else (delta,)))
+    return (x, outputs[0]) if delta is None else (outputs[1], outputs[0])
+
+
+def _kernel(x, scale, *refs, eps, size, added):
+    features = x.shape[1]
+    column = jnp.arange(size)
+    mask = None if size == features else column < features
+    load = functools.partial(triton_compat.load, mask=mask, other=None if mask is None else 0.0)
+    row = pl.program_id(0)
+    wide = load(x.at[row, column]).astype(jnp.float32)
+    if added:
+        wide = (wide + load(refs[0].at[row, column]).astype(jnp.float32)).astype(x.dtype)
+        triton_compat.store(refs[2].at[row, column], wide, mask=mask)
+        wide = wide.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.sum(wide * wide) / features + jnp.float32(eps))
+    normed = (wide * inverse).astype(x.dtype) * load(scale.at[column])
+    triton_compat.store(refs[-2 if added else -1].at[row, column], normed, mask=mask)

@@ -1,0 +1,287 @@
+"""Generation, sampling, the tokenizer and the command."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fdk_jax import generate, models
+from fdk_jax.models.generation import cache_bucket, prompt_bucket
+from fdk_jax.models.sampling import Sampling, choose
+from fdk_jax.models.tokenizer import TextStream, Tokenizer
+
+DATA = Path(__file__).parent / "data" / "models"
+CHATTY = DATA / "llama3"
+PROMPTS = [[5, 9, 2, 77, 31], [8], [3, 3, 60]]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return models.Generator(models.load(DATA / "qwen2", dtype="float32"))
+
+
+def test_batch_of_different_lengths_equals_single_prompts(generator):
+    together = generator.generate(PROMPTS, max_tokens=9).tokens
+    alone = [generator.generate([prompt], max_tokens=9).tokens[0] for prompt in PROMPTS]
+    assert together == alone
+
+
+def test_tokens_follow_from_the_logits_of_the_whole_sequence(generator):
+    sequence = list(PROMPTS[0])
+    for _ in range(6):
+        sequence.append(int(np.argmax(generator.logits([sequence])[0, -1])))
+    assert generator.generate(PROMPTS[:1], max_tokens=6).tokens == [sequence[5:]]
+
+
+@pytest.mark.parametrize("every", [None, 3, 50])
+@pytest.mark.parametrize("sampling", [None, Sampling(0.8, top_k=20, top_p=0.9, seed=4)])
+def test_streaming_gives_the_same_tokens(generator, every, sampling):
+    whole = generator.generate(PROMPTS, max_tokens=11, sampling=sampling)
+    parts = list(generator.stream(PROMPTS, max_tokens=11, sampling=sampling, every=every))
+    assert np.concatenate(parts, axis=1).tolist() == whole.tokens
+    assert not any(whole.stopped)
+
+
+@pytest.mark.parametrize("run", [1, 4, 16])
+def test_stop_tokens_end_each_sequence(generator, monkeypatch, run):
+    monkeypatch.setattr("fdk_jax.models.generation._look_every", lambda: run)
+    free = generator.generate(PROMPTS, max_tokens=20).tokens
+    stops = [free[0][7], free[1][2]]
+    out = generator.generate(PROMPTS, max_tokens=20, stop_tokens=stops)
+    for row, wanted, stopped in zip(out.tokens, free, out.stopped, strict=True):
+        ends = [i for i, token in enumerate(wanted) if token in stops]
+        assert stopped == bool(ends)
+        assert row == wanted[: ends[0] if ends else None]
+    if run == 1 and all(out.stopped):
+        assert out.decode_steps < 19
+    streamed = np.concatenate(list(generator.stream(PROMPTS, max_tokens=20, stop_tokens=stops)), 1)
+    for row, wanted in zip(streamed.tolist(), out.tokens, strict=True):
+        assert row[: len(wanted)] == wanted
+
+
+def test_one_token_and_the_last_slot(generator):
+    assert len(generator.generate([[1]], max_tokens=1).tokens[0]) == 1
+    small = models.Generator(models.load(DATA / "qwen2", dtype="float32"), max_context=12)
+    wanted = generator.generate([PROMPTS[0]], max_tokens=7).tokens
+    assert small.generate([PROMPTS[0]], max_tokens=7).tokens == wanted
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "words"),
+    [
+        ([], {}, "every prompt"),
+        ([[1], []], {}, "every prompt"),
+        ([[1, 128]], {}, "vocabulary of 128"),
+        ([[-1]], {}, "vocabulary"),
+        ([[1]], dict(max_tokens=0), "max_tokens=0"),
+        ([[1] * 200], dict(max_tokens=57), "do not fit a context of 256"),
+    ],
+)
+def test_bad_calls_are_refused_before_anything_runs(generator, prompts, options, words):
+    with pytest.raises(ValueError, match=words):
+        generator.generate(prompts, **options)
+
+
+def test_programs_are_kept(generator):
+    generator.generate(PROMPTS, max_tokens=5)
+    before = len(generator._programs)
+    generator.generate([[1, 2, 3], [4, 4], [9]], max_tokens=30)
+    assert len(generator._programs) == before
+
+
+def test_the_cache_is_updated_in_place(generator):
+    generator.generate([[1, 2]], max_tokens=5)
+    program = next(p for name, p in generator._programs.items() if name[:1] == ("decode",))
+    facts = program.memory_analysis()
+    heads, capacity, width = 2, 128, 16
+    assert facts.alias_size_in_bytes >= 2 * 2 * heads * capacity * width * 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bucket"), [(1, 16), (16, 16), (17, 32), (200, 256), (300, 300)]
+)
+def test_prompt_buckets(tokens, bucket):
+    assert prompt_bucket(tokens, 300) == bucket
+
+
+def test_cache_buckets_hold_what_they_must():
+    for tokens in range(1, 5000, 13):
+        assert tokens <= cache_bucket(tokens) and cache_bucket(tokens) % 64 == 0
+
+
+# --- sampling ---------------------------------------------------------------------------------
+
+
+def draws(logits, sampling: Sampling, count: int = 4000) -> np.ndarray:
+    """Frequencies of the tokens drawn from one row of logits."""
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
+    tokens = choose(
+        rows,
+        jax.random.key(0),
+        jnp.float32(sampling.temperature),
+        jnp.float32(sampling.top_p),
+        sampling.method,
+    )
+    return np.bincount(np.asarray(tokens), minlength=len(logits)) / count
+
+
+def softmax(logits, temperature=1.0):
+    """In float64."""
+    wide = np.exp(np.asarray(logits, np.float64) / temperature)
+    return wide / wide.sum()
+
+
+LOGITS = [0.3, 2.0, -1.0, 1.1, 0.9]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_temperature(temperature):
+    found = draws(LOGITS, Sampling(temperature))
+    np.testing.assert_allclose(found, softmax(LOGITS, temperature), atol=0.035)
+
+
+def test_top_k_and_top_p():
+    best = softmax([2.0, 1.1])
+    np.testing.assert_allclose(
+        draws(LOGITS, Sampling(1.0, top_k=2)), [0, best[0], 0, best[1], 0], atol=0.035
+    )
+    # Probabilities, best first: 0.51, 0.21, 0.17, 0.09, 0.03: the first three reach 0.8.
+    three = softmax([2.0, 1.1, 0.9])
+    np.testing.assert_allclose(
+        draws(LOGITS, Sampling(1.0, top_p=0.8)), [0, three[0], 0, *three[1:]], atol=0.035
+    )
+    assert draws(LOGITS, Sampling(1.0, top_p=1e-6))[1] == 1
+    assert draws(LOGITS, Sampling(1.0, top_k=1))[1] == 1
+    assert draws(LOGITS, Sampling(0.0))[1] == 1
+
+
+def test_seeds(generator):
+    def run(seed):
+        return generator.generate(PROMPTS, max_tokens=12, sampling=Sampling(2.0, seed=seed)).tokens
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(temperature=-1), dict(top_k=0), dict(top_p=0), dict(top_p=1.1)]
+)
+def test_sampling_out_of_range(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Sampling(**options)
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+def test_tokenizer_round_trip_and_stops():
+    tokenizer = Tokenizer(CHATTY)
+    text = "the quick brown fox, äöü 日本 🙂"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.stop_tokens == (1, 2)
+    assert tokenizer.begin_token == "<|begin|>"
+
+
+def test_text_stream_holds_back_incomplete_characters():
+    tokenizer = Tokenizer(CHATTY)
+    text = "日本 🙂 the quick brown " * 12
+    stream = TextStream(tokenizer)
+    parts = [stream.add([token]) for token in tokenizer.encode(text)]
+    assert "".join(parts) == text
+    assert "" in parts and not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
+
+
+def test_chat_template():
+    tokenizer = Tokenizer(CHATTY)
+    messages = [dict(role="system", content="the fox"), dict(role="user", content=" quick ")]
+    text = "<|system|>the fox<|end|><|user|>quick<|end|><|assistant|>"
+    assert tokenizer.can_chat
+    assert tokenizer.chat(messages) == tokenizer.encode(text)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Path(shutil.copytree(CHATTY, tmp_path / "model"))
+
+
+def test_chat_template_of_its_own_file_and_refusals(folder):
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no ' ~ messages[0].role) }}")
+    with pytest.raises(ValueError, match="no user"):
+        Tokenizer(folder).chat([dict(role="user", content="hi")])
+    (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    with pytest.raises(ValueError, match="refuses"):
+        Tokenizer(folder).chat([dict(role="user", content="hi")])
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the command."""
+    status = generate.main(["--model", *arguments])
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def test_command_streams_one_prompt(capsys):
+    status, out, err = run(
+        capsys, str(CHATTY), "--prompt", "the quick", "--max_tokens", "6", "--dtype", "float32"
+    )
+    assert status == 0
+    assert out.startswith("the quick") and len(out) > len("the quick\n")
+    assert "tokens/s" in err and "loaded" in err
+
+
+@pytest.mark.parametrize("bits", [[], ["--bits", "4", "--head_bits", "8"]])
+def test_command_with_a_batch_as_json(capsys, bits):
+    arguments = ["--prompt", "the quick", "--prompt", "fox", "--max_tokens", "5", "--json"]
+    status, out, _ = run(capsys, str(CHATTY), *arguments, "--quiet", *bits)
+    facts = json.loads(out)
+    assert status == 0
+    assert len(facts["texts"]) == 2 and all(len(row) <= 5 for row in facts["tokens"])
+    assert facts["tokens_per_second"] > 0
+
+
+def test_command_chats(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nmore\n\n"))
+    arguments = ["--chat", "--system", "be the fox", "--max_tokens", "4", "--temperature", "1"]
+    status, _, err = run(capsys, str(CHATTY), *arguments, "--top_k", "9")
+    assert status == 0
+    assert err.count("tokens/s") == 2
+
+
+def test_command_over_devices(capsys, folder):
+    arguments = ["--prompt", "the fox", "--max_tokens", "5", "--dtype", "float32", "--quiet"]
+    one = run(capsys, str(folder), *arguments)
+    two = run(capsys, str(folder), *arguments, "--devices", "2")
+    assert one[:2] == two[:2] and two[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "words"),
+    [
+        (lambda f: (f / "tokenizer.json").unlink(), [], "tokenizer.json"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "rwkv"}'), [], "rwkv"),
+        (lambda f: (f / "model.safetensors").unlink(), [], "safetensors"),
+        (lambda f: None, ["--max_tokens", "5000"], "do not fit a context"),
+        (lambda f: None, ["--head_bits", "8"], "--head_bits needs --bits"),
+        (lambda f: None, ["--devices", "9"], "--devices 9"),
+        (lambda f: None, ["--top_p", "7"], "top_p"),
+    ],
+)
+def test_command_errors_are_one_line(capsys, folder, change, arguments, words):
+    change(folder)
+    status, _, err = run(capsys, str(folder), "--prompt", "fox", "--quiet", *arguments)
+    assert status == 2
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1
+
+
+def test_command_without_a_chat_template(capsys, folder):
+    (folder / "tokenizer_config.json").unlink()
+    status, _, err = run(capsys, str(folder), "--chat", "--quiet")
+    assert status == 2 and "chat template" in err
