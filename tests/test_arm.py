@@ -1,0 +1,173 @@
+"""The C++ library on ARM, by emulation: old, middle and new cores, and the Python module."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+CPU = Path(__file__).resolve().parent.parent / "cpu"
+CACHE = Path(
+    os.environ.get("FDK_TOOLCHAIN_DIR")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fdk_jax"
+)
+SYSROOT = CPU / "build" / "sysroot-arm64"
+# Core: the best level that it has.
+CORES = {
+    "cortex-a53": "neon",
+    "cortex-a72": "neon",
+    "cortex-a76": "dotprod",
+    "neoverse-n1": "dotprod",
+    "a64fx": "neon",
+    "max,sve=off": "bf16",
+    "max,sve128=on,sve-default-vector-length=16": "sve2",
+    "max,sve256=on,sve-default-vector-length=32": "sve2",
+    "max,sve512=on,sve-default-vector-length=64": "sve2",
+}
+LEVELS = ("sve2", "bf16", "i8mm", "dotprod", "neon", "scalar")
+
+
+def _install(what: str) -> None:
+    found = subprocess.run([CPU / "toolchain/install.sh", what], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip(f"no toolchain: {found.stderr.strip().splitlines()[-1]}")
+
+
+def _ninja(file: str) -> None:
+    environment = os.environ | {"PYTHON": sys.executable}
+    found = subprocess.run(
+        ["flock", CACHE / "ninja.lock", "ninja", "-C", CPU, "-f", file],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout[-3000:]
+
+
+@pytest.fixture(scope="session")
+def programs() -> Path:
+    if sys.platform != "linux":
+        pytest.skip("the emulator runs on Linux")
+    _install("arm64")
+    _ninja("../android/static.ninja")
+    return CPU / "build" / "android-static"
+
+
+def _emulate(core: str, *command: object, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["qemu-aarch64-static", "-cpu", core, *map(str, command)],
+        capture_output=True, text=True, timeout=300, env=os.environ | environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_every_kernel_on(programs, core):
+    """All kernels of the levels that the core has; an instruction it lacks would end the program."""
+    found = _emulate(core, programs / "fdk_test", "--share", "0.004")
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-1000:]
+    assert " 0 failures" in found.stdout
+
+
+@pytest.mark.parametrize("core", ["cortex-a53", "cortex-a76", "max"])
+def test_level_is_the_best_or_the_one_forced(programs, core):
+    arguments = "--m 1 --k 64 --n 16 --bits 4 --rounds 2 --round_ms 1 --rotate_mib 1 --threads 1"
+    best = CORES.get(core, "sve2")
+    available = LEVELS[LEVELS.index(best) :]
+    for forced in ("", *LEVELS):
+        found = _emulate(core, programs / "fdk_bench", *arguments.split(), FDK_CPU_LEVEL=forced)
+        assert found.returncode == 0, (forced, found.stderr[-500:])
+        level = re.search(r"level (\w+)", found.stdout)
+        assert level is not None
+        assert level[1] == (forced if forced in available else best)
+
+
+def test_new_instructions_stay_in_their_level(programs):
+    """What a translation unit for new cores shares with others, the linker could give to old ones."""
+    for name in LEVELS[:-1]:
+        found = subprocess.run(
+            ["llvm-nm-19", "--defined-only", "-C", CPU / f"build/arm64/{name}.o"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        shared = [line for line in found.stdout.splitlines() if re.search(r" [WVu] ", line)]
+        assert not shared, shared
+
+
+def test_modelled_speed_is_no_worse():
+    """The committed table of modelled cycles per weight still holds, within a tenth."""
+    _install("model")
+    found = subprocess.run(
+        [sys.executable, CPU / "model/arm.py"], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def _arm64_packages() -> Path:
+    """Wheels of this Python's packages for arm64, unpacked; the versions are those installed."""
+    names = {n: version(n) for n in ("jax", "jaxlib", "numpy", "ml_dtypes", "scipy", "opt_einsum")}
+    key = "-".join(f"{n}{v}" for n, v in names.items() if n in ("jax", "jaxlib", "numpy"))
+    final = CACHE / f"arm64-python-{key}"
+    if final.exists():
+        return final
+    partial = CACHE / f"arm64-python-{os.getpid()}"
+    wheels = partial / "wheels"
+    found = subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+         "--python-version", "3.11", "--platform", "manylinux_2_27_aarch64",
+         "--platform", "manylinux_2_28_aarch64", "--platform", "manylinux2014_aarch64",
+         "--platform", "manylinux_2_17_aarch64", "-d", wheels,
+         *(f"{n}=={v}" for n, v in names.items())],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if found.returncode:
+        pytest.skip(f"no arm64 wheels: {found.stderr.strip().splitlines()[-1]}")
+    for wheel in wheels.glob("*.whl"):
+        zipfile.ZipFile(wheel).extractall(partial / "site")
+    (partial / "site").rename(final)
+    return final
+
+
+PRODUCT = """
+import importlib.util, sys
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_platforms", "cpu")
+import fdk_jax
+from fdk_jax import cpu_backend
+assert cpu_backend.unavailable_reason() is None, cpu_backend.unavailable_reason()
+rng = np.random.default_rng()
+w = jnp.asarray(rng.standard_normal((96, 40)), jnp.float32)
+q = fdk_jax.quantise(w, bits=4, group_size=32)
+x = jnp.asarray(rng.standard_normal((3, 96)), jnp.float32)
+expected = np.asarray(x, np.float64) @ np.asarray(q.dequantise(), np.float64)
+y = jax.jit(lambda x: fdk_jax.matmul(x, q, backend="cpu"))(x)
+error = np.sqrt(np.mean((np.asarray(y) - expected) ** 2) / np.mean(expected**2))
+print(cpu_backend.describe(), error)
+assert error < 1e-5, error
+"""
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the sysroot's Python is 3.11")
+def test_python_module_under_arm64_python(programs, tmp_path):
+    """The extension module and its FFI handler in jit, under an emulated arm64 Python."""
+    _ninja("arm64.ninja")
+    packages = _arm64_packages()
+    package = tmp_path / "package"
+    package.mkdir()
+    for name in ("fdk_jax", "pallas_kernels"):
+        (package / name).symlink_to(CPU.parent / name)
+    module = CPU / "build/arm64/_cpu.cpython-311-aarch64-linux-gnu.so"
+    program = PRODUCT.replace(
+        "import fdk_jax\n",
+        f"import fdk_jax.cpu_backend as b\nb.PathFinder = type('F', (), dict(find_spec="
+        f"staticmethod(lambda n, p: importlib.util.spec_from_file_location('_cpu', {str(module)!r}))))\n"
+        "import fdk_jax\n",
+    )
+    found = subprocess.run(
+        ["qemu-aarch64-static", "-L", SYSROOT, "-cpu", "max,sve=off",
+         "-E", "LD_LIBRARY_PATH=/usr/lib/llvm-19/lib", "-E", f"PYTHONPATH={packages}:{package}",
+         "-E", "PYTHONHOME=/usr", SYSROOT / "usr/bin/python3.11", "-S", "-c", program],
+        capture_output=True, text=True, timeout=500, cwd=tmp_path,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert "bf16" in found.stdout
