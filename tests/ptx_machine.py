@@ -90,6 +90,9 @@ class _Program:
         elif name == "mma":
             assert active.reshape(-1, 32).all(1).sum() * 32 == active.sum(), "a warp diverged"
             self.multiply(opcode, operands, active)
+        elif name == "wgmma":
+            if opcode[1] == "mma_async":
+                self.multiply_group(opcode, operands, active)
         elif name == "setp":
             test = {"gt": "greater", "lt": "less", "le": "less_equal", "ge": "greater_equal"}
             compare = getattr(np, test.get(opcode[1], "equal"))
@@ -101,7 +104,8 @@ class _Program:
                 )
         elif name == "mov" and isinstance(operands[1], list):
             low, high = (self.read(half) for half in operands[1])
-            self.write(operands[0], low | high << np.uint64(16), active)
+            place = np.uint64(32 if wide else 16)
+            self.write(operands[0], low | high << place, active)
         elif kind == "f32" and name in ("add", "fma"):
             a, b, *c = (self.floats(o) for o in operands[1:])
             with np.errstate(all="ignore"):
@@ -152,22 +156,44 @@ class _Program:
         """m16n8k16: lane 4 g + c; A rows g, g + 8 and columns 2 c, 2 c + 8; B column g; D columns 2 c."""
         half = _HALVES[opcode[-2]]
         d, a, b, c = operands
-        lane = np.arange(self.threads)
-        warp, g, quad = lane // 32, lane % 32 // 4, lane % 4
-        left = np.zeros((self.threads // 32, 16, 16))
+        warp, g, quad = self.places()
         right = np.zeros((self.threads // 32, 16, 8))
-        for i, register in enumerate(a):
-            pair = _halves(self.read(register), half)
-            for e in range(2):
-                left[warp, g + 8 * (i % 2), 2 * quad + e + 8 * (i // 2)] = pair[e]
         for i, register in enumerate(b):
             pair = _halves(self.read(register), half)
             for e in range(2):
                 right[warp, 2 * quad + e + 8 * i, g] = pair[e]
+        self.add_product(d, a, right, c, half, active)
+
+    def multiply_group(self, opcode, operands, active):
+        """A warpgroup's product with B in shared memory, K-major in cores of 8 x 16 bytes, not swizzled."""
+        half = _HALVES[opcode[-1]]
+        d, a, descriptor = operands[:3]
+        tokens = int(re.search(r"n(\d+)k", opcode[4])[1])
+        fields = [self.read(descriptor) >> np.uint64(s) & np.uint64(0x3FFF) for s in (0, 16, 32)]
+        start, by_k, by_token = (f.astype(np.int64)[::32, None, None] * 16 for f in fields)
+        k, token = np.arange(16)[None, :, None], np.arange(tokens)[None, None, :]
+        places = start + k // 8 * by_k + token // 8 * by_token + token % 8 * 16 + k % 8 * 2
+        running = active[::32]
+        right = np.zeros((self.threads // 32, 16, tokens))
+        words = self.shared.load(places[running].reshape(-1), 2).astype(np.uint16)
+        right[running] = words.view(half).reshape(-1, 16, tokens)
+        self.add_product(d, a, right, d, half, active)
+
+    def places(self):
+        lane = np.arange(self.threads)
+        return lane // 32, lane % 32 // 4, lane % 4
+
+    def add_product(self, d, a, right, c, half, active):
+        warp, g, quad = self.places()
+        left = np.zeros((self.threads // 32, 16, 16))
+        for i, register in enumerate(a):
+            pair = _halves(self.read(register), half)
+            for e in range(2):
+                left[warp, g + 8 * (i % 2), 2 * quad + e + 8 * (i // 2)] = pair[e]
         with np.errstate(all="ignore"):
             product = left @ right
             sums = [
-                self.floats(r) + product[warp, g + 8 * (i // 2), 2 * quad + i % 2]
+                self.floats(r) + product[warp, g + 8 * (i % 4 // 2), i // 4 * 8 + 2 * quad + i % 2]
                 for i, r in enumerate(c)
             ]
         for register, value in zip(d, sums, strict=True):

@@ -165,8 +165,13 @@ def _run_ptx(case, config, arrays, bias):
     x = np.pad(x, ((0, 0), (0, case.blocks * case.span - case.k)))
     operands = [x, packed, scales, codebook] + ([] if bias is None else [bias])
     out = np.full((case.m, case.n), np.nan, case.out_dtype)
-    grid = (-(-case.n // config.rows), -(-case.m // (8 * config.columns)))
-    ptx_machine.run(matvec.source(case, config), [*operands, out], grid, 32 * config.warps)
+    if isinstance(config, matvec.Config):
+        source = matvec.source(case, config)
+        grid = (-(-case.n // config.rows), -(-case.m // (8 * config.columns)))
+    else:
+        source = wgmma.source(case, config)
+        grid = (-(-case.m // config.tokens), -(-case.n // config.rows))
+    ptx_machine.run(source, [*operands, out], grid, 32 * config.warps)
     return out
 
 
@@ -181,6 +186,9 @@ def _run_ptx(case, config, arrays, bias):
         (2, 17, 1030, 1024, 1, "bfloat16", matvec.Config(2, 4, 1, 1)),
         (1, 16, 900, 192, 1, "bfloat16", matvec.Config(1, 8, 1, 1)),
         (5, 16, 300, 8, 1, "float16", matvec.Config(1, 4, 1, 1)),
+        (35, 70, 700, 64, 1, "bfloat16", wgmma.Config(32, 1, 2, 2)),
+        (9, 192, 300, 32, 3, "float16", wgmma.Config(16, 1, 1, 2)),
+        (70, 130, 260, 128, 1, "bfloat16", wgmma.Config(128, 2, 1, 2)),
     ],
 )
 def test_ptx_values_and_bounds(rng, bits, m, n, k, group_size, books, dtype, config):
