@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
@@ -27,8 +28,8 @@ using fdk_test::Side;
 
 std::mt19937_64 g_random;
 double g_share = 1.0;
-int g_checks = 0;
-int g_failures = 0;
+std::atomic<int> g_checks = 0;  // tests call expect() from several threads
+std::atomic<int> g_failures = 0;
 
 __attribute__((format(printf, 2, 3))) void expect(bool condition, const char *format, ...) {
   ++g_checks;
@@ -704,6 +705,6 @@ int main(int argc, char **argv) {
     ++ran;
   }
   if (ran == 0) std::printf("no test matches %s\n", include.c_str());
-  std::printf("%d checks, %d failures\n", g_checks, g_failures);
+  std::printf("%d checks, %d failures\n", g_checks.load(), g_failures.load());
   return g_failures == 0 && ran > 0 ? 0 : 1;
 }
