@@ -55,8 +55,11 @@ clean() {
   environment "${PYTHON:-python3.11}" "$work/clean" && copy "$tree" "$work/clean/bin/python" || return 1
   chmod -R a+rX,a-w "$tree"
   local as=()
-  # A user who is not root does not see the folders of one who is: python must be readable.
-  if [ "$(id -u)" = 0 ]; then as=(setpriv --reuid=65534 --regid=65534 --clear-groups); fi
+  if [ "$(id -u)" = 0 ]; then
+    as=(setpriv --reuid=65534 --regid=65534 --clear-groups)
+    # An interpreter in root's own folders: nobody in a namespace, without root's powers, can read it.
+    "${as[@]}" env "$work/clean/bin/python" -c "" 2>/dev/null || as=(unshare --user)
+  fi
   local scratch=/tmp/fdk-scratch.$$
   mkdir -m 777 "$scratch"
   suite "$tree" "${as[@]}" env -i PATH="$PATH" TMPDIR="$scratch" PYTHONDONTWRITEBYTECODE=1 \
