@@ -1,4 +1,4 @@
-"""A few rows of x times an unquantised weight, at the speed of reading it.
+"""A few rows of x times an unquantised weight, bound by reading it.
 
 Glossary: M rows of x (at most 16, padded to 16 by repeating the last), K inputs, N outputs, S runs of K
 that programs sum apart. XLA's own choice at M = 1 reads small matrices at half the bandwidth and less
