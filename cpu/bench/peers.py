@@ -18,6 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
+KEYS = (
+    "suite", "name", "backend", "m", "k", "n", "bits", "group_size", "codebook", "dtype", "threads",
+    "bytes_rw", "ops", "samples_us", "median_us", "p95_us", "mean_us", "stderr_us", "rel_rms_error",
+    "copy_gb_s", "read_gb_s", "bound_us", "device", "driver", "versions", "commit", "dirty", "date",
+    "status", "reason",
+)  # fmt: skip
 ROTATE_BYTES = 256 << 20
 GROUP = 64
 
@@ -173,11 +179,7 @@ def sample(call, counter: list[int], seconds: float) -> float:
 
 def make_row(args, case: dict, samples: list[float], size: int, reason: str | None) -> dict:
     """A row of the schema in docs/benchmarks.md."""
-    row = dict.fromkeys(
-        "suite name backend m k n bits group_size codebook dtype threads bytes_rw ops samples_us"
-        " median_us p95_us mean_us stderr_us rel_rms_error copy_gb_s read_gb_s bound_us device driver"
-        " versions commit dirty date status reason".split()
-    )
+    row = dict.fromkeys(KEYS)
     row |= {"schema": 1, "suite": "kernels", "m": args.m, "k": args.k, "n": args.k}
     row |= {"threads": args.threads, "group_size": GROUP, "device": platform.processor()}
     row |= {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **case}
