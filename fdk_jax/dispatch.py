@@ -180,6 +180,8 @@ def _check_call(x, w, backend, bias, out_dtype, arithmetic) -> None:
         raise ValueError(f"{x.shape=} must end in K={w.in_features} of {w}")
     if w.batch_shape:
         raise ValueError(f"{w} is a stack of matrices: take one with vmap, scan or tree_map")
+    if bias is not None and not hasattr(bias, "dtype"):
+        raise TypeError(f"bias must be an array, got {type(bias).__name__}")
     if bias is not None and (bias.shape != (w.out_features,) or bias.dtype not in FLOAT_DTYPES):
         raise ValueError(f"bias must be a float [{w.out_features}], got {bias.dtype}{bias.shape}")
     if out_dtype is not None and jnp.dtype(out_dtype) not in FLOAT_DTYPES:
