@@ -22,6 +22,7 @@ bench: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev toolchains
 	$(call build_cpu,$(VENV))
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -n 2 $(TEST_FLAGS)
 
@@ -48,7 +49,7 @@ matrix:
 lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 cpu: $(VENV)/.ready
 	$(call build_cpu,$(VENV))

@@ -108,7 +108,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _integers(name: str) -> list[int]:
-    return [int(v) for v in FLAGS[name].value]
+    return [int(v) for v in FLAGS[name].value or ()]
 
 
 def _limit_threads(count: int) -> None:

@@ -169,8 +169,8 @@ def convert_tiled(
     function = library().to_tiled if to_tiled else library().from_tiled
     lead = packed.shape[: packed.ndim - (2 if to_tiled else 3)]
     dtype = np.dtype(scales.dtype)
-    source_packed = np.require(packed, requirements="CA").reshape(math.prod(lead), -1)
-    source_scales = np.require(scales, requirements="CA")
+    source_packed = np.require(packed, requirements=["C", "A"]).reshape(math.prod(lead), -1)
+    source_scales = np.require(scales, requirements=["C", "A"])
     source_scales = source_scales.reshape(math.prod(lead), -1).view(np.uint8)
     target_packed = np.empty((math.prod(lead), math.prod(packed_shape)), np.uint8)
     target_scales = np.empty((math.prod(lead), math.prod(scales_shape) * dtype.itemsize), np.uint8)

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 import pallas_kernels
 from fdk_jax import cpu_backend, packing, partitioning, reference
-from fdk_jax.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
+from fdk_jax.quantised_tensor import FACTS, FLOAT_DTYPES, QuantisedTensor
 
 BACKENDS = ("pallas", "cpu", "xla")
 ARITHMETIC = ("exact", "int16", "int8")
@@ -59,14 +60,9 @@ class Product:
     interpret: bool
 
     @property
-    def facts(self) -> dict[str, int]:
-        """Arguments of `packing.convert`."""
-        return dict(
-            bits=self.bits,
-            group_size=self.group_size,
-            out_features=self.out_features,
-            in_features=self.in_features,
-        )
+    def facts(self) -> dict[str, Any]:
+        """The arguments of `packing.convert`."""
+        return {name: getattr(self, name) for name in FACTS}
 
 
 @contextlib.contextmanager
@@ -81,17 +77,7 @@ def interpret_pallas():
 
 def prepare_tensor(w: QuantisedTensor, backend: str) -> QuantisedTensor:
     """A tensor in the layout that a backend's kernels read."""
-    packed, scales = packing.convert(
-        w.packed,
-        w.scales,
-        w.layout,
-        LAYOUT_OF[check_backend(backend)],
-        bits=w.bits,
-        group_size=w.group_size,
-        out_features=w.out_features,
-        in_features=w.in_features,
-    )
-    return dataclasses.replace(w, packed=packed, scales=scales, layout=LAYOUT_OF[backend])
+    return w.to_layout(LAYOUT_OF[check_backend(backend)])
 
 
 def check_backend(backend: str) -> str:
@@ -142,10 +128,7 @@ def matmul(
     if backend is not None and w.layout != LAYOUT_OF[backend]:
         w = prepare_tensor(w, backend)
     product = Product(
-        bits=w.bits,
-        group_size=w.group_size,
-        out_features=w.out_features,
-        in_features=w.in_features,
+        **w.facts,
         layout=w.layout,
         uniform=w.uniform,
         backend=backend,
@@ -195,7 +178,7 @@ def _check_call(x, w, backend, bias, out_dtype, arithmetic) -> None:
     check_backend(backend)
     if backend == "cpu" and (reason := cpu_backend.unavailable_reason()) is not None:
         raise ValueError(f'backend="cpu" is not available: {reason}')
-    if backend == "pallas" and not _interpret.get() and not isinstance(x, jax.core.Tracer):
+    if backend == "pallas" and not _interpret.get() and not isinstance(x, Tracer):
         platform = next(iter(x.devices())).platform if isinstance(x, Array) else None
         if platform not in ("gpu", "cuda"):
             raise ValueError(
@@ -227,7 +210,7 @@ def _backward(product, operands, g):
         out_dtype=x.dtype,
     )
     dbias = None if bias is None else g.astype(jnp.float32).sum(0).astype(bias.dtype)
-    return (Operands(dx, None, None, None, dbias),)
+    return (Operands._make((dx, None, None, None, dbias)),)
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -257,11 +240,11 @@ def _batched(product: Product):
 
 def _loop(call, batched: Operands, operands: Operands) -> Array:
     """One product after another: stacked weights cannot share a launch."""
-    taken = Operands(*(a if b else None for a, b in zip(operands, batched, strict=True)))
+    taken = Operands._make(a if b else None for a, b in zip(operands, batched, strict=True))
 
     def one(slices: Operands) -> Array:
         parts = (a if s is None else s for a, s in zip(operands, slices, strict=True))
-        return call(Operands(*parts))
+        return call(Operands._make(parts))
 
     return jax.lax.map(one, taken)
 

@@ -76,7 +76,7 @@ def backends() -> dict[str, str]:
     if (reason := cpu_backend.unavailable_reason()) is not None:
         cpu = f"missing: {reason}"
     elif not _has_cpu_platform():
-        cpu = f"missing: JAX has no CPU platform (JAX_PLATFORMS={jax.config.jax_platforms})"
+        cpu = f"missing: JAX has no CPU platform (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')})"
     else:
         library = cpu_backend.library()
         usable = ", ".join(library.levels())

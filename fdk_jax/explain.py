@@ -73,17 +73,7 @@ def explain(
 def _path(backend: str, x: Any, w: QuantisedTensor, reason: str) -> Explanation:
     m = math.prod(x.shape[:-1])
     if backend == "pallas":
-        kernel = str(
-            pallas_kernels.plan(
-                m,
-                bits=w.bits,
-                group_size=w.group_size,
-                out_features=w.out_features,
-                in_features=w.in_features,
-                uniform=w.uniform,
-                dtype=x.dtype,
-            )
-        )
+        kernel = str(pallas_kernels.plan(m, uniform=w.uniform, dtype=x.dtype, **w.facts))
     elif backend == "cpu":
         kernel = cpu_backend.describe()
     else:

@@ -202,8 +202,13 @@ class QuantisedDense(nn.Module):
         def init(key):
             shape = (inputs.shape[-1], self.features)
             kernel = nn.initializers.lecun_normal()(key, shape, jnp.dtype(self.param_dtype))
-            options = dict(group_size=self.group_size, codebook=self.codebook, axes="kn")
-            return quantise_array(kernel, self.bits, **options)
+            return quantise_array(
+                kernel,
+                self.bits,
+                group_size=self.group_size,
+                codebook=self.codebook,
+                axes="kn",
+            )
 
         # A kernel from the outside may be in a kernel's layout: the initial one has no say in it.
         kernel = (

@@ -84,7 +84,8 @@ def with_automatic_axes(call: Callable[[Any], Array], product: Any, operands: An
     n = _padded(packed.sharding.spec, packed.ndim)[packing.SHARDED_AXES[product.layout][0][0]]
     lead = [_free_axis(axis, n) for axis in _padded(x.sharding.spec, x.ndim)[:-1]]
     out = NamedSharding(mesh, P(*lead, n))
-    return jax.sharding.auto_axes(call, axes=mesh.explicit_axes, out_sharding=out)(operands)
+    automatic: Any = jax.sharding.auto_axes(call, axes=mesh.explicit_axes, out_sharding=out)
+    return automatic(operands)
 
 
 def _padded(spec: P, rank: int) -> tuple[Any, ...]:
@@ -131,14 +132,15 @@ def _rule(product, types) -> SdyShardingRule:
         return tuple(names)
 
     (packed_n, _), (scales_n, _) = packing.SHARDED_AXES[product.layout]
-    operands = [
+    operands: Any = [
         ("m", "k"),
         factors("p", ranks[1], packed_n),
         factors("s", ranks[2], scales_n),
         tuple(f"c{i}" for i in range(ranks[3])),
         *[("n",)] * (len(ranks) - 4),
     ]
-    return SdyShardingRule(tuple(operands), (("m", "n"),))
+    results: Any = (("m", "n"),)
+    return SdyShardingRule(tuple(operands), results)
 
 
 def size(mesh: Mesh | AbstractMesh, axis: Axis) -> int:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from fdk_jax import codebooks, densities, packing
@@ -60,11 +61,11 @@ def quantise_array(
     """
     check_options(bits, group_size, codebook, scale)
     matrix, batch, shape = as_matrix(weight, axes, dtype)
-    if not isinstance(matrix, jax.core.Tracer) and not bool(jnp.isfinite(matrix).all()):
+    if not isinstance(matrix, Tracer) and not bool(jnp.isfinite(matrix).all()):
         raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
     kind = resolve_scale(scale, bits)
     if isinstance(codebook, str) and codebook == "kmeans":
-        if isinstance(matrix, jax.core.Tracer):
+        if isinstance(matrix, Tracer):
             raise TypeError('codebook="kmeans" fits on the values and cannot run under jit')
         values = _fit_each(matrix, bits, group_size, kind, importance, axes, seed)
         uniform = bits == 1

@@ -2,18 +2,25 @@
 
 import dataclasses
 import math
+import weakref
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from fdk_jax import codebooks, packing
 
 FLOAT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
 _DATA_FIELDS = ("packed", "scales", "codebook")
 _META_FIELDS = ("bits", "group_size", "shape", "axes", "layout", "uniform")
+# What a layout depends on: keyword arguments of `packing.convert`.
+FACTS = ("bits", "group_size", "out_features", "in_features")
+# Codebooks whose values were found right, by (id, uniform). Reading one waits for the device, and a jax.Array
+# never changes, so each is read once.
+_checked: weakref.WeakValueDictionary[tuple[int, bool], Array] = weakref.WeakValueDictionary()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -68,6 +75,11 @@ class QuantisedTensor:
         return -(-self.in_features // self.group_size)
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """The arguments of `packing.convert`."""
+        return {name: getattr(self, name) for name in FACTS}
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         """The leading axes, () for one matrix."""
         return tuple(self.packed.shape[: self.packed.ndim - len(self._struct()[0].shape)])
@@ -92,6 +104,8 @@ class QuantisedTensor:
     def validate(self) -> None:
         """Checks every invariant of the class docstring.
 
+        The values of a codebook that is a `jax.Array` are read once in its life, and not at all under jit.
+
         Raises:
             TypeError: an array has the wrong dtype.
             ValueError: shapes, static metadata or codebook values do not fit together.
@@ -107,11 +121,11 @@ class QuantisedTensor:
         batch = self.packed.shape[: max(0, self.packed.ndim - len(packed.shape))]
         if self.packed.shape != batch + packed.shape:
             raise ValueError(
-                f"{self.packed.shape=} does not end in {packed.shape}: {self._facts()}"
+                f"{self.packed.shape=} does not end in {packed.shape}: {self._metadata()}"
             )
         if self.scales.shape != batch + scales.shape:
             raise ValueError(
-                f"{self.scales.shape=} must be {batch + scales.shape}: {self._facts()}"
+                f"{self.scales.shape=} must be {batch + scales.shape}: {self._metadata()}"
             )
         tail = self.codebook.shape[len(batch) :]
         if (
@@ -121,17 +135,18 @@ class QuantisedTensor:
         ):
             raise ValueError(
                 f"{self.codebook.shape=} must be {batch} + (2**bits,) or {batch} + (C, 2**bits):"
-                f" {self._facts()}"
+                f" {self._metadata()}"
             )
         if len(tail) == 2 and (tail[0] == 0 or self.out_features % tail[0]):
             raise ValueError(f"{tail[0]} codebooks do not divide {self.out_features} output rows")
-        if isinstance(self.codebook, jax.core.Tracer):
-            return
-        values = np.asarray(self.codebook)
-        if not np.isfinite(values).all() or (np.diff(values, axis=-1) < 0).any():
-            raise ValueError(f"codebook must be finite and ascending, got {values}; sort it first")
-        if self.uniform and not codebooks.is_uniform(values):
-            raise ValueError(f"codebook {values} is not affine in the code; set uniform=False")
+        _validate_values(self.codebook, self.uniform)
+
+    def to_layout(self, layout: str) -> "QuantisedTensor":
+        """The same weight in another layout, a key of `packing.LAYOUTS`."""
+        packed, scales = packing.convert(
+            self.packed, self.scales, self.layout, layout, **self.facts
+        )
+        return dataclasses.replace(self, packed=packed, scales=scales, layout=layout)
 
     def dequantise(self, dtype: Any = None) -> Array:
         """The weight as a float array of its original shape; see `fdk_jax.dequantise`."""
@@ -140,22 +155,15 @@ class QuantisedTensor:
         return reference.dequantise(self, dtype)
 
     def _struct(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        return packing.layout_struct(
-            self.layout,
-            bits=self.bits,
-            group_size=self.group_size,
-            out_features=self.out_features,
-            in_features=self.in_features,
-            dtype=self.scales.dtype,
-        )
+        return packing.layout_struct(self.layout, dtype=self.scales.dtype, **self.facts)
 
-    def _facts(self) -> str:
+    def _metadata(self) -> str:
         return ", ".join(f"{f}={getattr(self, f)!r}" for f in _META_FIELDS)
 
     def __repr__(self) -> str:
         if not all(hasattr(a, "shape") for a in (self.packed, self.scales, self.codebook)):
             # jax puts placeholders of any kind into pytrees (axis numbers, None, object()).
-            return f"QuantisedTensor({self._facts()})"
+            return f"QuantisedTensor({self._metadata()})"
         shape = "x".join(map(str, (*self.batch_shape, *self.shape)))
         before = math.prod(self.batch_shape) * math.prod(self.shape) * self.dtype.itemsize
         return (
@@ -177,6 +185,19 @@ def _validate_static(w: QuantisedTensor) -> None:
         raise ValueError(f'axes={w.axes!r} must have a "k" or "n" for each axis of shape={w.shape}')
     if w.layout not in packing.LAYOUTS:
         raise ValueError(f"layout={w.layout!r} is not one of {tuple(packing.LAYOUTS)}")
+
+
+def _validate_values(codebook: Array, uniform: bool) -> None:
+    key = (id(codebook), uniform)
+    if isinstance(codebook, Tracer) or _checked.get(key) is codebook:
+        return
+    values = np.asarray(codebook)
+    if not np.isfinite(values).all() or (np.diff(values, axis=-1) < 0).any():
+        raise ValueError(f"codebook must be finite and ascending, got {values}; sort it first")
+    if uniform and not codebooks.is_uniform(values):
+        raise ValueError(f"codebook {values} is not affine in the code; set uniform=False")
+    if isinstance(codebook, Array):
+        _checked[key] = codebook
 
 
 def _flatten_with_keys(w: QuantisedTensor):

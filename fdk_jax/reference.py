@@ -51,7 +51,7 @@ def dequantise_matrix(
 
 def dequantise(w: QuantisedTensor, dtype: Any = None) -> Array:
     """A quantised tensor as a float array [..., *shape]; `dtype` defaults to that of its scales."""
-    packed, scales = to_interchange(w)
+    w = w.to_layout("interchange")
     dtype = w.dtype if dtype is None else jnp.dtype(dtype)
 
     def one(packed, scales, codebook):
@@ -67,21 +67,7 @@ def dequantise(w: QuantisedTensor, dtype: Any = None) -> Array:
 
     for _ in w.batch_shape:
         one = jax.vmap(one)
-    return from_matrix(one(packed, scales, w.codebook), w.shape, w.axes)
-
-
-def to_interchange(w: QuantisedTensor) -> tuple[Array, Array]:
-    """(packed, scales) of a tensor in the interchange layout."""
-    return packing.convert(
-        w.packed,
-        w.scales,
-        w.layout,
-        "interchange",
-        bits=w.bits,
-        group_size=w.group_size,
-        out_features=w.out_features,
-        in_features=w.in_features,
-    )
+    return from_matrix(one(w.packed, w.scales, w.codebook), w.shape, w.axes)
 
 
 def matmul(

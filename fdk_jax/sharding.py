@@ -74,26 +74,14 @@ def matmul(
 def local_part(w: QuantisedTensor, mesh: Mesh, n: Axis, k: Axis) -> QuantisedTensor:
     """Inside shard_map: one device's arrays as a weight of their own, an [N, K] matrix."""
     local = partitioning.part_of(
-        facts_of(w), w.layout, partitioning.size(mesh, n), partitioning.size(mesh, k)
+        w.facts, w.layout, partitioning.size(mesh, n), partitioning.size(mesh, k)
     )
     codebook = partitioning.local_codebook(w.codebook, w.out_features, local["out_features"], n)
     shape = (local["out_features"], local["in_features"])
     return dataclasses.replace(w, codebook=codebook, shape=shape, axes="nk")
 
 
-def facts_of(w: QuantisedTensor) -> dict[str, int]:
-    """Arguments of `packing.convert` for a weight."""
-    return dict(
-        bits=w.bits,
-        group_size=w.group_size,
-        out_features=w.out_features,
-        in_features=w.in_features,
-    )
-
-
 def _specs(w: QuantisedTensor, mesh: Mesh, n: Axis, k: Axis) -> QuantisedTensor:
-    partitioning.part_of(
-        facts_of(w), w.layout, partitioning.size(mesh, n), partitioning.size(mesh, k)
-    )
+    partitioning.part_of(w.facts, w.layout, partitioning.size(mesh, n), partitioning.size(mesh, k))
     packed, scales = partitioning.weight_specs(w.layout, (w.packed.ndim, w.scales.ndim), n, k)
     return dataclasses.replace(w, packed=packed, scales=scales, codebook=P())

@@ -14,9 +14,7 @@ from fdk_jax.quantised_tensor import QuantisedTensor
 Replace = Callable[[str, nnx.Module], nnx.Module | None]
 
 
-def replace_layers(
-    module: nnx.Module, replace: Replace, *, in_place: bool = False
-) -> nnx.Module:
+def replace_layers(module: nnx.Module, replace: Replace, *, in_place: bool = False) -> nnx.Module:
     """A copy of a model with some of its layers replaced; arrays are shared with the original.
 
     Args:
@@ -96,6 +94,7 @@ def to_flax(layer: QuantisedLinear, dtype: Any = None) -> nnx.Module:
     options: dict[str, Any] = dict(
         use_bias=layer.bias is not None, dtype=layer.dtype, param_dtype=kernel.dtype
     )
+    new: Any
     if layer.axis is None and w.axes in ("kn", "nk"):
         new = nnx.eval_shape(lambda: nnx.Linear(*k_shape, *n_shape, **options, rngs=nnx.Rngs(0)))
     else:

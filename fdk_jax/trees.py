@@ -70,7 +70,7 @@ def quantise(
         TypeError: `source` holds nothing that can be quantised, or has a wrong dtype.
         ValueError: an argument out of range; the message names the leaf.
     """
-    options = dict(group_size=group_size, scale=scale, dtype=dtype, seed=seed)
+    options: dict[str, Any] = dict(group_size=group_size, scale=scale, dtype=dtype, seed=seed)
     if isinstance(source, nnx.Module):
         return _quantise_module(source, bits, codebook, skip, options)
     if _is_array(source):

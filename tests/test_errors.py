@@ -1,6 +1,7 @@
 """Bad calls are refused before any kernel starts, with the value and the remedy."""
 
 import dataclasses
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,25 @@ def test_tensors_built_by_hand(changes, error, words):
         broken.validate()
     with pytest.raises(error):
         fdk_jax.matmul(X, broken)
+
+
+def test_values_of_a_codebook_are_read_once():
+    """An immutable one is; a numpy array may have changed since, and a flag may ask for more."""
+    bent = jnp.linspace(0, 1, 16) ** 2
+    w = dataclasses.replace(W, codebook=bent, uniform=False)
+    with unittest.mock.patch.object(np, "isfinite", wraps=np.isfinite) as reading:
+        w.validate()
+        fdk_jax.matmul(X, w)
+        dataclasses.replace(w, scales=w.scales * 2).validate()
+        assert reading.call_count == 1
+    with pytest.raises(ValueError, match="not affine"):
+        fdk_jax.matmul(X, dataclasses.replace(w, uniform=True))
+    mutable = np.asarray(bent).copy()
+    w = dataclasses.replace(W, codebook=mutable, uniform=False)
+    w.validate()
+    mutable[3] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        fdk_jax.matmul(X, w)
 
 
 def test_a_missing_cpu_library_is_named(monkeypatch):

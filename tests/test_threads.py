@@ -122,8 +122,11 @@ def test_fork_after_import_and_after_work(expected):
         dict(OMP_NUM_THREADS="999", OMP_DYNAMIC="true", OMP_NESTED="true"),
         dict(OMP_NUM_THREADS="2,3", OMP_SCHEDULE="nonsense", OMP_PROC_BIND="spread"),
         dict(OMP_NUM_THREADS="0", OMP_WAIT_POLICY="active", OMP_THREAD_LIMIT="1"),
-        # No number of threads, a negative one or a stack of bytes aborts LLVM's OpenMP runtime in any program.
-        dict(OMP_STACKSIZE="64M"),
+        # LLVM's OpenMP runtime aborts on each of these: the module must not bring one into the process.
+        dict(OMP_NUM_THREADS="many"),
+        dict(OMP_NUM_THREADS="-3"),
+        dict(OMP_NUM_THREADS="99999999999999999999"),
+        dict(OMP_STACKSIZE="1"),
         dict(KMP_AFFINITY="none"),
         dict(FDK_NUM_THREADS="100000", FDK_CPU_LEVEL="no such level"),
         dict(FDK_NUM_THREADS="-1", FDK_CPU_LEVEL=""),
@@ -153,6 +156,54 @@ def test_odd_variables(variables, expected):
         assert np.allclose(same, wanted, rtol=1e-4, atol=1e-4)
     else:
         assert np.array_equal(same, wanted)
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        (dict(OMP_NUM_THREADS="1"), 1),
+        (dict(OMP_NUM_THREADS="1,4"), 1),
+        (dict(OMP_NUM_THREADS="none"), None),
+        (dict(OMP_NUM_THREADS="1", FDK_NUM_THREADS="999"), None),
+        (dict(FDK_NUM_THREADS="1", OMP_NUM_THREADS="999"), 1),
+    ],
+    ids=str,
+)
+def test_the_number_of_threads(variables, wanted):
+    """FDK_NUM_THREADS before OMP_NUM_THREADS, never more than the processors of the process."""
+    code = "from fdk_jax import cpu_backend; print(cpu_backend.library().num_threads())"
+    assert int(python(code, **variables)) == (wanted or len(os.sched_getaffinity(0)))
+
+
+def test_a_process_that_may_start_no_threads():
+    """Memory for another stack is refused: the conversion runs on the calling thread."""
+    out = python(
+        """
+        import resource
+        from fdk_jax import cpu_backend
+        library = cpu_backend.library()
+        n, k = 4096, 512
+        packed, scales = np.arange(n * k // 2, dtype=np.uint64).astype(np.uint8), np.ones(n * 8 * 4, np.uint8)
+        def convert():
+            tiled, tiled_scales = np.empty_like(packed), np.empty_like(scales)
+            library.to_tiled(packed, scales, tiled, tiled_scales, bits=4, group_size=64,
+                             out_features=n, in_features=k, scale_size=4)
+            return tiled
+        expected = convert()
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (6 << 20), resource.RLIM_INFINITY))
+        done, refused = threading.Event(), False
+        while not refused:  # until the stacks that the C library keeps are used up, too
+            try:
+                threading.Thread(target=done.wait, daemon=True).start()
+            except RuntimeError:
+                refused = True
+        print(np.array_equal(convert(), expected))
+        done.set()
+        """,
+        FDK_NUM_THREADS="2",
+    )
+    assert out.split() == ["True"]
 
 
 def test_a_process_pinned_to_one_core(expected):

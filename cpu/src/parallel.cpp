@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -30,6 +32,13 @@ int affinity_count() {
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+// The positive number that an environment variable begins with, 0 if it is none.
+int number_in(const char *variable) {
+  const char *text = std::getenv(variable);
+  const long value = text ? std::strtol(text, nullptr, 10) : 0;
+  return static_cast<int>(std::clamp<long>(value, 0, std::numeric_limits<int>::max()));
 }
 
 // Takes up to `wanted` processors out of those not in use, always at least one.
@@ -61,7 +70,12 @@ void run_openmp(const Team &, int threads, Body body, void *context) {
   body(context);
 #else
   std::vector<std::jthread> others;
-  for (int i = 1; i < share.taken(); ++i) others.emplace_back(body, context);
+  others.reserve(static_cast<size_t>(share.taken()));
+  try {
+    while (static_cast<int>(others.size()) + 1 < share.taken()) others.emplace_back(body, context);
+  } catch (const std::system_error &) {
+    // The process may start no more threads: those that there are do the work.
+  }
   body(context);
 #endif
 }
@@ -75,13 +89,11 @@ const Team &openmp_team() {
 
 int default_num_threads() {
   const int processors = affinity_count();
-  if (const char *text = std::getenv("FDK_NUM_THREADS")) {
-    const long value = std::strtol(text, nullptr, 10);
-    if (value >= 1) return static_cast<int>(std::min<long>(value, processors));
-  }
+  if (const int wanted = number_in("FDK_NUM_THREADS")) return std::min(wanted, processors);
 #if defined(_OPENMP)
   return std::clamp(omp_get_max_threads(), 1, processors);
 #else
+  if (const int wanted = number_in("OMP_NUM_THREADS")) return std::min(wanted, processors);
   return processors;
 #endif
 }

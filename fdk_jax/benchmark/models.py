@@ -130,7 +130,7 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
     with jax.default_device(device):
         _check_memory(case, device)
         generator, error = _model(_without_batch(case), device)
-        result = _facts(case, generator, device) | {"rel_rms_error": error}
+        result: dict[str, Any] = _facts(case, generator, device) | {"rel_rms_error": error}
         if error is not None and not error <= _TOLERANCE:
             reason = f"relative RMS error {error:.3g} of a layer is above {_TOLERANCE:.3g}"
             return result | {"status": "failed", "reason": reason}

@@ -25,7 +25,9 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps = len(reference["curve"])
-    axes.plot(range(steps), _smooth(reference["curve"]), color="black", label="training, not quantised")
+    axes.plot(
+        range(steps), _smooth(reference["curve"]), color="black", label="training, not quantised"
+    )
     for (bits, method), row in sorted(cells.items(), key=lambda cell: -cell[0][0]):
         if method != "qat":
             continue
