@@ -125,7 +125,9 @@ def as_matrix(
     """[..., N, K] of a weight in `dtype` (None: its own), its leading shape and its own shape; checked."""
     if set(axes) != {"k", "n"}:
         raise ValueError(f'{axes=} must hold a "k" or an "n" for each axis, e.g. "kn"')
-    weight = jnp.asarray(weight)
+    # A float64 beyond float32 becomes an infinity, which is refused later.
+    with np.errstate(over="ignore"):
+        weight = jnp.asarray(weight)
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"weights must be bfloat16, float16 or float32, got {weight.dtype}; cast them first"

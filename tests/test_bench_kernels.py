@@ -209,4 +209,4 @@ def test_more_copies_than_caches_hold():
     work = kernels.prepare(KernelCase("xla", 1, 1024, 1024, 32, dtype="float32"))
     held = kernels.copies_for(work) * work.weight_bytes
     assert held >= 2 * environment.cache_bytes(work.device) or kernels.copies_for(work) == 96
-    assert held <= 300 << 20
+    assert held <= max(300 << 20, environment.memory_bytes(work.device) // 15)

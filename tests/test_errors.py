@@ -31,6 +31,7 @@ X = jnp.ones((2, 64))
         (lambda: fdk_jax.matmul(X, W, arithmetic="int4"), ValueError, "int4"),
         (lambda: fdk_jax.matmul(X, W, arithmetic="int8"), NotImplementedError, 'backend="cpu"'),
         (lambda: fdk_jax.matmul(X, W, backend="pallas"), ValueError, "NVIDIA GPU"),
+        (lambda: fdk_jax.quantise(np.full((8, 64), 1e39)), ValueError, "infinity"),
         (lambda: fdk_jax.prepare(W, "tpu"), ValueError, "backend='tpu'"),
         (lambda: fdk_jax.explain(X, W, backend="tpu"), ValueError, "backend='tpu'"),
         (lambda: fdk_jax.matmul(X, stacked()), ValueError, "stack"),

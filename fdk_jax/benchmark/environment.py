@@ -120,11 +120,23 @@ def cache_bytes(device: jax.Device) -> int:
     return max(sizes, default=32 << 20)
 
 
+@functools.cache
+def memory_bytes(device: jax.Device) -> int | None:
+    """Memory that programs may use, where the device or the system tells."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    if device.platform == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
 def working_set_bytes(device: jax.Device) -> int:
     """Bytes of weights that caches cannot hold, bounded to what a small machine can spare."""
     if device.platform != "cpu":
         return max(200 << 20, 4 * cache_bytes(device))
-    return min(max(64 << 20, 3 * cache_bytes(device)), 256 << 20)
+    spare = max(256 << 20, (memory_bytes(device) or 0) // 16)
+    return min(max(64 << 20, 3 * cache_bytes(device)), spare)
 
 
 def probe_bytes(device: jax.Device) -> int:

@@ -113,7 +113,10 @@ def _ready(case: KernelCase, session: timing.Session):
         copies = session.copies or copies_for(work)
         loops = _loops(work, copies, result["bound_us"])
         run = build(work, copies, loops)
-    held = {"working_set_bytes": copies * work.weight_bytes}
+    held = {
+        "working_set_bytes": copies * work.weight_bytes,
+        "cache_bytes": environment.cache_bytes(work.device),
+    }
     return result | {"copies": copies, "calls": copies * loops} | held, run, copies * loops
 
 

@@ -1,9 +1,7 @@
 """The models suite: one decoding step of a whole model a case."""
 
 import dataclasses
-import functools
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -285,17 +283,6 @@ def _check_memory(case: ModelCase, device: jax.Device) -> None:
     need = tables * width + (config.num_parameters - tables) * weight
     slots = cache_bucket(case.prompt + case.steps + 1)
     need += case.batch * (slots * _cache_bytes(config) + 3 * 4 * config.vocab_size)
-    limit = _memory_bytes(device)
+    limit = environment.memory_bytes(device)
     if limit is not None and need > 0.95 * limit:
         raise NotImplementedError(f"needs {need / 1e9:.1f} GB, the device has {limit / 1e9:.1f} GB")
-
-
-@functools.cache
-def _memory_bytes(device: jax.Device) -> int | None:
-    """Memory that programs may use, where the device or the system tells."""
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    if device.platform == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
