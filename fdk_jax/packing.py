@@ -90,11 +90,12 @@ def _unchanged(packed, scales, **_):
 
 
 # Planar layout of the Pallas kernels. A tile is 16 rows by E planes of 64 weights, 1 KiB, in the order in
-# which the tensor cores' operand registers want it. Lane 4 g + c of a warp and step s of 4 own 64 bits: for
-# each plane p, each half q of the plane, each of the rows g and g + 8, and e in (0, 1), the code of
-# k = 64 p + 32 q + 8 c + 2 s + e, lowest bits first. The low 32 bits of all lanes and steps come first, then
-# the high ones. So a byte is always an index into a table of neighbours, what a lane reads is 16 bytes in a
-# row, and a plane lies inside one group of 64 or more.
+# which the tensor cores' operand registers want it. Lane 4 g + c of a warp and step s = 2 t + u of 4 own 64
+# bits: for each plane p, each q in (0, 1), each of the rows g and g + 8, and e in (0, 1), the code of
+# k = 64 p + 32 t + 8 c + 4 u + 2 q + e, lowest bits first. So the x of a lane are neighbours, 8 by 8. The low
+# 32 bits of all lanes and steps come first, then the high ones. So a byte is always an index into a table of
+# neighbours, what a lane reads is 16 bytes in a row, and a plane lies inside one group of 64 or more. With 1
+# bit the two codes of a pair (e) stand 16 bits apart instead, where the two values of an operand register are.
 PLANE = 64
 TILE_ROWS = 16
 SCALE_GROUPS = 4
@@ -130,9 +131,11 @@ def to_planar(
     pads = [(0, -out_features % TILE_ROWS), (0, -in_features % (planes * PLANE))]
     codes = jnp.pad(codes, [(0, 0)] * len(lead) + pads)
     tiles, blocks = codes.shape[-2] // TILE_ROWS, codes.shape[-1] // (planes * PLANE)
-    # axes: tile, row half, g, block, p, q, c, s, e
-    codes = codes.reshape(*lead, tiles, 2, 8, blocks, planes, 2, 4, 4, 2)
-    codes = _permute(codes, len(lead), (0, 3, 2, 6, 7, 4, 5, 1, 8))
+    # axes: tile, row half, g, block, p, t, c, u, q, e
+    codes = codes.reshape(*lead, tiles, 2, 8, blocks, planes, 2, 4, 2, 2, 2)
+    codes = _permute(codes, len(lead), (0, 3, 2, 6, 5, 7, 4, 8, 1, 9))
+    if bits == 1:
+        codes = codes.reshape(*lead, tiles, blocks, 8, 16, 2, 16, 2).swapaxes(-1, -2)
     slots = codes.reshape(*lead, tiles, blocks, 8, 16, 2, 2, per_half).astype(jnp.uint16)
     words = jnp.zeros(slots.shape[:-1], jnp.uint16)
     for i in range(per_half):
@@ -168,8 +171,10 @@ def from_planar(
     mask = jnp.uint16(2**bits - 1)
     slots = [(words >> jnp.uint16(bits * i)) & mask for i in range(per_half)]
     codes = jnp.stack(slots, axis=-1).astype(jnp.uint8)
-    codes = codes.reshape(*lead, tiles, blocks, 8, 4, 4, planes, 2, 2, 2)
-    codes = _permute(codes, len(lead), (0, 7, 2, 1, 5, 6, 3, 4, 8))
+    if bits == 1:
+        codes = codes.reshape(*lead, tiles, blocks, 8, 16, 2, 2, 16).swapaxes(-1, -2)
+    codes = codes.reshape(*lead, tiles, blocks, 8, 4, 2, 2, planes, 2, 2, 2)
+    codes = _permute(codes, len(lead), (0, 8, 2, 1, 6, 4, 3, 5, 7, 9))
     codes = codes.reshape(*lead, tiles * TILE_ROWS, blocks * planes * PLANE)
 
     quads = scales.shape[-2]

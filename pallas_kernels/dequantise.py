@@ -1,14 +1,16 @@
 """The kernel for hundreds of rows of x and more: writes the weight out, for the vendor's matrix product.
 
-A stream as in `matvec`; a lane's four steps of a half plane are 8 neighbours of a row, 16 bytes, of the
-decoded weight. The writing is what takes the time.
+A stream as in `matvec`; two steps of a lane are 8 neighbours of a row of the decoded weight, 16 bytes. The
+writing is what takes the time.
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import matvec, triton_compat
+from pallas_kernels import decoding, matvec, triton_compat
 from pallas_kernels.matvec import Case, Config
 from pallas_kernels.ptx import at, vector
 
@@ -17,7 +19,7 @@ _CONFIG = Config(tiles=1, warps=8, stages=2)
 
 def unsupported_reason(case: Case) -> str | None:
     """Why the kernel does not take a case, or None."""
-    return matvec.unsupported_reason(case, _CONFIG)
+    return matvec.unsupported_weight(case, _CONFIG)
 
 
 def matmul(
@@ -58,7 +60,7 @@ class _Writer(matvec._Writer):
 
     def write(self) -> str:
         config, ptx = self.config, self.ptx
-        ptx.declare(f".shared .align 128 .b8 fdk_shared[{256 * self.table_row}];")
+        ptx.declare(f".shared .align 128 .b8 fdk_shared[{max(16, self.decoder.shared_bytes)}];")
         self._locate()
         row_bytes = 2 * self.case.blocks * self.case.span
         row = ptx.op("add.u32", self.program_row, self.row)
@@ -69,19 +71,25 @@ class _Writer(matvec._Writer):
         buffers = [self._buffer() for _ in range(config.stages)]
         for stage, buffer in enumerate(buffers):
             self._load(buffer, stage)
-        self._fill_table()
+        self._set_up_decoder()
         self._loop(buffers)
         return ptx.text()
+
+    def _decoder(self) -> decoding.Decoder:
+        return decoding.decoder(self.ptx, self.case.bits, self.case.x_dtype, exact=True)
 
     def _multiply(self, buffer, stage: int) -> None:
         """Decodes a block and writes it."""
         [words], [scales] = buffer["words"], buffer["scales"]
         for plane in range(self.case.planes):
-            steps = self._scaled_plane(words, scales, plane)
+            factors = self._plane_factors(scales, plane)
+            steps = list(self._scaled_plane(words, factors, plane))
             offset = stage * self.config.k_warps * self.case.span + plane * 64
-            for i in range(4):  # an operand register: half i // 2 of the plane, upper or lower row
-                values = vector([step[i] for step in steps])
-                place = at(self.x[i % 2], 2 * (offset + 32 * (i // 2)))
+            for half, row in itertools.product(range(2), range(2)):
+                values = vector(
+                    [step[row + 2 * q] for step in steps[2 * half :][:2] for q in range(2)]
+                )
+                place = at(self.x[row], 2 * (offset + 32 * half))
                 self.ptx.do("st.global.v4.b32", place, values)
 
     def _turn_x(self, loads: int) -> None:

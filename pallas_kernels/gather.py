@@ -76,11 +76,13 @@ def _kernel(
 
     def step(i, total):
         # The code's place among the 64 bits of its lane and step; see packing.
-        slot = ((i & (halves - 1)) * 2 + (row >> 3)) * 2 + (columns & 1)
+        plane, t = (i >> 1) & (halves // 2 - 1), i & 1
+        slot = ((plane * 2 + ((columns >> 1) & 1)) * 2 + (row >> 3)) * 2 + (columns & 1)
+        bit = slot * bits if bits > 1 else (slot & 32) + ((slot & 31) >> 1) + ((slot & 1) << 4)
         block = jnp.broadcast_to(jax.lax.div(i, halves), tile.shape)
-        place = (columns & -2) + ((slot * bits >> 4) & 1)
-        words = packed_ref[tile, block, slot * bits >> 5, row & 7, place]
-        codes = (words.astype(jnp.int32) >> (slot * bits & 15)) & (2**bits - 1)
+        place = (columns & -8) + 4 * t + 2 * ((columns >> 2) & 1) + ((bit >> 4) & 1)
+        words = packed_ref[tile, block, bit >> 5, row & 7, place]
+        codes = (words.astype(jnp.int32) >> (bit & 15)) & (2**bits - 1)
         values = codebook_ref[book, codes].astype(scales_ref.dtype).astype(jnp.float32)
         offsets = i * _HALF_PLANE + h
         group = jnp.minimum(jax.lax.div(i * _HALF_PLANE + columns, group_size), groups - 1)

@@ -4,9 +4,7 @@ At batch 1 a product is limited by reading the weight, if decoding it costs less
 
 - A lane loads 16 bytes of codes at a time, straight into registers; the planar layout has put there the
   weights that this lane feeds to `mma.sync.m16n8k16`. No shuffle, no shared memory, no wait for others.
-- A byte of codes is an index into a table of its 8 / bits values in shared memory. Every lane (or pair of
-  lanes, or four, for wider entries) has a copy of the table in banks of its own: no bank conflicts, about
-  one integer instruction a weight at 4 bits, and any codebook costs the same.
+- `decoding` turns codes into operands, in registers or through a table in shared memory.
 - Tokens are the 8 columns of the instruction. The scale of a group multiplies its float32 sum.
 - The warps of a program share K; their partial sums meet in shared memory at the end.
 
@@ -22,20 +20,21 @@ instruction; see `fdk_jax.packing`. A block is a tile of each of the R.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import triton_compat
+from pallas_kernels import decoding, triton_compat
 from pallas_kernels.ptx import Ptx, at, vector
 
 _PLANE = 64
 _STEPS = 4  # instructions a plane
 _TILE_ROWS = 16
 _TILE_BYTES = 1024
-_TABLE_ROW = 128  # bytes of the table for one byte of codes: copies for all lanes together
+_SHARED_BYTES = 48 * 1024  # the most that a kernel may declare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +103,14 @@ class Case:
 
 def unsupported_reason(case: Case, config: Config) -> str | None:
     """Why the kernel does not take a case, or None."""
+    reason = unsupported_weight(case, config)
+    if reason is None and _Writer(case, config).shared_bytes > _SHARED_BYTES:
+        return f"{config} needs more than {_SHARED_BYTES} bytes of shared memory"
+    return reason
+
+
+def unsupported_weight(case: Case, config: Config) -> str | None:
+    """Why no kernel that shares this module's stream of weights takes a case, or None."""
     if case.x_dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {case.x_dtype}, the tensor cores' inputs are bfloat16 or float16"
     if case.group_size % 8:
@@ -159,37 +166,50 @@ class _Writer:
 
     def __init__(self, case: Case, config: Config) -> None:
         self.case, self.config, self.ptx = case, config, Ptx()
-        self.operand_type = "bf16" if case.x_dtype == jnp.bfloat16 else "f16"
         self.scale_bytes = jnp.dtype(case.scale_dtype).itemsize
         self.scale_mode = _scale_mode(case, config)
         self.scale_runs = _scale_runs(case, self.scale_mode)
-        self.table_row = _TABLE_ROW
+        self.decoder = self._decoder()
         # A column of partial sums is padded so that the lanes of a warp write to different banks.
         self.sum_stride = config.rows + 4
         self.single = case.m == 1
+        self.sum_tokens = 1 if self.single else 8 * config.columns
         self.x_planes = 8 if config.diagonal else 1
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a program."""
+        sums = self.config.k_warps * self.sum_tokens * self.sum_stride * 4
+        return max(self.decoder.shared_bytes, sums)
 
     def write(self) -> str:
         config, ptx = self.config, self.ptx
-        shared = max(
-            256 * self.table_row, config.k_warps * config.columns * 8 * self.sum_stride * 4
-        )
-        ptx.declare(f".shared .align 128 .b8 fdk_shared[{shared}];")
+        ptx.declare(f".shared .align 128 .b8 fdk_shared[{self.shared_bytes}];")
         self._locate()
         self._locate_x()
         buffers = [self._buffer() for _ in range(config.stages)]
         for stage, buffer in enumerate(buffers):
             self._load(buffer, stage)
         self._load_x(0, 0, 0)
-        self._fill_table()
+        self._set_up_decoder()
         self._loop(buffers)
         self._reduce()
         return ptx.text()
 
+    def _decoder(self) -> decoding.Decoder:
+        return decoding.decoder(self.ptx, self.case.bits, self.case.x_dtype)
+
+    def _set_up_decoder(self) -> None:
+        ptx, case, book = self.ptx, self.case, self.operands.codebook
+        if case.books > 1:
+            number = ptx.op("div.u32", self.program_row, case.n // case.books)
+            book = ptx.op("mad.wide.u32", number, 4 * 2**case.bits, book, kind="b64")
+        self.decoder.set_up(book, self.thread, 32 * self.config.warps)
+
     def _locate(self) -> None:
         """Registers for who this lane is and where its operands start."""
         case, config, ptx = self.case, self.config, self.ptx
-        self.table = ptx.op("mov.u32", "fdk_shared")
+        self.shared = ptx.op("mov.u32", "fdk_shared")
         self.thread = ptx.op("mov.u32", "%tid.x")
         self.lane = ptx.op("and.b32", self.thread, 31)
         self.warp = ptx.op("shr.u32", self.thread, 5)
@@ -202,9 +222,6 @@ class _Writer:
         self.block = ptx.op("mov.u32", self.k_warp)
         self.left = ptx.op("sub.u32", case.blocks + config.k_warps - 1, self.k_warp)
         self.left = ptx.op("div.u32", self.left, config.k_warps)
-        copies = self.table_row // self._entry_bytes()
-        lane_copy = ptx.op("and.b32", self.lane, copies - 1)
-        self.lane_offset = ptx.op("mul.lo.u32", lane_copy, self._entry_bytes())
 
         first_tile = ptx.op("shr.u32", self.program_row, 4)
         first_tile = ptx.op("mad.lo.u32", self.row_warp, config.tiles, first_tile)
@@ -252,7 +269,6 @@ class _Writer:
             [[ptx.op("mov.f32", "0f00000000", kind="f32") for _ in range(4)] for _ in self.x]
             for _ in self.packed
         ]
-
         self.x_buffers = [[ptx.registers("b32", 8) for _ in self.x] for _ in range(2)]
 
     def _advance_to_warp(self, address: str) -> str:
@@ -338,64 +354,6 @@ class _Writer:
                 when=there,
             )
 
-    # The table
-
-    def _entry_bytes(self) -> int:
-        return max(4, 16 // self.case.bits)
-
-    def _fill_table(self) -> None:
-        """Writes the values of every byte into shared memory, a copy for each lane's banks."""
-        ptx, case = self.ptx, self.case
-        book = self.operands.codebook
-        if case.books > 1:
-            rows = case.n // case.books
-            number = ptx.op("div.u32", self.program_row, rows)
-            book = ptx.op("mad.wide.u32", number, 4 * 2**case.bits, book, kind="b64")
-        threads = 32 * self.config.warps
-        for i in range(-(-256 // threads)):
-            byte = ptx.op("add.u32", self.thread, i * threads)
-            mine = ptx.op("setp.lt.u32", byte, 256, kind="pred") if threads > 256 else None
-            pattern = self._table_pattern(byte, book, mine)
-            row = ptx.op("mad.lo.u32", byte, self.table_row, self.table)
-            for turn in range(self.table_row // 16):
-                # Lanes start at different columns: otherwise all would write to the same banks.
-                column = ptx.op("add.u32", self.lane, turn)
-                column = ptx.op("and.b32", column, self.table_row // 16 - 1)
-                address = ptx.op("mad.lo.u32", column, 16, row)
-                ptx.do("st.shared.v4.b32", at(address), vector(pattern), when=mine)
-        ptx.do("bar.sync", 0)
-
-    def _table_pattern(self, byte: str, book: str, mine: str | None) -> list[str]:
-        """16 bytes of a table row: the values of `byte` in the operands' type, repeated."""
-        ptx, bits = self.ptx, self.case.bits
-        values = []
-        for i in range(8 // bits):
-            code = ptx.op("and.b32", ptx.op("shr.u32", byte, bits * i), 2**bits - 1)
-            address = ptx.op("mad.wide.u32", code, 4, book, kind="b64")
-            value = ptx.register("f32")
-            ptx.do("ld.global.nc.f32", value, at(address), when=mine)
-            values.append(value)
-        if bits == 8:
-            values *= 2
-        pairs = [self._pack(values[i], values[i + 1]) for i in range(0, len(values), 2)]
-        return pairs * (4 // len(pairs))
-
-    def _pack(self, low: str, high: str) -> str:
-        return self.ptx.op(f"cvt.rn.{self.operand_type}x2.f32", high, low)
-
-    def _look_up(self, word: str, byte: int) -> list[str]:
-        """The pairs of values of a byte of a word."""
-        ptx = self.ptx
-        place = self.table_row.bit_length() - 1
-        opcode, distance = ("shl.b32", place) if byte == 0 else ("shr.u32", 8 * byte - place)
-        address = ptx.op(opcode, word, distance)
-        address = ptx.op("lop3.b32", address, 255 * self.table_row, self.lane_offset, "0xEA")
-        address = ptx.op("add.u32", address, self.table)
-        pairs = ptx.registers("b32", self._entry_bytes() // 4)
-        width = f".v{len(pairs)}" if len(pairs) > 1 else ""
-        ptx.do(f"ld.shared{width}.b32", vector(pairs) if width else pairs[0], at(address))
-        return pairs
-
     # The loop over K
 
     def _loop(self, buffers) -> None:
@@ -434,18 +392,20 @@ class _Writer:
             if flat % self.x_planes == 0:
                 self._load_x(1 - current, *divmod(flat + self.x_planes, case.planes))
             factors = [self._plane_factors(s, plane) for s in buffer["scales"]]
-            for i in range(_STEPS):
-                operands = [self._decode(words, plane, i) for words in buffer["words"]]
-                if self.scale_mode == "lane":
-                    operands = [
-                        self._scale_operands(w, f) for w, f in zip(operands, factors, strict=True)
-                    ]
+            if self.scale_mode == "lane":
+                planes = [
+                    self._scaled_plane(words, f, plane)
+                    for words, f in zip(buffer["words"], factors, strict=True)
+                ]
+            else:
+                planes = [self._plane(words, plane) for words in buffer["words"]]
+            for i, operands in enumerate(zip(*planes, strict=True)):
                 self._dot(operands, x, i, sums, fresh=plane % per_run == 0 and i == 0)
             if plane % per_run == per_run - 1:
                 self._accumulate(sums, factors, flat % self.x_planes)
 
     def _load_x(self, buffer: int, ahead: int, plane: int) -> None:
-        """Starts the loads of a plane's x: for each lane its pairs in the first half, then the second."""
+        """Starts the loads of a plane's x: for each lane the two pairs of each step."""
         ptx, case = self.ptx, self.case
         block = ptx.op("add.u32", self.x_block, ahead) if self.config.diagonal else ahead
         there = ptx.op("setp.gt.u32", self.left, block, kind="pred")
@@ -463,26 +423,16 @@ class _Writer:
             for target, value in zip(first, second, strict=True):
                 self.ptx.do("mov.b32", target, value)
 
-    def _decode(self, words: list[str], plane: int, step: int) -> list[str]:
-        """The four operand registers of a step: halves of the plane times upper and lower row."""
-        found = []
-        for byte in range(plane * self.case.bits, (plane + 1) * self.case.bits):
-            found += self._look_up(words[4 * (byte // 4) + step], byte % 4)
-        if self.case.bits == 8:
-            pairs = zip(found[::2], found[1::2], strict=True)
-            return [self.ptx.op("prmt.b32", low, high, "0x5410") for low, high in pairs]
-        return found
-
     def _dot(self, weights, x, step: int, sums, *, fresh: bool) -> None:
         """Adds a step's products to the sums: an instruction for each tile and 8 tokens."""
-        kind = self.operand_type
+        kind = self.decoder.kind
         for operands, row_sums in zip(weights, sums, strict=True):
             for values, column_sums in zip(x, row_sums, strict=True):
                 self.ptx.do(
                     f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32",
                     vector(column_sums),
                     vector(operands),
-                    vector([values[step], values[4 + step]]),
+                    vector(values[2 * step : 2 * step + 2]),
                     vector(self.zeros if fresh else column_sums),
                 )
 
@@ -497,31 +447,22 @@ class _Writer:
         ptx = self.ptx
         if self.case.scale_dtype == jnp.float32:
             return registers[2 * run : 2 * run + 2]
-        both = registers[run]
-        if self.case.scale_dtype == jnp.bfloat16:
-            return [ptx.op("shl.b32", both, 16), ptx.op("and.b32", both, "0xffff0000")]
-        halves = ptx.registers("b16", 2)
-        ptx.do("mov.b32", vector(halves), both)
-        return [ptx.op("cvt.f32.f16", h, kind="f32") for h in halves]
+        return decoding.unpack(ptx, registers[run], self.case.scale_dtype)
 
-    def _scale_operands(self, operands: list[str], factors: list[str]) -> list[str]:
-        """Weights times scales, for groups that are smaller than a plane."""
-        opcode = f"mul.rn.{self.operand_type}x2"
-        pairs = zip(operands, factors, strict=True)
-        return [self.ptx.op(opcode, weights, self._pack(f, f)) for weights, f in pairs]
+    def _plane(self, words: list[str], plane: int) -> Iterator[list[str]]:
+        """The operand registers of a plane's steps."""
+        return (self.decoder.operands(words, plane, i) for i in range(_STEPS))
 
-    def _scaled_plane(self, words: list[str], scales: list[str], plane: int) -> list[list[str]]:
-        """The operand registers of a plane's steps, scaled."""
-        factors = self._plane_factors(scales, plane)
-        doubled = [self._pack(f, f) for f in factors] * (4 // len(factors))
-        opcode = f"mul.rn.{self.operand_type}x2"
-        return [
-            [
-                self.ptx.op(opcode, weights, factor)
-                for weights, factor in zip(self._decode(words, plane, i), doubled, strict=True)
-            ]
-            for i in range(_STEPS)
-        ]
+    def _scaled_plane(
+        self, words: list[str], factors: list[str], plane: int
+    ) -> Iterator[list[str]]:
+        """The same, times the scales: for groups below a plane, or sums that span groups."""
+        opcode = f"mul.rn.{self.decoder.kind}x2"
+        doubled = [self.decoder.pack(f, f) for f in factors]
+        halves = [doubled[:2], doubled[-2:]]  # of the plane; upper and lower row each
+        for i, operands in enumerate(self._plane(words, plane)):
+            pairs = zip(operands, 2 * halves[i // 2], strict=True)
+            yield [self.ptx.op(opcode, weights, factor) for weights, factor in pairs]
 
     def _accumulate(self, sums, factors, column: int) -> None:
         """Adds the sums of a group, times its scale, to the totals."""
@@ -545,17 +486,21 @@ class _Writer:
         if self.config.diagonal:
             self._add_lanes()
         ptx.do("bar.sync", 0)
-        per_warp = 8 * config.columns * self.sum_stride * 4
-        address = ptx.op("mad.lo.u32", self.k_warp, per_warp, self.table)
+        per_warp = self.sum_tokens * self.sum_stride * 4
+        address = ptx.op("mad.lo.u32", self.k_warp, per_warp, self.shared)
         row = ptx.op("mad.lo.u32", self.row_warp, config.tiles * _TILE_ROWS, self.row)
         address = ptx.op("mad.lo.u32", row, 4, address)
-        address = ptx.op("mad.lo.u32", self.quad, 2 * self.sum_stride * 4, address)
+        mine = None
+        if self.single:  # every column holds the one token
+            mine = ptx.op("setp.eq.u32", self.quad, 0, kind="pred")
+        else:
+            address = ptx.op("mad.lo.u32", self.quad, 2 * self.sum_stride * 4, address)
         for r, row_totals in enumerate(self.totals):
             for j, totals in enumerate(row_totals):
                 for i in (0, 2) if self.single else range(4):
                     token, row = 8 * j + i % 2, _TILE_ROWS * r + 8 * (i // 2)
                     offset = (token * self.sum_stride + row) * 4
-                    ptx.do("st.shared.f32", at(address, offset), totals[i])
+                    ptx.do("st.shared.f32", at(address, offset), totals[i], when=mine)
         ptx.do("bar.sync", 0)
         threads = 32 * config.warps
         for i in range(-(-config.rows * tokens // threads)):
@@ -576,7 +521,7 @@ class _Writer:
         token = ptx.op("div.u32", index, self.config.rows)
         row = ptx.op("rem.u32", index, self.config.rows)
         address = ptx.op("mad.lo.u32", token, self.sum_stride, row)
-        address = ptx.op("mad.lo.u32", address, 4, self.table)
+        address = ptx.op("mad.lo.u32", address, 4, self.shared)
         n = ptx.op("add.u32", self.program_row, row)
         m = ptx.op("add.u32", self.first_token, token)
         for value, bound in ((token, tokens), (m, case.m), (n, case.n)):
@@ -587,6 +532,8 @@ class _Writer:
             part = ptx.register("f32")
             ptx.do("ld.shared.f32", part, at(address, warp * per_warp))
             ptx.do("add.f32", total, total, part)
+        if self.decoder.factor is not None:
+            ptx.do("mul.f32", total, total, self.decoder.factor)
         out = "$5"
         if case.bias_dtype is not None:
             out = "$6"

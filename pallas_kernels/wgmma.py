@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import matvec, triton_compat
+from pallas_kernels import decoding, matvec, triton_compat
 from pallas_kernels.matvec import Case
 from pallas_kernels.ptx import at, vector
 
@@ -77,7 +77,7 @@ def unsupported_reason(case: Case, config: Config) -> str | None:
         return f"{config.stages} stages of {case.planes} planes are odd"
     if config.tokens * config.k_groups > 128 or config.sum_tokens < 8:
         return f"{config.k_groups} teams with {config.tokens} tokens exceed the shared memory"
-    return matvec.unsupported_reason(case, config.as_matvec)
+    return matvec.unsupported_weight(case, config.as_matvec)
 
 
 def matmul(
@@ -112,9 +112,8 @@ class _Writer(matvec._Writer):
     """Writes the PTX of one case."""
 
     def __init__(self, case: Case, config: Config) -> None:
-        super().__init__(case, config.as_matvec)
         self.launch = config
-        self.table_row = config.table_row
+        super().__init__(case, config.as_matvec)
         self.cores = config.tokens // 8
         self.x_bytes = config.tokens * _PLANE * 2
         self.single = False
@@ -134,11 +133,15 @@ class _Writer(matvec._Writer):
             self._load_x(plane % self.x_depth, *divmod(plane, self.case.planes))
         self._store_x(0)
         self._load_x(0, *divmod(self.x_depth, self.case.planes))
-        self._fill_table()
+        self._set_up_decoder()
         self._loop(buffers)
         ptx.do("wgmma.wait_group.sync.aligned", 0)
         self._reduce()
         return ptx.text()
+
+    def _decoder(self) -> decoding.Decoder:
+        row = self.launch.table_row
+        return decoding.decoder(self.ptx, self.case.bits, self.case.x_dtype, table_row=row)
 
     def _locate_program(self) -> None:
         """Programs that share rows come next to each other: the second finds the weight in L2."""
@@ -151,7 +154,7 @@ class _Writer(matvec._Writer):
         ptx, case, config = self.ptx, self.case, self.launch
         within = ptx.op("rem.u32", self.warp, 4 * config.row_groups)
         team_bytes = 2 * self.x_bytes
-        team = ptx.op("mad.lo.u32", self.k_warp, team_bytes, self.table)
+        team = ptx.op("mad.lo.u32", self.k_warp, team_bytes, self.shared)
         team = ptx.op("add.u32", team, offset)
         self.x, self.x_targets = [], []
         # A warp moves 8 tokens by 32 weights (half a plane) at a time.
@@ -170,7 +173,7 @@ class _Writer(matvec._Writer):
             address = ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64")
             address = ptx.op("mad.wide.u32", half, _PLANE, address, kind="b64")
             self.x.append(ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64"))
-            target = ptx.op("mad.lo.u32", half, self.cores, core)
+            target = ptx.op("mad.lo.u32", half, 4 * self.cores, core)
             target = ptx.op("mad.lo.u32", target, _CORE_BYTES, team)
             self.x_targets.append(ptx.op("mad.lo.u32", self.lane, 4, target))
         # Planes of x on their way in registers: enough to cover the latency of L2, a divisor of the loop.
@@ -206,12 +209,12 @@ class _Writer(matvec._Writer):
         """Nothing to do: a turn of the loop is an even number of planes."""
 
     def _store_x(self, flat: int) -> None:
-        """Stores the loaded plane in the order that the decoded weights have: step, half, token."""
+        """Stores the loaded plane in the order that the decoded weights have: step, pair, token."""
         ptx = self.ptx
         values_of_plane = self.x_registers[flat % self.x_depth]
         for target, values in zip(self.x_targets, values_of_plane, strict=True):
-            for step, value in enumerate(values):
-                offset = flat % 2 * self.x_bytes + step * 2 * self.cores * _CORE_BYTES
+            for i, value in enumerate(values):
+                offset = flat % 2 * self.x_bytes + i * self.cores * _CORE_BYTES
                 ptx.do("st.shared.b32", at(target, offset), value)
 
     def _multiply(self, buffer, stage: int) -> None:
@@ -219,7 +222,8 @@ class _Writer(matvec._Writer):
         [words], [scales] = buffer["words"], buffer["scales"]
         for plane in range(case.planes):
             flat = stage * case.planes + plane
-            operands = self._scaled_plane(words, scales, plane)
+            factors = self._plane_factors(scales, plane)
+            operands = list(self._scaled_plane(words, factors, plane))
             ptx.do("wgmma.wait_group.sync.aligned", 0)
             ptx.do("fence.proxy.async.shared::cta")
             ptx.do("bar.sync", self.barrier, 128 * config.row_groups)
@@ -230,7 +234,7 @@ class _Writer(matvec._Writer):
 
     def _dot(self, operands: list[list[str]], buffer: int) -> None:
         """Starts the products of a plane with the tokens in a buffer."""
-        ptx, kind = self.ptx, self.operand_type
+        ptx, kind = self.ptx, self.decoder.kind
         totals = vector([t for core in self.totals[0] for t in core])
         ptx.do("wgmma.fence.sync.aligned")
         for step, a in enumerate(operands):
@@ -252,7 +256,7 @@ class _Writer(matvec._Writer):
         """Adds the teams' sums, adds the bias, and writes the outputs, some tokens at a time."""
         ptx, config = self.ptx, self.launch
         per_team = self.sum_tokens * self.sum_stride * 4
-        address = ptx.op("mad.lo.u32", self.k_warp, per_team, self.table)
+        address = ptx.op("mad.lo.u32", self.k_warp, per_team, self.shared)
         row = ptx.op("mad.lo.u32", self.row_warp, 16, self.row)
         address = ptx.op("mad.lo.u32", row, 4, address)
         address = ptx.op("mad.lo.u32", self.quad, 2 * self.sum_stride * 4, address)

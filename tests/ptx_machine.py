@@ -11,6 +11,13 @@ import ml_dtypes
 import numpy as np
 
 _HALVES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
+_FLOAT = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "fma": lambda a, b, c: a * b + c,
+}
 _GAP = 4096  # unmapped bytes between operands
 _POISON = 0x7FFF7FFF  # NaN in every type
 
@@ -45,7 +52,7 @@ class _Program:
             if line.endswith(":"):
                 self.labels[line[:-1]] = len(self.code)
                 continue
-            match = re.fullmatch(r"(?:@(\w+) )?(\S+)(?: (.*))?;", line)
+            match = re.fullmatch(r"(?:@(!?\w+) )?(\S+)(?: (.*))?;", line)
             parts = re.findall(r"\{[^}]*\}|[^,\s]+", match[3] or "")
             self.code.append((match[1], match[2], [_operand(p) for p in parts]))
 
@@ -56,7 +63,7 @@ class _Program:
             active = counter == at
             counter[active] += 1
             if guard:
-                active &= self.registers[guard] != 0
+                active &= (self.registers[guard.lstrip("!")] != 0) != guard.startswith("!")
             if opcode == "bra":
                 counter[active] = self.labels[operands[0]]
             elif active.any():
@@ -106,17 +113,21 @@ class _Program:
             low, high = (self.read(half) for half in operands[1])
             place = np.uint64(32 if wide else 16)
             self.write(operands[0], low | high << place, active)
-        elif kind == "f32" and name in ("add", "fma"):
-            a, b, *c = (self.floats(o) for o in operands[1:])
+        elif name == "selp":
+            a, b, which = (self.read(o) for o in operands[1:])
+            self.write(operands[0], np.where(which, a, b), active)
+        elif kind == "f32" and name in _FLOAT:
+            values = (self.floats(o).astype(np.float64) for o in operands[1:])
             with np.errstate(all="ignore"):
-                value = a + b if name == "add" else (a.astype(np.float64) * b + c[0])
-            self.write(operands[0], value.astype(np.float32).view(np.uint32), active)
+                value = _FLOAT[name](*values).astype(np.float32)
+            self.write(operands[0], value.view(np.uint32), active)
         elif name == "cvt":
             self.convert(opcode, operands, active)
-        elif name == "mul" and opcode[1] == "rn":
+        elif opcode[1] == "rn" and kind[:-2] in _HALVES:
             half = _HALVES[kind[:-2]]
-            a, b = (_halves(self.read(o), half) for o in operands[1:])
-            self.write(operands[0], _join((a * b).astype(half)), active)
+            # One rounding: products and sums of halves are exact, or nearly so, in float64.
+            values = (_halves(self.read(o), half).astype(np.float64) for o in operands[1:])
+            self.write(operands[0], _join(_FLOAT[name](*values).astype(half)), active)
         elif name == "shfl":
             lanes = np.arange(self.threads) ^ int(operands[2])
             self.write(operands[0], self.read(operands[1])[lanes], active)
@@ -249,11 +260,28 @@ def _join(pair):
     return low | high << np.uint64(16)
 
 
+def _permute_bytes(source, selectors):
+    """The byte of each selector's low three bits, or its sign eight times if the fourth is set."""
+    result = np.zeros_like(source)
+    for i in range(4):
+        selector = selectors >> 4 * i & 15
+        byte = source >> np.uint64(8 * (selector & 7)) & np.uint64(0xFF)
+        if selector & 8:
+            byte = (byte >> np.uint64(7)) * np.uint64(0xFF)
+        result |= byte << np.uint64(8 * i)
+    return result
+
+
 def _integer(name, opcode, v):
     if name == "prmt":
-        return v[0] & np.uint64(0xFFFF) | (v[1] & np.uint64(0xFFFF)) << np.uint64(16)
+        return _permute_bytes(v[0] & np.uint64(0xFFFFFFFF) | v[1] << np.uint64(32), int(v[2][0]))
     if name == "lop3":
-        return v[0] & v[1] | v[2]
+        table, result = int(v[3][0]), np.zeros_like(v[0])
+        for i in range(8):
+            if table >> i & 1:
+                a, b, c = (x if i & bit else ~x for x, bit in zip(v, (4, 2, 1), strict=False))
+                result |= a & b & c
+        return result
     simple = {
         "mov": lambda: v[0],
         "and": lambda: v[0] & v[1],

@@ -287,7 +287,7 @@ def test_saved_model_is_loaded_again(tmp_path):
 # --- operations by platform -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("m", "k", "n"), [(1, 384, 128), (3, 256, 64), (16, 1024, 192)])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 192, 128), (3, 256, 256), (16, 1024, 384)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dense_kernel(rng, m, k, n, dtype):
     x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((m, k), (k, n)))
@@ -296,6 +296,8 @@ def test_dense_kernel(rng, m, k, n, dtype):
     assert relative(found, wanted) < 1e-5
     assert relative(platforms.linear(x, w, jnp.float32), wanted) < 1e-5
     assert relative(platforms.linear(x, w, x.dtype).astype(jnp.float32), wanted) < 1e-2
+    with pytest.raises(ValueError, match="multiples"):
+        dense.matmul(x, w[:, 1:], out_dtype=jnp.float32, interpret=True)
 
 
 @pytest.mark.parametrize("m", [1, 3])

@@ -74,7 +74,13 @@ def _case(m, n, k, bits, *, group_size=64, books=1, dtype=HALF, scales=HALF, bia
     return matvec.Case(m, n, k, bits, group_size, books, dtype, scales, bias, out)
 
 
-@pytest.mark.parametrize("row", tuning._table(), ids=lambda r: "{bits}-{m}-{n}-{k}".format(**r))
+def _tuned_rows():
+    """A row of the table for each configuration in it."""
+    rows = {(r["bits"], r["m"], r["kernel"], *r["config"].values()): r for r in tuning._table()}
+    return list(rows.values())
+
+
+@pytest.mark.parametrize("row", _tuned_rows(), ids=lambda r: "{bits}-{m}-{n}-{k}".format(**r))
 def test_tuned_rows_lower(row):
     case = _case(row["m"], row["n"], row["k"], row["bits"])
     plan = tuning.choose(case, row["device"])
@@ -121,7 +127,7 @@ def test_plans_say_why():
     odd = pallas_kernels.plan(1, dtype=HALF, **(facts | {"group_size": 10}))
     assert odd.kernel == "gather" and "group_size=10" in odd.reason
     unknown = pallas_kernels.plan(1, dtype=HALF, device_kind="another", **facts)
-    assert "NVIDIA H200" in unknown.reason
+    assert "NVIDIA H" in unknown.reason
 
 
 def test_codebooks_that_change_within_a_program_take_smaller_programs():

@@ -21,9 +21,12 @@ _MAX_COPIES = 96
 # Below 8 tokens XLA's float product on a CPU is fastest over rows [n, k], above over [k, n] (2 cores
 # of a Zen 4 server, 2026-11-23: 1.5 against 2.7 ms at m = 1, 8.4 against 5.3 ms at m = 16, 4096 x 4096).
 _ROWS_BELOW = 8
-# Seconds that a call on a GPU takes at least, and that a sample should take.
+# Seconds that a call on a GPU takes at least, what its start may add to a call alone, and what a sample should
+# take: at the start of each program the host writes the addresses of a pass into a graph, 9 us a call, and
+# the device waits (H100, 2026-11-25: 10.8 instead of 8.6 us a call with 10 passes).
 _LEAST_CALL = 3e-6
-_SAMPLE = {"cpu": 0.05, "gpu": 0.02}
+_START_NOISE = 1e-4
+_SAMPLE = {"cpu": 0.05, "gpu": 0.05}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +147,8 @@ def _loops(work: Workload, copies: int, bound_us: float) -> int:
     """Passes such that one sample is long against the clock and the start of a program."""
     cpu = work.device.platform == "cpu"
     call = timing.seconds_of_call(lambda: work.step(work.x, work.weight))
-    # On a GPU a single call takes far longer to start than to run.
-    estimate = max(bound_us * 1e-6, call - timing.seconds_to_start(), 0.0 if cpu else _LEAST_CALL)
+    if not cpu:  # a single call takes far longer to start than to run
+        call = max(_LEAST_CALL, call - _START_NOISE)
+    estimate = max(bound_us * 1e-6, call - timing.seconds_to_start())
     target = _SAMPLE["cpu" if cpu else "gpu"]
     return max(1, round(target / estimate / copies))

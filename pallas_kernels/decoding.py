@@ -1,0 +1,223 @@
+"""From packed codes to the operand registers of the tensor cores, in registers or through a table.
+
+Two ways, by the width of a code:
+
+- 2, 4 and 8 bits: a byte of codes is an index into a table of its 8 / bits values in shared memory. Every
+  lane (or pair of lanes, or four, for wider entries) has a copy of the table in banks of its own: no bank
+  conflicts, about one integer instruction a weight at 4 bits, and any codebook costs the same.
+- 1 bit: a code that stands alone among a bfloat16's bits is a power of two or zero, and one multiply-add
+  makes the one or the other value of it: half an integer and half a float instruction a weight, no table.
+"""
+
+import abc
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.ptx import Ptx, at, vector
+
+_TABLE_ROW = 128  # bytes of the table for one byte of codes: copies for all lanes together
+
+
+def decoder(ptx: Ptx, bits: int, dtype, *, exact: bool = False, table_row: int = _TABLE_ROW):
+    """The decoder for codes of `bits` into values of `dtype`; see `Decoder`.
+
+    Args:
+        ptx: what the decoder writes to.
+        bits: 1, 2, 4 or 8.
+        dtype: bfloat16 or float16.
+        exact: whether the values are those of the codebook, and `factor` None.
+        table_row: bytes of a row of the table, if there is one: fewer copies, less memory.
+    """
+    if bits > 1:
+        return _Table(ptx, bits, dtype, table_row)
+    return _Select(ptx, dtype) if exact else _Scaled(ptx, dtype)
+
+
+class Decoder(abc.ABC):
+    """Writes the instructions that decode.
+
+    Attributes:
+        shared_bytes: shared memory that it needs, at the start of `fdk_shared`.
+        factor: register that the sums of products have to be multiplied by, or None.
+    """
+
+    shared_bytes = 0
+    factor: str | None = None
+
+    def __init__(self, ptx: Ptx, bits: int, dtype) -> None:
+        """Writes nothing yet."""
+        self.ptx, self.bits, self.dtype = ptx, bits, jnp.dtype(dtype)
+        self.kind = "bf16" if self.dtype == jnp.bfloat16 else "f16"
+
+    @abc.abstractmethod
+    def set_up(self, codebook: str, thread: str, threads: int) -> None:
+        """What comes before the loop: `codebook` holds the address of 2**bits float32 values."""
+
+    @abc.abstractmethod
+    def operands(self, words: list[str], plane: int, step: int) -> list[str]:
+        """Four registers: halves of the plane times upper and lower row."""
+
+    def pack(self, low: str, high: str) -> str:
+        """A register with two values."""
+        return self.ptx.op(f"cvt.rn.{self.kind}x2.f32", high, low)
+
+    def _value(self, codebook: str, code: str | int, when: str | None = None) -> str:
+        """A value of the codebook, float32."""
+        value = self.ptx.register("f32")
+        address = self.ptx.op("mad.wide.u32", code, 4, codebook, kind="b64")
+        self.ptx.do("ld.global.nc.f32", value, at(address), when=when)
+        return value
+
+
+def unpack(ptx: Ptx, pair: str, dtype) -> list[str]:
+    """The two values of a register of bfloat16 or float16 as float32."""
+    if dtype == jnp.bfloat16:
+        return [ptx.op("shl.b32", pair, 16), ptx.op("and.b32", pair, "0xffff0000")]
+    halves = ptx.registers("b16", 2)
+    ptx.do("mov.b32", vector(halves), pair)
+    return [ptx.op("cvt.f32.f16", half, kind="f32") for half in halves]
+
+
+class _Table(Decoder):
+    def __init__(self, ptx: Ptx, bits: int, dtype, row: int) -> None:
+        super().__init__(ptx, bits, dtype)
+        self.row = row
+        self.shared_bytes = 256 * row
+        self.entry_bytes = max(4, 16 // bits)
+
+    def set_up(self, codebook: str, thread: str, threads: int) -> None:
+        """Writes the values of every byte into shared memory, a copy for each lane's banks."""
+        ptx = self.ptx
+        self.table = ptx.op("mov.u32", "fdk_shared")
+        lane_copy = ptx.op("and.b32", thread, self.row // self.entry_bytes - 1)
+        self.lane_offset = ptx.op("mul.lo.u32", lane_copy, self.entry_bytes)
+        for i in range(-(-256 // threads)):
+            byte = ptx.op("add.u32", thread, i * threads)
+            mine = ptx.op("setp.lt.u32", byte, 256, kind="pred") if threads > 256 else None
+            pattern = self._pattern(byte, codebook, mine)
+            row = ptx.op("mad.lo.u32", byte, self.row, self.table)
+            for turn in range(self.row // 16):
+                # Lanes start at different columns: otherwise all would write to the same banks.
+                column = ptx.op("add.u32", thread, turn)
+                column = ptx.op("and.b32", column, self.row // 16 - 1)
+                address = ptx.op("mad.lo.u32", column, 16, row)
+                ptx.do("st.shared.v4.b32", at(address), vector(pattern), when=mine)
+        ptx.do("bar.sync", 0)
+
+    def _pattern(self, byte: str, codebook: str, mine: str | None) -> list[str]:
+        """16 bytes of a table row: the values of `byte`, repeated."""
+        ptx, bits = self.ptx, self.bits
+        values = []
+        for i in range(8 // bits):
+            code = ptx.op("and.b32", ptx.op("shr.u32", byte, bits * i), 2**bits - 1)
+            values.append(self._value(codebook, code, mine))
+        if bits == 8:
+            values *= 2
+        pairs = [self.pack(values[i], values[i + 1]) for i in range(0, len(values), 2)]
+        return pairs * (4 // len(pairs))
+
+    def operands(self, words: list[str], plane: int, step: int) -> list[str]:
+        found = []
+        for byte in range(plane * self.bits, (plane + 1) * self.bits):
+            found += self._look_up(words[4 * (byte // 4) + step], byte % 4)
+        if self.bits == 8:
+            pairs = zip(found[::2], found[1::2], strict=True)
+            return [self.ptx.op("prmt.b32", low, high, "0x5410") for low, high in pairs]
+        return found
+
+    def _look_up(self, word: str, byte: int) -> list[str]:
+        """The pairs of values of a byte of a word."""
+        ptx = self.ptx
+        place = self.row.bit_length() - 1
+        opcode, distance = ("shl.b32", place) if byte == 0 else ("shr.u32", 8 * byte - place)
+        address = ptx.op(opcode, word, distance)
+        address = ptx.op("lop3.b32", address, 255 * self.row, self.lane_offset, "0xEA")
+        address = ptx.op("add.u32", address, self.table)
+        pairs = ptx.registers("b32", self.entry_bytes // 4)
+        width = f".v{len(pairs)}" if len(pairs) > 1 else ""
+        ptx.do(f"ld.shared{width}.b32", vector(pairs) if width else pairs[0], at(address))
+        return pairs
+
+
+class _Bits(Decoder):
+    """Codes of one bit: those of a register's two values stand 16 bits apart, see `fdk_jax.packing`."""
+
+    def __init__(self, ptx: Ptx, dtype) -> None:
+        super().__init__(ptx, 1, dtype)
+
+    def operands(self, words: list[str], plane: int, step: int) -> list[str]:
+        word, first = words[4 * (plane // 4) + step], plane % 4 * 4
+        return [self._pair(word, first + i) for i in range(4)]
+
+    @abc.abstractmethod
+    def _pair(self, word: str, place: int) -> str:
+        """The values of the bits at `place` and `place` + 16."""
+
+    def _both(self, codebook: str) -> list[str]:
+        """The two values of the codebook as `dtype` rounds them: a pair, and each in float32."""
+        pair = self.pack(*(self._value(codebook, code) for code in range(2)))
+        return [pair, *unpack(self.ptx, pair, self.dtype)]
+
+
+class _Scaled(_Bits):
+    """Decodes to first / (second - first) * unit, and that plus a unit; `factor` makes them the codebook's.
+
+    A bit among the exponent's, with zeros around it, is a power of two t, and t * (unit / t) is exact. So one
+    multiply-add with constants gives both values, and one rounding of the first is the only error. Bits 7
+    to 14 serve both types; the others get there by a swap of bytes. float16 has t down to 2**-17: with its
+    unit of a quarter, unit / t stays finite.
+    """
+
+    def set_up(self, codebook: str, thread: str, threads: int) -> None:
+        """Computes the first value and the factor."""
+        del thread, threads
+        ptx, unit = self.ptx, 1.0 if self.kind == "bf16" else 0.25
+        first, second = self._both(codebook)[1:]
+        step = ptx.op("sub.f32", second, first, kind="f32")
+        low = ptx.op("div.full.f32", first, step, kind="f32")
+        low = ptx.op("mul.f32", low, _float(unit), kind="f32")
+        # Equal values: so large a first one that a unit more does not change it.
+        equal = ptx.op("setp.eq.f32", step, _float(0.0), kind="pred")
+        low = ptx.op("selp.f32", _float(2048.0), low, equal, kind="f32")
+        self.low = self.pack(low, low)
+        # The factor that fits both decoded values best.
+        low = unpack(ptx, self.low, self.dtype)[0]
+        high = ptx.op("add.f32", low, _float(unit), kind="f32")
+        high = unpack(ptx, self.pack(high, high), self.dtype)[0]
+        wanted = ptx.op("mul.f32", first, low, kind="f32")
+        wanted = ptx.op("fma.rn.f32", second, high, wanted, kind="f32")
+        square = ptx.op("mul.f32", low, low, kind="f32")
+        square = ptx.op("fma.rn.f32", high, high, square, kind="f32")
+        self.factor = ptx.op("div.full.f32", wanted, square, kind="f32")
+        powers = (np.uint16(1) << np.arange(7, 15, dtype=np.uint16)).view(self.dtype)
+        inverses = (unit / powers.astype(np.float64)).astype(self.dtype).view(np.uint16)
+        self.inverses = [ptx.op("mov.b32", f"0x{int(i) * 0x10001:08x}") for i in inverses]
+
+    def _pair(self, word: str, place: int) -> str:
+        ptx = self.ptx
+        if not 7 <= place <= 14:  # the assembler keeps one of a word's equal swaps
+            word, place = ptx.op("prmt.b32", word, word, "0x2301"), (place + 8) % 16
+        power = ptx.op("and.b32", word, f"0x{0x10001 << place:08x}")
+        return ptx.op(f"fma.rn.{self.kind}x2", power, self.inverses[place - 7], self.low)
+
+
+class _Select(_Bits):
+    """Decodes to the values of the codebook themselves, three integer instructions a pair."""
+
+    def set_up(self, codebook: str, thread: str, threads: int) -> None:
+        """Loads the two values, each twice."""
+        del thread, threads
+        pair, *_ = self._both(codebook)
+        self.low = self.ptx.op("prmt.b32", pair, pair, "0x1010")
+        self.high = self.ptx.op("prmt.b32", pair, pair, "0x3232")
+
+    def _pair(self, word: str, place: int) -> str:
+        signs = self.ptx.op("shl.b32", word, 15 - place)
+        mask = self.ptx.op("prmt.b32", signs, signs, "0xBB99")  # bits 15 and 31, 16 times each
+        return self.ptx.op("lop3.b32", self.high, self.low, mask, "0xE4")
+
+
+def _float(value: float) -> str:
+    """A float32 as PTX writes it."""
+    return f"0f{int(np.float32(value).view(np.uint32)):08X}"
