@@ -135,6 +135,7 @@ def _load_suite() -> tuple[Any, list[Any]]:
             batches=_integers("batch"),
             group_sizes=_integers("group_size"),
             codebooks=FLAGS.codebook,
+            arithmetics=FLAGS.arithmetic,
             prompt=FLAGS.prompt,
             steps=FLAGS.steps,
         )

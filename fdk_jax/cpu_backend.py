@@ -20,8 +20,8 @@ import numpy as np
 from jax import Array
 
 ARITHMETIC = {"exact": 0, "int16": 1, "int8": 2}
-ABI_VERSION = 1
-_TARGET = "fdk_matmul"
+INTERFACE = 2  # of cpu/bindings/module.cpp
+FEW_TOKENS = 16  # that `dense` takes at most
 
 
 @functools.cache
@@ -40,9 +40,9 @@ def _load() -> ModuleType | str:
         spec.loader.exec_module(module)
     except ImportError as error:
         return f"{spec.origin} does not load: {error}"
-    if module.abi_version != ABI_VERSION:
+    if (found := getattr(module, "interface", 1)) != INTERFACE:
         return (
-            f"{spec.origin} has interface {module.abi_version}, expected {ABI_VERSION}: rebuild it"
+            f"{spec.origin} has interface {found}, expected {INTERFACE}: rebuild it"
             " (`ninja -C cpu`, or reinstall fdk-jax)"
         )
     for name, handler in module.ffi_handlers().items():
@@ -121,7 +121,7 @@ def matmul(
         raise NotImplementedError(f'backend="cpu" cannot do this: {reason}')
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     call = jax.ffi.ffi_call(
-        _TARGET,
+        "fdk_matmul",
         jax.ShapeDtypeStruct((x.shape[0], out_features), out_dtype),
         vmap_method="sequential",
     )
@@ -136,6 +136,83 @@ def matmul(
         uniform=bool(uniform),
         arithmetic=np.int64(ARITHMETIC[arithmetic]),
     )
+
+
+def dense(x: Array, weight: Array, *, rows: bool, out_dtype: Any) -> Array:
+    """A few tokens times an unquantised matrix, which is read once, in its own dtype.
+
+    Args:
+        x: bfloat16, float16 or float32 [M, K], M at most `FEW_TOKENS`.
+        weight: [N, K] if `rows`, else [K, N]; any of these dtypes. Products and sums are float32.
+        rows: see `weight`.
+        out_dtype: dtype of y.
+
+    Returns:
+        y [M, N].
+
+    Raises:
+        NotImplementedError: there is no library.
+    """
+    library()
+    shape = (x.shape[0], weight.shape[0 if rows else 1])
+    call = jax.ffi.ffi_call("fdk_dense", jax.ShapeDtypeStruct(shape, out_dtype))
+    return call(x, weight, rows=rows)
+
+
+def take_rows(table: Array, index: Array) -> Array:
+    """Rows of a table [N, D] at int32 [M], out of range the nearest one: [M, D].
+
+    Raises:
+        NotImplementedError: there is no library.
+    """
+    library()
+    struct = jax.ShapeDtypeStruct((index.shape[0], table.shape[1]), table.dtype)
+    return jax.ffi.ffi_call("fdk_take_rows", struct)(table, index)
+
+
+def attention(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    lengths: Array,
+    keys: Array,
+    values: Array,
+    *,
+    norms: tuple[Array, Array] | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[Array, Array, Array]:
+    """Attention of one new token a sequence over the cache and itself, in one call.
+
+    Head norms, RoPE, the cache's update in place and softmax over as many slots as are filled; all in
+    float32 between its inputs and results. See `pallas_kernels.attention.decode` for the arguments.
+
+    Returns:
+        ([B, H * D], keys, values).
+
+    Raises:
+        NotImplementedError: there is no library.
+    """
+    library()
+    struct = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)  # noqa: E731
+    batch, kv_heads, _, head_dim = keys.shape
+    width = qkv.shape[1] - 2 * kv_heads * head_dim
+    none = jnp.zeros((0,), qkv.dtype)
+    call = jax.ffi.ffi_call(
+        "fdk_attention",
+        (jax.ShapeDtypeStruct((batch, width), qkv.dtype), struct(keys), struct(values)),
+        input_output_aliases={4: 1, 5: 2},
+    )
+    out, keys, values = call(
+        qkv,
+        cos,
+        sin,
+        lengths,
+        keys,
+        values,
+        *(norms or (none, none)),
+        norm_eps=np.float32(norm_eps),
+    )
+    return out, keys, values
 
 
 def convert_tiled(

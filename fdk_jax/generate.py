@@ -58,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
     where = parser.add_argument_group("where")
     where.add_argument("--backend", choices=("pallas", "cpu", "xla"), help="of quantised layers")
+    where.add_argument(
+        "--arithmetic",
+        default="exact",
+        choices=("exact", "int16", "int8"),
+        help="of activations in quantised layers on a CPU (int8 is the fastest)",
+    )
     where.add_argument("--platform", choices=("cpu", "cuda"), help="default: the best there is")
     where.add_argument("--devices", type=int, default=1, help="that share every matrix")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -92,6 +98,7 @@ def _generator(args: argparse.Namespace, console: rich.console.Console) -> model
             dtype=args.dtype,
             parallel=parallel,
             backend=args.backend,
+            arithmetic=args.arithmetic,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
         generator = models.Generator(model, max_context=args.max_context, backend=args.backend)

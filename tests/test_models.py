@@ -1,6 +1,7 @@
 """Models against golden values of `transformers`, loading, tensor parallelism, decode attention."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import fdk_jax
-from fdk_jax import models
+from fdk_jax import cpu_backend, models
 from fdk_jax.models import attention, platforms, rope
 from fdk_jax.models.cache import append
 from fdk_jax.models.config import ModelConfig, custom_llama, read_config
@@ -66,20 +67,6 @@ def test_logits_and_greedy_tokens_equal_transformers(name):
     assert out.tokens == golden["greedy"].tolist()
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_live_parity_with_transformers(name):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    if "kmeans" in name:
-        pytest.skip("transformers cannot read this layout")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(DATA / name, dtype=torch.float32)
-    tokens = np.random.default_rng().integers(0, theirs.config.vocab_size, (3, 40))
-    with torch.no_grad():
-        wanted = theirs(torch.from_numpy(tokens)).logits.numpy()
-    ours = models.Generator(models.load(DATA / name, dtype="float32"))
-    assert relative(ours.logits(tokens), wanted) < 1e-5
-
-
 @pytest.mark.parametrize(
     ("name", "bits"), [("llama2", 1), ("llama3", 4), ("qwen2", 2), ("qwen3", 8)]
 )
@@ -116,6 +103,23 @@ def test_head_can_be_quantised_too():
     plain = models.Generator(fdk_jax.dequantise(model))
     tokens = expected("qwen2")["tokens"]
     assert relative(models.Generator(model).logits(tokens), plain.logits(tokens)) < 1e-5
+
+
+def test_arithmetic_of_activations():
+    if (reason := cpu_backend.unavailable_reason()) is not None:
+        pytest.skip(reason)
+    options = dict(quantisation=models.Quantisation(4, 32, head_bits=8), dtype="float32")
+    tokens = expected("qwen2")["tokens"]
+    exact, int8 = (
+        models.Generator(models.load(DATA / "qwen2", **options, **more), backend="cpu")
+        for more in ({}, dict(backend="cpu", arithmetic="int8"))
+    )
+    assert 1e-4 < relative(int8.logits(tokens), exact.logits(tokens)) < 0.1
+    assert len(int8.generate(tokens[:, :4].tolist(), max_tokens=5).tokens[0]) == 5
+    with pytest.raises(ValueError, match="needs backend=\"cpu\", not 'xla'"):
+        models.load(DATA / "qwen2", **options, backend="xla", arithmetic="int8")
+    with pytest.raises(ValueError, match="arithmetic='fp8'"):
+        models.load(DATA / "qwen2", arithmetic="fp8")
 
 
 def test_bfloat16_model_is_close_to_float32():
@@ -440,14 +444,27 @@ def test_tensor_parallel_refuses_what_does_not_divide(tmp_path):
 # --- decode attention -------------------------------------------------------------------------
 
 
+def decode_attention(kernel: str, *args, splits=None, **options):
+    """One of the kernels for a token's attention; the C++ one inside jit, its cache copied."""
+    if kernel == "pallas":
+        return pallas_attention.decode(*args, splits=splits, interpret=True, **options)
+    if (reason := cpu_backend.unavailable_reason()) is not None:
+        pytest.skip(reason)
+    return jax.jit(functools.partial(cpu_backend.attention, **options))(*args)
+
+
+KERNELS = pytest.mark.parametrize("kernel", ["pallas", "cpu"])
+
+
 @pytest.mark.parametrize(
     ("batch", "kv_heads", "group", "head_dim", "capacity", "splits"),
     [(2, 2, 3, 32, 128, 1), (3, 1, 4, 64, 192, 3), (1, 2, 1, 128, 128, 2), (2, 1, 17, 32, 64, 1)],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("normed", [False, True])
+@KERNELS
 def test_decode_attention_kernel(
-    rng, batch, kv_heads, group, head_dim, capacity, splits, dtype, normed
+    rng, batch, kv_heads, group, head_dim, capacity, splits, dtype, normed, kernel
 ):
     heads = kv_heads * group
 
@@ -464,8 +481,8 @@ def test_decode_attention_kernel(
     # What lies behind the tokens of a sequence must not matter.
     behind = jnp.arange(capacity)[None, None, :, None] >= lengths[:, None, None, None]
     dirty = [jnp.where(behind, jnp.asarray(1e4, dtype), a) for a in (keys, values)]
-    found, new_keys, new_values = pallas_attention.decode(
-        qkv, cos, sin, lengths, *dirty, norms=norms, splits=splits, interpret=True
+    found, new_keys, new_values = decode_attention(
+        kernel, qkv, cos, sin, lengths, *dirty, norms=norms, splits=splits
     )
 
     wide = np.asarray(qkv.astype(jnp.float32), np.float64).reshape(batch, -1, head_dim)
@@ -511,12 +528,13 @@ def test_decode_attention_kernel(
     assert relative(np.asarray(found.astype(jnp.float32)).reshape(wanted.shape), wanted) < tolerance
 
 
-def test_decode_attention_never_writes_past_a_full_cache(rng):
+@KERNELS
+def test_decode_attention_never_writes_past_a_full_cache(rng, kernel):
     qkv = jnp.asarray(rng.normal(size=(2, 4 * 32)), jnp.float32)
     cache = jnp.zeros((2, 1, 64, 32), jnp.float32)
     turn = jnp.ones((2, 16), jnp.float32)
     lengths = jnp.array([64, 1000], jnp.int32)
-    _, keys, _ = pallas_attention.decode(qkv, turn, turn, lengths, cache, cache, interpret=True)
+    _, keys, _ = decode_attention(kernel, qkv, turn, turn, lengths, cache, cache)
     assert (np.asarray(keys)[:, :, :63] == 0).all() and (np.asarray(keys)[:, :, 63] != 0).any()
 
 

@@ -3,7 +3,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <thread>
@@ -123,6 +125,134 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_matmul, matmul,
                                   .Attr<bool>("uniform")
                                   .Attr<int64_t>("arithmetic"));
 
+// Attention of one token a sequence, which puts its key and value into the cache in place: qkv
+// [B, (H + 2 KV) d], cos and sin [B, d / 2], lengths [B], keys and values [B, KV, S, d] (also results),
+// norms [d] or [0] -> out [B, H d].
+ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::BufferR2<ffi::F32> cos,
+                     ffi::BufferR2<ffi::F32> sin, ffi::BufferR1<ffi::S32> lengths,
+                     ffi::AnyBuffer keys, ffi::AnyBuffer values, ffi::AnyBuffer q_norm,
+                     ffi::AnyBuffer k_norm, ffi::Result<ffi::AnyBuffer> out,
+                     ffi::Result<ffi::AnyBuffer> new_keys, ffi::Result<ffi::AnyBuffer> new_values,
+                     float norm_eps) {
+  fdk::Attention args{};
+  const auto cache = keys.dimensions();
+  if (cache.size() != 4 || qkv.dimensions().size() != 2 || out->dimensions().size() != 2)
+    return ffi::Error::InvalidArgument("fdk: keys must have four axes, qkv and out two");
+  args.batch = cache[0];
+  args.kv_heads = cache[1];
+  args.capacity = cache[2];
+  args.head_dim = cache[3];
+  if (args.batch < 1 || args.kv_heads < 1 || args.capacity < 1 || args.head_dim < 2 ||
+      args.head_dim % 2 != 0)
+    return ffi::Error::InvalidArgument("fdk: the cache is empty or its head_dim is odd");
+  const int64_t d = args.head_dim;
+  args.heads = out->dimensions()[1] / d;
+  const auto is = [](auto dimensions, int64_t rows, int64_t columns) {
+    return dimensions.size() == 2 && dimensions[0] == rows && dimensions[1] == columns;
+  };
+  const auto same = [&](auto &buffer) {
+    return buffer.element_type() == keys.element_type() && buffer.dimensions() == cache;
+  };
+  const auto is_norm = [&](auto &buffer) {
+    return buffer.element_type() == keys.element_type() &&
+           (buffer.element_count() == 0 || buffer.element_count() == static_cast<size_t>(d));
+  };
+  if (args.heads < 1 || args.heads % args.kv_heads != 0 ||
+      !is(out->dimensions(), args.batch, args.heads * d) ||
+      !is(qkv.dimensions(), args.batch, (args.heads + 2 * args.kv_heads) * d) ||
+      !is(cos.dimensions(), args.batch, d / 2) || !is(sin.dimensions(), args.batch, d / 2) ||
+      lengths.dimensions()[0] != args.batch || !same(values) || !same(*new_keys) ||
+      !same(*new_values) || !is_norm(q_norm) || !is_norm(k_norm) ||
+      qkv.element_type() != keys.element_type() || out->element_type() != keys.element_type() ||
+      !to_dtype(keys.element_type(), args.dtype))
+    return ffi::Error::InvalidArgument("fdk: attention's shapes or dtypes do not fit the cache's");
+  if (keys.untyped_data() != new_keys->untyped_data() ||
+      values.untyped_data() != new_values->untyped_data())
+    return ffi::Error::InvalidArgument("fdk: attention updates the cache in place: alias it");
+  args.qkv = qkv.untyped_data();
+  args.cos = cos.typed_data();
+  args.sin = sin.typed_data();
+  args.lengths = lengths.typed_data();
+  args.keys = new_keys->untyped_data();
+  args.values = new_values->untyped_data();
+  args.q_norm = q_norm.element_count() == 0 ? nullptr : q_norm.untyped_data();
+  args.k_norm = k_norm.element_count() == 0 ? nullptr : k_norm.untyped_data();
+  args.norm_eps = norm_eps;
+  args.out = out->untyped_data();
+  return to_error(fdk::attention(args, fdk::Team{run_on_xla, &pool}));
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_attention, attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("norm_eps"));
+
+// A few tokens x [M, K] times an unquantised weight, [N, K] (`rows`) or [K, N] -> y [M, N].
+ffi::Error dense(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
+                 ffi::Result<ffi::AnyBuffer> y, bool rows) {
+  if (x.dimensions().size() != 2 || weight.dimensions().size() != 2 || y->dimensions().size() != 2)
+    return ffi::Error::InvalidArgument("fdk: x, weight and y must have two axes");
+  fdk::FewTokens args{};
+  args.m = x.dimensions()[0];
+  args.k = x.dimensions()[1];
+  args.n = y->dimensions()[1];
+  args.rows = rows;
+  fdk_dtype x_dtype{};
+  if (y->dimensions()[0] != args.m || args.m > fdk::kFewTokens ||
+      weight.dimensions()[rows ? 0 : 1] != args.n || weight.dimensions()[rows ? 1 : 0] != args.k ||
+      !to_dtype(x.element_type(), x_dtype) || !to_dtype(weight.element_type(), args.dtype) ||
+      !to_dtype(y->element_type(), args.y_dtype))
+    return ffi::Error::InvalidArgument(
+        "fdk: x, weight and y do not fit each other, or have a dtype unknown here or over 16 tokens");
+  args.weight = weight.untyped_data();
+  args.y = y->untyped_data();
+  return to_error(
+      fdk::few_tokens(args, x.untyped_data(), x_dtype, fdk::Team{run_on_xla, &pool}));
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_dense, dense,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<bool>("rows"));
+
+// table [N, D], index [M] -> the rows [M, D], out of range the nearest one.
+ffi::Error take_rows(ffi::AnyBuffer table, ffi::BufferR1<ffi::S32> index,
+                     ffi::Result<ffi::AnyBuffer> rows) {
+  const auto from = table.dimensions();
+  const auto to = rows->dimensions();
+  if (from.size() != 2 || to.size() != 2 || from[0] < 1 || to[1] != from[1] ||
+      to[0] != index.dimensions()[0] || rows->element_type() != table.element_type())
+    return ffi::Error::InvalidArgument("fdk: the rows do not fit the table and the index");
+  const size_t size = table.size_bytes() / static_cast<size_t>(from[0]);
+  for (int64_t i = 0; i < to[0]; ++i) {
+    const int64_t row = std::clamp<int64_t>(index.typed_data()[i], 0, from[0] - 1);
+    std::memcpy(static_cast<char *>(rows->untyped_data()) + static_cast<size_t>(i) * size,
+                static_cast<const char *>(table.untyped_data()) + static_cast<size_t>(row) * size,
+                size);
+  }
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_take_rows, take_rows,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());
+
 void check(fdk_status status) {
   if (status == FDK_OK) return;
   const std::string message = fdk_last_error();
@@ -181,10 +311,13 @@ void from_tiled(const Bytes &tiled_packed, const Bytes &tiled_scales, Bytes &pac
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The CPU library: XLA FFI handlers and the layout conversion.";
-  module.attr("abi_version") = fdk_abi_version();
+  module.attr("interface") = 2;  // raised with every change that fdk_jax/cpu_backend.py must follow
   module.def("ffi_handlers", [] {
     py::dict handlers;
     handlers["fdk_matmul"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_matmul));
+    handlers["fdk_attention"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_attention));
+    handlers["fdk_dense"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_dense));
+    handlers["fdk_take_rows"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_take_rows));
     return handlers;
   }, "FFI handlers by the name of their target.");
   // Scales travel as bytes.

@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "convert.h"
 #include "dispatch.h"
@@ -107,6 +108,20 @@ fdk_status matmul(const fdk_weight *weight, const fdk_matmul_args *args, const T
     require(weight != nullptr && args != nullptr, "weight or args is null");
     const OwnedPlan plan(*weight, *args);
     run_plan(plan.get(), team, threads_or_default(args->num_threads));
+  });
+}
+
+fdk_status attention(const Attention &args, const Team &team) {
+  return guarded([&] { run_attention(args, team, threads_or_default(0)); });
+}
+
+fdk_status few_tokens(FewTokens args, const void *x, fdk_dtype x_dtype, const Team &team) {
+  return guarded([&] {
+    std::vector<float> wide(static_cast<size_t>(args.m * args.k));
+    for (size_t i = 0; i < wide.size(); ++i)
+      wide[i] = load_as_f32(x, x_dtype, static_cast<int64_t>(i));
+    args.x = wide.data();
+    run_few_tokens(args, team, threads_or_default(0));
   });
 }
 

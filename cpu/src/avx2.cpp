@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "decoding.h"
 #include "levels.h"
 #include "numeric.h"
 
@@ -376,7 +377,7 @@ bool available() {
 
 }  // namespace
 
-const Level kAvx2Level = {"avx2", available, kKernels, nullptr, nullptr, nullptr};
+const Level kAvx2Level = {"avx2", available, kKernels, nullptr, nullptr, nullptr, &kDecoding};
 
 }  // namespace fdk
 

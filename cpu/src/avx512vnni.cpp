@@ -3,6 +3,7 @@
 
 #include "avx512.h"
 #include "avx512_probes.h"
+#include "decoding.h"
 #include "levels.h"
 
 namespace fdk {
@@ -47,7 +48,8 @@ bool available() {
 
 }  // namespace
 
-const Level kAvx512VnniLevel = {"avx512vnni", available, kKernels, nullptr, probe_copy, probe_sum};
+const Level kAvx512VnniLevel = {"avx512vnni", available, kKernels, nullptr, probe_copy, probe_sum,
+                                &kDecoding};
 
 }  // namespace fdk
 

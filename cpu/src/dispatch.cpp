@@ -207,6 +207,46 @@ void run_dense(const fdk_dense_args &args, const Team &team, int threads) {
              [&](int64_t begin, int64_t end) { rows(args, begin, end); });
 }
 
+void run_attention(const Attention &args, const Team &team, int threads) {
+  const Decoding &loops = *first_of(&Level::decoding);
+  int64_t longest = 0;
+  int64_t slots = 0;
+  for (int64_t b = 0; b < args.batch; ++b) {
+    longest = std::max(longest, args.slot(b) + 1);
+    slots += args.slot(b) + 1;
+  }
+  // Waking a thread costs more than a short cache.
+  constexpr int64_t worth_a_thread = int64_t{1} << 17;
+  const int64_t work = slots * args.heads * args.head_dim;
+  threads = static_cast<int>(std::clamp(work / worth_a_thread, int64_t{1}, int64_t{threads}));
+  const size_t stride = round_up(static_cast<size_t>(args.scratch(longest)) * sizeof(float));
+  const Buffer scratch = allocate(stride * static_cast<size_t>(threads));
+  std::atomic<int> members{0};
+  WorkQueue heads(args.batch * args.kv_heads, 1, threads);
+  auto take_heads = [&] {
+    const size_t first = stride * static_cast<size_t>(members.fetch_add(1));
+    auto *own = reinterpret_cast<float *>(static_cast<char *>(scratch.get()) + first);
+    int64_t begin = 0;
+    int64_t end = 0;
+    while (heads.take(begin, end))
+      for (int64_t i = begin; i < end; ++i)
+        loops.attend(args, i / args.kv_heads, i % args.kv_heads, own);
+  };
+  team.run(
+      team, threads, [](void *work) { (*static_cast<decltype(take_heads) *>(work))(); },
+      &take_heads);
+}
+
+void run_few_tokens(const FewTokens &args, const Team &team, int threads) {
+  const Decoding &loops = *first_of(&Level::decoding);
+  const int64_t most = args.rows ? args.n : kDenseColumns;
+  for_pieces(team, threads, args.n, args.rows ? kTileRows : kDenseColumns,
+             [&](int64_t begin, int64_t end) {
+               for (; begin < end; begin += most)
+                 loops.dense(args, begin, std::min(begin + most, end));
+             });
+}
+
 void run_probe_copy(const void *source, void *target, size_t bytes, const Team &team,
                     int threads) {
   const ProbeCopy copy = first_of(&Level::probe_copy);

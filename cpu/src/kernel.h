@@ -97,6 +97,49 @@ using DenseRows = void (*)(const fdk_dense_args &args, int64_t row_begin, int64_
 using ProbeCopy = void (*)(const void *source, void *target, size_t bytes);
 using ProbeSum = int64_t (*)(const int32_t *source, size_t count);
 
+// Attention of one new token a sequence, heads [.., head_dim] of one dtype.
+struct Attention {
+  int64_t batch, heads, kv_heads, head_dim, capacity;
+  fdk_dtype dtype;
+  const void *qkv;                // [batch, (heads + 2 kv_heads) head_dim]
+  const float *cos, *sin;         // [batch, head_dim / 2], of the new tokens' positions
+  const int32_t *lengths;         // [batch], tokens in the cache
+  void *keys, *values;            // [batch, kv_heads, capacity, head_dim]
+  const void *q_norm, *k_norm;    // [head_dim], or null
+  float norm_eps;
+  void *out;                      // [batch, heads head_dim]
+
+  // Where a sequence's new token goes; a full cache has its last slot overwritten.
+  int64_t slot(int64_t sequence) const {
+    const int64_t length = lengths[sequence];
+    return length < 0 ? 0 : length < capacity ? length : capacity - 1;
+  }
+  // Floats that a call of Decoding::attend works in.
+  int64_t scratch(int64_t longest) const {
+    return (2 * head_dim + longest) * (heads / kv_heads) + head_dim;
+  }
+};
+
+// y [m, n] = x W^T for W [n, k] (`rows`) or x W for W [k, n], at most kFewTokens tokens.
+inline constexpr int64_t kFewTokens = 16;
+inline constexpr int64_t kDenseColumns = 256;
+struct FewTokens {
+  int64_t m, n, k;
+  const float *x;
+  const void *weight;
+  fdk_dtype dtype;  // of the weight
+  bool rows;
+  void *y;
+  fdk_dtype y_dtype;
+};
+
+// The loops of decoding.h.
+struct Decoding {
+  void (*attend)(const Attention &args, int64_t sequence, int64_t kv_head, float *scratch);
+  // Outputs [begin, end): at most kDenseColumns unless `rows`.
+  void (*dense)(const FewTokens &args, int64_t begin, int64_t end);
+};
+
 struct Level {
   const char *name;
   bool (*available)();  // may this machine run it?
@@ -104,6 +147,7 @@ struct Level {
   DenseRows dense_rows;  // null: the next level's
   ProbeCopy probe_copy;  // likewise
   ProbeSum probe_sum;
+  const Decoding *decoding = nullptr;
 };
 
 // Every level in this build, the best first, "scalar" last (levels.cpp).

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "decoding.h"
 #include "kernel.h"
 #include "levels.h"
 #include "numeric.h"
@@ -169,6 +170,7 @@ bool available() { return true; }
 
 }  // namespace
 
-const Level kScalarLevel = {"scalar", available, kKernels, dense_rows, probe_copy, probe_sum};
+const Level kScalarLevel = {"scalar", available, kKernels, dense_rows, probe_copy, probe_sum,
+                            &kDecoding};
 
 }  // namespace fdk

@@ -32,7 +32,8 @@ __all__ = ["ModelCase", "make_cases", "measure"]
 
 _CUSTOM = "custom-llama-"
 _DENSE_BITS = 16
-_TOLERANCE = 2e-2  # bfloat16 through two products, a softmax and two norms
+# bfloat16, and activations in integers, through two products, a softmax and two norms.
+_TOLERANCE = {"exact": 2e-2, "int16": 2e-2, "int8": 6e-2}
 _CODEBOOKS = ("uniform", "kmeans")
 
 
@@ -47,6 +48,7 @@ class ModelCase:
         bits: 1, 2, 4, 8, or 16 for weights that are not quantised.
         batch: sequences decoded together.
         group_size, codebook: None when the weights are not quantised.
+        arithmetic: of the activations that quantised weights multiply, see `fdk_jax.matmul`.
         prompt: tokens of each prompt.
         steps: tokens decoded after it.
     """
@@ -57,6 +59,7 @@ class ModelCase:
     batch: int
     group_size: int | None
     codebook: str | None
+    arithmetic: str
     prompt: int
     steps: int
 
@@ -66,6 +69,8 @@ class ModelCase:
         parts = [Path(self.model).name, self.backend, f"b{self.bits}"]
         if self.bits != _DENSE_BITS:
             parts += [f"g{self.group_size}", str(self.codebook)]
+        if self.arithmetic != "exact":
+            parts.append(self.arithmetic)
         return "-".join([*parts, f"batch{self.batch}"])
 
     def fields(self) -> dict[str, Any]:
@@ -82,6 +87,7 @@ def make_cases(
     batches: Sequence[int],
     group_sizes: Sequence[int] = (64,),
     codebooks: Sequence[str] = ("uniform",),
+    arithmetics: Sequence[str] = ("exact",),
     prompt: int = 2,
     steps: int = 30,
 ) -> list[ModelCase]:
@@ -94,19 +100,29 @@ def make_cases(
         batches: sequences at once.
         group_sizes: of the quantised models.
         codebooks: of the quantised models; a stored one stays as it is.
+        arithmetics: of the quantised models; backends other than "cpu" only have "exact".
         prompt: tokens of a prompt.
         steps: tokens after it.
     """
     cases = []
     for model, b in itertools.product(models, bits):
         if b >= _DENSE_BITS:
-            kinds: list[tuple] = [("xla", None, None)]
+            kinds: list[tuple] = [("xla", None, None, "exact")]
         else:
-            kinds = list(itertools.product(backends, group_sizes, codebooks))
-        for (backend, group_size, codebook), batch in itertools.product(kinds, batches):
-            width = min(b, _DENSE_BITS)
+            kinds = list(itertools.product(backends, group_sizes, codebooks, arithmetics))
+        for (backend, group_size, codebook, arithmetic), batch in itertools.product(kinds, batches):
             cases.append(
-                ModelCase(model, backend, width, batch, group_size, codebook, prompt, steps)
+                ModelCase(
+                    model=model,
+                    backend=backend,
+                    bits=min(b, _DENSE_BITS),
+                    batch=batch,
+                    group_size=group_size,
+                    codebook=codebook,
+                    arithmetic=arithmetic if backend == "cpu" else "exact",
+                    prompt=prompt,
+                    steps=steps,
+                )
             )
     return list(dict.fromkeys(cases))
 
@@ -129,8 +145,9 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
         _check_memory(case, device)
         generator, error = _model(_without_batch(case), device)
         result: dict[str, Any] = _facts(case, generator, device) | {"rel_rms_error": error}
-        if error is not None and not error <= _TOLERANCE:
-            reason = f"relative RMS error {error:.3g} of a layer is above {_TOLERANCE:.3g}"
+        tolerance = _TOLERANCE[case.arithmetic]
+        if error is not None and not error <= tolerance:
+            reason = f"relative RMS error {error:.3g} of a layer is above {tolerance:.3g}"
             return result | {"status": "failed", "reason": reason}
         rng = np.random.default_rng(case.batch)
         prompts = rng.integers(0, generator.config.vocab_size, (case.batch, case.prompt)).tolist()
@@ -194,6 +211,7 @@ def _make(case: ModelCase) -> Transformer:
                     f"random models have codebooks {_CODEBOOKS}, not {case.codebook}"
                 )
             options |= dict(group_size=case.group_size, codebook=case.codebook)
+            options["arithmetic"] = case.arithmetic
         return random_model(_config(case), bits=case.bits, backend=case.backend, **options)
     stored = read_stored_quantisation(case.model)
     quantisation = None
@@ -202,7 +220,12 @@ def _make(case: ModelCase) -> Transformer:
             raise NotImplementedError(f"{case.model} is stored with {stored.bits} bits")
     elif quantised:
         quantisation = Quantisation(case.bits, case.group_size or 64, case.codebook or "uniform")
-    return load(case.model, quantisation=quantisation, backend=case.backend)
+    return load(
+        case.model,
+        quantisation=quantisation,
+        backend=case.backend,
+        arithmetic=case.arithmetic,
+    )
 
 
 def _layer_error(model: Transformer) -> float:
@@ -261,7 +284,7 @@ def _facts(case: ModelCase, generator: Generator, device: jax.Device) -> dict[st
     products = config.num_parameters - tables
     ops = 2 * case.batch * products
     facts = {"dtype": config.dtype, "parameters": config.num_parameters}
-    return facts | probes.bound(device, size, ops, config.dtype)
+    return facts | probes.bound(device, size, ops, config.dtype, case.arithmetic)
 
 
 def _cache_bytes(config: ModelConfig) -> int:

@@ -16,7 +16,14 @@ from fdk_jax.models.config import ModelConfig, read_config
 from fdk_jax.models.modules import Transformer
 from fdk_jax.models.parallel import Parallel
 from fdk_jax.models.safetensors_folder import Entry, read_entries
-from fdk_jax.models.weights import Codes, Placer, join_rows, set_linear, set_norm
+from fdk_jax.models.weights import (
+    Codes,
+    Placer,
+    check_arithmetic,
+    join_rows,
+    set_linear,
+    set_norm,
+)
 from fdk_jax.quantisation import quantise_array
 from fdk_jax.trees import default_backend
 
@@ -50,6 +57,7 @@ def load(
     dtype: str | None = None,
     parallel: Parallel | None = None,
     backend: str | None = None,
+    arithmetic: str = "exact",
     progress: Callable[[int, int], None] | None = None,
 ) -> Transformer:
     """Loads a model from a Hugging Face folder, layer by layer.
@@ -64,6 +72,8 @@ def load(
         dtype: Compute dtype; None takes that of the folder.
         parallel: Several devices that share every matrix; None uses the default device.
         backend: Whose kernels quantised weights are laid out for; None for the default platform's.
+        arithmetic: Of the activations that quantised weights multiply: "exact"; "int16" or "int8" with
+            backend "cpu" (see `fdk_jax.matmul`).
         progress: Called as progress(layers read, layers).
 
     Returns:
@@ -74,6 +84,8 @@ def load(
         ValueError: an architecture that is not implemented, a damaged file, a checkpoint that is quantised
             already, or arrays that do not fit: every missing, unexpected or mis-shaped name at once.
     """
+    backend = backend or default_backend()
+    check_arithmetic(arithmetic, backend)
     config = read_config(folder, dtype=dtype)
     stored = read_stored_quantisation(folder)
     if stored is not None and quantisation is not None:
@@ -83,8 +95,8 @@ def load(
     entries = read_entries(folder)
     check_names(config, entries, stored)
     model = nnx.eval_shape(lambda: Transformer(config, parallel=parallel, rngs=nnx.Rngs(0)))
-    placer = Placer(parallel, config.dtype, backend or default_backend())
-    reader = _Reader(config, entries, stored, quantisation, placer)
+    placer = Placer(parallel, config.dtype, backend)
+    reader = _Reader(config, entries, stored, quantisation, placer, arithmetic)
     for index, layer in enumerate(model.layers):
         reader.layer(layer, index)
         if progress is not None:
@@ -180,12 +192,13 @@ def _expected(config: ModelConfig, stored: Quantisation | None) -> dict[str, tup
 class _Reader:
     """Fills a model from the entries of a checkpoint."""
 
-    def __init__(self, config, entries, stored, quantisation, placer):
+    def __init__(self, config, entries, stored, quantisation, placer, arithmetic):
         self.config: ModelConfig = config
         self.entries: Mapping[str, Entry] = entries
         self.stored: Quantisation | None = stored
         self.quantisation: Quantisation | None = quantisation
         self.placer: Placer = placer
+        self.arithmetic: str = arithmetic
 
     def layer(self, layer: nnx.Module, index: int) -> None:
         for name, (path, _) in names.layer_norms(self.config, index).items():
@@ -223,7 +236,7 @@ class _Reader:
         weight = self.placer.quantised(
             codes, projection.cut, bits=facts.bits, group_size=facts.group_size, in_features=k
         )
-        set_linear(owner, projection.path, weight, bias)
+        set_linear(owner, projection.path, weight, bias, self.arithmetic)
 
     def _stored_codes(self, name: str, bits: int) -> Codes:
         centroids = np.asarray(self._read(f"{name}.centroids"), np.float32)

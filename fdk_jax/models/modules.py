@@ -6,6 +6,7 @@ logits in float32.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from fdk_jax import cpu_backend
 from fdk_jax.models import attention, platforms, rope
 from fdk_jax.models.cache import KVCache, append, fill
 from fdk_jax.models.config import ModelConfig
@@ -74,6 +76,7 @@ class Attention(nnx.Module):
         """Maps x [B, D] of the tokens at `lengths` to (output [B, D], keys, values)."""
         qkv = self.qkv(x)
         supported = pallas_attention.supported(qkv.dtype, keys.shape, self.config.head_dim)
+        no_library = cpu_backend.unavailable_reason()
         mixed, keys, values = jax.lax.platform_dependent(
             qkv,
             cos,
@@ -81,18 +84,18 @@ class Attention(nnx.Module):
             lengths,
             keys,
             values,
-            cuda=self._token_fused if supported else self._token_jnp,
+            cuda=self._fused(pallas_attention.decode) if supported else self._token_jnp,
+            cpu=self._token_jnp if no_library else self._fused(cpu_backend.attention),
             default=self._token_jnp,
         )
         return self._out(mixed), keys, values
 
-    def _token_fused(self, qkv, cos, sin, lengths, keys, values):
+    def _fused(self, kernel: Callable) -> Callable:
+        """One kernel for everything between the projections."""
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = (self.q_norm.scale[...], self.k_norm.scale[...])
-        return pallas_attention.decode(
-            qkv, cos, sin, lengths, keys, values, norms=norms, norm_eps=self.config.norm_eps
-        )
+        return functools.partial(kernel, norms=norms, norm_eps=self.config.norm_eps)
 
     def _token_jnp(self, qkv, cos, sin, lengths, keys, values):
         q, k, v = self._heads(qkv, cos[:, None], sin[:, None])
@@ -249,11 +252,11 @@ class Transformer(nnx.Module):
     def _embed(self, tokens: Array) -> Array:
         table = self.embedding[...]
         if self.parallel is None:
-            return jnp.take(table, tokens, axis=0, mode="clip")
+            return platforms.take_rows(table, tokens)
         # Each device holds a run of the vocabulary and adds zeros for the other tokens.
         local = tokens - jax.lax.axis_index(self.parallel.axis) * table.shape[0]
         mine = (local >= 0) & (local < table.shape[0])
-        rows = jnp.take(table, jnp.where(mine, local, 0), axis=0)
+        rows = platforms.take_rows(table, jnp.where(mine, local, 0))
         return jax.lax.psum(
             jnp.where(mine[..., None], rows, jnp.zeros((), rows.dtype)), self.parallel.axis
         )

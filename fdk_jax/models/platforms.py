@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fdk_jax import cpu_backend
 from pallas_kernels import dense, norm
 
 
@@ -20,10 +21,17 @@ def linear(x: Array, kernel: Array, out_dtype: Any) -> Array:
     def fused(x: Array, kernel: Array) -> Array:
         return dense.matmul(x, kernel, out_dtype=out_dtype)
 
+    def on_cpu(x: Array, kernel: Array) -> Array:
+        return cpu_backend.dense(x, kernel, rows=False, out_dtype=out_dtype)
+
     k, n = kernel.shape
     few = x.ndim == 2 and dense.supported(x.shape[0], k, n, kernel.dtype)
     return jax.lax.platform_dependent(
-        x, kernel, cuda=fused if few else dot, cpu=_widened(dot), default=dot
+        x,
+        kernel,
+        cuda=fused if few else dot,
+        cpu=on_cpu if _few_on_cpu(x, kernel) else _widened(dot),
+        default=dot,
     )
 
 
@@ -33,15 +41,32 @@ def linear_of_rows(x: Array, rows: Array) -> Array:
     def dot(x: Array, rows: Array) -> Array:
         return jnp.einsum("...k,nk->...n", x, rows, preferred_element_type=jnp.float32)
 
-    def row_sums(x: Array, rows: Array) -> Array:
-        # A CPU reads bfloat16 ten times faster so than through a dot (2 cores of a Zen 4 server,
-        # 2026-11-24: 28 against 272 ms for 32064 x 2048), and no float32 copy is made.
-        wide = rows.astype(jnp.float32) * x.reshape(1, -1).astype(jnp.float32)
-        return wide.sum(axis=1).reshape(*x.shape[:-1], -1)
+    def on_cpu(x: Array, rows: Array) -> Array:
+        return cpu_backend.dense(x, rows, rows=True, out_dtype=jnp.float32)
 
-    one = x.size == x.shape[-1] and rows.dtype != jnp.float32
-    cpu = row_sums if one else _widened(dot)
+    cpu = on_cpu if _few_on_cpu(x, rows) else _widened(dot)
     return jax.lax.platform_dependent(x, rows, cpu=cpu, default=dot)
+
+
+def _few_on_cpu(x: Array, matrix: Array) -> bool:
+    """Whether the C++ library should multiply: XLA would write a float32 copy of the matrix first."""
+    few = x.ndim == 2 and x.shape[0] <= cpu_backend.FEW_TOKENS
+    return few and matrix.dtype.itemsize == 2 and cpu_backend.unavailable_reason() is None
+
+
+def take_rows(table: Array, index: Array) -> Array:
+    """Rows of a table [N, D] at int [...], out of range the nearest one: [..., D]."""
+
+    def take(table: Array, index: Array) -> Array:
+        return jnp.take(table, index, axis=0, mode="clip")
+
+    def on_cpu(table: Array, index: Array) -> Array:
+        rows = cpu_backend.take_rows(table, index.reshape(-1).astype(jnp.int32))
+        return rows.reshape(*index.shape, -1)
+
+    # XLA would write a float32 copy of the whole table first.
+    narrow = table.dtype.itemsize == 2 and cpu_backend.unavailable_reason() is None
+    return jax.lax.platform_dependent(table, index, cpu=on_cpu if narrow else take, default=take)
 
 
 def add_rms_norm(x: Array, delta: Array, scale: Array, eps: float) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ from fdk_jax.dispatch import LAYOUT_OF
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.modules import Transformer
-from fdk_jax.models.weights import join_codebooks, set_linear
+from fdk_jax.models.weights import check_arithmetic, join_codebooks, set_linear
 from fdk_jax.quantised_tensor import QuantisedTensor
 from fdk_jax.trees import default_backend
 
@@ -30,6 +30,7 @@ def random_model(
     codebook: str = "uniform",
     head_bits: int | None = None,
     backend: str | None = None,
+    arithmetic: str = "exact",
     seed: int = 0,
 ) -> Transformer:
     """A model whose activations stay of the order of one.
@@ -42,6 +43,7 @@ def random_model(
             as the published models have.
         head_bits: Bits of the final projection (uniform), or None for the configuration's dtype.
         backend: Whose kernels the weights are laid out for; None for the default platform's.
+        arithmetic: Of the activations, see `load`.
         seed: Of everything.
 
     Returns:
@@ -51,7 +53,9 @@ def random_model(
         raise ValueError(f"{codebook=} is not uniform or kmeans")
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     dtype, rng = jnp.dtype(config.dtype), np.random.default_rng(seed)
-    layout = LAYOUT_OF[backend or default_backend()]
+    backend = backend or default_backend()
+    check_arithmetic(arithmetic, backend)
+    layout = LAYOUT_OF[backend]
     # Far faster than the default generator, and good enough for weights that mean nothing.
     keys = _keys(seed)
 
@@ -75,7 +79,8 @@ def random_model(
         for projection in names.layer_projections(config, index):
             rows = sum(part.shape[0] for part in projection.parts)
             bias = jnp.zeros(rows, dtype) if projection.parts[0].bias else None
-            set_linear(layer, projection.path, weight(projection, bits, codebook), bias)
+            matrix = weight(projection, bits, codebook)
+            set_linear(layer, projection.path, matrix, bias, arithmetic)
     ones(model.norm)
     # Rows of about unit length, so that a tied head gives logits of the order of one.
     model.embedding = nnx.Param(
@@ -83,7 +88,8 @@ def random_model(
     )
     if head_bits is not None or not config.tie_embeddings:
         head = names.head(config)
-        set_linear(model, head.path, weight(head, head_bits or 16, "uniform"), None)
+        matrix = weight(head, head_bits or 16, "uniform")
+        set_linear(model, head.path, matrix, None, arithmetic)
     return model
 
 

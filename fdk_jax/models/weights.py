@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fdk_jax import packing
-from fdk_jax.dispatch import LAYOUT_OF
+from fdk_jax.dispatch import ARITHMETIC, LAYOUT_OF
 from fdk_jax.linear import QuantisedLinear
 from fdk_jax.models.parallel import Parallel
 from fdk_jax.quantised_tensor import QuantisedTensor
@@ -183,19 +183,39 @@ def _padded(codebook: HostArray, bits: int) -> np.ndarray:
 
 
 def set_linear(
-    module: nnx.Module, path: Sequence[str], weight: Array | QuantisedTensor, bias: Array | None
+    module: nnx.Module,
+    path: Sequence[str],
+    weight: Array | QuantisedTensor,
+    bias: Array | None,
+    arithmetic: str = "exact",
 ) -> None:
     """Gives the linear layer at `path` its weight, quantised or not."""
     *above, name = path
     owner = functools.reduce(getattr, above, module)
     layer = getattr(owner, name)
     if isinstance(weight, QuantisedTensor):
-        layer = QuantisedLinear.from_weight(weight, bias, dtype=weight.dtype)
+        # Only one backend has other arithmetic; left open, exact layers run wherever they are lowered.
+        backend = None if arithmetic == "exact" else "cpu"
+        layer = QuantisedLinear.from_weight(
+            weight, bias, dtype=weight.dtype, backend=backend, arithmetic=arithmetic
+        )
         setattr(owner, name, nnx.data(layer))  # where a tied model has None
         return
     layer.kernel = nnx.Param(weight)
     if bias is not None:
         layer.bias = nnx.Param(bias)
+
+
+def check_arithmetic(arithmetic: str, backend: str) -> None:
+    """Refuses an arithmetic of activations that the kernels of `backend` do not have.
+
+    Raises:
+        ValueError: with what there is.
+    """
+    if arithmetic not in ARITHMETIC:
+        raise ValueError(f"{arithmetic=} is not one of {ARITHMETIC}")
+    if arithmetic != "exact" and backend != "cpu":
+        raise ValueError(f'{arithmetic=} needs backend="cpu", not {backend!r}')
 
 
 def set_norm(module: nnx.Module, path: Sequence[str], scale: Array) -> None:

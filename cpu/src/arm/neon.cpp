@@ -2,6 +2,7 @@
 #if defined(__aarch64__)
 #include <sys/auxv.h>
 
+#include "../decoding.h"
 #include "../levels.h"
 #include "column_panel.h"
 #include "features.h"
@@ -145,7 +146,8 @@ const ArmFeatures &arm_features() {
   return features;
 }
 
-const Level kNeonLevel = {"neon", available, kKernels, dense_rows, probe_copy, probe_sum};
+const Level kNeonLevel = {"neon", available, kKernels, dense_rows, probe_copy, probe_sum,
+                          &kDecoding};
 
 }  // namespace fdk
 #endif
