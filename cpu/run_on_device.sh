@@ -14,7 +14,7 @@
 # Every number of bits is a case and a run of fdk_bench of its own; its rows are kept as soon as it
 # ends, so that a lost connection costs one case. What was copied to the device is removed at the
 # end, on an interrupt too. The exit status is the benchmark's (the self-tests', if they fail).
-# FDK_DEVICE_DIR is the folder on the device (/data/local/tmp).
+# FDK_DEVICE_DIR is the folder on the device (/data/local/tmp); PYTHON (.venv/bin/python) prints the table.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 say() { printf '%s\n' "$*" >&2; }
@@ -46,8 +46,8 @@ done
 [[ $repeats =~ ^[1-9][0-9]*$ ]] || die "--repeats is a positive number, not $repeats"
 [[ $cool_down =~ ^[0-9]+$ ]] || die "--cool-down is a number of seconds, not $cool_down"
 command -v adb >/dev/null || die "adb is missing (Debian: apt install adb)"
-python=$root/.venv/bin/python
-[ -x "$python" ] || python=python3
+python=${PYTHON:-$root/.venv/bin/python}
+command -v "$python" >/dev/null || python=python3
 helper() { "$python" "$root/android/device.py" "$@"; }
 
 # The only usable device, or the one asked for.

@@ -123,6 +123,7 @@ def session(adbd, tmp_path):
             "FDK_NO_NDK": "1",
             "HOME": str(tmp_path),
             "FDK_TOOLCHAIN_DIR": str(CACHE),
+            "PYTHON": sys.executable,
         }
         return subprocess.run(
             ["unshare", "-n", "-m", "bash", "-c", "\n".join([*lines, script])],
