@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from fdk_jax import cpu_backend
@@ -52,7 +53,7 @@ def pack(codes: ArrayLike, bits: int) -> Array:
         )
     if codes.ndim == 0:
         raise ValueError("codes must have at least one axis, got a scalar")
-    if not isinstance(codes, jax.core.Tracer) and codes.size and int(codes.max()) >= 2**bits:
+    if not isinstance(codes, Tracer) and codes.size and int(codes.max()) >= 2**bits:
         raise ValueError(f"code {int(codes.max())} does not fit into {bits=}")
     k = codes.shape[-1]
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -k % e)])
@@ -112,13 +113,7 @@ def to_planar(
 ) -> tuple[Array, Array]:
     """From the interchange layout to that of the Pallas kernels; N and K are padded to whole tiles.
 
-    Args:
-        packed: uint8 [..., N, ceil(K / E)].
-        scales: [..., N, ceil(K / G)].
-        bits: width of a code.
-        group_size: G, weights a scale.
-        out_features: N.
-        in_features: K.
+    The arguments are those of `convert`.
 
     Returns:
         packed: uint16 [..., ceil(N / 16), ceil(K / 64 E), 2, 8, 32]: low or high 32 bits, g, then c, s and
@@ -205,13 +200,7 @@ def to_tiled(
 ) -> tuple[Array, Array]:
     """From the interchange layout to that of the CPU library; N and K are padded with zeros.
 
-    Args:
-        packed: uint8 [..., N, ceil(K / E)].
-        scales: [..., N, ceil(K / G)].
-        bits: width of a code.
-        group_size: G, weights a scale.
-        out_features: N.
-        in_features: K.
+    The arguments are those of `convert`.
 
     Returns:
         packed: uint8 [..., ceil(N / 16), ceil(K / T), 64], T = 32 / bits weights of a row a step.
@@ -290,7 +279,7 @@ def from_tiled(
 
 def _is_native(packed: Array, scales: Array, group_size: int) -> bool:
     """Whether the C++ library can convert these arrays: concrete, in this host's memory."""
-    if any(isinstance(a, jax.core.Tracer) for a in (packed, scales)):
+    if any(isinstance(a, Tracer) for a in (packed, scales)):
         return False
     arrays = (a for a in (packed, scales) if isinstance(a, Array))
     return (
@@ -342,7 +331,7 @@ def convert(
         source: a key of `LAYOUTS`.
         target: a key of `LAYOUTS`.
         bits: width of a code.
-        group_size: weights a scale.
+        group_size: G, weights a scale.
         out_features: N.
         in_features: K.
 
