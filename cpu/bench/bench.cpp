@@ -119,6 +119,11 @@ struct Buffer {
     if (data == nullptr) fail("out of memory: use a smaller --rotate_mib");
     std::memset(data.get(), 0, (bytes + 63) / 64 * 64);
   }
+  Buffer copy() const {
+    Buffer result(size);
+    std::memcpy(result.data.get(), data.get(), size);
+    return result;
+  }
   template <typename T>
   T *as() const { return static_cast<T *>(data.get()); }
   size_t size;
@@ -169,10 +174,12 @@ std::shared_ptr<Weights> make_weights(const Options &o, int64_t n, int64_t k, in
   const auto copies = static_cast<int64_t>((static_cast<size_t>(o.rotate_mib) << 20) / one) + 2;
   auto weights = std::make_shared<Weights>(
       Weights{{}, {}, Buffer(sizeof(float) << bits), copies});
-  for (int64_t i = 0; i < copies; ++i) {
-    fill_random(weights->packed.emplace_back(packed_bytes));
-    fill_normal(weights->scales.emplace_back(scales * 2), FDK_BF16,
-                1.0F / std::sqrt(static_cast<float>(k)), 0.1F / std::sqrt(static_cast<float>(k)));
+  fill_random(weights->packed.emplace_back(packed_bytes));
+  fill_normal(weights->scales.emplace_back(scales * 2), FDK_BF16,
+              1.0F / std::sqrt(static_cast<float>(k)), 0.1F / std::sqrt(static_cast<float>(k)));
+  for (int64_t i = 1; i < copies; ++i) {
+    weights->packed.push_back(weights->packed[0].copy());
+    weights->scales.push_back(weights->scales[0].copy());
   }
   const int count = 1 << bits;
   for (int q = 0; q < count; ++q) {
@@ -308,8 +315,8 @@ Case dense_case(const Options &o, int64_t m, int64_t k, int64_t n, int64_t threa
   auto weights = std::make_shared<std::vector<Buffer>>();
   fill_normal(*x, FDK_BF16, 0.0F, 1.0F);
   const auto copies = (o.rotate_mib << 20) / (n * k * 2) + 2;
-  for (int64_t i = 0; i < copies; ++i)
-    fill_normal(weights->emplace_back(static_cast<size_t>(n * k * 2)), FDK_BF16, 0.0F, 0.02F);
+  fill_normal(weights->emplace_back(static_cast<size_t>(n * k * 2)), FDK_BF16, 0.0F, 0.02F);
+  for (int64_t i = 1; i < copies; ++i) weights->push_back((*weights)[0].copy());
   c.call = [=](int64_t copy) {
     const Buffer &w = (*weights)[static_cast<size_t>(copy % copies)];
     const fdk_dense_args args{sizeof(fdk_dense_args), m, n, k, x->as<uint16_t>(), x->size,

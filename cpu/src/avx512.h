@@ -49,6 +49,34 @@ constexpr int column_at(int bits, int j, int offset) {
   return bits == 1 ? 8 * j + offset : 4 * (offset / bits) + j;
 }
 
+// Row t, entry i: the code at the bits [t * kBits, ...) of i.
+template <int kBits, typename Unsigned>
+alignas(64) inline constexpr auto kFieldIndex = [] {
+  std::array<std::array<Unsigned, 64 / sizeof(Unsigned)>, 6 / kBits> index{};
+  for (size_t t = 0; t < index.size(); ++t)
+    for (size_t i = 0; i < index[t].size(); ++i)
+      index[t][i] = static_cast<Unsigned>((i >> (t * kBits)) & ((1U << kBits) - 1U));
+  return index;
+}();
+
+// The tables that look up codes at their own bits, from a codebook of up to 16 entries.
+template <int kBits, typename Element, size_t kCount>
+inline void load_tables(const Element *entries, __m512i (&tables)[kCount]) {
+  alignas(64) Element codebook[64 / sizeof(Element)] = {};
+  std::copy(entries, entries + (1 << kBits), codebook);
+  const __m512i values = _mm512_load_si512(codebook);
+  for (size_t t = 0; t < kCount; ++t)
+    if constexpr (sizeof(Element) == 1)
+      tables[t] = _mm512_permutexvar_epi8(
+          _mm512_load_si512(kFieldIndex<kBits, uint8_t>[t].data()), values);
+    else if constexpr (sizeof(Element) == 2)
+      tables[t] = _mm512_permutexvar_epi16(
+          _mm512_load_si512(kFieldIndex<kBits, uint16_t>[t].data()), values);
+    else
+      tables[t] = _mm512_permutexvar_epi32(
+          _mm512_load_si512(kFieldIndex<kBits, uint32_t>[t].data()), values);
+}
+
 // A 256-entry byte table: two halves chosen by the index' top bit.
 struct Table256 {
   __m512i part[4];
@@ -91,11 +119,7 @@ struct Int8 {
     if constexpr (kBits == 8) {
       if constexpr (!kUniform) table8.load(levels);
     } else {
-      for (int t = 0; t < kTables; ++t) {
-        alignas(64) uint8_t bytes[64];
-        for (int i = 0; i < 64; ++i) bytes[i] = levels[(i >> (t * kBits)) & ((1 << kBits) - 1)];
-        table[t] = _mm512_load_si512(bytes);
-      }
+      load_tables<kBits>(levels, table);
     }
   }
 
@@ -143,11 +167,7 @@ struct Words {
       load_plane(entries, 0, low);
       load_plane(entries, 1, high);
     } else {
-      for (int t = 0; t < kTables; ++t) {
-        alignas(64) uint16_t words[32];
-        for (int i = 0; i < 32; ++i) words[i] = entries[(i >> (t * kBits)) & ((1 << kBits) - 1)];
-        table[t] = _mm512_load_si512(words);
-      }
+      load_tables<kBits>(entries, table);
     }
   }
 
@@ -218,11 +238,7 @@ struct Float32 {
     if constexpr (kBits == 8) {
       for (size_t p = 0; p < 4; ++p) load_plane(values, p, plane[p]);
     } else {
-      for (int t = 0; t < kTables; ++t) {
-        alignas(64) float entries[16];
-        for (int i = 0; i < 16; ++i) entries[i] = values[(i >> (t * kBits)) & ((1 << kBits) - 1)];
-        table[t] = _mm512_load_si512(entries);
-      }
+      load_tables<kBits>(values, table);
     }
   }
 
@@ -259,6 +275,39 @@ struct Float32 {
   static Sum zero() { return _mm512_setzero_ps(); }
   static Sum multiply_add(Sum sum, __m512i weights, __m512i word) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(weights), _mm512_castsi512_ps(word), sum);
+  }
+  static __m512 to_float(Sum sum) { return sum; }
+};
+
+// The same where every value of the codebook is a bfloat16 (they are rounded to the dtype of the
+// scales): half the planes to look up.
+struct Float32Wide8 : Words<8> {
+  static constexpr int kColumns = 1;
+  static constexpr bool kInteger = false;
+  static constexpr int kVectors = 4;
+  using Sum = __m512;
+
+  Float32Wide8(const Plan &plan, int64_t codebook) {
+    uint16_t entries[256];
+    for (int i = 0; i < 256; ++i) entries[i] = f32_to_bf16(plan.codebook[(codebook << 8) + i]);
+    load(entries);
+  }
+  void decode(const uint8_t *step, __m512i out[kVectors]) const {
+    __m512i pairs[2];
+    Words<8>::decode(step, pairs);
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000U));
+    for (int i = 0; i < 2; ++i) {
+      out[2 * i] = _mm512_slli_epi32(pairs[i], 16);
+      out[2 * i + 1] = _mm512_and_si512(pairs[i], upper);
+    }
+  }
+  static constexpr int word_column(int vector, int) { return vector; }
+  static void store_block(const __m512 x[4], float *natural) {
+    Float32<8>::store_block(x, natural);
+  }
+  static Sum zero() { return Float32<8>::zero(); }
+  static Sum multiply_add(Sum sum, __m512i weights, __m512i word) {
+    return Float32<8>::multiply_add(sum, weights, word);
   }
   static __m512 to_float(Sum sum) { return sum; }
 };
@@ -421,9 +470,38 @@ void prepare(const Plan &plan, void *prepared, int64_t token_begin, int64_t toke
   }
 }
 
+// Sixteen float32 to elements of any dtype, rounded like store_from_f32.
+inline void store_floats(void *data, fdk_dtype dtype, int64_t index, __m512 values) {
+  if (dtype == FDK_F32) {
+    _mm512_storeu_ps(static_cast<float *>(data) + index, values);
+    return;
+  }
+  __m256i bits;
+  if (dtype == FDK_F16) {
+    bits = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  } else {
+    const __m512i u = _mm512_castps_si512(values);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(
+        _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000)), 16));
+  }
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i *>(static_cast<uint16_t *>(data) + index), bits);
+}
+
 // sums -> y.
 inline void store_sums(const Plan &plan, int64_t token, int64_t tile, const Range &range,
                        __m512 sums) {
+  const int64_t first = tile * kTileRows;
+  if (range.row_begin <= first && first + kTileRows <= range.row_end) {
+    if (plan.bias != nullptr)
+      sums = _mm512_add_ps(sums, load_floats(plan.bias, plan.bias_dtype, first, 0xffff));
+    store_floats(plan.y, plan.y_dtype, token * plan.n + first, sums);
+    return;
+  }
   alignas(64) float rows[kTileRows];
   _mm512_store_ps(rows, sums);
   store_tile(plan, token, tile, range, rows);
@@ -452,40 +530,94 @@ struct Finish {
   }
 };
 
-// Few tokens: one tile at a time, weights decoded in registers.
-template <typename A, int kTokens>
-void direct(const Plan &plan, const A &arithmetic, const Finish<A> &finish, const void *prepared,
-            const Range &range, int64_t token, int64_t tile) {
-  const Prepared<A> layout(plan);
+inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+
+// Few tokens: kTiles tiles side by side, weights decoded in registers. Several tiles are several
+// streams of memory and several independent chains of sums, and share the words of x.
+template <typename A, int kTokens, int kTiles>
+void direct(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
+            const Prepared<A> &layout, const void *prepared, const Range &range, int64_t token,
+            int64_t tile) {
   const int32_t *words[kTokens];
   const BlockFactor *factors[kTokens];
-  __m512 totals[kTokens];
+  __m512 totals[kTokens][kTiles];
   for (int t = 0; t < kTokens; ++t) {
     words[t] = layout.token_words(prepared, token + t);
     factors[t] = layout.factors(prepared, token + t);
-    totals[t] = _mm512_setzero_ps();
+    for (__m512 &total : totals[t]) total = _mm512_setzero_ps();
   }
   const uint8_t *packed = plan.tile_packed(tile);
+  const int64_t tile_bytes = plan.steps * kStepBytes;
+  const int64_t group_bytes = kTileRows * static_cast<int64_t>(dtype_size(plan.scales_dtype));
+  const char *scale_bytes = static_cast<const char *>(plan.scales) + tile * plan.groups * group_bytes;
+  // Past the end of these tiles the range's next ones begin; at its end there is nothing to fetch.
+  const bool last = tile + kTiles >= range.tile_end;
+  const int64_t ahead_at_end = last ? 0 : kPrefetchBytes + (kTiles - 1) * tile_bytes;
+  const int64_t scales_ahead = last ? 0 : kTiles * plan.groups * group_bytes;
   int64_t word = 0;
   for (size_t b = 0; b < plan.blocks.size(); ++b) {
     const Block &block = plan.blocks[b];
-    typename A::Sum sums[kTokens];
-    for (int t = 0; t < kTokens; ++t) sums[t] = A::zero();
+    typename A::Sum sums[kTokens][kTiles];
+    for (auto &of_token : sums)
+      for (auto &sum : of_token) sum = A::zero();
     for (int64_t s = block.step_begin; s < block.step_end; ++s, word += A::kVectors) {
-      __m512i weights[A::kVectors];
-      _mm_prefetch(reinterpret_cast<const char *>(packed + s * kStepBytes + kPrefetchBytes),
-                   _MM_HINT_T0);
-      arithmetic.decode(packed + s * kStepBytes, weights);
-      for (int v = 0; v < A::kVectors; ++v)
-        for (int t = 0; t < kTokens; ++t)
-          sums[t] = A::multiply_add(sums[t], weights[v], _mm512_set1_epi32(words[t][word + v]));
+      const uint8_t *step = packed + s * kStepBytes;
+      const int64_t ahead =
+          kPrefetchBytes < tile_bytes - s * kStepBytes ? kPrefetchBytes : ahead_at_end;
+      for (int i = 0; i < kTiles; ++i) {
+        __m512i weights[A::kVectors];
+        prefetch(step + i * tile_bytes + ahead);
+        arithmetic.decode(step + i * tile_bytes, weights);
+        for (int v = 0; v < A::kVectors; ++v)
+          for (int t = 0; t < kTokens; ++t)
+            sums[t][i] =
+                A::multiply_add(sums[t][i], weights[v], _mm512_set1_epi32(words[t][word + v]));
+      }
     }
-    const __m512 scales = load_tile_scales(plan, tile, block.group);
-    for (int t = 0; t < kTokens; ++t)
-      totals[t] = _mm512_fmadd_ps(finish.block(sums[t], factors[t], b), scales, totals[t]);
+    for (int i = 0; i < kTiles; ++i) {
+      prefetch(scale_bytes + (i * plan.groups + block.group) * group_bytes + scales_ahead);
+      const __m512 scales = load_tile_scales(plan, tile + i, block.group);
+      for (int t = 0; t < kTokens; ++t)
+        totals[t][i] = _mm512_fmadd_ps(finish.block(sums[t][i], factors[t], b), scales, totals[t][i]);
+    }
   }
   for (int t = 0; t < kTokens; ++t)
-    store_sums(plan, token + t, tile, range, totals[t]);
+    for (int i = 0; i < kTiles; ++i) store_sums(plan, token + t, tile + i, range, totals[t][i]);
+}
+
+// All tokens of the range by the tiles from `tile` on, kTiles of them.
+template <typename A, int kTiles>
+void direct_tokens(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
+                   const Prepared<A> &layout, const void *prepared, const Range &range,
+                   int64_t tile) {
+  int64_t token = range.token_begin;
+  if constexpr (kTiles == 1)
+    for (; token + 8 <= range.token_end; token += 8)
+      direct<A, 8, kTiles>(plan, arithmetic, finish, layout, prepared, range, token, tile);
+  if constexpr (kTiles <= 2)
+    for (; token + 4 <= range.token_end; token += 4)
+      direct<A, 4, kTiles>(plan, arithmetic, finish, layout, prepared, range, token, tile);
+  for (; token + 2 <= range.token_end; token += 2)
+    direct<A, 2, kTiles>(plan, arithmetic, finish, layout, prepared, range, token, tile);
+  for (; token < range.token_end; ++token)
+    direct<A, 1, kTiles>(plan, arithmetic, finish, layout, prepared, range, token, tile);
+}
+
+template <typename A>
+void run_direct(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
+                const void *prepared, const Range &range) {
+  const Prepared<A> layout(plan);
+  const int64_t tokens = range.token_end - range.token_begin;
+  int64_t tile = range.tile_begin;
+  // As many tiles as keep the sums of all tokens in registers.
+  if (tokens < 4)
+    for (; tile + 4 <= range.tile_end; tile += 4)
+      direct_tokens<A, 4>(plan, arithmetic, finish, layout, prepared, range, tile);
+  if (tokens < 8)
+    for (; tile + 2 <= range.tile_end; tile += 2)
+      direct_tokens<A, 2>(plan, arithmetic, finish, layout, prepared, range, tile);
+  for (; tile < range.tile_end; ++tile)
+    direct_tokens<A, 1>(plan, arithmetic, finish, layout, prepared, range, tile);
 }
 
 // Many tokens: kPanelTiles tiles are decoded once for a stretch of blocks, then meet all tokens.
@@ -596,17 +728,7 @@ void run(const Plan &plan, const void *prepared, void *scratch, const Range &ran
       run_panel(plan, arithmetic, finish, prepared, scratch, range, tile);
     return;
   }
-  for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
-    int64_t token = range.token_begin;
-    for (; token + 8 <= range.token_end; token += 8)
-      direct<A, 8>(plan, arithmetic, finish, prepared, range, token, tile);
-    for (; token + 4 <= range.token_end; token += 4)
-      direct<A, 4>(plan, arithmetic, finish, prepared, range, token, tile);
-    for (; token + 2 <= range.token_end; token += 2)
-      direct<A, 2>(plan, arithmetic, finish, prepared, range, token, tile);
-    for (; token < range.token_end; ++token)
-      direct<A, 1>(plan, arithmetic, finish, prepared, range, token, tile);
-  }
+  run_direct(plan, arithmetic, finish, prepared, range);
 }
 
 template <typename A>

@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 
 #include "avx512.h"
+#include "avx512_dense.h"
 #include "avx512_probes.h"
 #include "decoding.h"
 #include "levels.h"
@@ -21,6 +22,24 @@ template <int kBits>
 bool supports_exact(const Plan &plan) {
   return plan.arithmetic == FDK_EXACT && plan.bits == kBits;
 }
+// Dense bfloat16 products in float32: of the 32 columns the even ones, then the odd ones.
+struct DenseProducts {
+  struct Pair {
+    __m512 even, odd;
+  };
+  static Pair load(__m512i words) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000U));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(words, upper))};
+  }
+  static __m512 multiply_add(__m512 sum, const Pair &a, const Pair &b) {
+    return _mm512_fmadd_ps(a.odd, b.odd, _mm512_fmadd_ps(a.even, b.even, sum));
+  }
+};
+
+bool supports_wide8(const Plan &plan) {
+  return supports_exact<8>(plan) && plan.scales_dtype == FDK_BF16;
+}
 
 constexpr Kernel kKernels[] = {
     make_kernel<Int8<8, true>>("avx512vnni.int8_8bit_uniform", supports_int8<8, true>),
@@ -33,6 +52,7 @@ constexpr Kernel kKernels[] = {
     make_kernel<Int16<4>>("avx512vnni.int16_4bit", supports_int16<4>),
     make_kernel<Int16<2>>("avx512vnni.int16_2bit", supports_int16<2>),
     make_kernel<Int16<1>>("avx512vnni.int16_1bit", supports_int16<1>),
+    make_kernel<Float32Wide8>("avx512vnni.float32_8bit_bfloat16", supports_wide8),
     make_kernel<Float32<8>>("avx512vnni.float32_8bit", supports_exact<8>),
     make_kernel<Float32<4>>("avx512vnni.float32_4bit", supports_exact<4>),
     make_kernel<Float32<2>>("avx512vnni.float32_2bit", supports_exact<2>),
@@ -48,8 +68,8 @@ bool available() {
 
 }  // namespace
 
-const Level kAvx512VnniLevel = {"avx512vnni", available, kKernels, nullptr, probe_copy, probe_sum,
-                                &kDecoding};
+const Level kAvx512VnniLevel = {"avx512vnni", available,  kKernels, dense_rows<DenseProducts>,
+                                probe_copy,   probe_sum, &kDecoding};
 
 }  // namespace fdk
 

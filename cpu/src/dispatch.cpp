@@ -27,7 +27,7 @@ constexpr const Level *kLevels[] = {
 
 const Level *best_level() {
   for (const Level *level : kLevels)
-    if (level->available()) return level;
+    if (level->available() && (level->preferred == nullptr || level->preferred())) return level;
   return &kScalarLevel;
 }
 

@@ -148,6 +148,7 @@ struct Level {
   ProbeCopy probe_copy;  // likewise
   ProbeSum probe_sum;
   const Decoding *decoding = nullptr;
+  bool (*preferred)() = nullptr;  // null: wherever it is available
 };
 
 // Every level in this build, the best first, "scalar" last (levels.cpp).

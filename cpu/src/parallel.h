@@ -28,7 +28,7 @@ int default_num_threads();
 class WorkQueue {
  public:
   WorkQueue(int64_t total, int64_t smallest, int threads)
-      : total_(total), smallest_(smallest), divisor_(int64_t{4} * threads) {}
+      : total_(total), smallest_(smallest), divisor_(int64_t{2} * threads) {}
 
   // False when nothing is left.
   bool take(int64_t &begin, int64_t &end) {
