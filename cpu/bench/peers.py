@@ -1,22 +1,48 @@
 """Times the library beside other CPU kernels for low-bit weights, call by call in one process.
 
-usage: peers.py [--k 4096] [--m 1] [--threads 1] [--rounds 15] [--output FILE.jsonl]
+usage: peers.py [--k 4096,8192] [--m 1,128] [--threads 1] [--bits 8,4,2,1,16] [--rounds 15]
+                [--output FILE.jsonl]
 
-Peers are optional: PyTorch (dense bfloat16 and int4), ONNX Runtime (MatMulNBits). Those that are not
-installed become rows with status "skipped". Weights rotate through copies that no cache holds; all
-cases take turns, and the ratios compare neighbours in time. Needs build/libfdk.so (`ninja -C cpu`).
+    python -m venv peers && peers/bin/pip install numpy torch onnx onnxruntime llama-cpp-python
+    ninja -C cpu && peers/bin/python cpu/bench/peers.py --threads 2
+
+Peers are optional: PyTorch (dense bfloat16 and int4), ONNX Runtime (MatMulNBits), ggml (as built by
+llama-cpp-python). Those that are not installed become rows with status "skipped". For each number of
+bits the cases take turns, this library's among them; at 16 bits those are dense products beside this
+library's at 4 and 8 bits. Ratios compare neighbours in time. Weights rotate through copies of three
+times the last-level cache. All memory is in pages of one size (4 KiB), which Linux would otherwise
+choose by allocator.
 """
 
 import argparse
 import ctypes
 import datetime
+import gc
 import json
+import os
 import platform
+import re
 import statistics
+import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 
-import numpy as np
+# A thread of one OpenMP runtime must not spin (200 ms by default) while another library is timed.
+os.environ.setdefault("KMP_BLOCKTIME", "10")
+_SETTLE_SECONDS = 0.03
+
+import numpy as np  # noqa: E402
+from ggml_case import TYPES, ggml_case  # noqa: E402
+from peer_cases import (  # noqa: E402
+    GROUP,
+    LIBRARY,
+    Product,
+    Unavailable,
+    fdk_case,
+    onnxruntime_case,
+    torch_case,
+)
 
 KEYS = (
     "suite", "name", "backend", "m", "k", "n", "bits", "group_size", "codebook", "dtype", "threads",
@@ -24,8 +50,9 @@ KEYS = (
     "copy_gb_s", "read_gb_s", "bound_us", "device", "driver", "versions", "commit", "dirty", "date",
     "status", "reason",
 )  # fmt: skip
-ROTATE_BYTES = 256 << 20
-GROUP = 64
+PACKAGES = ("numpy", "torch", "onnxruntime", "llama-cpp-python")
+_SAMPLE_SECONDS = 0.01
+_PR_SET_THP_DISABLE = 41
 
 
 def processor() -> str:
@@ -37,223 +64,164 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-class Weight(ctypes.Structure):
-    """fdk_weight of cpu/include/fdk.h."""
-
-    _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        ("out_features", ctypes.c_int64),
-        ("in_features", ctypes.c_int64),
-        ("bits", ctypes.c_int32),
-        ("uniform", ctypes.c_int32),
-        ("group_size", ctypes.c_int64),
-        ("packed", ctypes.c_void_p),
-        ("packed_bytes", ctypes.c_size_t),
-        ("scales", ctypes.c_void_p),
-        ("scales_bytes", ctypes.c_size_t),
-        ("scales_dtype", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-        ("codebook", ctypes.c_void_p),
-        ("codebook_bytes", ctypes.c_size_t),
-        ("num_codebooks", ctypes.c_int64),
-    )
+def copies(size: int) -> int:
+    """Weights of `size` bytes that no cache holds, all together."""
+    largest = 85 << 20
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number, unit = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip()).groups()
+        largest = max(largest, int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit])
+    return 3 * largest // size + 2
 
 
-class Arguments(ctypes.Structure):
-    """fdk_matmul_args of cpu/include/fdk.h."""
-
-    _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        ("m", ctypes.c_int64),
-        ("x", ctypes.c_void_p),
-        ("x_bytes", ctypes.c_size_t),
-        ("x_dtype", ctypes.c_int32),
-        ("y_dtype", ctypes.c_int32),
-        ("y", ctypes.c_void_p),
-        ("y_bytes", ctypes.c_size_t),
-        ("bias", ctypes.c_void_p),
-        ("bias_bytes", ctypes.c_size_t),
-        ("bias_dtype", ctypes.c_int32),
-        ("arithmetic", ctypes.c_int32),
-        ("num_threads", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-    )
+def cases_of(bits: int):
+    """(backend, name, bits, maker) of what is timed in turns."""
+    ours = [
+        ("cpu", f"codebook_{a}", b, fdk_case(b, a, copies))
+        for b in ((bits,) if bits < 16 else (4, 8))
+        for a in ("int8", "exact")
+    ]
+    torch = {4: ["int4"], 16: ["dense"]}.get(bits, [])
+    levels = {8: [4], 4: [4, 1], 2: [4]}.get(bits, [])
+    return [
+        *ours,
+        *(("torch", name, bits, torch_case(name, copies)) for name in torch),
+        *(("onnxruntime", f"MatMulNBits_level{level}", bits, onnxruntime_case(bits, level, copies))
+          for level in levels),
+        *(("ggml", name, bits, ggml_case(name, copies))
+          for name, (_, width) in TYPES.items() if width == bits),
+    ]  # fmt: skip
 
 
-class Unavailable(Exception):
-    """A peer that cannot run here; the message says why."""
-
-
-def _copies(one: int) -> int:
-    return ROTATE_BYTES // one + 2
-
-
-def fdk_case(bits: int, arithmetic: int, m: int, k: int, threads: int):
-    """A call of fdk_matmul on random bytes."""
-    library = ctypes.CDLL(str(Path(__file__).parent.parent / "build" / "libfdk.so"))
-    rng = np.random.default_rng()
-    size = k * k * bits // 8
-    packed = [rng.integers(0, 256, size, np.uint8) for _ in range(_copies(size))]
-    scales = np.full(k * k // GROUP, 0x3C00, np.uint16)
-    codebook = np.sort(rng.standard_normal(2**bits)).astype(np.float32)
-    x = rng.integers(0x3F00, 0x3FFF, (m, k), np.uint16)
-    y = np.empty((m, k), np.uint16)
-
-    def call(i: int) -> None:
-        data = packed[i % len(packed)]
-        w = Weight(
-            ctypes.sizeof(Weight), k, k, bits, 0, GROUP, data.ctypes.data, data.nbytes,
-            scales.ctypes.data, scales.nbytes, 2, 0, codebook.ctypes.data, codebook.nbytes, 1,
-        )  # fmt: skip
-        a = Arguments(
-            ctypes.sizeof(Arguments), m, x.ctypes.data, x.nbytes, 2, 2, y.ctypes.data, y.nbytes,
-            None, 0, 0, arithmetic, threads, 0,
-        )  # fmt: skip
-        if library.fdk_matmul(ctypes.byref(w), ctypes.byref(a)):
-            raise RuntimeError(ctypes.string_at(library.fdk_last_error()))
-
-    return call, size + scales.nbytes + x.nbytes + y.nbytes
-
-
-def torch_case(kind: str, m: int, k: int, threads: int):
-    """PyTorch's dense bfloat16 product, or its int4 one with bfloat16 activations."""
-    try:
-        import torch
-    except ImportError as error:
-        raise Unavailable(str(error)) from error
-    torch.set_num_threads(threads)
-    x = torch.randn(m, k, dtype=torch.bfloat16)
-    if kind == "dense":
-        size = k * k * 2
-        weights = [torch.randn(k, k).to(torch.bfloat16) for _ in range(_copies(size))]
-        return lambda i: torch.nn.functional.linear(x, weights[i % len(weights)]), size + x.nbytes
-    size = k * k // 2
-    codes = torch.randint(0, 16, (k, k), dtype=torch.int32)
-    pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-    weights = [pack(codes, 2).clone() for _ in range(_copies(size))]
-    scales = torch.ones(k // GROUP, k, 2, dtype=torch.bfloat16)
-    product = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return (
-        lambda i: product(x, weights[i % len(weights)], GROUP, scales),
-        size + scales.nbytes + x.nbytes,
-    )
-
-
-def onnxruntime_case(bits: int, level: int, m: int, k: int, threads: int):
-    """ONNX Runtime's MatMulNBits; level 4 quantises activations to int8, 1 keeps float32."""
-    try:
-        import onnx
-        import onnxruntime as ort
-    except ImportError as error:
-        raise Unavailable(str(error)) from error
-    rng = np.random.default_rng()
-    size = k * k * bits // 8
-    count = min(_copies(size), 24)
-    sessions = []
-    for _ in range(count):
-        packed = rng.integers(0, 256, (k, k // GROUP, GROUP * bits // 8), np.uint8)
-        node = onnx.helper.make_node(
-            "MatMulNBits", ["x", "b", "s"], ["y"], domain="com.microsoft", K=k, N=k, bits=bits,
-            block_size=GROUP, accuracy_level=level,
-        )  # fmt: skip
-        tensor = onnx.TensorProto.FLOAT
-        graph = onnx.helper.make_graph(
-            [node],
-            "product",
-            [onnx.helper.make_tensor_value_info("x", tensor, [m, k])],
-            [onnx.helper.make_tensor_value_info("y", tensor, [m, k])],
-            [
-                onnx.numpy_helper.from_array(packed, "b"),
-                onnx.numpy_helper.from_array(np.full(k * k // GROUP, 0.01, np.float32), "s"),
-            ],
-        )
-        opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
-        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        sessions.append(ort.InferenceSession(model.SerializeToString(), options))
-    x = {"x": rng.standard_normal((m, k)).astype(np.float32)}
-    return lambda i: sessions[i % count].run(None, x), size + k * k // GROUP * 4 + x["x"].nbytes
-
-
-def sample(call, counter: list[int], seconds: float) -> float:
-    """Mean microseconds of as many calls as fill the time."""
+def sample(product: Product, counter: list[int]) -> float:
+    """Mean microseconds of as many calls as fill the time, after one that wakes the threads."""
+    time.sleep(_SETTLE_SECONDS)
+    product.call(counter[0])
     calls, start = 0, time.perf_counter()
-    while (passed := time.perf_counter() - start) < seconds or calls == 0:
-        call(counter[0])
+    while (passed := time.perf_counter() - start) < _SAMPLE_SECONDS or calls == 0:
         counter[0] += 1
+        product.call(counter[0])
         calls += 1
     return passed / calls * 1e6
 
 
-def make_row(args, case: dict, samples: list[float], size: int, reason: str | None) -> dict:
-    """A row of the schema in docs/benchmarks.md."""
-    row = dict.fromkeys(KEYS)
-    row |= {"schema": 1, "suite": "kernels", "m": args.m, "k": args.k, "n": args.k}
-    row |= {"threads": args.threads, "group_size": GROUP, "device": processor()}
-    row |= {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **case}
-    row |= {
-        "ops": 2 * args.m * args.k**2,
-        "status": "skipped" if reason else "ok",
-        "reason": reason,
+def facts() -> dict:
+    """What all rows of a run share."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    library = ctypes.CDLL(str(LIBRARY))
+    library.fdk_level.restype = ctypes.c_char_p
+
+    def git(*command: str) -> str:
+        run = subprocess.run(
+            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        return run.stdout.strip()
+
+    return {
+        "schema": 1,
+        "suite": "kernels",
+        "device": processor(),
+        "versions": versions,
+        "commit": git("rev-parse", "--short", "HEAD") or None,
+        "dirty": bool(git("status", "--porcelain")),
+        "level": library.fdk_level().decode(),
     }
-    if samples:
-        row |= {
-            "samples_us": samples,
-            "bytes_rw": size,
-            "median_us": statistics.median(samples),
-            "mean_us": statistics.mean(samples),
-            "p95_us": float(np.quantile(samples, 0.95)),
-            "stderr_us": statistics.stdev(samples) / len(samples) ** 0.5,
-        }
-    return row
+
+
+def statistics_of(samples: list[float]) -> dict:
+    """The keys of a row that follow from its samples."""
+    return {
+        "samples_us": [round(s, 2) for s in samples],
+        "median_us": round(statistics.median(samples), 2),
+        "mean_us": round(statistics.mean(samples), 2),
+        "p95_us": round(float(np.quantile(samples, 0.95)), 2),
+        "stderr_us": round(statistics.stdev(samples) / len(samples) ** 0.5, 3),
+    }
+
+
+def measure(bits: int, m: int, k: int, threads: int, rounds: int, shared: dict) -> list[dict]:
+    """Rows of one number of bits and one shape."""
+    rows, running = [], []
+    for backend, name, width, make in cases_of(bits):
+        row = dict.fromkeys((*KEYS, "kernel")) | shared
+        row |= {"backend": backend, "name": name, "bits": width, "m": m, "k": k, "n": k}
+        row |= {"threads": threads, "ops": 2 * m * k * k, "group_size": GROUP}
+        if backend == "ggml" or width == 16:
+            row["group_size"] = None  # of the type; none
+        rows.append(row)
+        try:
+            product = make(m, k, threads)
+            product.call(0)
+        except Unavailable as error:
+            row |= {"status": "skipped", "reason": str(error)}
+            continue
+        row |= {"status": "ok", "bytes_rw": product.bytes_rw, "kernel": product.kernel}
+        running.append((row, product, []))
+    counter = [0]
+    for round_number in range(rounds + 1):
+        for _, product, samples in running:
+            value = sample(product, counter)
+            if round_number:
+                samples.append(value)
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    for row, product, samples in running:
+        row |= {**statistics_of(samples), "date": date}
+        product.close()
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    """A line a row: its time, and over that of ours with int8 and with exact arithmetic."""
+    ours = {(r["bits"], r["name"]): r["samples_us"] for r in rows if r["backend"] == "cpu"}
+    print(f"\nm={rows[0]['m']} k=n={rows[0]['k']} threads={rows[0]['threads']} {rows[0]['device']}")
+    print(f"{'':44} {'us':>9}  over our int8  over our exact")
+    for row in rows:
+        label = f"{row['backend']:12} {row['name']:19} {row['bits']:3} bits {row['kernel'] or '':8}"
+        if row["status"] != "ok":
+            print(f"{label} skipped: {row['reason'][:90]}")
+            continue
+        bits = row["bits"] if row["bits"] < 16 else 4
+        ratios = [
+            statistics.median(
+                p / o for p, o in zip(row["samples_us"], ours[bits, f"codebook_{a}"], strict=True)
+            )
+            for a in ("int8", "exact")
+        ]
+        print(f"{label} {row['median_us']:10.1f}  {ratios[0]:13.2f}  {ratios[1]:14.2f}")
 
 
 def main() -> None:
     """Measures and prints; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, value in (("k", 4096), ("m", 1), ("threads", 1), ("rounds", 15)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--k", type=numbers, default=[4096])
+    parser.add_argument("--m", type=numbers, default=[1])
+    parser.add_argument("--bits", type=numbers, default=[8, 4, 2, 1, 16])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    shape = (args.m, args.k, args.threads)
-    named = [
-        *(("cpu", f"codebook_{a}", b, lambda b=b, i=i: fdk_case(b, i, *shape))
-          for b in (8, 4, 2, 1) for a, i in (("int8", 2), ("exact", 0))),
-        ("torch", "int4", 4, lambda: torch_case("int4", *shape)),
-        ("torch", "dense", 16, lambda: torch_case("dense", *shape)),
-        *(("onnxruntime", f"MatMulNBits_level{a}", b, lambda b=b, a=a: onnxruntime_case(b, a, *shape))
-          for b, a in ((4, 4), (4, 1), (8, 4), (2, 4))),
-    ]  # fmt: skip
-    rows, running = [], []
-    for backend, name, bits, make in named:
-        case = {"backend": backend, "name": name, "bits": bits}
-        try:
-            call, size = make()
-            call(0)
-            running.append((case, call, size, []))
-        except Exception as error:
-            rows.append(make_row(args, case, [], 0, f"{type(error).__name__}: {error}"))
-    counter = [0]
-    for round_number in range(args.rounds + 1):
-        for _, call, _, samples in running:
-            value = sample(call, counter, 0.01)
-            if round_number:
-                samples.append(value)
-    rows += [make_row(args, case, samples, size, None) for case, _, size, samples in running]
-    ours = {c["bits"]: s for c, _, _, s in running if c["name"] == "codebook_int8"}
-    print(f"m={args.m} k=n={args.k} threads={args.threads}")
-    for row in rows:
-        label = f"{row['backend']:12} {row['name']:20} {row['bits']:3} bits"
-        if row["reason"]:
-            print(f"{label} skipped: {row['reason'][:90]}")
-            continue
-        base = ours.get(row["bits"], ours[4])
-        ratio = statistics.median(p / o for p, o in zip(row["samples_us"], base, strict=True))
-        print(f"{label} {row['median_us']:9.1f} us   {ratio:5.2f} x the time of our int8")
-    if args.output:
-        with args.output.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    shared = facts()
+    for k in args.k:
+        for m in args.m:
+            for bits in args.bits:
+                rows = measure(bits, m, k, args.threads, args.rounds, shared)
+                show(rows)
+                gc.collect()
+                if args.output:
+                    with args.output.open("a") as file:
+                        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

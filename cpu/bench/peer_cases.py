@@ -1,0 +1,184 @@
+"""Products to time: this library's, PyTorch's and ONNX Runtime's, each on weights of its own.
+
+A case is a function of (m, k, threads) that makes a Product. `copies` says how many weights of a
+size in bytes the calls are to take turns with.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+GROUP = 64
+ARITHMETIC = {"exact": 0, "int16": 1, "int8": 2}
+LIBRARY = Path(__file__).parent.parent / "build" / "libfdk.so"
+
+
+@dataclass
+class Product:
+    """A product that is ready to be timed."""
+
+    call: Callable[[int], object]  # argument: a counter, which chooses the weights
+    bytes_rw: int
+    kernel: str | None = None
+    close: Callable[[], object] = lambda: None  # frees what Python does not own
+
+
+class Unavailable(Exception):
+    """A peer that cannot run here; the message says why."""
+
+
+class Weight(ctypes.Structure):
+    """fdk_weight of cpu/include/fdk.h."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("uniform", ctypes.c_int32),
+        ("group_size", ctypes.c_int64),
+        ("packed", ctypes.c_void_p),
+        ("packed_bytes", ctypes.c_size_t),
+        ("scales", ctypes.c_void_p),
+        ("scales_bytes", ctypes.c_size_t),
+        ("scales_dtype", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("codebook", ctypes.c_void_p),
+        ("codebook_bytes", ctypes.c_size_t),
+        ("num_codebooks", ctypes.c_int64),
+    )
+
+
+class Arguments(ctypes.Structure):
+    """fdk_matmul_args of cpu/include/fdk.h."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("m", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("x_bytes", ctypes.c_size_t),
+        ("x_dtype", ctypes.c_int32),
+        ("y_dtype", ctypes.c_int32),
+        ("y", ctypes.c_void_p),
+        ("y_bytes", ctypes.c_size_t),
+        ("bias", ctypes.c_void_p),
+        ("bias_bytes", ctypes.c_size_t),
+        ("bias_dtype", ctypes.c_int32),
+        ("arithmetic", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+def fdk_case(bits: int, arithmetic: str, copies: Callable[[int], int]):
+    """fdk_matmul by k-means codebooks, bfloat16 activations and results."""
+
+    def make(m: int, k: int, threads: int) -> Product:
+        library = ctypes.CDLL(str(LIBRARY))
+        rng = np.random.default_rng()
+        size = k * k * bits // 8
+        first = rng.integers(0, 256, size, np.uint8)
+        packed = [first.copy() for _ in range(copies(size))]
+        scales = [np.full(k * k // GROUP, 0x3C00, np.uint16) for _ in packed]
+        codebook = np.sort(rng.standard_normal(2**bits)).astype(np.float32)
+        x = rng.integers(0x3F00, 0x3FFF, (m, k), np.uint16)
+        y = np.empty((m, k), np.uint16)
+
+        def call(i: int) -> None:
+            data, scale = packed[i % len(packed)], scales[i % len(packed)]
+            w = Weight(
+                ctypes.sizeof(Weight), k, k, bits, 0, GROUP, data.ctypes.data, data.nbytes,
+                scale.ctypes.data, scale.nbytes, 2, 0, codebook.ctypes.data, codebook.nbytes, 1,
+            )  # fmt: skip
+            a = Arguments(
+                ctypes.sizeof(Arguments), m, x.ctypes.data, x.nbytes, 2, 2, y.ctypes.data, y.nbytes,
+                None, 0, 0, ARITHMETIC[arithmetic], threads, 0,
+            )  # fmt: skip
+            if library.fdk_matmul(ctypes.byref(w), ctypes.byref(a)):
+                raise RuntimeError(ctypes.string_at(library.fdk_last_error()))
+
+        return Product(call, size + scales[0].nbytes + x.nbytes + y.nbytes)
+
+    return make
+
+
+def torch_case(kind: str, copies: Callable[[int], int]):
+    """PyTorch's dense bfloat16 product, or its int4 one, with bfloat16 activations."""
+
+    def make(m: int, k: int, threads: int) -> Product:
+        try:
+            import torch
+        except ImportError as error:
+            raise Unavailable(str(error)) from error
+        torch.set_num_threads(threads)
+        x = torch.randn(m, k, dtype=torch.bfloat16)
+        if kind == "dense":
+            size = k * k * 2
+            first = torch.randn(k, k).to(torch.bfloat16)
+            weights = [first.clone() for _ in range(copies(size))]
+            linear = torch.nn.functional.linear
+            return Product(lambda i: linear(x, weights[i % len(weights)]), size + 2 * x.nbytes)
+        size = k * k // 2
+        codes = torch.randint(0, 16, (k, k), dtype=torch.int32)
+        first = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+        weights = [first.clone() for _ in range(copies(size))]
+        scales = [torch.ones(k // GROUP, k, 2, dtype=torch.bfloat16) for _ in weights]
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu
+
+        def call(i: int) -> object:
+            return product(x, weights[i % len(weights)], GROUP, scales[i % len(weights)])
+
+        return Product(call, size + scales[0].nbytes + 2 * x.nbytes)
+
+    return make
+
+
+@cache
+def _share_onnxruntime_threads(threads: int) -> None:
+    """One pool for all sessions, once a process: pools of the others would spin beside it."""
+    import onnxruntime as ort
+
+    ort.set_global_thread_pool_sizes(threads, 1)
+
+
+def onnxruntime_case(bits: int, level: int, copies: Callable[[int], int]):
+    """ONNX Runtime's MatMulNBits; level 4 quantises activations to int8, 1 keeps float32."""
+
+    def make(m: int, k: int, threads: int) -> Product:
+        try:
+            import onnx
+            import onnxruntime as ort
+        except ImportError as error:
+            raise Unavailable(str(error)) from error
+        _share_onnxruntime_threads(threads)
+        rng = np.random.default_rng()
+        size = k * k * bits // 8
+        node = onnx.helper.make_node(
+            "MatMulNBits", ["x", "b", "s"], ["y"], domain="com.microsoft", K=k, N=k, bits=bits,
+            block_size=GROUP, accuracy_level=level,
+        )  # fmt: skip
+        packed = rng.integers(0, 256, (k, k // GROUP, GROUP * bits // 8), np.uint8)
+        scales = np.full(k * k // GROUP, 0.01, np.float32)
+        tensor = onnx.TensorProto.FLOAT
+        graph = onnx.helper.make_graph(
+            [node],
+            "product",
+            [onnx.helper.make_tensor_value_info("x", tensor, [m, k])],
+            [onnx.helper.make_tensor_value_info("y", tensor, [m, k])],
+            [onnx.numpy_helper.from_array(packed, "b"), onnx.numpy_helper.from_array(scales, "s")],
+        )
+        opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
+        options = ort.SessionOptions()
+        options.use_per_session_threads = False
+        data = model.SerializeToString()
+        sessions = [ort.InferenceSession(data, options) for _ in range(copies(size))]
+        x = {"x": rng.standard_normal((m, k)).astype(np.float32)}
+        bytes_rw = size + scales.nbytes + 2 * x["x"].nbytes
+        return Product(lambda i: sessions[i % len(sessions)].run(None, x), bytes_rw)
+
+    return make
