@@ -14,7 +14,7 @@ import abc
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ptx import Ptx, at, vector
+from pallas_kernels.ptx import Ptx, at, float_constant, vector
 
 _TABLE_ROW = 128  # bytes of the table for one byte of codes: copies for all lanes together
 
@@ -154,7 +154,7 @@ class _Bits(Decoder):
     def _pair(self, word: str, place: int) -> str:
         """The values of the bits at `place` and `place` + 16."""
 
-    def _both(self, codebook: str) -> list[str]:
+    def both(self, codebook: str) -> list[str]:
         """The two values of the codebook as `dtype` rounds them: a pair, and each in float32."""
         pair = self.pack(*(self._value(codebook, code) for code in range(2)))
         return [pair, *unpack(self.ptx, pair, self.dtype)]
@@ -173,17 +173,17 @@ class _Scaled(_Bits):
         """Computes the first value and the factor."""
         del thread, threads
         ptx, unit = self.ptx, 1.0 if self.kind == "bf16" else 0.25
-        first, second = self._both(codebook)[1:]
+        first, second = self.both(codebook)[1:]
         step = ptx.op("sub.f32", second, first, kind="f32")
         low = ptx.op("div.full.f32", first, step, kind="f32")
-        low = ptx.op("mul.f32", low, _float(unit), kind="f32")
+        low = ptx.op("mul.f32", low, float_constant(unit), kind="f32")
         # Equal values: so large a first one that a unit more does not change it.
-        equal = ptx.op("setp.eq.f32", step, _float(0.0), kind="pred")
-        low = ptx.op("selp.f32", _float(2048.0), low, equal, kind="f32")
+        equal = ptx.op("setp.eq.f32", step, float_constant(0.0), kind="pred")
+        low = ptx.op("selp.f32", float_constant(2048.0), low, equal, kind="f32")
         self.low = self.pack(low, low)
         # The factor that fits both decoded values best.
         low = unpack(ptx, self.low, self.dtype)[0]
-        high = ptx.op("add.f32", low, _float(unit), kind="f32")
+        high = ptx.op("add.f32", low, float_constant(unit), kind="f32")
         high = unpack(ptx, self.pack(high, high), self.dtype)[0]
         wanted = ptx.op("mul.f32", first, low, kind="f32")
         wanted = ptx.op("fma.rn.f32", second, high, wanted, kind="f32")
@@ -208,7 +208,7 @@ class _Select(_Bits):
     def set_up(self, codebook: str, thread: str, threads: int) -> None:
         """Loads the two values, each twice."""
         del thread, threads
-        pair, *_ = self._both(codebook)
+        pair, *_ = self.both(codebook)
         self.low = self.ptx.op("prmt.b32", pair, pair, "0x1010")
         self.high = self.ptx.op("prmt.b32", pair, pair, "0x3232")
 
@@ -216,8 +216,3 @@ class _Select(_Bits):
         signs = self.ptx.op("shl.b32", word, 15 - place)
         mask = self.ptx.op("prmt.b32", signs, signs, "0xBB99")  # bits 15 and 31, 16 times each
         return self.ptx.op("lop3.b32", self.high, self.low, mask, "0xE4")
-
-
-def _float(value: float) -> str:
-    """A float32 as PTX writes it."""
-    return f"0f{int(np.float32(value).view(np.uint32)):08X}"

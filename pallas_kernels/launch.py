@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import gather, matvec, tuning, wgmma
+from pallas_kernels import gather, tuning
 from pallas_kernels.matvec import Case
 
 
@@ -21,7 +21,7 @@ def matmul(
     uniform: bool,
     bias: Array | None = None,
     out_dtype: Any = None,
-    config: matvec.Config | wgmma.Config | None = None,
+    config: tuning.Config | None = None,
     interpret: bool = False,
 ) -> Array:
     """Multiplies x by the transpose of a quantised weight in the planar layout, on an NVIDIA GPU.
@@ -80,12 +80,11 @@ def matmul(
     return tuning.launch(case, chosen.kernel, chosen.config, x, packed, scales, codebook, bias)
 
 
-def _given(case: Case, config: matvec.Config | wgmma.Config) -> tuning.Plan:
+def _given(case: Case, config: tuning.Config) -> tuning.Plan:
     reason = tuning.unsupported_reason(case, config)
     if reason is not None:
         raise NotImplementedError(f"{config} does not run this product: {reason}")
-    kernel = "matvec" if isinstance(config, matvec.Config) else "wgmma"
-    return tuning.Plan(kernel, config, "given by the caller")
+    return tuning.Plan(tuning.kernel_of(config), config, "given by the caller")
 
 
 def _check(x, packed, scales, codebook, bits, group_size, out_features) -> None:

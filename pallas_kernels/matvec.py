@@ -34,7 +34,7 @@ _PLANE = 64
 _STEPS = 4  # instructions a plane
 _TILE_ROWS = 16
 _TILE_BYTES = 1024
-_SHARED_BYTES = 48 * 1024  # the most that a kernel may declare
+SHARED_BYTES = 48 * 1024  # the most that a kernel may declare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +104,8 @@ class Case:
 def unsupported_reason(case: Case, config: Config) -> str | None:
     """Why the kernel does not take a case, or None."""
     reason = unsupported_weight(case, config)
-    if reason is None and _Writer(case, config).shared_bytes > _SHARED_BYTES:
-        return f"{config} needs more than {_SHARED_BYTES} bytes of shared memory"
+    if reason is None and _Writer(case, config).shared_bytes > SHARED_BYTES:
+        return f"{config} needs more than {SHARED_BYTES} bytes of shared memory"
     return reason
 
 
@@ -132,16 +132,32 @@ def matmul(
     bias: Array | None,
 ) -> Array:
     """X [M, K] times the transpose of a planar weight, [M, N]."""
+    arrays = (x, packed, scales, codebook, bias)
+    return launch(case, config, source(case, config), "fdk_matvec", *arrays)
+
+
+def launch(
+    case: Case,
+    config: Config,
+    ptx: str,
+    name: str,
+    x: Array,
+    packed: Array,
+    scales: Array,
+    codebook: Array,
+    bias: Array | None,
+) -> Array:
+    """Launches the PTX of this kernel or of one with its grid and operands."""
     if x.shape[1] != case.blocks * case.span:
         x = jnp.pad(x, ((0, 0), (0, case.blocks * case.span - x.shape[1])))
     operands = (x, packed, scales, codebook) + (() if bias is None else (bias,))
     return triton_compat.ptx_call(
-        source(case, config),
+        ptx,
         operands,
         jax.ShapeDtypeStruct((case.m, case.n), case.out_dtype),
         grid=(-(-case.n // config.rows), -(-case.m // (8 * config.columns))),
         num_warps=config.warps,
-        name="fdk_matvec",
+        name=name,
     )
 
 
@@ -200,11 +216,15 @@ class _Writer:
         return decoding.decoder(self.ptx, self.case.bits, self.case.x_dtype)
 
     def _set_up_decoder(self) -> None:
+        self.decoder.set_up(self._codebook(), self.thread, 32 * self.config.warps)
+
+    def _codebook(self) -> str:
+        """The address of the codebook of the program's rows."""
         ptx, case, book = self.ptx, self.case, self.operands.codebook
         if case.books > 1:
             number = ptx.op("div.u32", self.program_row, case.n // case.books)
             book = ptx.op("mad.wide.u32", number, 4 * 2**case.bits, book, kind="b64")
-        self.decoder.set_up(book, self.thread, 32 * self.config.warps)
+        return book
 
     def _locate(self) -> None:
         """Registers for who this lane is and where its operands start."""
@@ -343,16 +363,19 @@ class _Writer:
                 offset = start + i * 64 * self.scale_bytes
                 self._load_vector(registers[i * width : i * width + width], scales, offset, there)
 
-    def _load_vector(self, registers: list[str], address: str, offset: int, there: str) -> None:
+    def _load_vector(
+        self,
+        registers: list[str],
+        address: str,
+        offset: int,
+        there: str | None = None,
+        space: str = "global.nc",
+    ) -> None:
         for i in range(0, len(registers), 4):
             part = registers[i : i + 4]
             width = f".v{len(part)}" if len(part) > 1 else ""
-            self.ptx.do(
-                f"ld.global.nc{width}.b32",
-                vector(part) if width else part[0],
-                at(address, offset + 4 * i),
-                when=there,
-            )
+            values = vector(part) if width else part[0]
+            self.ptx.do(f"ld.{space}{width}.b32", values, at(address, offset + 4 * i), when=there)
 
     # The loop over K
 

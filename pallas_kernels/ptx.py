@@ -1,5 +1,7 @@
 """Writes PTX: registers, operations and the few idioms that the kernels share."""
 
+import numpy as np
+
 
 class Ptx:
     """A block of PTX under construction; its text goes into a kernel as inline assembly."""
@@ -53,3 +55,8 @@ def vector(registers: list[str]) -> str:
 def at(address: str, offset: int = 0) -> str:
     """A memory operand."""
     return f"[{address}+{offset}]"
+
+
+def float_constant(value: float) -> str:
+    """A float32 as PTX writes it."""
+    return f"0f{int(np.float32(value).view(np.uint32)):08X}"

@@ -26,10 +26,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dequantise, matvec, wgmma
+from pallas_kernels import dequantise, integer, matvec, wgmma
 from pallas_kernels.matvec import Case
 
-KERNELS = {"matvec": matvec.Config, "wgmma": wgmma.Config}
+KERNELS = {"matvec": matvec, "integer": integer, "wgmma": wgmma}
+Config = matvec.Config | integer.Config | wgmma.Config
 _SHIPPED = Path(__file__).with_name("tuned.json")
 _FEW = 16  # most rows of x a program of `matvec` takes
 _OTHER_DEVICE = math.log(2)  # a row of another device counts like one of a shape twice as large
@@ -40,13 +41,13 @@ class Plan:
     """The choice for one product.
 
     Attributes:
-        kernel: "matvec", "wgmma", "dequantise" (then dot) or "gather".
-        config: launch configuration of "matvec" and "wgmma", else None.
+        kernel: "matvec", "integer", "wgmma", "dequantise" (then dot) or "gather".
+        config: launch configuration of the first three, else None.
         reason: why, in words.
     """
 
     kernel: str
-    config: matvec.Config | wgmma.Config | None
+    config: Config | None
     reason: str
 
     def __str__(self) -> str:
@@ -96,19 +97,24 @@ def choose(case: Case, device_kind: str | None = None) -> Plan:
     if reason is not None:
         return Plan("gather", None, f"looks every code up in memory, because {reason}")
     kind = _device_kind() if device_kind is None else device_kind
-    row = _nearest(case, kind)
-    if row is None:
+    rows = _by_nearness(case, kind)
+    if not rows:
         return Plan(
             "dequantise", None, "then dot: more tokens than any for which decoding again paid"
         )
-    why = f"fastest of those measured at {row['m']} x {row['n']} x {row['k']} on {row['device']}"
-    if row["kernel"] == "dequantise":
-        return Plan("dequantise", None, f"then dot, {why}")
-    config = fit(case, KERNELS[row["kernel"]](**row["config"]))
-    if unsupported_reason(case, config) is None:
-        return Plan(row["kernel"], config, why)
-    # Codebooks that change within the tuned program's rows: the least rows a program can have.
-    return Plan("matvec", fit(case, matvec.Config(tiles=1, warps=8)), "codebooks change often")
+    for row in rows:
+        why = (
+            f"fastest of those measured at {row['m']} x {row['n']} x {row['k']} on {row['device']}"
+        )
+        if row["kernel"] == "dequantise":
+            return Plan("dequantise", None, f"then dot, {why}")
+        config = fit(case, KERNELS[row["kernel"]].Config(**row["config"]))
+        reason = unsupported_reason(case, config)
+        if reason is None:
+            return Plan(row["kernel"], config, why)
+    return Plan(
+        "matvec", fit(case, matvec.Config(tiles=1, warps=8)), f"the smallest, since {reason}"
+    )
 
 
 def fit(case: Case, config: Any) -> Any:
@@ -122,8 +128,12 @@ def fit(case: Case, config: Any) -> Any:
 
 def unsupported_reason(case: Case, config: Any) -> str | None:
     """Why a configuration does not run a case, or None."""
-    module = matvec if isinstance(config, matvec.Config) else wgmma
-    return module.unsupported_reason(case, config)
+    return KERNELS[kernel_of(config)].unsupported_reason(case, config)
+
+
+def kernel_of(config: Any) -> str:
+    """The key of `KERNELS` to which a configuration belongs."""
+    return next(name for name, module in KERNELS.items() if isinstance(config, module.Config))
 
 
 def _device_kind() -> str:
@@ -131,8 +141,8 @@ def _device_kind() -> str:
     return device.device_kind if device.platform in ("gpu", "cuda") else "NVIDIA H200"
 
 
-def _nearest(case: Case, device_kind: str) -> dict | None:
-    """The row to follow; None if the product has more tokens than all rows."""
+def _by_nearness(case: Case, device_kind: str) -> list[dict]:
+    """The rows to follow, best first; none if the product has more tokens than all rows."""
     rows = [row for row in _table() if row["bits"] == case.bits]
     m = min((row["m"] for row in rows if row["m"] >= case.m), default=None)
 
@@ -140,7 +150,7 @@ def _nearest(case: Case, device_kind: str) -> dict | None:
         shape = abs(math.log(row["n"] / case.n)) + abs(math.log(row["k"] / case.k))
         return shape + _OTHER_DEVICE * (row["device"] != device_kind)
 
-    return min((row for row in rows if row["m"] == m), key=distance, default=None)
+    return sorted((row for row in rows if row["m"] == m), key=distance)
 
 
 @functools.cache
@@ -168,6 +178,11 @@ _DIAGONAL = {
     8: (),
 }
 _TOKENS = ((1, 8, 1, 1), (1, 16, 1, 2), (2, 8, 1, 1), (2, 8, 1, 2), (2, 16, 1, 1), (2, 16, 1, 2))
+_INTEGER = (  # (tiles, warps, stages)
+    *((1, 4, 2), (1, 4, 4), (1, 8, 1), (1, 8, 2), (1, 8, 4), (1, 16, 2)),
+    *((2, 4, 1), (2, 4, 2), (2, 4, 3), (2, 8, 1), (2, 8, 2)),
+    *((4, 4, 1), (4, 4, 2)),
+)
 # (tokens, row_groups, k_groups, stages) of `wgmma` for at least so many tokens.
 _WGMMA = {
     16: ((16, 1, 4, 2), (16, 1, 2, 2)),
@@ -182,6 +197,8 @@ def candidates(case: Case) -> Iterator[tuple[str, Any]]:
     if case.m == 1:
         for facts in _DIAGONAL[case.bits]:
             yield "matvec", matvec.Config(*facts[:3], row_warps=facts[3], diagonal=True)
+        for facts in _INTEGER if case.bits == 1 else ():
+            yield "integer", integer.Config(*facts)
     if case.m <= 2 * _FEW:
         for facts in _ONE_TOKEN if case.m == 1 else _TOKENS:
             yield "matvec", fit(case, matvec.Config(*facts[:3], row_warps=facts[3]))
@@ -226,8 +243,7 @@ def launch(case: Case, kernel: str, config: Any, x, packed, scales, codebook, bi
     """Runs a product with a given kernel (not "gather") and configuration."""
     if kernel == "dequantise":
         return dequantise.matmul(case, x, packed, scales, codebook, bias)
-    module = matvec if kernel == "matvec" else wgmma
-    return module.matmul(case, config, x, packed, scales, codebook, bias)
+    return KERNELS[kernel].matmul(case, config, x, packed, scales, codebook, bias)
 
 
 _TRIPS = 32  # so many that the host's work at the start of a program does not count

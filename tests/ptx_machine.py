@@ -16,6 +16,7 @@ _FLOAT = {
     "sub": np.subtract,
     "mul": np.multiply,
     "div": np.divide,
+    "rcp": np.reciprocal,
     "fma": lambda a, b, c: a * b + c,
 }
 _GAP = 4096  # unmapped bytes between operands
@@ -33,6 +34,7 @@ class _Program:
     def __init__(self, source, operands, place, threads):
         self.threads, self.registers, self.labels, self.code = threads, {}, {}, []
         self.memory, starts = _Memory(), []
+        self.copies, self.groups = [], []
         for operand in operands:
             starts.append(self.memory.map(operand))
         shared = re.search(r"fdk_shared\[(\d+)\]", source)
@@ -92,6 +94,8 @@ class _Program:
         mask = np.uint64(2**64 - 1 if wide else 2**32 - 1)
         if name in ("ld", "st"):
             self.access(opcode, operands, active)
+        elif name == "cp":
+            self.copy(opcode, operands, active)
         elif name in ("bar", "fence"):
             return
         elif name == "mma":
@@ -116,6 +120,9 @@ class _Program:
         elif name == "selp":
             a, b, which = (self.read(o) for o in operands[1:])
             self.write(operands[0], np.where(which, a, b), active)
+        elif kind == "f32" and name in ("max", "min"):
+            a, b = (self.floats(o) for o in operands[1:])
+            self.write(operands[0], _extreme(opcode)(a, b).view(np.uint32), active)
         elif kind == "f32" and name in _FLOAT:
             values = (self.floats(o).astype(np.float64) for o in operands[1:])
             with np.errstate(all="ignore"):
@@ -128,9 +135,25 @@ class _Program:
             # One rounding: products and sums of halves are exact, or nearly so, in float64.
             values = (_halves(self.read(o), half).astype(np.float64) for o in operands[1:])
             self.write(operands[0], _join(_FLOAT[name](*values).astype(half)), active)
+        elif name in ("max", "min") and kind[:-2] in _HALVES:
+            half = _HALVES[kind[:-2]]
+            a, b = (_halves(self.read(o), half).astype(np.float64) for o in operands[1:])
+            self.write(operands[0], _join(_extreme(opcode)(a, b).astype(half)), active)
         elif name == "shfl":
-            lanes = np.arange(self.threads) ^ int(operands[2])
+            lanes = np.arange(self.threads)
+            if opcode[2] == "idx":
+                lanes = (lanes & ~31) + self.read(operands[2]).astype(int)
+            else:
+                lanes = lanes ^ int(operands[2])
             self.write(operands[0], self.read(operands[1])[lanes], active)
+        elif name == "dp4a":
+            a, b, c = (self.read(o).astype(np.uint32) for o in operands[1:])
+            bytes_of = lambda v: v.view(np.int8).reshape(-1, 4).astype(np.int64)  # noqa: E731
+            total = (bytes_of(a) * bytes_of(b)).sum(1).astype(np.uint32) + c
+            self.write(operands[0], total, active)
+        elif name == "vote":
+            any_lane = self.read(operands[1]).reshape(-1, 32).any(axis=1)
+            self.write(operands[0], np.repeat(any_lane, 32), active)
         else:
             values = [self.read(o) for o in operands[1:]]
             self.write(operands[0], _integer(name, opcode, values) & mask, active)
@@ -151,8 +174,29 @@ class _Program:
             else:
                 memory.store(where, size, self.read(register)[active])
 
+    def copy(self, opcode, operands, active):
+        """Asynchronous copies: they arrive when a thread waits for them, not before."""
+        if opcode[2] == "commit_group":
+            self.groups.append(self.copies)
+            self.copies = []
+        elif opcode[2] == "wait_group":
+            ready = len(self.groups) - int(operands[0])
+            for target, values in (c for group in self.groups[:ready] for c in group):
+                self.shared.store(target, 4, values)
+            self.groups = self.groups[max(ready, 0) :]
+        else:
+            (to, to_offset), (base, offset), size = *operands[:2], int(operands[2])
+            target = self.read(to).astype(np.int64)[active] + to_offset
+            source = self.read(base).astype(np.int64)[active] + offset
+            assert not (target % size).any() and not (source % size).any(), "misaligned"
+            for i in range(0, size, 4):
+                self.copies.append((target + i, self.memory.load(source + i, 4)))
+
     def convert(self, opcode, operands, active):
-        if opcode[1] == "f32":
+        if opcode[-1] == "s32":
+            value = self.read(operands[1]).astype(np.uint32).view(np.int32).astype(np.float32)
+            self.write(operands[0], value.view(np.uint32), active)
+        elif opcode[1] == "f32":
             value = self.read(operands[1]).astype(np.uint16).view(np.float16).astype(np.float32)
             self.write(operands[0], value.view(np.uint32), active)
         elif opcode[2].endswith("x2"):
@@ -165,6 +209,9 @@ class _Program:
 
     def multiply(self, opcode, operands, active):
         """m16n8k16: lane 4 g + c; A rows g, g + 8 and columns 2 c, 2 c + 8; B column g; D columns 2 c."""
+        if opcode[3] == "m16n8k32":
+            self.multiply_bytes(operands, active)
+            return
         half = _HALVES[opcode[-2]]
         d, a, b, c = operands
         warp, g, quad = self.places()
@@ -174,6 +221,30 @@ class _Program:
             for e in range(2):
                 right[warp, 2 * quad + e + 8 * i, g] = pair[e]
         self.add_product(d, a, right, c, half, active)
+
+    def multiply_bytes(self, operands, active):
+        """m16n8k32 of int8: A rows g, g + 8 and columns 4 c, 4 c + 16; B column g; D columns 2 c."""
+        d, a, b, c = operands
+        warp, g, quad = self.places()
+        left = np.zeros((self.threads // 32, 16, 32), np.int64)
+        right = np.zeros((self.threads // 32, 32, 8), np.int64)
+        for byte in range(4):
+            for i, register in enumerate(a):
+                column = 4 * quad + byte + 16 * (i // 2)
+                left[warp, g + 8 * (i % 2), column] = self.signed_byte(register, byte)
+            for i, register in enumerate(b):
+                right[warp, 4 * quad + byte + 16 * i, g] = self.signed_byte(register, byte)
+        product = left @ right
+        sums = [
+            self.read(r).astype(np.uint32)
+            + product[warp, g + 8 * (i // 2), 2 * quad + i % 2].astype(np.uint32)
+            for i, r in enumerate(c)
+        ]
+        for register, value in zip(d, sums, strict=True):
+            self.write(register, value, active)
+
+    def signed_byte(self, register, byte):
+        return (self.read(register) >> np.uint64(8 * byte)).astype(np.uint8).view(np.int8)
 
     def multiply_group(self, opcode, operands, active):
         """A warpgroup's product with B in shared memory, K-major in cores of 8 x 16 bytes, not swizzled."""
@@ -260,21 +331,27 @@ def _join(pair):
     return low | high << np.uint64(16)
 
 
+def _extreme(opcode):
+    """The larger or smaller of two; a NaN wins with .NaN, loses without."""
+    names = {"max": ("fmax", "maximum"), "min": ("fmin", "minimum")}
+    return getattr(np, names[opcode[0]]["NaN" in opcode])
+
+
 def _permute_bytes(source, selectors):
     """The byte of each selector's low three bits, or its sign eight times if the fourth is set."""
     result = np.zeros_like(source)
     for i in range(4):
-        selector = selectors >> 4 * i & 15
-        byte = source >> np.uint64(8 * (selector & 7)) & np.uint64(0xFF)
-        if selector & 8:
-            byte = (byte >> np.uint64(7)) * np.uint64(0xFF)
+        selector = selectors >> np.uint64(4 * i) & np.uint64(15)
+        byte = source >> np.uint64(8) * (selector & np.uint64(7)) & np.uint64(0xFF)
+        signs = (byte >> np.uint64(7)) * np.uint64(0xFF)
+        byte = np.where(selector & np.uint64(8), signs, byte)
         result |= byte << np.uint64(8 * i)
     return result
 
 
 def _integer(name, opcode, v):
     if name == "prmt":
-        return _permute_bytes(v[0] & np.uint64(0xFFFFFFFF) | v[1] << np.uint64(32), int(v[2][0]))
+        return _permute_bytes(v[0] & np.uint64(0xFFFFFFFF) | v[1] << np.uint64(32), v[2])
     if name == "lop3":
         table, result = int(v[3][0]), np.zeros_like(v[0])
         for i in range(8):

@@ -3,43 +3,26 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import planar
 import ptx_machine
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_kernels
 from fdk_jax import packing
-from pallas_kernels import dequantise, matvec, tuning, wgmma
+from pallas_kernels import dequantise, integer, matvec, tuning, wgmma
 
 HALF = jnp.dtype(jnp.bfloat16)
-TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 
 
-def _product(rng, m, n, k, bits, group_size, dtype, books=1):
-    """Arguments of `pallas_kernels.matmul`, the product in float64 and its size without cancellation."""
-    dtype = jnp.dtype(dtype)
-    codes = rng.integers(0, 2**bits, (n, k)).astype(np.uint8)
-    codebook = np.sort(rng.normal(size=(books, 2**bits)), -1).astype(np.float32)
-    scales = jnp.asarray(rng.uniform(0.5, 2, (n, -(-k // group_size))), dtype)
-    x = jnp.asarray(rng.normal(size=(m, k)), dtype)
-    facts = dict(bits=bits, group_size=group_size, out_features=n)
-    packed, planar = packing.to_planar(packing.pack(codes, bits), scales, in_features=k, **facts)
-    values = np.repeat(np.asarray(jnp.asarray(codebook, dtype), np.float64), n // books, 0)
-    weight = np.take_along_axis(values, codes.astype(int), -1)
-    weight *= np.repeat(np.asarray(scales, np.float64), group_size, -1)[:, :k]
-    exact = np.asarray(x, np.float64)
-    size = np.sqrt(np.mean(exact**2 @ (weight**2).T))
-    return (x, packed, planar, jnp.asarray(codebook)), facts, (exact @ weight.T, size)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", planar.TOLERANCE)
 @pytest.mark.parametrize("bits", packing.BITS)
 @pytest.mark.parametrize(
     ("m", "n", "k", "group_size", "books"),
     [(1, 1, 7, 4, 1), (3, 33, 130, 64, 1), (17, 48, 96, 32, 3), (2, 5, 600, 24, 1)],
 )
 def test_interpreted_values(rng, dtype, bits, m, n, k, group_size, books):
-    arrays, facts, (expected, size) = _product(rng, m, n, k, bits, group_size, dtype, books)
+    arrays, facts, (expected, size) = planar.product(rng, m, n, k, bits, group_size, dtype, books)
     bias = rng.normal(size=n).astype(np.float32)
     y = pallas_kernels.matmul(
         *arrays,
@@ -52,7 +35,7 @@ def test_interpreted_values(rng, dtype, bits, m, n, k, group_size, books):
     assert y.shape == (m, n)
     assert y.dtype == jnp.float32
     error = np.asarray(y, np.float64) - (expected + bias)
-    assert np.sqrt(np.mean(error**2)) < TOLERANCE[dtype] * size
+    assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
 
 
 def _lower(case, run):
@@ -111,7 +94,7 @@ def test_candidates_are_written(bits):
             if config is None:
                 source = dequantise.source(case)
             elif tuning.unsupported_reason(case, config) is None:
-                source = (matvec if kernel == "matvec" else wgmma).source(case, config)
+                source = tuning.KERNELS[kernel].source(case, config)
             else:
                 continue
             assert source.startswith("{") and source.endswith("}")
@@ -138,7 +121,7 @@ def test_codebooks_that_change_within_a_program_take_smaller_programs():
 
 
 def test_errors_name_the_remedy(rng):
-    arrays, facts, _ = _product(rng, 2, 16, 64, 4, 64, "bfloat16")
+    arrays, facts, _ = planar.product(rng, 2, 16, 64, 4, 64, "bfloat16")
     x, packed, scales, codebook = arrays
     with pytest.raises(ValueError, match=r"fdk_jax\.prepare"):
         pallas_kernels.matmul(x, packed[:, :0], scales, codebook, **facts, uniform=False)
@@ -171,12 +154,12 @@ def _run_ptx(case, config, arrays, bias):
     x = np.pad(x, ((0, 0), (0, case.blocks * case.span - case.k)))
     operands = [x, packed, scales, codebook] + ([] if bias is None else [bias])
     out = np.full((case.m, case.n), np.nan, case.out_dtype)
-    if isinstance(config, matvec.Config):
-        source = matvec.source(case, config)
-        grid = (-(-case.n // config.rows), -(-case.m // (8 * config.columns)))
-    else:
-        source = wgmma.source(case, config)
+    source = tuning.KERNELS[tuning.kernel_of(config)].source(case, config)
+    if isinstance(config, wgmma.Config):
         grid = (-(-case.m // config.tokens), -(-case.n // config.rows))
+    else:
+        tokens = 8 * getattr(config, "columns", 1)
+        grid = (-(-case.n // config.rows), -(-case.m // tokens))
     ptx_machine.run(source, [*operands, out], grid, 32 * config.warps)
     return out
 
@@ -198,18 +181,74 @@ def _run_ptx(case, config, arrays, bias):
     ],
 )
 def test_ptx_values_and_bounds(rng, bits, m, n, k, group_size, books, dtype, config):
-    arrays, _, (expected, size) = _product(rng, m, n, k, bits, group_size, dtype, books)
+    arrays, _, (expected, size) = planar.product(rng, m, n, k, bits, group_size, dtype, books)
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
     case = matvec.Case(m, n, k, bits, group_size, books, half, half, single, single)
     assert tuning.unsupported_reason(case, config) is None
     bias = rng.normal(size=n).astype(np.float32)
     error = _run_ptx(case, config, arrays, bias).astype(np.float64) - (expected + bias)
-    assert np.sqrt(np.mean(error**2)) < TOLERANCE[dtype] * size
+    assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("wide_scales", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k", "books", "config"),
+    [
+        (33, 600, 1, integer.Config(2, 2, 3)),
+        (64, 1100, 2, integer.Config(1, 4, 1)),
+        (70, 2100, 1, integer.Config(4, 2, 2)),
+        (20, 3000, 1, integer.Config(1, 2, 4)),
+    ],
+)
+def test_integer_kernel(rng, n, k, books, config, dtype, wide_scales):
+    (x, packed, scales, codebook), _, (expected, size) = planar.product(
+        rng, 1, n, k, 1, 64, dtype, books
+    )
+    half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
+    scale_dtype = single if wide_scales else half
+    case = matvec.Case(1, n, k, 1, 64, books, half, scale_dtype, single, single)
+    assert tuning.unsupported_reason(case, config) is None
+    bias = rng.normal(size=n).astype(np.float32)
+    arrays = (x, packed, scales.astype(scale_dtype), codebook)
+    error = _run_ptx(case, config, arrays, bias).astype(np.float64) - (expected + bias)
+    assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
+
+
+def test_integer_kernel_is_exact_for_integers(rng):
+    arrays, facts, _ = planar.product(rng, 1, 32, 1024, 1, 64, "bfloat16")
+    _, packed, scales, _ = arrays
+    x = rng.integers(-127, 128, (1, 1024)).astype(np.float32)
+    x[:, ::64] = 127  # so that a unit of every plane is the same
+    codebook = np.asarray([[-1.0, 3.0]], np.float32)
+    interchange, plain = packing.from_planar(packed, scales, in_features=1024, **facts)
+    weight = codebook[0][np.asarray(packing.unpack(interchange, 1, 1024))]
+    weight = weight * np.repeat(np.asarray(plain, np.float64), 64, -1)
+    case = _case(1, 32, 1024, 1, out=jnp.dtype(jnp.float32))
+    y = _run_ptx(
+        case, integer.Config(1, 4, 1), (jnp.asarray(x, HALF), packed, scales, codebook), None
+    )
+    np.testing.assert_allclose(y, x @ weight.T, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_integer_kernel_propagates_like_a_dense_product(rng, value):
+    arrays, facts, _ = planar.product(rng, 1, 32, 1024, 1, 64, "bfloat16")
+    x, packed, scales, _ = arrays
+    x = x.at[0, 700].set(value)
+    codebook = np.asarray([[-0.5, 0.75]], np.float32)
+    interchange, _ = packing.from_planar(packed, scales, in_features=1024, **facts)
+    weight = codebook[0][np.asarray(packing.unpack(interchange, 1, 1024))]
+    case = _case(1, 32, 1024, 1)
+    y = _run_ptx(case, integer.Config(2, 2, 3), (x, packed, scales, codebook), None)
+    expected = np.asarray(x, np.float64) @ weight.T
+    np.testing.assert_array_equal(y.astype(np.float64), expected)
+    assert not np.isfinite(expected).any()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_ptx_propagates_like_a_dense_product(rng, value):
-    arrays, _, _ = _product(rng, 1, 16, 1024, 1, 64, "bfloat16")
+    arrays, _, _ = planar.product(rng, 1, 16, 1024, 1, 64, "bfloat16")
     x, *weight = arrays
     x = x.at[0, 700].set(value)
     case = _case(1, 16, 1024, 1)
@@ -223,7 +262,7 @@ def test_ptx_propagates_like_a_dense_product(rng, value):
 @pytest.mark.parametrize(("group_size", "dtype"), [(64, "bfloat16"), (16, "float16")])
 def test_ptx_decodes_whole_weights(rng, bits, group_size, dtype):
     n, k, half = 20, 700, jnp.dtype(dtype)
-    arrays, _, _ = _product(rng, 1, n, k, bits, group_size, dtype)
+    arrays, _, _ = planar.product(rng, 1, n, k, bits, group_size, dtype)
     _, packed, scales, codebook = arrays
     case = _case(1, n, k, bits, group_size=group_size, dtype=half, scales=half)
     out = np.full((16 * case.tiles, case.blocks * case.span), np.nan, half)

@@ -1,0 +1,25 @@
+"""Products with planar weights for the tests of the Pallas kernels, with their float64 oracle."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from fdk_jax import packing
+
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+
+
+def product(rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0):
+    """Arguments of `pallas_kernels.matmul`, the product in float64 and its size without cancellation."""
+    dtype = jnp.dtype(dtype)
+    codes = rng.integers(0, 2**bits, (n, k)).astype(np.uint8)
+    codebook = np.sort(rng.normal(size=(books, 2**bits)), -1).astype(np.float32)
+    scales = jnp.asarray(scale * rng.uniform(0.5, 2, (n, -(-k // group_size))), dtype)
+    x = jnp.asarray(rng.normal(size=(m, k)), dtype)
+    facts = dict(bits=bits, group_size=group_size, out_features=n)
+    packed, planar = packing.to_planar(packing.pack(codes, bits), scales, in_features=k, **facts)
+    values = np.repeat(np.asarray(jnp.asarray(codebook, dtype), np.float64), n // books, 0)
+    weight = np.take_along_axis(values, codes.astype(int), -1)
+    weight *= np.repeat(np.asarray(scales, np.float64), group_size, -1)[:, :k]
+    exact = np.asarray(x, np.float64)
+    size = np.sqrt(np.mean(exact**2 @ (weight**2).T))
+    return (x, packed, planar, jnp.asarray(codebook)), facts, (exact @ weight.T, size)

@@ -1,0 +1,113 @@
+"""The Pallas kernels on a GPU: every tuned configuration, ragged shapes, extreme values.
+
+    XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer python -m pytest tests/test_gpu.py
+
+checks every access as well: with this allocator each array is an allocation of its own.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import planar
+import pytest
+
+import pallas_kernels
+from fdk_jax import packing
+from pallas_kernels import integer, matvec, tuning, wgmma
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+
+
+def _check(rng, m, n, k, bits, group_size, dtype, *, config=None, books=1, bias=True, scale=1.0):
+    arrays, facts, (expected, size) = planar.product(
+        rng, m, n, k, bits, group_size, dtype, books, scale
+    )
+    added = rng.normal(size=n).astype(np.float32) * bias
+    y = pallas_kernels.matmul(
+        *arrays,
+        **facts,
+        uniform=False,
+        bias=jnp.asarray(added) if bias else None,
+        out_dtype=jnp.float32,
+        config=config,
+    )
+    assert y.shape == (m, n)
+    error = np.asarray(y, np.float64) - (expected + added)
+    assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
+
+
+def _tuned():
+    """Each configuration of the table once, with its number of tokens."""
+    found = {}
+    for row in tuning._table():
+        if row["kernel"] in tuning.KERNELS:
+            config = tuning.KERNELS[row["kernel"]].Config(**row["config"])
+            found[row["bits"], config] = row["m"]
+    return [(bits, config, m) for (bits, config), m in found.items()]
+
+
+@pytest.mark.parametrize(("bits", "config", "m"), _tuned(), ids=str)
+def test_tuned_configurations(rng, bits, config, m):
+    _check(rng, m, 517, 2100, bits, 64, "bfloat16", config=config)
+
+
+@pytest.mark.parametrize("dtype", planar.TOLERANCE)
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size", "books"),
+    [
+        (1, 1, 7, 64, 1),
+        (1, 4096, 4096, 64, 1),
+        (1, 33, 1111, 128, 1),
+        (2, 5, 600, 24, 1),
+        (3, 100, 700, 32, 1),
+        (16, 96, 2048, 64, 3),
+        (64, 130, 1000, 64, 1),
+        (300, 200, 600, 64, 1),
+        (700, 64, 512, 64, 1),
+    ],
+)
+def test_shapes(rng, dtype, bits, m, n, k, group_size, books):
+    _check(rng, m, n, k, bits, group_size, dtype, books=books)
+
+
+@pytest.mark.parametrize("m", range(1, 34))
+@pytest.mark.parametrize("bits", [1, 4])
+def test_every_small_number_of_tokens(rng, m, bits):
+    _check(rng, m, 47, 900, bits, 64, "bfloat16", bias=False)
+
+
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize("m", [1, 9, 40])
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [("bfloat16", 1e-20), ("bfloat16", 1e20), ("float16", 1e-3)]
+)
+def test_large_and_tiny_scales(rng, bits, m, dtype, scale):
+    _check(rng, m, 40, 1024, bits, 64, dtype, bias=False, scale=scale)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(
+    "config",
+    [None, matvec.Config(1, 8, 1, 1), integer.Config(1, 4, 2), wgmma.Config(16, 1, 2, 2)],
+    ids=str,
+)
+def test_non_finite_x_propagates_like_a_dense_product(rng, bits, value, config):
+    arrays, facts, _ = planar.product(rng, 1, 48, 1024, bits, 64, "bfloat16")
+    x, packed, scales, codebook = arrays
+    x = x.at[0, 700].set(value)
+    if config is not None and tuning.unsupported_reason(_case(bits), config) is not None:
+        pytest.skip("the kernel does not take this width")
+    interchange, _ = packing.from_planar(packed, scales, in_features=1024, **facts)
+    values = np.asarray(codebook.astype(jnp.bfloat16), np.float64)[0]
+    weight = values[np.asarray(packing.unpack(interchange, bits, 1024))]
+    y = pallas_kernels.matmul(x, packed, scales, codebook, **facts, uniform=False, config=config)
+    expected = np.asarray(x, np.float64) @ weight.T
+    np.testing.assert_array_equal(np.asarray(y, np.float64), expected)
+    assert not np.isfinite(expected).any()
+
+
+def _case(bits):
+    half = jnp.dtype(jnp.bfloat16)
+    return matvec.Case(1, 48, 1024, bits, 64, 1, half, half, None, half)
