@@ -2,7 +2,9 @@
 
 import contextlib
 
+import jax
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import fdk_jax
 from fdk_jax import cpu_backend
@@ -15,6 +17,17 @@ BACKENDS = [
 ]
 # Relative RMS of the arithmetic, for activations of each dtype.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+
+ONLY_WITH_A_GPU = pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11),
+    reason="from JAX 0.11 on, partitioned calls lower for a GPU only where there is one",
+)
+
+
+def for_a_gpu():
+    """A context in which kernels lower for an NVIDIA GPU, which this machine need not have."""
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
 
 
 def running(backend: str):

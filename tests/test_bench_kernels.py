@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from backends import for_a_gpu
 
 import fdk_jax
 import pallas_kernels
@@ -185,8 +185,7 @@ def test_a_gpu_runs_nothing_but_the_kernels(m, rng):
         return pallas_kernels.matmul(x, w.packed, w.scales, w.codebook, **facts)
 
     program = timing.loop_program(step, x, copies, loops=7, link_every=False)
-    h200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=h200)):
+    with for_a_gpu():
         traced = jax.jit(program).trace(x, tuple(copies))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     body = text[text.index("stablehlo.while") :]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from backends import BACKENDS, TOLERANCE, running
+from backends import BACKENDS, ONLY_WITH_A_GPU, TOLERANCE, running
 
 import fdk_jax
 
@@ -160,10 +160,7 @@ def test_a_prepared_weight_works_on_platforms_without_its_kernel(rng):
     assert fdk_jax.explain(x, planar, platform="cuda").backend == "pallas"
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ >= (0, 11),
-    reason="from JAX 0.11 on, partitioned calls lower for a GPU only where there is one",
-)
+@ONLY_WITH_A_GPU
 def test_no_kernel_reformats_a_prepared_weight(rng):
     """Prepared weights go into the kernel's call as they are: nothing else touches their bytes."""
     x, q, _ = case(rng, (1,), 64, 512, 4, dtype="bfloat16")

@@ -5,7 +5,8 @@
 //
 // Kinds of cases: products compared with a float64 oracle, products of arbitrary bit patterns (nothing
 // may be touched beyond the buffers), broken calls (refused, y untouched), conversions of the layout,
-// dense products and probes. Every buffer ends or begins at a page that may not be touched.
+// dense products, probes, and what models need besides (attention over a cache, a few tokens times an
+// unquantised matrix), which the Python module calls. Every buffer ends or begins at a page that may not be touched.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -21,6 +22,7 @@
 #include <thread>
 #include <vector>
 
+#include "api.h"
 #include "fdk.h"
 
 namespace {
@@ -208,7 +210,7 @@ struct Case {
 
 // The buffers of one thread.
 struct Arena {
-  Guarded packed, scales, codebook, x, y, bias, tiled_packed, tiled_scales;
+  Guarded packed, scales, codebook, x, y, bias, tiled_packed, tiled_scales, norm;
 };
 
 const uint8_t *put(Guarded &where, const Bytes &bytes, bool front) {
@@ -583,10 +585,201 @@ void probes(Case &c, Arena &arena) {
   expect(static_cast<uint32_t>(sum) == static_cast<uint32_t>(expected), "a sum differs");
 }
 
+// Attention of one token a sequence. Its operands may hold any bits (`wild`): then only memory is checked.
+struct DecodingStep {
+  fdk::Attention args{};
+  Bytes qkv, cos, sin, lengths, keys, values, q_norm, k_norm;
+  bool wild;
+
+  DecodingStep(Case &c, Source &source) {
+    constexpr int64_t few[] = {1, 2, 3, 5};
+    constexpr int64_t dims[] = {2, 6, 16, 32, 64, 98, 128};
+    constexpr int64_t capacities[] = {1, 2, 7, 16, 33, 64, 130};
+    args.batch = source.one_of(few);
+    args.kv_heads = source.one_of(few);
+    args.heads = args.kv_heads * source.one_of(few);
+    args.head_dim = source.one_of(dims);
+    args.capacity = source.one_of(capacities);
+    args.dtype = c.args.x_dtype;
+    args.norm_eps = 1e-6F;
+    wild = source.below(3) == 0;
+    const auto some = [&](int64_t count, fdk_dtype dtype) {
+      return wild ? c.noise(static_cast<size_t>(count) * size_of(dtype)) : c.values(count, dtype);
+    };
+    const int64_t cache = args.batch * args.kv_heads * args.capacity * args.head_dim;
+    qkv = some(args.batch * (args.heads + 2 * args.kv_heads) * args.head_dim, args.dtype);
+    cos = some(args.batch * args.head_dim / 2, FDK_F32);
+    sin = some(args.batch * args.head_dim / 2, FDK_F32);
+    keys = some(cache, args.dtype);
+    values = some(cache, args.dtype);
+    if (source.below(2) == 1) q_norm = some(args.head_dim, args.dtype);
+    if (source.below(2) == 1) k_norm = some(args.head_dim, args.dtype);
+    for (int64_t b = 0; b < args.batch; ++b) {  // also negative ones, and those of a full cache
+      auto length = static_cast<int32_t>(source.below(args.capacity + 2) - 1);
+      if (source.below(16) == 0) length = source.below(2) == 0 ? INT32_MAX : INT32_MIN;
+      lengths.resize(lengths.size() + 4);
+      std::memcpy(lengths.data() + lengths.size() - 4, &length, 4);
+    }
+  }
+
+  double element(const Bytes &bytes, int64_t index) const {
+    return decode(&bytes[static_cast<size_t>(index) * size_of(args.dtype)], args.dtype);
+  }
+
+  // A head of the newest token after its norm and its rotation.
+  std::vector<double> head(int64_t sequence, int64_t which, const Bytes &norm) const {
+    const int64_t d = args.head_dim;
+    const int64_t first = (sequence * (args.heads + 2 * args.kv_heads) + which) * d;
+    std::vector<double> plain(static_cast<size_t>(d));
+    double squares = 0.0;
+    for (int64_t i = 0; i < d; ++i) {
+      plain[static_cast<size_t>(i)] = element(qkv, first + i);
+      squares += plain[static_cast<size_t>(i)] * plain[static_cast<size_t>(i)];
+    }
+    if (!norm.empty())
+      for (int64_t i = 0; i < d; ++i)
+        plain[static_cast<size_t>(i)] *=
+            element(norm, i) /
+            std::sqrt(squares / static_cast<double>(d) + static_cast<double>(args.norm_eps));
+    std::vector<double> turned(plain.size());
+    for (int64_t i = 0; i < d; ++i) {
+      const int64_t half = d / 2;
+      const auto at = static_cast<size_t>(sequence * half + i % half) * 4;
+      const double other = plain[static_cast<size_t>((i + half) % d)] * (i < half ? -1.0 : 1.0);
+      turned[static_cast<size_t>(i)] = plain[static_cast<size_t>(i)] * decode(&cos[at], FDK_F32) +
+                                       other * decode(&sin[at], FDK_F32);
+    }
+    return turned;
+  }
+
+  void check_key(int64_t sequence, int64_t kv_head, const std::vector<double> &stored) const {
+    const std::vector<double> wanted = head(sequence, args.heads + kv_head, k_norm);
+    double norm = 0.0;
+    for (const double value : wanted) norm += value * value;
+    for (size_t i = 0; i < wanted.size(); ++i)
+      expect(std::fabs(stored[i] - wanted[i]) <=
+                 (rounding(args.dtype) + 2e-6) * (std::fabs(wanted[i]) + std::sqrt(norm)),
+             "a new key is wrong");
+  }
+};
+
+void attention(Case &c, Arena &arena, Source &source) {
+  DecodingStep step(c, source);
+  fdk::Attention &a = step.args;
+  const size_t width = size_of(a.dtype);
+  const int64_t d = a.head_dim;
+  a.qkv = put(arena.x, step.qkv, c.front);
+  a.cos = reinterpret_cast<const float *>(put(arena.packed, step.cos, c.front));
+  a.sin = reinterpret_cast<const float *>(put(arena.scales, step.sin, c.front));
+  a.lengths = reinterpret_cast<const int32_t *>(put(arena.codebook, step.lengths, c.front));
+  a.keys = const_cast<uint8_t *>(put(arena.tiled_packed, step.keys, c.front));
+  a.values = const_cast<uint8_t *>(put(arena.tiled_scales, step.values, c.front));
+  if (!step.q_norm.empty()) a.q_norm = put(arena.norm, step.q_norm, c.front);
+  if (!step.k_norm.empty()) a.k_norm = put(arena.bias, step.k_norm, c.front);
+  uint8_t *out = poisoned(arena.y, static_cast<size_t>(a.batch * a.heads * d) * width, c.front);
+  a.out = out;
+  expect(fdk::attention(a, fdk::openmp_team()) == FDK_OK, fdk_last_error());
+
+  const auto *keys = static_cast<const uint8_t *>(a.keys);
+  const auto *values = static_cast<const uint8_t *>(a.values);
+  for (int64_t h = 0; h < a.batch * a.kv_heads; ++h) {
+    const int64_t sequence = h / a.kv_heads;
+    const int64_t slot = a.slot(sequence);
+    for (int64_t s = 0; s < a.capacity; ++s) {
+      const auto at = static_cast<size_t>((h * a.capacity + s) * d) * width;
+      const size_t bytes = static_cast<size_t>(d) * width;
+      if (s != slot)
+        expect(std::memcmp(keys + at, &step.keys[at], bytes) == 0 &&
+                   std::memcmp(values + at, &step.values[at], bytes) == 0,
+               "attention changed another slot of the cache");
+    }
+    if (step.wild) continue;
+    const auto stored = [&](const uint8_t *cache, int64_t s, int64_t i) {
+      return decode(cache + static_cast<size_t>((h * a.capacity + s) * d + i) * width, a.dtype);
+    };
+    std::vector<double> key(static_cast<size_t>(d));
+    for (int64_t i = 0; i < d; ++i) key[static_cast<size_t>(i)] = stored(keys, slot, i);
+    step.check_key(sequence, h % a.kv_heads, key);
+    const int64_t group = a.heads / a.kv_heads;
+    for (int64_t g = 0; g < group; ++g) {
+      const int64_t which = h % a.kv_heads * group + g;
+      const std::vector<double> query = step.head(sequence, which, step.q_norm);
+      std::vector<double> scores(static_cast<size_t>(slot + 1));
+      double reach = 0.0;  // what scores are summed of, to which their rounding is relative
+      for (int64_t s = 0; s <= slot; ++s) {
+        double size = 0.0;
+        for (int64_t i = 0; i < d; ++i) {
+          const double term = query[static_cast<size_t>(i)] * stored(keys, s, i);
+          scores[static_cast<size_t>(s)] += term / std::sqrt(static_cast<double>(d));
+          size += std::fabs(term);
+        }
+        reach = std::max(reach, size);
+      }
+      const double top = *std::max_element(scores.begin(), scores.end());
+      double total = 0.0;
+      for (double &score : scores) total += score = std::exp(score - top);
+      for (int64_t i = 0; i < d; ++i) {
+        double expected = 0.0;
+        double largest = 0.0;
+        for (int64_t s = 0; s <= slot; ++s) {
+          expected += scores[static_cast<size_t>(s)] / total * stored(values, s, i);
+          largest = std::max(largest, std::fabs(stored(values, s, i)));
+        }
+        const auto at = static_cast<size_t>((sequence * a.heads + which) * d + i) * width;
+        const double got = decode(out + at, a.dtype);
+        const double allowed = rounding(a.dtype) * std::fabs(expected) +
+                               (1e-5 + 1e-6 * reach) * largest + 1e-6;
+        if (!(std::fabs(got - expected) <= allowed))
+          failure("attention gives " + std::to_string(got) + ", not " + std::to_string(expected));
+      }
+    }
+  }
+}
+
+void few_tokens(Case &c, Arena &arena, Source &source) {
+  fdk::FewTokens args{};
+  args.m = 1 + source.below(fdk::kFewTokens);
+  args.n = c.weight.out_features * (source.below(4) == 0 ? 3 : 1);  // also past a block of columns
+  args.k = c.weight.in_features;
+  args.rows = source.below(2) == 1;
+  args.dtype = c.weight.scales_dtype;
+  args.y_dtype = c.args.y_dtype;
+  const bool wild = source.below(3) == 0;
+  const auto some = [&](int64_t count, fdk_dtype dtype) {
+    return wild ? c.noise(static_cast<size_t>(count) * size_of(dtype)) : c.values(count, dtype);
+  };
+  const Bytes x = some(args.m * args.k, c.args.x_dtype);
+  const Bytes weight = some(args.n * args.k, args.dtype);
+  args.weight = put(arena.packed, weight, c.front);
+  uint8_t *y = poisoned(arena.y, static_cast<size_t>(args.m * args.n) * size_of(args.y_dtype), c.front);
+  args.y = y;
+  expect(fdk::few_tokens(args, put(arena.x, x, c.front), c.args.x_dtype, fdk::openmp_team()) == FDK_OK,
+         fdk_last_error());
+  if (wild) return;
+  for (int64_t i = 0; i < args.m; ++i)
+    for (int64_t j = 0; j < args.n; ++j) {
+      double expected = 0.0;
+      double size = 0.0;
+      for (int64_t l = 0; l < args.k; ++l) {
+        const int64_t at = args.rows ? j * args.k + l : l * args.n + j;
+        const double term =
+            decode(&x[static_cast<size_t>(i * args.k + l) * size_of(c.args.x_dtype)], c.args.x_dtype) *
+            decode(&weight[static_cast<size_t>(at) * size_of(args.dtype)], args.dtype);
+        expected += term;
+        size += std::fabs(term);
+      }
+      const auto at = static_cast<size_t>(i * args.n + j) * size_of(args.y_dtype);
+      const double got = decode(y + at, args.y_dtype);
+      if (!(std::fabs(got - expected) <= 1e-5 * size + rounding(args.y_dtype) * std::fabs(expected)))
+        failure("a product of a few tokens is " + std::to_string(got) + ", not " +
+                std::to_string(expected));
+    }
+}
+
 // Threads that wait for work sleep: a test may share its machine.
 [[maybe_unused]] const int g_passive = setenv("OMP_WAIT_POLICY", "passive", 0);
 
-std::atomic<int64_t> g_counts[6];
+std::atomic<int64_t> g_counts[8];
 
 void choose_level(Source &source) {
   const auto count = static_cast<int64_t>(fdk_num_levels());
@@ -597,7 +790,7 @@ void choose_level(Source &source) {
 
 void run_case(const uint8_t *data, size_t size) {
   thread_local Arena arena;
-  constexpr int weighted[] = {0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 4, 5};
+  constexpr int weighted[] = {0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 4, 5, 6, 7};
   Source source(data, size);
   const int kind = source.one_of(weighted);
   choose_level(source);
@@ -608,7 +801,9 @@ void run_case(const uint8_t *data, size_t size) {
     case 2: refusal(c, arena, source); break;
     case 3: conversion(c, arena); break;
     case 4: dense(c, arena); break;
-    default: probes(c, arena); break;
+    case 5: probes(c, arena); break;
+    case 6: attention(c, arena, source); break;
+    default: few_tokens(c, arena, source); break;
   }
   ++g_counts[kind];
 }
@@ -652,11 +847,11 @@ int main(int argc, char **argv) {
   for (int i = 1; i < threads; ++i) team.emplace_back(work, i);
   work(0);
   for (std::thread &thread : team) thread.join();
-  constexpr const char *kinds[] = {"products",    "arbitrary bits", "refusals",
-                                   "conversions", "dense products", "probes"};
-  for (int kind = 0; kind < 6; ++kind)
+  constexpr const char *kinds[] = {"products",       "arbitrary bits", "refusals",   "conversions",
+                                   "dense products", "probes",         "attentions", "few tokens"};
+  for (int kind = 0; kind < 8; ++kind)
     std::printf("%lld %s%s", static_cast<long long>(g_counts[kind].load()), kinds[kind],
-                kind < 5 ? ", " : "\n");
+                kind < 7 ? ", " : "\n");
   return 0;
 }
 
