@@ -5,8 +5,8 @@ Two ways, by the width of a code:
 - 2, 4 and 8 bits: a byte of codes is an index into a table of its 8 / bits values in shared memory. Every
   lane (or pair of lanes, or four, for wider entries) has a copy of the table in banks of its own: no bank
   conflicts, about one integer instruction a weight at 4 bits, and any codebook costs the same.
-- 1 bit: a code that stands alone among a bfloat16's bits is a power of two or zero, and one multiply-add
-  makes the one or the other value of it: half an integer and half a float instruction a weight, no table.
+- 1 bit: a code that stands alone among a bfloat16's bits is a power of two or zero, and two multiply-adds
+  make the one or the other value of it: half an integer and a float instruction a weight, no table.
 """
 
 import abc
@@ -14,7 +14,7 @@ import abc
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ptx import Ptx, at, float_constant, vector
+from pallas_kernels.ptx import Ptx, at, vector
 
 _TABLE_ROW = 128  # bytes of the table for one byte of codes: copies for all lanes together
 
@@ -161,45 +161,53 @@ class _Bits(Decoder):
 
 
 class _Scaled(_Bits):
-    """Decodes to first / (second - first) * unit, and that plus a unit; `factor` makes them the codebook's.
+    """Decodes to the two values divided by a power of two, which is `factor`.
 
-    A bit among the exponent's, with zeros around it, is a power of two t, and t * (unit / t) is exact. So one
-    multiply-add with constants gives both values, and one rounding of the first is the only error. Bits 7
-    to 14 serve both types; the others get there by a swap of bytes. float16 has t down to 2**-17: with its
-    unit of a quarter, unit / t stays finite.
+    A bit among the exponent's, with zeros around it, is a power of two t. A multiply-add of t with
+    (second - first) / t and the first value gives the one value or the other, nearly: a difference may have
+    more bits than the type. What it lacks comes with another multiply-add; then both values are exact. They
+    have to be: over thousands of x that are not balanced, an error of all weights alike adds up.
     """
 
+    _LOWEST = (
+        11  # bits 11 to 14 have finite t and 1 / t in both types; the others are shifted there
+    )
+
     def set_up(self, codebook: str, thread: str, threads: int) -> None:
-        """Computes the first value and the factor."""
+        """Computes the first value and the differences."""
         del thread, threads
-        ptx, unit = self.ptx, 1.0 if self.kind == "bf16" else 0.25
-        first, second = self.both(codebook)[1:]
+        ptx = self.ptx
+        values = self.both(codebook)[1:]
+        sizes = [ptx.op("and.b32", value, "0x7fffffff") for value in values]
+        largest = ptx.op("max.f32", *sizes, kind="f32")
+        self.factor = ptx.op("and.b32", largest, "0x7f800000")  # only its exponent
+        inverse = ptx.op("sub.u32", "0x7f000000", self.factor)
+        first, second = (ptx.op("mul.f32", value, inverse, kind="f32") for value in values)
+        self.first = self.pack(first, first)
         step = ptx.op("sub.f32", second, first, kind="f32")
-        low = ptx.op("div.full.f32", first, step, kind="f32")
-        low = ptx.op("mul.f32", low, float_constant(unit), kind="f32")
-        # Equal values: so large a first one that a unit more does not change it.
-        equal = ptx.op("setp.eq.f32", step, float_constant(0.0), kind="pred")
-        low = ptx.op("selp.f32", float_constant(2048.0), low, equal, kind="f32")
-        self.low = self.pack(low, low)
-        # The factor that fits both decoded values best.
-        low = unpack(ptx, self.low, self.dtype)[0]
-        high = ptx.op("add.f32", low, float_constant(unit), kind="f32")
-        high = unpack(ptx, self.pack(high, high), self.dtype)[0]
-        wanted = ptx.op("mul.f32", first, low, kind="f32")
-        wanted = ptx.op("fma.rn.f32", second, high, wanted, kind="f32")
-        square = ptx.op("mul.f32", low, low, kind="f32")
-        square = ptx.op("fma.rn.f32", high, high, square, kind="f32")
-        self.factor = ptx.op("div.full.f32", wanted, square, kind="f32")
-        powers = (np.uint16(1) << np.arange(7, 15, dtype=np.uint16)).view(self.dtype)
-        inverses = (unit / powers.astype(np.float64)).astype(self.dtype).view(np.uint16)
-        self.inverses = [ptx.op("mov.b32", f"0x{int(i) * 0x10001:08x}") for i in inverses]
+        high = self.pack(step, step)
+        rest = ptx.op("sub.f32", step, unpack(ptx, high, self.dtype)[0], kind="f32")
+        low = self.pack(rest, rest)
+        powers = (np.uint16(1) << np.arange(4, dtype=np.uint16) + self._LOWEST).view(self.dtype)
+        inverses = (1 / powers.astype(np.float64)).astype(self.dtype).view(np.uint16)
+        self.steps = []
+        for inverse in inverses:
+            both = ptx.op("mov.b32", f"0x{int(inverse) * 0x10001:08x}")
+            opcode = f"mul.rn.{self.kind}x2"
+            self.steps.append([ptx.op(opcode, part, both) for part in (high, low)])
 
     def _pair(self, word: str, place: int) -> str:
-        ptx = self.ptx
-        if not 7 <= place <= 14:  # the assembler keeps one of a word's equal swaps
-            word, place = ptx.op("prmt.b32", word, word, "0x2301"), (place + 8) % 16
-        power = ptx.op("and.b32", word, f"0x{0x10001 << place:08x}")
-        return ptx.op(f"fma.rn.{self.kind}x2", power, self.inverses[place - 7], self.low)
+        # The assembler keeps one of a word's equal shifts.
+        if place < 3 or place == 15:
+            word, place = self.ptx.op("prmt.b32", word, word, "0x2301"), (place + 8) % 16
+        shift = (14 - place) // 4 * 4
+        if shift:
+            word, place = self.ptx.op("shl.b32", word, shift), place + shift
+        power = self.ptx.op("and.b32", word, f"0x{0x10001 << place:08x}")
+        value = self.first
+        for step in self.steps[place - self._LOWEST]:
+            value = self.ptx.op(f"fma.rn.{self.kind}x2", power, step, value)
+        return value
 
 
 class _Select(_Bits):

@@ -1,5 +1,9 @@
 """The Pallas kernels without a GPU: values in the interpreter, lowering to CUDA, plans and errors."""
 
+import re
+import shutil
+import subprocess
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +86,7 @@ def test_group_sizes_lower(bits, group_size, m):
     half = jnp.dtype(jnp.float16)
     case = _case(m, 33, 2000, bits, group_size=group_size, bias=jnp.dtype(jnp.float32), dtype=half)
     plan = tuning.choose(case, "NVIDIA H200")
-    assert plan.kernel in ("matvec", "wgmma", "dequantise")
+    assert plan.kernel in (*tuning.KERNELS, "dequantise")
     _lower(case, lambda *a: tuning.launch(case, plan.kernel, plan.config, *a))
 
 
@@ -98,6 +102,50 @@ def test_candidates_are_written(bits):
             else:
                 continue
             assert source.startswith("{") and source.endswith("}")
+
+
+_ENTRY = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry kernel({parameters}) .reqntid {threads},1,1 {{
+.reg .b64 operand_<8>;
+{loads}
+{body}
+ret;
+}}
+"""
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs the CUDA toolkit's ptxas")
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize("m", [1, 16, 64, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_candidates_assemble(tmp_path, bits, m, dtype):
+    """NVIDIA's assembler takes the PTX, which the emulator in these tests knows less well."""
+    half = jnp.dtype(dtype)
+    case = _case(m, 200, 1000, bits, dtype=half, scales=half, out=half)
+    files = []
+    for i, (kernel, config) in enumerate(tuning.candidates(case)):
+        if config is None or tuning.unsupported_reason(case, config) is not None:
+            continue
+        loads = [
+            f"ld.param.u64 operand_{j}, [p{j}]; cvta.to.global.u64 operand_{j}, operand_{j};"
+            for j in range(1, 6)
+        ]
+        body = tuning.KERNELS[kernel].source(case, config)
+        text = _ENTRY.format(
+            parameters=", ".join(f".param .u64 p{j}" for j in range(1, 6)),
+            threads=32 * config.warps,
+            loads="\n".join(loads),
+            body=re.sub(r"\$(\d)", r"operand_\1", body),
+        )
+        files.append(tmp_path / f"{i}.ptx")
+        files[-1].write_text(text)
+    for file in files:
+        command = ["ptxas", "-arch=sm_90a", "-O1", str(file), "-o", str(file.with_suffix(".cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_plans_say_why():
@@ -213,6 +261,37 @@ def test_integer_kernel(rng, n, k, books, config, dtype, wide_scales):
     arrays = (x, packed, scales.astype(scale_dtype), codebook)
     error = _run_ptx(case, config, arrays, bias).astype(np.float64) - (expected + bias)
     assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "codebook", [[-0.797, 0.801], [-3.1, 0.01], [70000.0, 71000.0], [2.0, 2.0]]
+)
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [(1, matvec.Config(1, 8, 1, 1)), (1, integer.Config(2, 4, 2)), (16, wgmma.Config(16, 1, 4, 2))],
+    ids=str,
+)
+def test_values_of_one_bit_are_exact(rng, codebook, dtype, m, config):
+    """An error of all weights alike would add up over x that are all positive."""
+    half, single, n, k = jnp.dtype(dtype), jnp.dtype(jnp.float32), 32, 4096
+    if dtype == "float16":
+        codebook = [min(value, 60000.0) for value in codebook]
+    (_, packed, scales, _), facts, _ = planar.product(rng, m, n, k, 1, 64, dtype)
+    x = jnp.asarray(1 + 0.1 * rng.normal(size=(m, k)), half)
+    interchange, plain = packing.from_planar(packed, scales, in_features=k, **facts)
+    values = np.asarray(jnp.asarray(codebook, half), np.float64)
+    weight = values[np.asarray(packing.unpack(interchange, 1, k))]
+    weight *= np.repeat(np.asarray(plain, np.float64), 64, -1)
+    exact = np.asarray(x, np.float64)
+    case = matvec.Case(m, n, k, 1, 64, 1, half, half, None, single)
+    y = _run_ptx(case, config, (x, packed, scales, jnp.asarray([codebook], jnp.float32)), None)
+    error = y.astype(np.float64) - exact @ weight.T
+    size = np.sqrt(np.mean(exact**2 @ (weight**2).T))
+    bound = planar.TOLERANCE[dtype] * size
+    if isinstance(config, wgmma.Config):  # rounds each scaled weight
+        bound *= 2
+    assert np.sqrt(np.mean(error**2)) < bound
 
 
 def test_integer_kernel_is_exact_for_integers(rng):
