@@ -21,7 +21,7 @@ namespace {
 inline constexpr int64_t kDirectTokens = 8;   // up to here weights are decoded in registers
 inline constexpr int64_t kPanelTiles = 4;     // the register block of the panel path:
 inline constexpr int64_t kPanelTokens = 6;    // 24 sums, 4 weights, 1 activation word
-inline constexpr int64_t kPanelBytes = 96 << 10;  // decoded weights that stay in the L2 cache
+inline constexpr int64_t kPanelBytes = 192 << 10;  // decoded weights that stay in the L2 cache
 inline constexpr int64_t kPrefetchBytes = 2048;
 
 // Row-major bytes: the 1-bit layout keeps byte j of 16 rows side by side, the others keep the four

@@ -34,9 +34,10 @@ inline void copy_as_f32(const void *data, fdk_dtype dtype, int64_t index, int64_
   for (; i < count; ++i) out[i] = load_as_f32(data, dtype, index + i);
 }
 
-// The 16 scales of a group of a tile.
+// The 16 scales of a group of a tile. `zero` lets a caller have its zeros from elsewhere.
 template <fdk_dtype kDtype>
-inline void load_scales4(const void *data, float32x4_t out[4]) {
+inline void load_scales4(const void *data, float32x4_t out[4],
+                         uint16x8_t zero = vdupq_n_u16(0)) {
   if constexpr (kDtype == FDK_F32) {
     for (int j = 0; j < 4; ++j) out[j] = vld1q_f32(static_cast<const float *>(data) + 4 * j);
     return;
@@ -44,7 +45,6 @@ inline void load_scales4(const void *data, float32x4_t out[4]) {
   for (int half = 0; half < 2; ++half) {
     const uint16x8_t v = vld1q_u16(static_cast<const uint16_t *>(data) + 8 * half);
     if constexpr (kDtype == FDK_BF16) {
-      const uint16x8_t zero = vdupq_n_u16(0);
       out[2 * half] = vreinterpretq_f32_u16(vzip1q_u16(zero, v));
       out[2 * half + 1] = vreinterpretq_f32_u16(vzip2q_u16(zero, v));
     } else {

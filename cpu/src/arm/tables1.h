@@ -97,7 +97,7 @@ struct Tables1 {
   // Sums of a tile's 16 rows over a block.
   struct Sums {
     uint8x16_t low;
-    uint8x16_t high[2];  // of 32 columns each
+    uint8x16_t high[2];  // of 32 columns each: those of the first nibbles, of the second ones
   };
 
   static void add_units(const uint8_t *bytes, const uint8_t *tables, int64_t units, Sums &sums) {
@@ -107,83 +107,92 @@ struct Tables1 {
       const uint8x16_t codes = vld1q_u8(bytes + unit * kTileRows);
       const uint8x16_t first = vandq_u8(codes, nibble);
       const uint8x16_t second = vshrq_n_u8(codes, 4);
-      uint8x16_t &high = sums.high[unit / 4];
       sums.low = vaddq_u8(sums.low, vqtbl1q_u8(vld1q_u8(tables), first));
-      high = vaddq_u8(high, vqtbl1q_u8(vld1q_u8(tables + 16), first));
+      sums.high[0] = vaddq_u8(sums.high[0], vqtbl1q_u8(vld1q_u8(tables + 16), first));
       sums.low = vaddq_u8(sums.low, vqtbl1q_u8(vld1q_u8(tables + 32), second));
-      high = vaddq_u8(high, vqtbl1q_u8(vld1q_u8(tables + 48), second));
+      sums.high[1] = vaddq_u8(sums.high[1], vqtbl1q_u8(vld1q_u8(tables + 48), second));
     }
   }
 
 // Two tiles, eight units. Written out because the order is what makes it fast on cores that issue
-// in order: while the eight look-ups of a unit finish, the next one's loads, indices and the
-// additions take their turns. Compilers load far ahead instead, and spill.
-#define FDK_LOOK_UP(d0, d1, d2, d3, low, high, i0, i1)    \
-  "tbl %[" d0 "].16b, {%[" low "].16b}, %[" i0 "].16b\n"  \
-  "tbl %[" d1 "].16b, {%[" low "].16b}, %[" i1 "].16b\n"  \
-  "tbl %[" d2 "].16b, {%[" high "].16b}, %[" i0 "].16b\n" \
-  "tbl %[" d3 "].16b, {%[" high "].16b}, %[" i1 "].16b\n"
-#define FDK_SECOND FDK_LOOK_UP("r4", "r5", "r6", "r7", "t2", "t3", "b0", "b1")
+// and finish in order (a Cortex-A510: three instructions a cycle, two of them vector ones; look-ups
+// finish after four cycles, other vector instructions after three, loads after two, so that a load
+// right behind a look-up waits). A unit takes ten cycles, two vector instructions in each: four of
+// look-ups, then the additions, beside which the next unit's tables are loaded and its indices
+// made. Compilers load far ahead instead, and spill.
 #define FDK_LOAD(to, base, offset) "ldr %q[" to "], [%[" base "], #" #offset "]\n"
 #define FDK_ADD(to, from) "add %[" to "].16b, %[" to "].16b, %[" from "].16b\n"
-// The offsets are those of the unit after the one whose look-ups come before.
-#define FDK_CODES(codes) FDK_LOAD("a0", "bytes0", codes) FDK_LOAD("a1", "bytes1", codes)
-#define FDK_INDICES(o0, o1, o2, o3)                                  \
-  FDK_LOAD("t0", "tables", o0) FDK_LOAD("t1", "tables", o1)          \
-  "ushr %[b0].16b, %[a0].16b, #4\nushr %[b1].16b, %[a1].16b, #4\n"   \
-  FDK_LOAD("t2", "tables", o2) FDK_LOAD("t3", "tables", o3)          \
-  "and %[a0].16b, %[a0].16b, %[nibble].16b\n"                        \
-  "and %[a1].16b, %[a1].16b, %[nibble].16b\n"
-#define FDK_ADD_SECOND(high)                                     \
-  FDK_ADD("low0", "r4") FDK_ADD("low1", "r5") FDK_ADD(high "0", "r6") FDK_ADD(high "1", "r7")
-#define FDK_UNIT(high, codes, o0, o1, o2, o3)                            \
-  FDK_LOOK_UP("r0", "r1", "r2", "r3", "t0", "t1", "a0", "a1") FDK_SECOND \
-  FDK_ADD("low0", "r0") FDK_ADD("low1", "r1") FDK_CODES(codes)           \
-  FDK_ADD(high "0", "r2") FDK_ADD(high "1", "r3")                        \
-  FDK_INDICES(o0, o1, o2, o3) FDK_ADD_SECOND(high)
+#define FDK_TBL(to, table, index) "tbl %[" to "].16b, {%[" table "].16b}, %[" index "].16b\n"
+#define FDK_SHIFT(to, from) "ushr %[" to "].16b, %[" from "].16b, #4\n"
+#define FDK_MASK(to, from) "and %[" to "].16b, %[" from "].16b, %[nibble].16b\n"
+// Both tiles by the tables of the first nibbles (low: t0, high: t1) and of the second (t2, t3).
+#define FDK_LOOK_UP(low0, high0, low1, high1)                     \
+  FDK_TBL(low0, "t0", "f0") FDK_TBL(high0, "t1", "f0")            \
+  FDK_TBL(low1, "t0", "f1") FDK_TBL(high1, "t1", "f1")            \
+  FDK_TBL("r4", "t2", "s0") FDK_TBL("r6", "t3", "s0")             \
+  FDK_TBL("r5", "t2", "s1") FDK_TBL("r7", "t3", "s1")
+#define FDK_ADD_FIRST0 FDK_ADD("low0", "r0") FDK_ADD("g0", "r2")
+#define FDK_ADD_FIRST1 FDK_ADD("low1", "r1") FDK_ADD("g1", "r3")
+// The rest of a unit; offsets are those of the next one, whose codes of tile 0 are in c already.
+#define FDK_REST(first0, first1, high0, high1, codes, o0, o1, o2, o3)                       \
+  first0                                                                                    \
+  FDK_LOAD("s1", "bytes1", codes) first1                                                    \
+  FDK_LOAD("t0", "tables", o0) high0 FDK_MASK("f0", "c")                                    \
+  FDK_LOAD("t1", "tables", o1) FDK_ADD("low0", "r4") high1                                  \
+  FDK_LOAD("t2", "tables", o2) FDK_MASK("f1", "s1") FDK_SHIFT("s0", "c")                    \
+  FDK_LOAD("t3", "tables", o3) FDK_ADD("low1", "r5") FDK_SHIFT("s1", "s1")
+#define FDK_UNIT(codes, o0, o1, o2, o3)                                                     \
+  FDK_LOAD("c", "bytes0", codes) FDK_LOOK_UP("r0", "r2", "r1", "r3")                        \
+  FDK_REST(FDK_ADD_FIRST0, FDK_ADD_FIRST1, FDK_ADD("h0", "r6"), FDK_ADD("h1", "r7"), codes, \
+           o0, o1, o2, o3)
 
   [[gnu::always_inline]] static void add_eight_units(const uint8_t *bytes0, const uint8_t *bytes1,
                                                      const uint8_t *tables, Sums sums[2]) {
     const uint8x16_t nibble = vdupq_n_u8(15);
-    uint8x16_t a0, a1, b0, b1, t0, t1, t2, t3, r0, r1, r2, r3, r4, r5, r6, r7;
+    uint8x16_t c, f0, f1, s0, s1, t0, t1, t2, t3, r0, r1, r2, r3, r4, r5, r6, r7;
     __asm__(
-        FDK_CODES(0) FDK_INDICES(0, 16, 32, 48)
-        // The first look-ups of unit 0 start the sums.
-        FDK_LOOK_UP("low0", "low1", "g0", "g1", "t0", "t1", "a0", "a1") FDK_SECOND
-        FDK_CODES(16) FDK_INDICES(64, 80, 96, 112) FDK_ADD_SECOND("g")
-        FDK_UNIT("g", 32, 128, 144, 160, 176)
-        FDK_UNIT("g", 48, 192, 208, 224, 240)
-        FDK_UNIT("g", 64, 256, 272, 288, 304)
-        // Those of unit 4 start the other high sums.
-        FDK_LOOK_UP("r0", "r1", "h0", "h1", "t0", "t1", "a0", "a1") FDK_SECOND
-        FDK_ADD("low0", "r0") FDK_ADD("low1", "r1")
-        FDK_CODES(80) FDK_INDICES(320, 336, 352, 368) FDK_ADD_SECOND("h")
-        FDK_UNIT("h", 96, 384, 400, 416, 432)
-        FDK_UNIT("h", 112, 448, 464, 480, 496)
-        FDK_LOOK_UP("r0", "r1", "r2", "r3", "t0", "t1", "a0", "a1") FDK_SECOND
-        FDK_ADD("low0", "r0") FDK_ADD("low1", "r1") FDK_ADD("h0", "r2") FDK_ADD("h1", "r3")
-        FDK_ADD_SECOND("h")
+        FDK_LOAD("c", "bytes0", 0) FDK_LOAD("s1", "bytes1", 0) FDK_LOAD("t0", "tables", 0)
+        FDK_LOAD("t1", "tables", 16) FDK_LOAD("t2", "tables", 32) FDK_LOAD("t3", "tables", 48)
+        FDK_MASK("f0", "c") FDK_MASK("f1", "s1") FDK_SHIFT("s0", "c") FDK_SHIFT("s1", "s1")
+        // The look-ups of unit 0 start the sums.
+        FDK_LOAD("c", "bytes0", 16)
+        FDK_TBL("low0", "t0", "f0") FDK_TBL("g0", "t1", "f0")
+        FDK_TBL("low1", "t0", "f1") FDK_TBL("g1", "t1", "f1")
+        FDK_TBL("r4", "t2", "s0") FDK_TBL("h0", "t3", "s0")
+        FDK_TBL("r5", "t2", "s1") FDK_TBL("h1", "t3", "s1")
+        FDK_REST("", "", "", "", 16, 64, 80, 96, 112)
+        FDK_UNIT(32, 128, 144, 160, 176)
+        FDK_UNIT(48, 192, 208, 224, 240)
+        FDK_UNIT(64, 256, 272, 288, 304)
+        FDK_UNIT(80, 320, 336, 352, 368)
+        FDK_UNIT(96, 384, 400, 416, 432)
+        FDK_UNIT(112, 448, 464, 480, 496)
+        FDK_LOOK_UP("r0", "r2", "r1", "r3")
+        FDK_ADD_FIRST0 FDK_ADD_FIRST1 FDK_ADD("h0", "r6") FDK_ADD("h1", "r7")
+        FDK_ADD("low0", "r4") FDK_ADD("low1", "r5")
         : [low0] "=&w"(sums[0].low), [low1] "=&w"(sums[1].low), [g0] "=&w"(sums[0].high[0]),
           [g1] "=&w"(sums[1].high[0]), [h0] "=&w"(sums[0].high[1]), [h1] "=&w"(sums[1].high[1]),
-          [a0] "=&w"(a0), [a1] "=&w"(a1), [b0] "=&w"(b0), [b1] "=&w"(b1), [t0] "=&w"(t0),
-          [t1] "=&w"(t1), [t2] "=&w"(t2), [t3] "=&w"(t3), [r0] "=&w"(r0), [r1] "=&w"(r1),
-          [r2] "=&w"(r2), [r3] "=&w"(r3), [r4] "=&w"(r4), [r5] "=&w"(r5), [r6] "=&w"(r6),
-          [r7] "=&w"(r7)
+          [c] "=&w"(c), [f0] "=&w"(f0), [f1] "=&w"(f1), [s0] "=&w"(s0), [s1] "=&w"(s1),
+          [t0] "=&w"(t0), [t1] "=&w"(t1), [t2] "=&w"(t2), [t3] "=&w"(t3), [r0] "=&w"(r0),
+          [r1] "=&w"(r1), [r2] "=&w"(r2), [r3] "=&w"(r3), [r4] "=&w"(r4), [r5] "=&w"(r5),
+          [r6] "=&w"(r6), [r7] "=&w"(r7)
         : [nibble] "w"(nibble), [bytes0] "r"(bytes0), [bytes1] "r"(bytes1), [tables] "r"(tables)
         : "memory");
   }
 
-#undef FDK_LOOK_UP
-#undef FDK_SECOND
 #undef FDK_LOAD
 #undef FDK_ADD
-#undef FDK_CODES
-#undef FDK_INDICES
-#undef FDK_ADD_SECOND
+#undef FDK_TBL
+#undef FDK_SHIFT
+#undef FDK_MASK
+#undef FDK_LOOK_UP
+#undef FDK_ADD_FIRST0
+#undef FDK_ADD_FIRST1
+#undef FDK_REST
 #undef FDK_UNIT
 
-  // Loads that the compiler may not merge: an accumulator's start comes from the cache, where
-  // there are ports to spare, not from a move, which takes a vector port.
+  // Loads that the compiler may not merge: constants come from the cache, where there are ports to
+  // spare, not from a move, which takes a vector port and finishes later than a load.
   static float32x4_t load_again(const float *p) {
     float32x4_t out;
     __asm__ volatile("ldr %q0, %1" : "=w"(out) : "m"(*reinterpret_cast<const float32x4_t *>(p)));
@@ -201,16 +210,24 @@ struct Tables1 {
                                                float32x4_t y[kTiles][4]) {
     alignas(16) static constexpr uint32_t kOne[4] = {0x3f800000U, 0x3f800000U, 0x3f800000U,
                                                      0x3f800000U};
+    alignas(16) static constexpr uint32_t kStep[4] = {0x04000400U, 0x04000400U, 0x04000400U,
+                                                      0x04000400U};  // 1024, eight times
+    alignas(16) static constexpr uint32_t kZero[4] = {};
     const uint8_t *bytes = at.packed + block.k0 * (kTileRows / 8);
+    // Found before the look-ups, which the compiler takes for a change of memory.
+    const void *scales_at[kTiles];
+    for (int t = 0; t < kTiles; ++t) scales_at[t] = at.scales_of<kDtype>(t, block.group);
     Sums sums[kTiles];
     if (kTiles == 2 && units == 8)
       add_eight_units(bytes, bytes + at.packed_stride, tables, sums);
     else
       for (int t = 0; t < kTiles; ++t) add_units(bytes + t * at.packed_stride, tables, units, sums[t]);
     const float32x4_t slope = vld1q_f32(affine);
+    const uint16x8_t step = vreinterpretq_u16_u32(load_again(kStep));
+    const uint16x8_t zero = vreinterpretq_u16_u32(load_again(kZero));
     for (int t = 0; t < kTiles; ++t) {
       float32x4_t scales[4];
-      load_scales4<kDtype>(at.scales_of<kDtype>(t, block.group), scales);
+      load_scales4<kDtype>(scales_at[t], scales, zero);
       const uint8x16_t *high = sums[t].high;
       const uint16x8_t sum0 =
           vaddw_u8(vshlq_n_u16(vaddl_u8(vget_low_u8(high[0]), vget_low_u8(high[1])), 4),
@@ -218,10 +235,10 @@ struct Tables1 {
       const uint16x8_t sum1 =
           vaddw_high_u8(vshlq_n_u16(vaddl_high_u8(high[0], high[1]), 4), sums[t].low);
       const uint32x4_t bits[4] = {
-          vmlal_n_u16(load_again(kOne), vget_low_u16(sum0), 1024),
-          vmlal_high_n_u16(load_again(kOne), sum0, 1024),
-          vmlal_n_u16(load_again(kOne), vget_low_u16(sum1), 1024),
-          vmlal_high_n_u16(load_again(kOne), sum1, 1024)};
+          vmlal_u16(load_again(kOne), vget_low_u16(sum0), vget_low_u16(step)),
+          vmlal_high_u16(load_again(kOne), sum0, step),
+          vmlal_u16(load_again(kOne), vget_low_u16(sum1), vget_low_u16(step)),
+          vmlal_high_u16(load_again(kOne), sum1, step)};
       for (int j = 0; j < 4; ++j) {
         const float32x4_t value =
             vfmaq_f32(load_again(affine + 4), vreinterpretq_f32_u32(bits[j]), slope);
