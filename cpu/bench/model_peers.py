@@ -1,6 +1,6 @@
 """Times decoding with a whole model on a CPU beside other frameworks.
 
-usage: model_peers.py [--rounds 7] [--steps 30] [--layers 16] [--cases REGEX] [--output FILE.jsonl]
+usage: model_peers.py [--rounds 7] [--steps 30] [--cases REGEX] [--pause] [--output FILE.jsonl]
 
 The model has the shape of Llama 3.2 1B and random weights; a sample is the time of `steps` tokens, one
 sequence, behind a prompt of two. Each case is a process of its own and all of them are alive from the
@@ -250,6 +250,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     config = dataclasses.replace(custom_llama("1B"), num_layers=args.layers)
     chosen = [i for i, case in enumerate(CASES) if re.search(args.cases, case.name)]
     started = {i: start(i, config, args.steps) for i in chosen}
+    if args.pause:
+        input("ready; Enter starts the measurement\n")
     samples: dict[int, list[float]] = {i: [] for i in chosen if isinstance(started[i][1], dict)}
     for _ in range(args.rounds):
         for i, seconds in samples.items():
@@ -298,6 +300,7 @@ def main() -> None:
     for name, value in (("rounds", 7), ("steps", 30), ("layers", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--cases", default="", help="only names that this regular expression finds")
+    parser.add_argument("--pause", action="store_true", help="wait for Enter when all are ready")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     import jax
