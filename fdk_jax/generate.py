@@ -12,7 +12,7 @@ import jax
 import rich.console
 import rich.progress
 
-from fdk_jax import models
+from fdk_jax import cpu_backend, models
 from fdk_jax.models.tokenizer import TextStream, Tokenizer
 
 
@@ -22,12 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = rich.console.Console(stderr=True, quiet=args.quiet)
     try:
         _platform(args.platform)
+        _check(args)
         tokenizer = Tokenizer(args.model)
-        generator = _generator(args, console)
         if args.chat:
-            _chat(args, tokenizer, generator, console)
+            _chat(args, tokenizer, console)
         else:
-            _complete(args, tokenizer, generator, console)
+            _complete(args, tokenizer, console)
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,18 +76,33 @@ def _platform(name: str | None) -> None:
         jax.config.update("jax_platforms", name)
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuses what cannot work before anything is read."""
+    if args.json and args.chat:
+        raise ValueError("--json needs --prompt")
+    if args.system is not None and not args.chat:
+        raise ValueError("--system needs --chat")
+    if args.head_bits is not None and args.bits is None:
+        raise ValueError("--head_bits needs --bits")
+    if not 1 <= args.devices <= jax.device_count():
+        raise ValueError(f"--devices {args.devices}: there are {jax.device_count()}")
+    platform = jax.default_backend()
+    if args.backend == "pallas" and platform != "gpu":
+        raise ValueError(f"--backend pallas needs an NVIDIA GPU, JAX runs on {platform}")
+    if args.backend == "cpu" and platform != "cpu":
+        raise ValueError(f"--backend cpu needs --platform cpu, JAX runs on {platform}")
+    if args.backend == "cpu" and (reason := cpu_backend.unavailable_reason()) is not None:
+        raise ValueError(f"--backend cpu is not available: {reason}")
+
+
 def _generator(args: argparse.Namespace, console: rich.console.Console) -> models.Generator:
     quantisation = None
     if args.bits is not None:
         quantisation = models.Quantisation(
             args.bits, args.group_size, args.codebook, head_bits=args.head_bits
         )
-    elif args.head_bits is not None:
-        raise ValueError("--head_bits needs --bits")
     parallel = None
     if args.devices > 1:
-        if args.devices > jax.device_count():
-            raise ValueError(f"--devices {args.devices}: there are {jax.device_count()}")
         parallel = models.Parallel(jax.make_mesh((args.devices,), ("model",)))
     begin = time.perf_counter()
     with rich.progress.Progress(console=console, transient=True) as bar:
@@ -113,9 +128,11 @@ def _options(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
     return dict(max_tokens=args.max_tokens, sampling=sampling, stop_tokens=tokenizer.stop_tokens)
 
 
-def _complete(args, tokenizer: Tokenizer, generator: models.Generator, console) -> None:
+def _complete(args, tokenizer: Tokenizer, console) -> None:
     prompts = [tokenizer.encode(text) for text in args.prompt]
     options = _options(args, tokenizer)
+    models.check_prompts(models.read_config(args.model), prompts, args.max_tokens, args.max_context)
+    generator = _generator(args, console)
     if args.json or len(prompts) > 1:
         with console.status("generating"):
             out = generator.generate(prompts, **options)
@@ -160,10 +177,11 @@ def _speak(tokenizer, generator, prompt: list[int], options: dict, console) -> l
     return answer
 
 
-def _chat(args, tokenizer: Tokenizer, generator: models.Generator, console) -> None:
+def _chat(args, tokenizer: Tokenizer, console) -> None:
     if not tokenizer.can_chat:
         raise ValueError(f"{args.model} has no chat template; use --prompt")
     options = _options(args, tokenizer)
+    generator = _generator(args, console)
     messages = [] if args.system is None else [dict(role="system", content=args.system)]
     while line := _line(console):
         messages.append(dict(role="user", content=line))

@@ -18,6 +18,7 @@ from fdk_jax.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
 SCALES = ("auto", "absmax", "absmean", "rms", "none")
 CODEBOOKS = ("uniform", "nf4", "fp4", "ternary", "normal", "laplace", "student", "kmeans")
 _MIN_SCALE = 1e-12
+_BLOCK = 1 << 24  # weights whose float32 intermediates exist at a time
 
 
 def quantise_array(
@@ -61,7 +62,7 @@ def quantise_array(
     """
     check_options(bits, group_size, codebook, scale)
     matrix, batch, shape = as_matrix(weight, axes, dtype)
-    if not isinstance(matrix, Tracer) and not bool(jnp.isfinite(matrix).all()):
+    if not isinstance(matrix, Tracer) and not _is_finite(matrix):
         raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
     kind = resolve_scale(scale, bits)
     if isinstance(codebook, str) and codebook == "kmeans":
@@ -73,7 +74,11 @@ def quantise_array(
         values = resolve_codebook(codebook, bits, kind, group_size)
         uniform = bits == 1 or codebooks.is_uniform(values)
         values = np.broadcast_to(values, (*batch, *values.shape))
-    packed, scales = _encode(matrix, jnp.asarray(values), bits, group_size, kind)
+    parts = [
+        _encode(matrix[rows], jnp.asarray(values), bits, group_size, kind)
+        for rows in _row_blocks(matrix)
+    ]
+    packed, scales = parts[0] if len(parts) == 1 else map(jnp.concatenate, zip(*parts, strict=True))
     return QuantisedTensor(
         packed, scales, jnp.asarray(values), bits, group_size, shape, axes, uniform=uniform
     )
@@ -249,6 +254,19 @@ def nearest_codes(quotients: Array, codebook: Array, dtype: Any) -> Array:
     return codes.reshape(quotients.shape)
 
 
+def _row_blocks(matrix: Array) -> list[Any]:
+    """Indices of runs of rows of a large [N, K]: what is computed from all of them need not exist at once."""
+    whole = isinstance(matrix, Tracer) or matrix.ndim > 2 or matrix.size <= _BLOCK
+    if whole or len(matrix.devices()) > 1:
+        return [...]
+    rows = -(-matrix.shape[0] // -(-matrix.size // _BLOCK))
+    return [slice(i, i + rows) for i in range(0, matrix.shape[0], rows)]
+
+
+def _is_finite(matrix: Array) -> bool:
+    return all(bool(jnp.isfinite(matrix[rows]).all()) for rows in _row_blocks(matrix))
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _encode(matrix, codebook, bits, group_size, kind) -> tuple[Array, Array]:
     """(packed, scales) of [..., N, K] with a codebook for each leading index."""
@@ -273,7 +291,15 @@ def _fit_each(matrix, bits, group_size, kind, importance, axes, seed) -> np.ndar
             raise ValueError("importance must have the shape of the weight")
     out = np.zeros((*batch, 2**bits), np.float32)
     for index in np.ndindex(*batch):
-        part = None if importance is None else importance[index]
-        quotients = _quotients(matrix[index], group_size, kind)
-        out[index] = codebooks.kmeans(quotients, bits, importance=part, seed=seed)
+        one = matrix[index]
+        weight = None if importance is None else importance[index]
+        # Each part needs some importance of its own, so with importances there is one part.
+        parts = [
+            lambda one=one, rows=rows, weight=weight: (
+                _quotients(one[rows], group_size, kind),
+                weight,
+            )
+            for rows in ([...] if weight is not None else _row_blocks(one))
+        ]
+        out[index] = codebooks.fit_parts(parts, 2**bits, seed=seed)
     return out

@@ -271,6 +271,11 @@ def test_command_over_devices(capsys, folder):
         (lambda f: None, ["--max_tokens", "5000"], "do not fit a context"),
         (lambda f: None, ["--head_bits", "8"], "--head_bits needs --bits"),
         (lambda f: None, ["--devices", "9"], "--devices 9"),
+        (lambda f: None, ["--devices", "0"], "--devices 0"),
+        (lambda f: None, ["--system", "be brief"], "--system needs --chat"),
+        (lambda f: None, ["--backend", "pallas"], "needs an NVIDIA GPU"),
+        (lambda f: None, ["--prompt", ""], "every prompt needs"),
+        (lambda f: shutil.rmtree(f), [], "is not a folder"),
         (lambda f: None, ["--top_p", "7"], "top_p"),
     ],
 )
@@ -279,6 +284,16 @@ def test_command_errors_are_one_line(capsys, folder, change, arguments, words):
     status, _, err = run(capsys, str(folder), "--prompt", "fox", "--quiet", *arguments)
     assert status == 2
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
+
+
+def test_command_prints_no_prompt_that_it_cannot_continue(capsys):
+    status, out, err = run(capsys, str(CHATTY), "--prompt", "fox", "--max_tokens", "5000")
+    assert status == 2 and out == "" and "loaded" not in err
+
+
+def test_command_chats_in_text_only(capsys):
+    status, _, err = run(capsys, str(CHATTY), "--chat", "--json")
+    assert status == 2 and "--json needs --prompt" in err
 
 
 def test_command_without_a_chat_template(capsys, folder):

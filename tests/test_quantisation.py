@@ -232,3 +232,17 @@ def test_skip_axes_and_codebooks_by_name(rng):
 def test_bad_arguments_name_the_value(call, error, words):
     with pytest.raises(error, match=words):
         call(jnp.ones((4, 64)))
+
+
+@pytest.mark.parametrize("codebook", ["uniform", "kmeans"])
+def test_large_weights_are_quantised_in_blocks_of_rows(rng, monkeypatch, codebook):
+    weight = jnp.asarray(rng.standard_normal((37, 96)), jnp.bfloat16)
+    whole = fdk_jax.quantise(weight, 4, codebook=codebook)
+    monkeypatch.setattr("fdk_jax.quantisation._BLOCK", 96 * 10)
+    rows = fdk_jax.quantise(weight, 4, codebook=codebook)
+    np.testing.assert_allclose(rows.codebook, whole.codebook, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(rows.scales, whole.scales)
+    different = np.mean(np.asarray(rows.packed) != np.asarray(whole.packed))
+    assert different == 0 if codebook == "uniform" else different < 0.01
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        fdk_jax.quantise(weight.at[36, 5].set(jnp.inf), 4, codebook=codebook)

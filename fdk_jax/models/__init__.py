@@ -8,6 +8,7 @@ from fdk_jax.models.config import read_config as read_config
 from fdk_jax.models.generation import Generation as Generation
 from fdk_jax.models.generation import Generator as Generator
 from fdk_jax.models.generation import cache_bucket as cache_bucket
+from fdk_jax.models.generation import check_prompts as check_prompts
 from fdk_jax.models.loading import Quantisation as Quantisation
 from fdk_jax.models.loading import load as load
 from fdk_jax.models.loading import read_stored_quantisation as read_stored_quantisation

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fdk_jax.models.cache import KVCache
+from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.modules import Transformer
 from fdk_jax.models.sampling import Method, Sampling, choose
 from fdk_jax.trees import prepare
@@ -204,7 +205,7 @@ class Generator:
             batch.compile(_look_every(), batch.capacity)
 
     def _batch(self, prompts, max_tokens, sampling, stop_tokens) -> "_Batch":
-        lengths = self._check(prompts, max_tokens)
+        lengths = check_prompts(self.config, prompts, max_tokens, self.max_context)
         bucket = prompt_bucket(max(lengths), self.max_context)
         capacity = cache_bucket(max(bucket, max(lengths) + max_tokens))
         tokens = np.zeros((len(prompts), bucket), np.int32)
@@ -218,27 +219,6 @@ class Generator:
             sampling or Sampling(),
             stop_tokens,
         )
-
-    def _check(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[int]:
-        if not len(prompts) or not all(len(prompt) for prompt in prompts):
-            raise ValueError(
-                "every prompt needs at least one token (a beginning-of-text token, say)"
-            )
-        if max_tokens < 1:
-            raise ValueError(f"{max_tokens=} must be at least 1")
-        lowest = min(min(prompt) for prompt in prompts)
-        highest = max(max(prompt) for prompt in prompts)
-        if lowest < 0 or highest >= self.config.vocab_size:
-            raise ValueError(
-                f"tokens {lowest} to {highest} do not fit a vocabulary of {self.config.vocab_size}"
-            )
-        lengths = [len(prompt) for prompt in prompts]
-        if max(lengths) + max_tokens > self.max_context:
-            raise ValueError(
-                f"a prompt of {max(lengths)} tokens and {max_tokens} new ones do not fit a context of"
-                f" {self.max_context}; shorten the prompt, lower max_tokens or raise max_context"
-            )
-        return lengths
 
     def _model(self, leaves: Sequence[Array]) -> Transformer:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
@@ -362,6 +342,43 @@ class _Batch:
             struct((batch,), bool, P()),
             struct((), jnp.int32, P()),
         )
+
+
+def check_prompts(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    max_context: int | None = None,
+) -> list[int]:
+    """The lengths of prompts that a model can continue.
+
+    Args:
+        config: Of the model.
+        prompts: Token numbers.
+        max_tokens: New tokens for each.
+        max_context: Most tokens of a prompt and its continuation; None for the model's context length.
+
+    Raises:
+        ValueError: see `Generator.generate`.
+    """
+    if not len(prompts) or not all(len(prompt) for prompt in prompts):
+        raise ValueError("every prompt needs at least one token (a beginning-of-text token, say)")
+    if max_tokens < 1:
+        raise ValueError(f"{max_tokens=} must be at least 1")
+    lowest = min(min(prompt) for prompt in prompts)
+    highest = max(max(prompt) for prompt in prompts)
+    if lowest < 0 or highest >= config.vocab_size:
+        raise ValueError(
+            f"tokens {lowest} to {highest} do not fit a vocabulary of {config.vocab_size}"
+        )
+    lengths = [len(prompt) for prompt in prompts]
+    max_context = max_context or config.max_context
+    if max(lengths) + max_tokens > max_context:
+        raise ValueError(
+            f"a prompt of {max(lengths)} tokens and {max_tokens} new ones do not fit a context of"
+            f" {max_context}; shorten the prompt, lower max_tokens or raise max_context"
+        )
+    return lengths
 
 
 def _look_every() -> int:

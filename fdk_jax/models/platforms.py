@@ -22,7 +22,8 @@ def linear(x: Array, kernel: Array, out_dtype: Any) -> Array:
         return dense.matmul(x, kernel, out_dtype=out_dtype)
 
     def on_cpu(x: Array, kernel: Array) -> Array:
-        return cpu_backend.dense(x, kernel, rows=False, out_dtype=out_dtype)
+        y = cpu_backend.dense(x.reshape(-1, k), kernel, rows=False, out_dtype=out_dtype)
+        return y.reshape(*x.shape[:-1], n)
 
     k, n = kernel.shape
     few = x.ndim == 2 and dense.supported(x.shape[0], k, n, kernel.dtype)
@@ -42,7 +43,8 @@ def linear_of_rows(x: Array, rows: Array) -> Array:
         return jnp.einsum("...k,nk->...n", x, rows, preferred_element_type=jnp.float32)
 
     def on_cpu(x: Array, rows: Array) -> Array:
-        return cpu_backend.dense(x, rows, rows=True, out_dtype=jnp.float32)
+        y = cpu_backend.dense(x.reshape(-1, rows.shape[1]), rows, rows=True, out_dtype=jnp.float32)
+        return y.reshape(*x.shape[:-1], -1)
 
     cpu = on_cpu if _few_on_cpu(x, rows) else _widened(dot)
     return jax.lax.platform_dependent(x, rows, cpu=cpu, default=dot)
@@ -50,7 +52,7 @@ def linear_of_rows(x: Array, rows: Array) -> Array:
 
 def _few_on_cpu(x: Array, matrix: Array) -> bool:
     """Whether the C++ library should multiply: XLA would write a float32 copy of the matrix first."""
-    few = x.ndim == 2 and x.shape[0] <= cpu_backend.FEW_TOKENS
+    few = x.size <= cpu_backend.FEW_TOKENS * x.shape[-1]
     return few and matrix.dtype.itemsize == 2 and cpu_backend.unavailable_reason() is None
 
 

@@ -28,6 +28,8 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder; a Hugging Face checkpoint is one")
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(
