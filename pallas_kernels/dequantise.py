@@ -11,28 +11,21 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import decoding, matvec, triton_compat
-from pallas_kernels.matvec import Case, Config
+from pallas_kernels.case import Arrays, Case
+from pallas_kernels.matvec import Config
 from pallas_kernels.ptx import at, vector
 
 _CONFIG = Config(tiles=1, warps=8, stages=2)
 
 
-def unsupported_reason(case: Case) -> str | None:
-    """Why the kernel does not take a case, or None."""
-    return matvec.unsupported_weight(case, _CONFIG)
-
-
-def matmul(
-    case: Case, x: Array, packed: Array, scales: Array, codebook: Array, bias: Array | None
-) -> Array:
+def matmul(case: Case, arrays: Arrays) -> Array:
     """X [M, K] times the transpose of a planar weight, [M, N], in two steps."""
-    weight = dequantise(case, packed, scales, codebook)
-    if x.shape[1] != weight.shape[1]:
-        x = jnp.pad(x, ((0, 0), (0, weight.shape[1] - x.shape[1])))
+    weight = dequantise(case, arrays.packed, arrays.scales, arrays.codebook)
+    x = case.pad(arrays.x)
     y = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     y = y[:, : case.n]
-    if bias is not None:
-        y += bias.astype(jnp.float32)[None, :]
+    if arrays.bias is not None:
+        y += arrays.bias.astype(jnp.float32)[None, :]
     return y.astype(case.out_dtype)
 
 

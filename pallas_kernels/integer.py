@@ -21,10 +21,9 @@ blocks in flight a warp (`Config.stages`). A fourfold is four planes, half a blo
 import dataclasses
 
 import jax.numpy as jnp
-from jax import Array
 
 from pallas_kernels import decoding, matvec
-from pallas_kernels.matvec import Case
+from pallas_kernels.case import SHARED_BYTES, Case
 from pallas_kernels.ptx import at, float_constant, vector
 
 _STEPS = 4
@@ -61,28 +60,19 @@ def unsupported_reason(case: Case, config: Config) -> str | None:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size} are not 1, 1 and 64"
         )
-    reason = matvec.unsupported_weight(case, config.as_matvec)
-    if reason is None and _Writer(case, config.as_matvec).shared_bytes > matvec.SHARED_BYTES:
-        return f"{config} needs more than {matvec.SHARED_BYTES} bytes of shared memory"
+    reason = case.unsupported_reason(config.rows)
+    if reason is None and _Writer(case, config.as_matvec).shared_bytes > SHARED_BYTES:
+        return f"{config} needs more than {SHARED_BYTES} bytes of shared memory"
     return reason
 
 
-def matmul(
-    case: Case,
-    config: Config,
-    x: Array,
-    packed: Array,
-    scales: Array,
-    codebook: Array,
-    bias: Array | None,
-) -> Array:
-    """X [1, K] times the transpose of a planar weight, [1, N]."""
-    arrays = (x, packed, scales, codebook, bias)
-    return matvec.launch(case, config.as_matvec, source(case, config), "fdk_integer", *arrays)
+def grid(case: Case, config: Config) -> tuple[int, int]:
+    """Programs along N and M."""
+    return matvec.grid(case, config.as_matvec)
 
 
 def source(case: Case, config: Config) -> str:
-    """The kernel's PTX. Operands as in `matvec.source`."""
+    """The kernel's PTX."""
     return _Writer(case, config.as_matvec).write()
 
 

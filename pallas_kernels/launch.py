@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import gather, tuning
-from pallas_kernels.matvec import Case
+from pallas_kernels.case import Arrays, Case
 
 
 def matmul(
@@ -77,7 +77,8 @@ def matmul(
             out_dtype=out_dtype,
             interpret=interpret,
         )
-    return tuning.launch(case, chosen.kernel, chosen.config, x, packed, scales, codebook, bias)
+    arrays = Arrays(x, packed, scales, codebook, bias)
+    return tuning.launch(case, chosen.kernel, chosen.config, arrays)
 
 
 def _given(case: Case, config: tuning.Config) -> tuning.Plan:

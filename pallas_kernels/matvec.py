@@ -21,20 +21,16 @@ instruction; see `fdk_jax.packing`. A block is a tile of each of the R.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array
 
-from pallas_kernels import decoding, triton_compat
+from pallas_kernels import decoding
+from pallas_kernels.case import PLANE, SHARED_BYTES, TILE_ROWS, Case
 from pallas_kernels.ptx import Ptx, at, vector
 
-_PLANE = 64
 _STEPS = 4  # instructions a plane
-_TILE_ROWS = 16
 _TILE_BYTES = 1024
-SHARED_BYTES = 48 * 1024  # the most that a kernel may declare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,113 +52,26 @@ class Config:
     @property
     def rows(self) -> int:
         """Rows of the weight a program."""
-        return self.tiles * self.row_warps * _TILE_ROWS
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is static about a product."""
-
-    m: int
-    n: int
-    k: int
-    bits: int
-    group_size: int
-    books: int
-    x_dtype: Any
-    scale_dtype: Any
-    bias_dtype: Any
-    out_dtype: Any
-
-    @property
-    def planes(self) -> int:
-        """E, planes of 64 weights a tile."""
-        return 8 // self.bits
-
-    @property
-    def span(self) -> int:
-        """Weights a row of a tile."""
-        return self.planes * _PLANE
-
-    @property
-    def blocks(self) -> int:
-        """Tiles along K."""
-        return -(-self.k // self.span)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles along N."""
-        return -(-self.n // _TILE_ROWS)
-
-    @property
-    def quads(self) -> int:
-        """Fours of groups along K, as the planar layout stores scales."""
-        groups = -(-self.blocks * self.span // self.group_size)
-        return -(-groups // 4)
+        return self.tiles * self.row_warps * TILE_ROWS
 
 
 def unsupported_reason(case: Case, config: Config) -> str | None:
     """Why the kernel does not take a case, or None."""
-    reason = unsupported_weight(case, config)
+    if config.diagonal and (case.m > 1 or config.stages * case.planes % 8):
+        return f"{case.m} tokens, {config.stages} stages of {case.planes} planes are not diagonal"
+    reason = case.unsupported_reason(config.rows)
     if reason is None and _Writer(case, config).shared_bytes > SHARED_BYTES:
         return f"{config} needs more than {SHARED_BYTES} bytes of shared memory"
     return reason
 
 
-def unsupported_weight(case: Case, config: Config) -> str | None:
-    """Why no kernel that shares this module's stream of weights takes a case, or None."""
-    if case.x_dtype not in (jnp.bfloat16, jnp.float16):
-        return f"x is {case.x_dtype}, the tensor cores' inputs are bfloat16 or float16"
-    if case.group_size % 8:
-        return f"group_size={case.group_size} is no multiple of 8"
-    if config.diagonal and (case.m > 1 or config.stages * case.planes % 8):
-        return f"{case.m} tokens, {config.stages} stages of {case.planes} planes are not diagonal"
-    if case.books > 1 and (case.n // case.books) % config.rows:
-        return f"{case.books} codebooks do not change at multiples of {config.rows} rows"
-    return None
-
-
-def matmul(
-    case: Case,
-    config: Config,
-    x: Array,
-    packed: Array,
-    scales: Array,
-    codebook: Array,
-    bias: Array | None,
-) -> Array:
-    """X [M, K] times the transpose of a planar weight, [M, N]."""
-    arrays = (x, packed, scales, codebook, bias)
-    return launch(case, config, source(case, config), "fdk_matvec", *arrays)
-
-
-def launch(
-    case: Case,
-    config: Config,
-    ptx: str,
-    name: str,
-    x: Array,
-    packed: Array,
-    scales: Array,
-    codebook: Array,
-    bias: Array | None,
-) -> Array:
-    """Launches the PTX of this kernel or of one with its grid and operands."""
-    if x.shape[1] != case.blocks * case.span:
-        x = jnp.pad(x, ((0, 0), (0, case.blocks * case.span - x.shape[1])))
-    operands = (x, packed, scales, codebook) + (() if bias is None else (bias,))
-    return triton_compat.ptx_call(
-        ptx,
-        operands,
-        jax.ShapeDtypeStruct((case.m, case.n), case.out_dtype),
-        grid=(-(-case.n // config.rows), -(-case.m // (8 * config.columns))),
-        num_warps=config.warps,
-        name=name,
-    )
+def grid(case: Case, config: Config) -> tuple[int, int]:
+    """Programs along N and M."""
+    return -(-case.n // config.rows), -(-case.m // (8 * config.columns))
 
 
 def source(case: Case, config: Config) -> str:
-    """The kernel's PTX. Operands: $1 x, $2 packed, $3 scales, $4 codebook, $5 bias if any, then out."""
+    """The kernel's PTX."""
     return _Writer(case, config).write()
 
 
@@ -281,7 +190,7 @@ class _Writer:
             step = config.k_warps * case.span * 2
             address = ptx.op("mad.wide.u32", self.x_block, step, self.x[0], kind="b64")
             plane = ptx.op("rem.u32", self.row, case.planes)
-            self.x = [ptx.op("mad.wide.u32", plane, 2 * _PLANE, address, kind="b64")]
+            self.x = [ptx.op("mad.wide.u32", plane, 2 * PLANE, address, kind="b64")]
             self.mine = [ptx.op("setp.eq.u32", self.quad, i, kind="pred") for i in range(4)]
         zero = ptx.op("mov.f32", "0f00000000", kind="f32")
         self.zeros = [zero] * 4
@@ -346,7 +255,7 @@ class _Writer:
             return ptx.op("div.u32", block, case.group_size // case.span)
         if self.scale_mode == "plane":
             plane = ptx.op("mad.lo.u32", block, case.planes, run)
-            return ptx.op("div.u32", plane, case.group_size // _PLANE)
+            return ptx.op("div.u32", plane, case.group_size // PLANE)
         eighth = ptx.op("mad.lo.u32", block, case.span // 8, 4 * run)
         eighth = ptx.op("add.u32", eighth, self.quad)
         return ptx.op("div.u32", eighth, case.group_size // 8)
@@ -432,11 +341,11 @@ class _Writer:
         ptx, case = self.ptx, self.case
         block = ptx.op("add.u32", self.x_block, ahead) if self.config.diagonal else ahead
         there = ptx.op("setp.gt.u32", self.left, block, kind="pred")
-        offset = (ahead * self.config.k_warps * case.span + plane * _PLANE) * 2
+        offset = (ahead * self.config.k_warps * case.span + plane * PLANE) * 2
         for address, values in zip(self.x, self.x_buffers[buffer], strict=True):
             for half in range(2):
                 part = vector(values[4 * half : 4 * half + 4])
-                ptx.do("ld.global.nc.v4.b32", part, at(address, offset + _PLANE * half), when=there)
+                ptx.do("ld.global.nc.v4.b32", part, at(address, offset + PLANE * half), when=there)
 
     def _turn_x(self, loads: int) -> None:
         """Makes the buffer of x after some loads the first one."""
@@ -511,7 +420,7 @@ class _Writer:
         ptx.do("bar.sync", 0)
         per_warp = self.sum_tokens * self.sum_stride * 4
         address = ptx.op("mad.lo.u32", self.k_warp, per_warp, self.shared)
-        row = ptx.op("mad.lo.u32", self.row_warp, config.tiles * _TILE_ROWS, self.row)
+        row = ptx.op("mad.lo.u32", self.row_warp, config.tiles * TILE_ROWS, self.row)
         address = ptx.op("mad.lo.u32", row, 4, address)
         mine = None
         if self.single:  # every column holds the one token
@@ -521,7 +430,7 @@ class _Writer:
         for r, row_totals in enumerate(self.totals):
             for j, totals in enumerate(row_totals):
                 for i in (0, 2) if self.single else range(4):
-                    token, row = 8 * j + i % 2, _TILE_ROWS * r + 8 * (i // 2)
+                    token, row = 8 * j + i % 2, TILE_ROWS * r + 8 * (i // 2)
                     offset = (token * self.sum_stride + row) * 4
                     ptx.do("st.shared.f32", at(address, offset), totals[i], when=mine)
         ptx.do("bar.sync", 0)
@@ -589,7 +498,7 @@ class _Writer:
 
 def _scale_mode(case: Case, config: Config) -> str:
     """How scales meet groups: see `_group` and `_load_scale_vectors`."""
-    if case.group_size % _PLANE:
+    if case.group_size % PLANE:
         return "lane"
     if case.group_size % case.span == 0 and case.group_size > case.span:
         return "single"

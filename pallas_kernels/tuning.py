@@ -25,9 +25,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from pallas_kernels import dequantise, integer, matvec, wgmma
-from pallas_kernels.matvec import Case
+from pallas_kernels.case import Arrays, Case
 
 KERNELS = {"matvec": matvec, "integer": integer, "wgmma": wgmma}
 Config = matvec.Config | integer.Config | wgmma.Config
@@ -239,11 +240,18 @@ def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
     return list(best.values())
 
 
-def launch(case: Case, kernel: str, config: Any, x, packed, scales, codebook, bias):
+def launch(case: Case, kernel: str, config: Any, arrays: Arrays) -> Array:
     """Runs a product with a given kernel (not "gather") and configuration."""
     if kernel == "dequantise":
-        return dequantise.matmul(case, x, packed, scales, codebook, bias)
-    return KERNELS[kernel].matmul(case, config, x, packed, scales, codebook, bias)
+        return dequantise.matmul(case, arrays)
+    module = KERNELS[kernel]
+    return case.launch(
+        module.source(case, config),
+        arrays,
+        grid=module.grid(case, config),
+        warps=config.warps,
+        name=f"fdk_{kernel}",
+    )
 
 
 _TRIPS = 32  # so many that the host's work at the start of a program does not count
@@ -256,7 +264,9 @@ def _compile(case: Case, kernel: str, config: Any, weights: list) -> Any:
     def loop(x, weights, codebook):
         def body(_, carry):
             x, _ = carry
-            results = [product(x, packed, scales, codebook, None) for packed, scales in weights]
+            results = [
+                product(Arrays(x, packed, scales, codebook, None)) for packed, scales in weights
+            ]
             # Every result is carried on, and every trip's x depends on them: nothing is left out or hoisted.
             return jax.lax.optimization_barrier((x, results))
 

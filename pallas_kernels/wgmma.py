@@ -12,15 +12,10 @@ U warpgroups that share K (`Config.k_groups`), each with V * 64 rows: a team; D 
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-from jax import Array
-
-from pallas_kernels import decoding, matvec, triton_compat
-from pallas_kernels.matvec import Case
+from pallas_kernels import decoding, matvec
+from pallas_kernels.case import PLANE, Case
 from pallas_kernels.ptx import at, vector
 
-_PLANE = 64
 _STEPS = 4
 _X_DEPTH = 4  # most planes of x on their way
 _X_LOADS = 8  # most loads of x on their way, 4 registers each
@@ -77,34 +72,16 @@ def unsupported_reason(case: Case, config: Config) -> str | None:
         return f"{config.stages} stages of {case.planes} planes are odd"
     if config.tokens * config.k_groups > 128 or config.sum_tokens < 8:
         return f"{config.k_groups} teams with {config.tokens} tokens exceed the shared memory"
-    return matvec.unsupported_weight(case, config.as_matvec)
+    return case.unsupported_reason(config.rows)
 
 
-def matmul(
-    case: Case,
-    config: Config,
-    x: Array,
-    packed: Array,
-    scales: Array,
-    codebook: Array,
-    bias: Array | None,
-) -> Array:
-    """X [M, K] times the transpose of a planar weight, [M, N]."""
-    if x.shape[1] != case.blocks * case.span:
-        x = jnp.pad(x, ((0, 0), (0, case.blocks * case.span - x.shape[1])))
-    operands = (x, packed, scales, codebook) + (() if bias is None else (bias,))
-    return triton_compat.ptx_call(
-        source(case, config),
-        operands,
-        jax.ShapeDtypeStruct((case.m, case.n), case.out_dtype),
-        grid=(-(-case.m // config.tokens), -(-case.n // config.rows)),
-        num_warps=config.warps,
-        name="fdk_matmul",
-    )
+def grid(case: Case, config: Config) -> tuple[int, int]:
+    """Programs along M and N."""
+    return -(-case.m // config.tokens), -(-case.n // config.rows)
 
 
 def source(case: Case, config: Config) -> str:
-    """The kernel's PTX. Operands as in `matvec.source`."""
+    """The kernel's PTX."""
     return _Writer(case, config).write()
 
 
@@ -115,7 +92,7 @@ class _Writer(matvec._Writer):
         self.launch = config
         super().__init__(case, config.as_matvec)
         self.cores = config.tokens // 8
-        self.x_bytes = config.tokens * _PLANE * 2
+        self.x_bytes = config.tokens * PLANE * 2
         self.single = False
 
     def write(self) -> str:
@@ -171,7 +148,7 @@ class _Writer(matvec._Writer):
             row_bytes = case.blocks * case.span * 2
             address = ptx.op("mad.wide.u32", token, row_bytes, "$1", kind="b64")
             address = ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64")
-            address = ptx.op("mad.wide.u32", half, _PLANE, address, kind="b64")
+            address = ptx.op("mad.wide.u32", half, PLANE, address, kind="b64")
             self.x.append(ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64"))
             target = ptx.op("mad.lo.u32", half, 4 * self.cores, core)
             target = ptx.op("mad.lo.u32", target, _CORE_BYTES, team)
@@ -201,7 +178,7 @@ class _Writer(matvec._Writer):
         """Starts the loads of a plane of x into one of the sets of registers."""
         ptx, case = self.ptx, self.case
         there = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
-        offset = (ahead * self.config.k_warps * case.span + plane * _PLANE) * 2
+        offset = (ahead * self.config.k_warps * case.span + plane * PLANE) * 2
         for address, values in zip(self.x, self.x_registers[slot], strict=True):
             ptx.do("ld.global.nc.v4.b32", vector(values), at(address, offset), when=there)
 

@@ -14,8 +14,10 @@ import pytest
 import pallas_kernels
 from fdk_jax import packing
 from pallas_kernels import integer, matvec, tuning, wgmma
+from pallas_kernels.case import Case
 
-pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+if jax.default_backend() != "gpu":
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 
 def _check(rng, m, n, k, bits, group_size, dtype, *, config=None, books=1, bias=True, scale=1.0):
@@ -110,4 +112,4 @@ def test_non_finite_x_propagates_like_a_dense_product(rng, bits, value, config):
 
 def _case(bits):
     half = jnp.dtype(jnp.bfloat16)
-    return matvec.Case(1, 48, 1024, bits, 64, 1, half, half, None, half)
+    return Case(1, 48, 1024, bits, 64, 1, half, half, None, half)

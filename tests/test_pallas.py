@@ -15,6 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 import pallas_kernels
 from fdk_jax import packing
 from pallas_kernels import dequantise, integer, matvec, tuning, wgmma
+from pallas_kernels.case import Arrays, Case
 
 HALF = jnp.dtype(jnp.bfloat16)
 
@@ -58,7 +59,7 @@ def _lower(case, run):
 
 
 def _case(m, n, k, bits, *, group_size=64, books=1, dtype=HALF, scales=HALF, bias=None, out=HALF):
-    return matvec.Case(m, n, k, bits, group_size, books, dtype, scales, bias, out)
+    return Case(m, n, k, bits, group_size, books, dtype, scales, bias, out)
 
 
 def _tuned_rows():
@@ -72,7 +73,7 @@ def test_tuned_rows_lower(row):
     case = _case(row["m"], row["n"], row["k"], row["bits"])
     plan = tuning.choose(case, row["device"])
     assert plan.kernel == row["kernel"]
-    text = _lower(case, lambda *a: tuning.launch(case, plan.kernel, plan.config, *a))
+    text = _lower(case, lambda *a: tuning.launch(case, plan.kernel, plan.config, Arrays(*a)))
     assert text.count("fdk_") >= 1
     # One launch and nothing that reformats the weight.
     assert text.count("stablehlo.custom_call") == 1
@@ -87,7 +88,7 @@ def test_group_sizes_lower(bits, group_size, m):
     case = _case(m, 33, 2000, bits, group_size=group_size, bias=jnp.dtype(jnp.float32), dtype=half)
     plan = tuning.choose(case, "NVIDIA H200")
     assert plan.kernel in (*tuning.KERNELS, "dequantise")
-    _lower(case, lambda *a: tuning.launch(case, plan.kernel, plan.config, *a))
+    _lower(case, lambda *a: tuning.launch(case, plan.kernel, plan.config, Arrays(*a)))
 
 
 @pytest.mark.parametrize("bits", packing.BITS)
@@ -202,13 +203,11 @@ def _run_ptx(case, config, arrays, bias):
     x = np.pad(x, ((0, 0), (0, case.blocks * case.span - case.k)))
     operands = [x, packed, scales, codebook] + ([] if bias is None else [bias])
     out = np.full((case.m, case.n), np.nan, case.out_dtype)
-    source = tuning.KERNELS[tuning.kernel_of(config)].source(case, config)
-    if isinstance(config, wgmma.Config):
-        grid = (-(-case.m // config.tokens), -(-case.n // config.rows))
-    else:
-        tokens = 8 * getattr(config, "columns", 1)
-        grid = (-(-case.n // config.rows), -(-case.m // tokens))
-    ptx_machine.run(source, [*operands, out], grid, 32 * config.warps)
+    module = tuning.KERNELS[tuning.kernel_of(config)]
+    threads = 32 * config.warps
+    ptx_machine.run(
+        module.source(case, config), [*operands, out], module.grid(case, config), threads
+    )
     return out
 
 
@@ -231,7 +230,7 @@ def _run_ptx(case, config, arrays, bias):
 def test_ptx_values_and_bounds(rng, bits, m, n, k, group_size, books, dtype, config):
     arrays, _, (expected, size) = planar.product(rng, m, n, k, bits, group_size, dtype, books)
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
-    case = matvec.Case(m, n, k, bits, group_size, books, half, half, single, single)
+    case = Case(m, n, k, bits, group_size, books, half, half, single, single)
     assert tuning.unsupported_reason(case, config) is None
     bias = rng.normal(size=n).astype(np.float32)
     error = _run_ptx(case, config, arrays, bias).astype(np.float64) - (expected + bias)
@@ -255,7 +254,7 @@ def test_integer_kernel(rng, n, k, books, config, dtype, wide_scales):
     )
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
     scale_dtype = single if wide_scales else half
-    case = matvec.Case(1, n, k, 1, 64, books, half, scale_dtype, single, single)
+    case = Case(1, n, k, 1, 64, books, half, scale_dtype, single, single)
     assert tuning.unsupported_reason(case, config) is None
     bias = rng.normal(size=n).astype(np.float32)
     arrays = (x, packed, scales.astype(scale_dtype), codebook)
@@ -284,7 +283,7 @@ def test_values_of_one_bit_are_exact(rng, codebook, dtype, m, config):
     weight = values[np.asarray(packing.unpack(interchange, 1, k))]
     weight *= np.repeat(np.asarray(plain, np.float64), 64, -1)
     exact = np.asarray(x, np.float64)
-    case = matvec.Case(m, n, k, 1, 64, 1, half, half, None, single)
+    case = Case(m, n, k, 1, 64, 1, half, half, None, single)
     y = _run_ptx(case, config, (x, packed, scales, jnp.asarray([codebook], jnp.float32)), None)
     error = y.astype(np.float64) - exact @ weight.T
     size = np.sqrt(np.mean(exact**2 @ (weight**2).T))

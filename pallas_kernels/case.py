@@ -1,0 +1,94 @@
+"""What is static about a product with a planar weight, and the launch of a kernel for it."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import triton_compat
+
+PLANE = 64
+TILE_ROWS = 16
+SHARED_BYTES = 48 * 1024  # the most that a kernel may declare
+
+
+class Arrays(NamedTuple):
+    """The operands: x [M, K], a planar weight's arrays, bias [N] or None."""
+
+    x: Array
+    packed: Array
+    scales: Array
+    codebook: Array
+    bias: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is static about a product."""
+
+    m: int
+    n: int
+    k: int
+    bits: int
+    group_size: int
+    books: int
+    x_dtype: Any
+    scale_dtype: Any
+    bias_dtype: Any
+    out_dtype: Any
+
+    @property
+    def planes(self) -> int:
+        """E, planes of 64 weights a tile."""
+        return 8 // self.bits
+
+    @property
+    def span(self) -> int:
+        """Weights a row of a tile."""
+        return self.planes * PLANE
+
+    @property
+    def blocks(self) -> int:
+        """Tiles along K."""
+        return -(-self.k // self.span)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles along N."""
+        return -(-self.n // TILE_ROWS)
+
+    @property
+    def quads(self) -> int:
+        """Fours of groups along K, as the planar layout stores scales."""
+        groups = -(-self.blocks * self.span // self.group_size)
+        return -(-groups // 4)
+
+    def unsupported_reason(self, rows: int) -> str | None:
+        """Why no kernel on tensor cores with so many rows of the weight a program takes it, or None."""
+        if self.x_dtype not in (jnp.bfloat16, jnp.float16):
+            return f"x is {self.x_dtype}, the tensor cores' inputs are bfloat16 or float16"
+        if self.group_size % 8:
+            return f"group_size={self.group_size} is no multiple of 8"
+        if self.books > 1 and (self.n // self.books) % rows:
+            return f"{self.books} codebooks do not change at multiples of {rows} rows"
+        return None
+
+    def pad(self, x: Array) -> Array:
+        """X [M, K] with noughts behind K, to whole tiles."""
+        behind = self.blocks * self.span - x.shape[1]
+        return jnp.pad(x, ((0, 0), (0, behind))) if behind else x
+
+    def launch(
+        self, source: str, arrays: Arrays, *, grid: tuple[int, int], warps: int, name: str
+    ) -> Array:
+        """X times the transpose of the weight, [M, N], by a kernel's PTX.
+
+        Operands of the PTX: $1 x, $2 packed, $3 scales, $4 codebook, $5 bias if any, then the result.
+        """
+        operands = (self.pad(arrays.x), *arrays[1:4])
+        if arrays.bias is not None:
+            operands += (arrays.bias,)
+        out = jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype)
+        return triton_compat.ptx_call(source, operands, out, grid=grid, num_warps=warps, name=name)
