@@ -88,6 +88,8 @@ def main() -> None:
         for threads, values in samples.items():
             medians[busy, threads] = statistics.median(values)
             rows.append((threads, busy, values))
+    for pipe in pipes.values():
+        pipe.send(False)
     one, whole = medians[1, 1], len(processors)
     bound = one / (whole - 0.5)
     for (busy, threads), median in medians.items():
