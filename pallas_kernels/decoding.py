@@ -62,6 +62,11 @@ class Decoder(abc.ABC):
         """A register with two values."""
         return self.ptx.op(f"cvt.rn.{self.kind}x2.f32", high, low)
 
+    def first_two(self, codebook: str) -> list[str]:
+        """The first two values of a codebook as `dtype` rounds them: a pair, and each in float32."""
+        pair = self.pack(*(self._value(codebook, code) for code in range(2)))
+        return [pair, *unpack(self.ptx, pair, self.dtype)]
+
     def _value(self, codebook: str, code: str | int, when: str | None = None) -> str:
         """A value of the codebook, float32."""
         value = self.ptx.register("f32")
@@ -154,11 +159,6 @@ class _Bits(Decoder):
     def _pair(self, word: str, place: int) -> str:
         """The values of the bits at `place` and `place` + 16."""
 
-    def both(self, codebook: str) -> list[str]:
-        """The two values of the codebook as `dtype` rounds them: a pair, and each in float32."""
-        pair = self.pack(*(self._value(codebook, code) for code in range(2)))
-        return [pair, *unpack(self.ptx, pair, self.dtype)]
-
 
 class _Scaled(_Bits):
     """Decodes to the two values divided by a power of two, which is `factor`.
@@ -177,7 +177,7 @@ class _Scaled(_Bits):
         """Computes the first value and the differences."""
         del thread, threads
         ptx = self.ptx
-        values = self.both(codebook)[1:]
+        values = self.first_two(codebook)[1:]
         sizes = [ptx.op("and.b32", value, "0x7fffffff") for value in values]
         largest = ptx.op("max.f32", *sizes, kind="f32")
         self.factor = ptx.op("and.b32", largest, "0x7f800000")  # only its exponent
@@ -216,7 +216,7 @@ class _Select(_Bits):
     def set_up(self, codebook: str, thread: str, threads: int) -> None:
         """Loads the two values, each twice."""
         del thread, threads
-        pair, *_ = self.both(codebook)
+        pair, *_ = self.first_two(codebook)
         self.low = self.ptx.op("prmt.b32", pair, pair, "0x1010")
         self.high = self.ptx.op("prmt.b32", pair, pair, "0x3232")
 

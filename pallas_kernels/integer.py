@@ -19,6 +19,7 @@ blocks in flight a warp (`Config.stages`). A fourfold is four planes, half a blo
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 
@@ -98,7 +99,7 @@ class _Writer(matvec._Writer):
 
     def _set_up_decoder(self) -> None:
         ptx = self.ptx
-        _, self.first, second = self.decoder.both(self._codebook())
+        _, self.first, second = self.decoder.first_two(self._codebook())
         step = ptx.op("sub.f32", second, self.first, kind="f32")
         # A lower row's codes stand one bit higher.
         self.row_steps = [step, ptx.op("mul.f32", step, float_constant(0.5), kind="f32")]
@@ -234,11 +235,9 @@ class _Writer(matvec._Writer):
         Where there is an infinity, all x are brought into the finite range first.
         """
         ptx, kind = self.ptx, self.decoder.kind
-        most = None
-        for pair in x:
-            size = ptx.op("and.b32", pair, "0x7fff7fff")
-            most = size if most is None else ptx.op(f"max.NaN.{kind}x2", most, size)
-        most = ptx.op("max.NaN.f32", *decoding.unpack(ptx, most, self.case.x_dtype), kind="f32")
+        sizes = [ptx.op("and.b32", pair, "0x7fff7fff") for pair in x]
+        pair = functools.reduce(lambda a, b: ptx.op(f"max.NaN.{kind}x2", a, b), sizes)
+        most = ptx.op("max.NaN.f32", *decoding.unpack(ptx, pair, self.case.x_dtype), kind="f32")
         for distance in (1, 2):
             other = ptx.register("f32")
             ptx.do("shfl.sync.bfly.b32", other, most, distance, 31, "0xffffffff")

@@ -220,7 +220,7 @@ def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
         if config is None or unsupported_reason(case, config) is None
     ]
     with ThreadPoolExecutor() as pool:
-        programs = list(pool.map(lambda job: _compile(*job, weights), jobs))
+        programs = list(pool.map(lambda job: _compile(job[0], job[1], job[2], weights), jobs))
     best: dict[Case, dict] = {}
     for (case, kernel, config), program in zip(jobs, programs, strict=True):
         microseconds = _measure(case, program, weights, seconds)
@@ -324,7 +324,7 @@ def _write(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shapes", default="4096x4096,8192x8192", help="NxK, comma-separated")
     parser.add_argument("--bits", default="1,2,4,8")
     parser.add_argument("--m", default="1,16,32,64,256")
