@@ -205,8 +205,8 @@ def test_chat_template():
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return Path(shutil.copytree(CHATTY, tmp_path / "model"))
+def folder(writable):
+    return writable(CHATTY)
 
 
 def test_chat_template_of_its_own_file_and_refusals(folder):

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import re
-import shutil
 from pathlib import Path
 
 import jax
@@ -40,13 +39,9 @@ def expected(name: str) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def copy(tmp_path):
+def copy(writable):
     """A function that copies a golden folder to where a test may change it."""
-
-    def make(name: str) -> Path:
-        return Path(shutil.copytree(DATA / name, tmp_path / name))
-
-    return make
+    return lambda name: writable(DATA / name)
 
 
 def rewrite(folder: Path, change) -> None:
