@@ -11,7 +11,7 @@ from pallas_kernels import triton_compat
 
 PLANE = 64
 TILE_ROWS = 16
-SHARED_BYTES = 48 * 1024  # the most that a kernel may declare
+SHARED_BYTES = 227 * 1024  # the most of a program
 
 
 class Arrays(NamedTuple):
@@ -81,7 +81,14 @@ class Case:
         return jnp.pad(x, ((0, 0), (0, behind))) if behind else x
 
     def launch(
-        self, source: str, arrays: Arrays, *, grid: tuple[int, int], warps: int, name: str
+        self,
+        source: str,
+        arrays: Arrays,
+        *,
+        grid: tuple[int, int],
+        warps: int,
+        cluster: int = 1,
+        name: str,
     ) -> Array:
         """X times the transpose of the weight, [M, N], by a kernel's PTX.
 
@@ -91,4 +98,6 @@ class Case:
         if arrays.bias is not None:
             operands += (arrays.bias,)
         out = jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype)
-        return triton_compat.ptx_call(source, operands, out, grid=grid, num_warps=warps, name=name)
+        return triton_compat.ptx_call(
+            source, operands, out, grid=grid, num_warps=warps, cluster=cluster, name=name
+        )

@@ -19,7 +19,7 @@ from pallas_kernels.ptx import Ptx, at, vector
 _TABLE_ROW = 128  # bytes of the table for one byte of codes: copies for all lanes together
 
 
-def decoder(ptx: Ptx, bits: int, dtype, *, exact: bool = False, table_row: int = _TABLE_ROW):
+def decoder(ptx: Ptx, bits: int, dtype, *, exact: bool = False):
     """The decoder for codes of `bits` into values of `dtype`; see `Decoder`.
 
     Args:
@@ -27,10 +27,9 @@ def decoder(ptx: Ptx, bits: int, dtype, *, exact: bool = False, table_row: int =
         bits: 1, 2, 4 or 8.
         dtype: bfloat16 or float16.
         exact: whether the values are those of the codebook, and `factor` None.
-        table_row: bytes of a row of the table, if there is one: fewer copies, less memory.
     """
     if bits > 1:
-        return _Table(ptx, bits, dtype, table_row)
+        return _Table(ptx, bits, dtype)
     return _Select(ptx, dtype) if exact else _Scaled(ptx, dtype)
 
 
@@ -85,27 +84,26 @@ def unpack(ptx: Ptx, pair: str, dtype) -> list[str]:
 
 
 class _Table(Decoder):
-    def __init__(self, ptx: Ptx, bits: int, dtype, row: int) -> None:
+    def __init__(self, ptx: Ptx, bits: int, dtype) -> None:
         super().__init__(ptx, bits, dtype)
-        self.row = row
-        self.shared_bytes = 256 * row
+        self.shared_bytes = 256 * _TABLE_ROW
         self.entry_bytes = max(4, 16 // bits)
 
     def set_up(self, codebook: str, thread: str, threads: int) -> None:
         """Writes the values of every byte into shared memory, a copy for each lane's banks."""
         ptx = self.ptx
         self.table = ptx.op("mov.u32", "fdk_shared")
-        lane_copy = ptx.op("and.b32", thread, self.row // self.entry_bytes - 1)
+        lane_copy = ptx.op("and.b32", thread, _TABLE_ROW // self.entry_bytes - 1)
         self.lane_offset = ptx.op("mul.lo.u32", lane_copy, self.entry_bytes)
         for i in range(-(-256 // threads)):
             byte = ptx.op("add.u32", thread, i * threads)
             mine = ptx.op("setp.lt.u32", byte, 256, kind="pred") if threads > 256 else None
             pattern = self._pattern(byte, codebook, mine)
-            row = ptx.op("mad.lo.u32", byte, self.row, self.table)
-            for turn in range(self.row // 16):
+            row = ptx.op("mad.lo.u32", byte, _TABLE_ROW, self.table)
+            for turn in range(_TABLE_ROW // 16):
                 # Lanes start at different columns: otherwise all would write to the same banks.
                 column = ptx.op("add.u32", thread, turn)
-                column = ptx.op("and.b32", column, self.row // 16 - 1)
+                column = ptx.op("and.b32", column, _TABLE_ROW // 16 - 1)
                 address = ptx.op("mad.lo.u32", column, 16, row)
                 ptx.do("st.shared.v4.b32", at(address), vector(pattern), when=mine)
         ptx.do("bar.sync", 0)
@@ -134,10 +132,10 @@ class _Table(Decoder):
     def _look_up(self, word: str, byte: int) -> list[str]:
         """The pairs of values of a byte of a word."""
         ptx = self.ptx
-        place = self.row.bit_length() - 1
+        place = _TABLE_ROW.bit_length() - 1
         opcode, distance = ("shl.b32", place) if byte == 0 else ("shr.u32", 8 * byte - place)
         address = ptx.op(opcode, word, distance)
-        address = ptx.op("lop3.b32", address, 255 * self.row, self.lane_offset, "0xEA")
+        address = ptx.op("lop3.b32", address, 255 * _TABLE_ROW, self.lane_offset, "0xEA")
         address = ptx.op("add.u32", address, self.table)
         pairs = ptx.registers("b32", self.entry_bytes // 4)
         width = f".v{len(pairs)}" if len(pairs) > 1 else ""

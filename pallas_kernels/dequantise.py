@@ -53,7 +53,7 @@ class _Writer(matvec._Writer):
 
     def write(self) -> str:
         config, ptx = self.config, self.ptx
-        ptx.declare(f".shared .align 128 .b8 fdk_shared[{max(16, self.decoder.shared_bytes)}];")
+        ptx.share(max(16, self.decoder.shared_bytes))
         self._locate()
         row_bytes = 2 * self.case.blocks * self.case.span
         row = ptx.op("add.u32", self.program_row, self.row)
@@ -61,7 +61,7 @@ class _Writer(matvec._Writer):
         address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
         upper = ptx.op("mad.wide.u32", self.k_warp, 2 * self.case.span, address, kind="b64")
         self.x = [upper, ptx.op("add.u64", upper, 8 * row_bytes, kind="b64")]
-        buffers = [self._buffer() for _ in range(config.stages)]
+        buffers = [self._buffer(i) for i in range(config.stages)]
         for stage, buffer in enumerate(buffers):
             self._load(buffer, stage)
         self._set_up_decoder()

@@ -85,7 +85,6 @@ class _Writer(matvec._Writer):
         # A lane needs the scales of one plane of each fourfold.
         self.scale_part = 64 * self.scale_bytes
         self.tile_bytes = 2 * (_FOURFOLD_CODES + self.scale_part)
-        self.buffers = 0
 
     @property
     def shared_bytes(self) -> int:
@@ -148,10 +147,9 @@ class _Writer(matvec._Writer):
         address = ptx.op("mad.wide.u32", quads, 64 * self.scale_bytes, address, kind="b64")
         return ptx.op("mad.wide.u32", self.quad, 2 * self.scale_bytes, address, kind="b64")
 
-    def _buffer(self) -> list[int]:
+    def _buffer(self, number: int) -> list[int]:
         """Where the tiles of one block in flight are, behind this lane's place for codes."""
-        first = self.buffers * self.config.tiles
-        self.buffers += 1
+        first = number * self.config.tiles
         return [(first + i) * self.tile_bytes for i in range(self.config.tiles)]
 
     def _load(self, buffer: list[int], ahead: int) -> None:

@@ -13,13 +13,15 @@ grid, the operands and the place in the program.
 
 Glossary: W warps a program (`Config.warps`), of which V have rows of their own (`Config.row_warps`) and the
 others share their K; R tiles of 16 rows a warp (`Config.tiles`), D blocks in flight a warp
-(`Config.stages`), J groups of 8 tokens (`Config.columns`). One token leaves seven columns of the instruction
-free; `Config.diagonal` gives them to eight planes of x: a lane loads an eighth as much, and plane p finds its
-products in column p. A tile holds E = 8 / bits planes of 64 weights a row, each of 4 steps of the
+(`Config.stages`), J groups of 8 tokens (`Config.columns`). C programs are a cluster (`Config.cluster`): they
+have the same rows and share K, and read each other's sums at the end. One token leaves seven columns of the
+instruction free; `Config.diagonal` gives them to eight planes of x: a lane loads an eighth as much, and plane
+p finds its products in column p. A tile holds E = 8 / bits planes of 64 weights a row, each of 4 steps of the
 instruction; see `fdk_jax.packing`. A block is a tile of each of the R.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -35,7 +37,12 @@ _TILE_BYTES = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Launch configuration: R, W, D, J and V of the module's glossary."""
+    """Launch configuration: R, W, D, J, V and C of the module's glossary.
+
+    Attributes:
+        diagonal: whether eight planes of x take the columns of one token.
+        ring: whether blocks in flight are in shared memory instead of registers.
+    """
 
     tiles: int = 2
     warps: int = 8
@@ -43,11 +50,18 @@ class Config:
     columns: int = 1
     row_warps: int = 1
     diagonal: bool = False
+    cluster: int = 1
+    ring: bool = False
+
+    @property
+    def k_warps_here(self) -> int:
+        """Warps of a program that share K."""
+        return self.warps // self.row_warps
 
     @property
     def k_warps(self) -> int:
-        """Warps that share K."""
-        return self.warps // self.row_warps
+        """Warps of a cluster that share K."""
+        return self.k_warps_here * self.cluster
 
     @property
     def rows(self) -> int:
@@ -94,6 +108,8 @@ class _Writer:
         self.scale_bytes = jnp.dtype(case.scale_dtype).itemsize
         self.scale_mode = _scale_mode(case, config)
         self.scale_runs = _scale_runs(case, self.scale_mode)
+        self.scale_words = self.scale_runs * self.scale_bytes // 2
+        self.tile_bytes = _TILE_BYTES + 128 * self.scale_words  # a word of each lane is 128 bytes
         self.decoder = self._decoder()
         # A column of partial sums is padded so that the lanes of a warp write to different banks.
         self.sum_stride = config.rows + 4
@@ -104,15 +120,22 @@ class _Writer:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
-        sums = self.config.k_warps * self.sum_tokens * self.sum_stride * 4
-        return max(self.decoder.shared_bytes, sums)
+        sums = self.config.k_warps_here * self.sum_tokens * self.sum_stride * 4
+        return max(self.decoder.shared_bytes + self.ring_bytes, sums)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Shared memory of a program's blocks in flight, behind what the decoder needs."""
+        config = self.config
+        return config.ring * config.warps * config.stages * config.tiles * self.tile_bytes
 
     def write(self) -> str:
         config, ptx = self.config, self.ptx
-        ptx.declare(f".shared .align 128 .b8 fdk_shared[{self.shared_bytes}];")
+        ptx.share(self.shared_bytes)
         self._locate()
         self._locate_x()
-        buffers = [self._buffer() for _ in range(config.stages)]
+        self._locate_ring(self.decoder.shared_bytes)
+        buffers = [self._buffer(i) for i in range(config.stages)]
         for stage, buffer in enumerate(buffers):
             self._load(buffer, stage)
         self._load_x(0, 0, 0)
@@ -147,7 +170,11 @@ class _Writer:
         self._locate_program()
         # Which of the program's rows are this warp's, and which of its blocks along K.
         self.row_warp = ptx.op("rem.u32", self.warp, config.row_warps)
-        self.k_warp = ptx.op("div.u32", self.warp, config.row_warps)
+        self.k_warp_here = ptx.op("div.u32", self.warp, config.row_warps)
+        self.k_warp = self.k_warp_here
+        if config.cluster > 1:
+            first = ptx.op("mul.lo.u32", self.rank, config.k_warps_here)
+            self.k_warp = ptx.op("add.u32", first, self.k_warp_here)
         self.block = ptx.op("mov.u32", self.k_warp)
         self.left = ptx.op("sub.u32", case.blocks + config.k_warps - 1, self.k_warp)
         self.left = ptx.op("div.u32", self.left, config.k_warps)
@@ -169,9 +196,18 @@ class _Writer:
                 address = self._advance_to_warp(address)
             self.scales.append(address)
 
+    def _place_along_x(self) -> str:
+        """The program's place along the first axis of the grid, where a cluster is one program."""
+        ptx, cluster = self.ptx, self.config.cluster
+        place = ptx.op("mov.u32", "%ctaid.x")
+        if cluster > 1:
+            self.rank = ptx.op("rem.u32", place, cluster)
+            place = ptx.op("div.u32", place, cluster)
+        return place
+
     def _locate_program(self) -> None:
         ptx, config = self.ptx, self.config
-        self.program_row = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.x"), config.rows)
+        self.program_row = ptx.op("mul.lo.u32", self._place_along_x(), config.rows)
         self.first_token = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.y"), 8 * config.columns)
 
     def _locate_x(self) -> None:
@@ -211,15 +247,67 @@ class _Writer:
 
     # Loading
 
-    def _buffer(self) -> dict[str, list]:
-        """Registers of one block in flight: codes and scales of each tile of rows."""
-        ptx = self.ptx
-        words = [ptx.registers("b32", 8) for _ in range(self.config.tiles)]
-        count = self.scale_runs * self.scale_bytes // 2
+    def _locate_ring(self, offset: int) -> None:
+        """This lane's places in the warp's part of the ring, for words, pairs and fours of them."""
+        if self.config.ring:
+            ptx, warp_bytes = self.ptx, self.ring_bytes // self.config.warps
+            warp = ptx.op("mad.lo.u32", self.warp, warp_bytes, self.shared)
+            warp = ptx.op("add.u32", warp, offset)
+            self.lane_places = {
+                words: ptx.op("mad.lo.u32", self.lane, 4 * words, warp) for words in (1, 2, 4)
+            }
+
+    def _buffer(self, number: int) -> dict[str, list]:
+        """Where one block in flight is, codes and scales of each tile: registers, or places in the ring."""
+        tiles = range(self.config.tiles)
+        if self.config.ring:
+            first = number * self.config.tiles
+            words = [(first + r) * self.tile_bytes for r in tiles]
+            return {"words": words, "scales": [place + _TILE_BYTES for place in words]}
         return {
-            "words": words,
-            "scales": [ptx.registers("b32", count) for _ in range(self.config.tiles)],
+            "words": [self.ptx.registers("b32", 8) for _ in tiles],
+            "scales": [self.ptx.registers("b32", self.scale_words) for _ in tiles],
         }
+
+    def _start(self, target, first: int, count: int, address: str, offset: int, there: str) -> None:
+        """Starts loading words of a buffer from the `first` on, as `_fetch` takes them."""
+        if not self.config.ring:
+            hint = ".L1::no_allocate" if count == 4 else ""
+            registers = target[first : first + count]
+            self._load_vector(registers, address, offset, there, f"global.nc{hint}")
+            return
+        for i in range(first, first + count, 4):
+            width = min(count, 4)
+            place = at(self.lane_places[width], target + 128 * i)
+            kind = "cg" if width == 4 else "ca"
+            source = at(address, offset + 4 * (i - first))
+            self.ptx.do(f"cp.async.{kind}.shared.global", place, source, 4 * width, when=there)
+
+    def _fetch(self, buffer) -> dict[str, list]:
+        """The registers of the oldest block in flight."""
+        if not self.config.ring:
+            return buffer
+        self.ptx.do("cp.async.wait_group", self.config.stages - 1)
+        return {
+            "words": [self._from_ring(place, 8, 4) for place in buffer["words"]],
+            "scales": [
+                self._from_ring(place, self.scale_words, min(4, self._scale_width))
+                for place in buffer["scales"]
+            ],
+        }
+
+    def _from_ring(self, place: int, count: int, width: int) -> list[str]:
+        registers = self.ptx.registers("b32", count)
+        for i in range(0, count, width):
+            part = registers[i : i + width]
+            self._load_vector(part, self.lane_places[width], place + 128 * i, space="shared")
+        return registers
+
+    @property
+    def _scale_width(self) -> int:
+        """Words of scales that are loaded together."""
+        runs = min(self.scale_runs, 4) if self.scale_mode == "vector" else 1
+        return runs * self.scale_bytes // 2
 
     def _load(self, buffer, ahead: int) -> None:
         """Starts the loads of the block `ahead` steps of this warp after the current one."""
@@ -228,15 +316,16 @@ class _Writer:
         step = ahead * config.k_warps * _TILE_BYTES
         for words, packed in zip(buffer["words"], self.packed, strict=True):
             for half in range(2):
-                ptx.do(
-                    "ld.global.nc.L1::no_allocate.v4.b32",
-                    vector(words[4 * half : 4 * half + 4]),
-                    at(packed, step + half * 512),
-                    when=there,
-                )
+                self._start(words, 4 * half, 4, packed, step + half * 512, there)
         if self.scale_mode == "vector":
             self._load_scale_vectors(buffer, ahead, there)
-            return
+        else:
+            self._load_scales(buffer, ahead, there)
+        if config.ring:
+            ptx.do("cp.async.commit_group")
+
+    def _load_scales(self, buffer, ahead: int, there: str) -> None:
+        ptx, config, width = self.ptx, self.config, self._scale_width
         block = ptx.op("add.u32", self.block, ahead * config.k_warps)
         for run in range(self.scale_runs):
             group = self._group(block, run)
@@ -245,8 +334,7 @@ class _Writer:
             for registers, scales in zip(buffer["scales"], self.scales, strict=True):
                 address = ptx.op("mad.wide.u32", quad, 64 * self.scale_bytes, scales, kind="b64")
                 address = ptx.op("mad.wide.u32", within, 2 * self.scale_bytes, address, kind="b64")
-                width = self.scale_bytes // 2
-                self._load_vector(registers[run * width : run * width + width], address, 0, there)
+                self._start(registers, run * width, width, address, 0, there)
 
     def _group(self, block: str, run: int) -> str:
         """The group of a run in a block (scale modes "single", "plane" and "lane")."""
@@ -266,11 +354,11 @@ class _Writer:
         # All powers of two: a warp's blocks start at places of a quad that the offsets below hit.
         quads, within = divmod(ahead * config.k_warps * per_block, 4)
         start = (quads * 64 + within * 2) * self.scale_bytes
-        width = min(per_block, 4) * self.scale_bytes // 2
+        width = self._scale_width
         for registers, scales in zip(buffer["scales"], self.scales, strict=True):
-            for i in range(len(registers) // width):
+            for i in range(self.scale_words // width):
                 offset = start + i * 64 * self.scale_bytes
-                self._load_vector(registers[i * width : i * width + width], scales, offset, there)
+                self._start(registers, i * width, width, scales, offset, there)
 
     def _load_vector(
         self,
@@ -294,7 +382,7 @@ class _Writer:
         for stage, buffer in enumerate(buffers):
             done = ptx.op("setp.le.u32", self.left, stage, kind="pred")
             ptx.do("bra", "fdk_done", when=done)
-            self._multiply(buffer, stage)
+            self._multiply(self._fetch(buffer), stage)
             self._load(buffer, stage + len(buffers))
         self._turn_x(len(buffers) * case.planes // self.x_planes)
         step = len(buffers) * config.k_warps
@@ -419,7 +507,7 @@ class _Writer:
             self._add_lanes()
         ptx.do("bar.sync", 0)
         per_warp = self.sum_tokens * self.sum_stride * 4
-        address = ptx.op("mad.lo.u32", self.k_warp, per_warp, self.shared)
+        address = ptx.op("mad.lo.u32", self.k_warp_here, per_warp, self.shared)
         row = ptx.op("mad.lo.u32", self.row_warp, config.tiles * TILE_ROWS, self.row)
         address = ptx.op("mad.lo.u32", row, 4, address)
         mine = None
@@ -433,10 +521,9 @@ class _Writer:
                     token, row = 8 * j + i % 2, TILE_ROWS * r + 8 * (i // 2)
                     offset = (token * self.sum_stride + row) * 4
                     ptx.do("st.shared.f32", at(address, offset), totals[i], when=mine)
-        ptx.do("bar.sync", 0)
-        threads = 32 * config.warps
-        for i in range(-(-config.rows * tokens // threads)):
-            self._write_output(i * threads, tokens, per_warp, f"fdk_next{i}")
+        self._join_programs()
+        self._write_outputs(tokens, per_warp)
+        self._leave_cluster()
 
     def _add_lanes(self) -> None:
         """Adds the totals of the four lanes of a row, each of which has those of two columns."""
@@ -447,9 +534,32 @@ class _Writer:
                     self.ptx.do("shfl.sync.bfly.b32", other, totals[i], distance, 31, "0xffffffff")
                     self.ptx.do("add.f32", totals[i], totals[i], other)
 
-    def _write_output(self, start: int, tokens: int, per_warp: int, behind: str) -> None:
+    def _join_programs(self) -> None:
+        """Waits for the program's other warps, or for those of the cluster."""
+        if self.config.cluster == 1:
+            self.ptx.do("bar.sync", 0)
+        else:
+            self.ptx.do("barrier.cluster.arrive.release")
+            self.ptx.do("barrier.cluster.wait.acquire")
+
+    def _leave_cluster(self) -> None:
+        """Nobody leaves whose sums another program still reads."""
+        if self.config.cluster > 1:
+            self.ptx.do("barrier.cluster.arrive.relaxed")
+            self.ptx.do("barrier.cluster.wait")
+
+    def _write_outputs(self, tokens: int, per_warp: int, name: str = "") -> None:
+        """Adds the sums of so many tokens, and writes them: each program of a cluster its part."""
+        ptx, config = self.ptx, self.config
+        worker, workers = self.thread, 32 * config.warps * config.cluster
+        if config.cluster > 1:
+            worker = ptx.op("mad.lo.u32", self.rank, 32 * config.warps, worker)
+        for start in range(0, config.rows * tokens, workers):
+            index = ptx.op("add.u32", worker, start)
+            self._write_output(index, tokens, per_warp, f"fdk_next{name}{start}")
+
+    def _write_output(self, index: str, tokens: int, per_warp: int, behind: str) -> None:
         ptx, case = self.ptx, self.case
-        index = ptx.op("add.u32", self.thread, start)
         token = ptx.op("div.u32", index, self.config.rows)
         row = ptx.op("rem.u32", index, self.config.rows)
         address = ptx.op("mad.lo.u32", token, self.sum_stride, row)
@@ -460,9 +570,12 @@ class _Writer:
             outside = ptx.op("setp.ge.u32", value, bound, kind="pred")
             ptx.do("bra", behind, when=outside)
         total = ptx.op("mov.f32", "0f00000000", kind="f32")
-        for warp in range(self.config.k_warps):
-            part = ptx.register("f32")
-            ptx.do("ld.shared.f32", part, at(address, warp * per_warp))
+        space, places = "shared", [address]
+        if self.config.cluster > 1:
+            space, ranks = "shared::cluster", range(self.config.cluster)
+            places = [ptx.op(f"mapa.{space}.u32", address, rank) for rank in ranks]
+        for place, warp in itertools.product(places, range(self.config.k_warps_here)):
+            part = ptx.op(f"ld.{space}.f32", at(place, warp * per_warp), kind="f32")
             ptx.do("add.f32", total, total, part)
         if self.decoder.factor is not None:
             ptx.do("mul.f32", total, total, self.decoder.factor)

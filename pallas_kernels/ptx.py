@@ -10,6 +10,7 @@ class Ptx:
         """Starts an empty block."""
         self._lines: list[str] = []
         self._counts: dict[str, int] = {}
+        self._shared = 0
 
     def register(self, kind: str) -> str:
         """A fresh register: "b32", "b64", "f32", "b16" or "pred"."""
@@ -36,15 +37,21 @@ class Ptx:
         """Places a label."""
         self._lines.append(f"{name}:")
 
-    def declare(self, text: str) -> None:
-        """Appends a declaration as it stands."""
-        self._lines.append(text)
+    def share(self, size: int) -> None:
+        """Declares `fdk_shared`, the program's shared memory, of so many bytes."""
+        self._shared = size
 
     def text(self) -> str:
         """The block, in a scope of its own."""
         types = {"b32": ".b32", "b64": ".b64", "f32": ".f32", "b16": ".b16", "pred": ".pred"}
         registers = [f".reg {types[k]} {k}_<{n}>;" for k, n in self._counts.items()]
-        return "\n".join(["{", *registers, *self._lines, "}"])
+        shared = [shared_declaration(self._shared)] if self._shared else []
+        return "\n".join(["{", *shared, *registers, *self._lines, "}"])
+
+
+def shared_declaration(size: int | str) -> str:
+    """The declaration of a program's shared memory; its only one."""
+    return f".shared .align 128 .b8 fdk_shared[{size}];"
 
 
 def vector(registers: list[str]) -> str:

@@ -1,17 +1,25 @@
 """Every use of Pallas' Triton module: the one file to change when JAX moves it."""
 
+import dataclasses
+import re
 import warnings
+import zlib
 from typing import Any
 
 import jax
 from jax import Array
 from jax._src import core as jax_core
 from jax._src import state
+from jax._src.interpreters import mlir
+from jax._src.lib import gpu_triton
 from jax._src.lib.mlir import ir
 from jax._src.lib.triton import dialect as tt_dialect
+from jax._src.pallas import core as pallas_core
 from jax._src.pallas.triton import lowering
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as _triton
+
+from pallas_kernels.ptx import shared_declaration
 
 # Deprecated since JAX 0.11, still shipped, and what these kernels are written for. JAX warns when a program is
 # lowered, so the filter has to stay; it names just this message.
@@ -36,6 +44,7 @@ def ptx_call(
     grid: tuple[int, ...],
     num_warps: int,
     name: str,
+    cluster: int = 1,
 ) -> Array:
     """Launches a kernel whose body is one block of PTX.
 
@@ -47,18 +56,19 @@ def ptx_call(
         grid: programs.
         num_warps: warps a program.
         name: of the kernel.
+        cluster: programs of a thread block cluster. The first axis of `%ctaid` counts each place of the
+            grid so often.
     """
 
     def kernel(*refs):
         _inline_ptx.bind(*refs, source=source)
 
-    return pl.pallas_call(
-        kernel,
-        out_shape=out,
-        grid=grid,
-        compiler_params=compiler_params(num_warps=num_warps, num_stages=1),
-        name=name,
-    )(*operands)
+    params = compiler_params(num_warps=num_warps, num_stages=1)
+    if cluster > 1 or shared_bytes(source) > 48 * 1024 or num_warps.bit_count() > 1:
+        params = _DirectParams(num_warps=num_warps, num_stages=1, cluster=cluster)
+    return pl.pallas_call(kernel, out_shape=out, grid=grid, compiler_params=params, name=name)(
+        *operands
+    )
 
 
 _inline_ptx = jax_core.Primitive("fdk_inline_ptx")
@@ -85,3 +95,74 @@ def _inline_ptx_lowering(ctx, *pointers, source):
         args=pointers,
     )
     return []
+
+
+# A block in a Triton kernel may declare 48 KiB of shared memory, its warps are a power of two, and Pallas'
+# Triton knows no clusters. The call by which JAX launches compiled Triton kernels has none of these limits:
+# what needs more leaves out the compiler.
+
+
+@dataclasses.dataclass(frozen=True)
+class _DirectParams(_triton.CompilerParams):
+    cluster: int = 1
+
+
+def _direct_lowering(ctx, *in_nodes, jaxpr, grid_mapping, compiler_params, name, **_):
+    if not hasattr(gpu_triton, "TritonKernel"):
+        raise NotImplementedError(
+            "this kernel's launch needs JAX's CUDA plugin: pip install 'jax[cuda12]'"
+        )
+    [source] = [e.params["source"] for e in jaxpr.eqns if e.primitive is _inline_ptx]
+    avals = (*ctx.avals_in, *ctx.avals_out)
+    name = mlir.sanitize_name(name)
+    threads = 32 * compiler_params.num_warps
+    text = entry(source, name, operands=len(avals), threads=threads)
+    shared, cluster = shared_bytes(source), compiler_params.cluster
+    kernel = gpu_triton.TritonKernel(name, compiler_params.num_warps, cluster, shared, text, "", 90)
+    grid = (*grid_mapping.grid, 1, 1)[:3]
+    pointers = [gpu_triton.create_array_parameter(0, 16)] * len(avals)
+    call = gpu_triton.TritonKernelCall(kernel, *grid, pointers)
+
+    def layouts(avals):
+        return [tuple(reversed(range(aval.ndim))) for aval in avals]
+
+    return mlir.custom_call(
+        call_target_name="triton_kernel_call_ffi",
+        result_types=[mlir.aval_to_ir_type(ctx.module_context, a) for a in ctx.avals_out],
+        operands=in_nodes,
+        backend_config={
+            "name": ir.StringAttr.get(name),
+            "opaque": ir.StringAttr.get(zlib.compress(call.to_proto(name, b""))),
+        },
+        operand_layouts=layouts(ctx.avals_in),
+        result_layouts=layouts(ctx.avals_out),
+    ).results
+
+
+pallas_core.register_lowering_rule(_DirectParams, _direct_lowering, "gpu")
+
+
+def shared_bytes(source: str) -> int:
+    """The size of `fdk_shared`, nought if a block of PTX has none."""
+    size = re.search(r"fdk_shared\[(\d+)\]", source)
+    return int(size[1]) if size else 0
+
+
+def entry(source: str, name: str, *, operands: int, threads: int) -> str:
+    """A whole kernel from a block of PTX; its launch gives it the shared memory."""
+    source = source.replace(shared_declaration(shared_bytes(source)), "", 1)
+    lines = [
+        ".version 8.0",
+        ".target sm_90a",
+        ".address_size 64",
+        ".extern " + shared_declaration(""),
+        f".visible .entry {name}({', '.join(f'.param .u64 p{i}' for i in range(1, operands + 1))})",
+        f".reqntid {threads}, 1, 1 {{",
+        f".reg .b64 operand_<{operands + 1}>;",
+        *(f"ld.param.u64 operand_{i}, [p{i}];" for i in range(1, operands + 1)),
+        *(f"cvta.to.global.u64 operand_{i}, operand_{i};" for i in range(1, operands + 1)),
+        re.sub(r"\$(\d+)", r"operand_\1", source),
+        "ret;",
+        "}",
+    ]
+    return "\n".join(lines)

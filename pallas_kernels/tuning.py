@@ -184,12 +184,25 @@ _INTEGER = (  # (tiles, warps, stages)
     *((2, 4, 1), (2, 4, 2), (2, 4, 3), (2, 8, 1), (2, 8, 2)),
     *((4, 4, 1), (4, 4, 2)),
 )
-# (tokens, row_groups, k_groups, stages) of `wgmma` for at least so many tokens.
+# (tokens, row_groups, k_groups, stages, cluster, ring) of `wgmma` for at least so many tokens.
 _WGMMA = {
-    16: ((16, 1, 4, 2), (16, 1, 2, 2)),
-    32: ((16, 1, 4, 2), (32, 1, 2, 2), (32, 1, 4, 2), (32, 2, 2, 2)),
-    64: ((32, 1, 2, 2), (32, 1, 4, 2), (32, 2, 2, 2), (64, 1, 2, 2), (64, 2, 1, 2), (64, 4, 1, 2)),
-    128: ((32, 2, 2, 2), (64, 2, 1, 2), (64, 4, 1, 2), (128, 2, 1, 2)),
+    16: ((16, 1, 4, 2, 1, False), (16, 1, 2, 2, 1, False), (16, 1, 2, 4, 2, False)),
+    32: (
+        *((16, 1, 4, 2, 1, False), (32, 1, 2, 2, 1, False), (32, 1, 4, 2, 1, False)),
+        *((32, 2, 2, 2, 1, False), (32, 1, 2, 2, 2, False), (32, 2, 2, 2, 2, False)),
+    ),
+    64: (
+        *((32, 1, 2, 2, 1, False), (32, 1, 4, 2, 1, False), (32, 2, 2, 2, 1, False)),
+        *((64, 2, 1, 2, 1, False), (64, 4, 1, 2, 1, False), (64, 1, 4, 2, 1, True)),
+        *((64, 1, 2, 2, 2, False), (64, 1, 2, 3, 2, False), (64, 2, 1, 4, 2, False)),
+        *((64, 2, 2, 2, 2, True), (64, 2, 2, 3, 2, False), (64, 2, 2, 4, 2, False)),
+    ),
+    128: (
+        *((64, 2, 1, 2, 1, False), (64, 4, 1, 2, 1, False), (64, 2, 2, 2, 1, False)),
+        *((64, 2, 2, 3, 1, False), (128, 2, 1, 2, 1, False), (128, 2, 1, 2, 2, True)),
+        *((64, 4, 1, 2, 2, True), (256, 2, 1, 2, 2, False), (256, 2, 1, 3, 2, False)),
+        (256, 2, 1, 4, 2, False),
+    ),
 }
 
 
@@ -250,6 +263,7 @@ def launch(case: Case, kernel: str, config: Any, arrays: Arrays) -> Array:
         arrays,
         grid=module.grid(case, config),
         warps=config.warps,
+        cluster=getattr(config, "cluster", 1),
         name=f"fdk_{kernel}",
     )
 

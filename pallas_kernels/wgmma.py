@@ -7,13 +7,13 @@ instruction's accumulators over the whole of K.
 
 Glossary: T tokens a program (`Config.tokens`); V warpgroups with rows of their own (`Config.row_groups`);
 U warpgroups that share K (`Config.k_groups`), each with V * 64 rows: a team; D blocks in flight a warp
-(`Config.stages`).
+(`Config.stages`); C programs that share K (`Config.cluster`), see `matvec`.
 """
 
 import dataclasses
 
-from pallas_kernels import decoding, matvec
-from pallas_kernels.case import PLANE, Case
+from pallas_kernels import matvec
+from pallas_kernels.case import PLANE, SHARED_BYTES, Case
 from pallas_kernels.ptx import at, vector
 
 _STEPS = 4
@@ -24,12 +24,18 @@ _CORE_BYTES = 128  # 8 tokens by 8 weights, what the instruction reads as a unit
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Launch configuration: T, V, U and D of the module's glossary."""
+    """Launch configuration: T, V, U, D and C of the module's glossary.
+
+    Attributes:
+        ring: whether blocks in flight are in shared memory instead of registers.
+    """
 
     tokens: int = 64
     row_groups: int = 2
     k_groups: int = 1
     stages: int = 2
+    cluster: int = 1
+    ring: bool = False
 
     @property
     def rows(self) -> int:
@@ -42,17 +48,9 @@ class Config:
         return 4 * self.row_groups * self.k_groups
 
     @property
-    def table_row(self) -> int:
-        """Bytes of the table for a byte of codes; x takes the rest of 48 KiB."""
-        return 128 if self.tokens * self.k_groups <= 64 else 64
-
-    @property
-    def sum_tokens(self) -> int:
-        """As many tokens as have their sums in the table's memory at the end."""
-        tokens = self.tokens
-        while self.k_groups * tokens * (self.rows + 4) * 4 > 256 * self.table_row:
-            tokens //= 2
-        return tokens
+    def x_bytes(self) -> int:
+        """Bytes of a plane of x; the second half of a plane starts in other banks."""
+        return self.tokens * PLANE * 2 + _CORE_BYTES
 
     @property
     def as_matvec(self) -> matvec.Config:
@@ -63,6 +61,8 @@ class Config:
             stages=self.stages,
             columns=self.tokens // 8,
             row_warps=4 * self.row_groups,
+            cluster=self.cluster,
+            ring=self.ring,
         )
 
 
@@ -70,9 +70,10 @@ def unsupported_reason(case: Case, config: Config) -> str | None:
     """Why the kernel does not take a case, or None."""
     if config.stages * case.planes % 2:
         return f"{config.stages} stages of {case.planes} planes are odd"
-    if config.tokens * config.k_groups > 128 or config.sum_tokens < 8:
-        return f"{config.k_groups} teams with {config.tokens} tokens exceed the shared memory"
-    return case.unsupported_reason(config.rows)
+    reason = case.unsupported_reason(config.rows)
+    if reason is None and _Writer(case, config).shared_bytes > SHARED_BYTES:
+        return f"{config} needs more than {SHARED_BYTES} bytes of shared memory"
+    return reason
 
 
 def grid(case: Case, config: Config) -> tuple[int, int]:
@@ -92,18 +93,31 @@ class _Writer(matvec._Writer):
         self.launch = config
         super().__init__(case, config.as_matvec)
         self.cores = config.tokens // 8
-        self.x_bytes = config.tokens * PLANE * 2
+        self.x_bytes = config.x_bytes
         self.single = False
+        # As many tokens as have their sums in the same memory at the end.
+        self.sum_tokens = config.tokens
+        while self.sum_tokens * self._token_bytes > self.shared_bytes:
+            self.sum_tokens //= 2
+
+    @property
+    def _token_bytes(self) -> int:
+        """Bytes of a token's sums of all teams."""
+        return self.launch.k_groups * self.sum_stride * 4
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a program: the decoder's, two planes of x for each team, the ring."""
+        planes = 2 * self.launch.k_groups * self.x_bytes
+        return max(self.decoder.shared_bytes + planes + self.ring_bytes, 8 * self._token_bytes)
 
     def write(self) -> str:
         config, ptx = self.launch, self.ptx
-        table = 256 * config.table_row
-        self.sum_tokens = config.sum_tokens
-        shared = table + 2 * config.k_groups * self.x_bytes
-        ptx.declare(f".shared .align 128 .b8 fdk_shared[{shared}];")
+        ptx.share(self.shared_bytes)
         self._locate()
-        self._locate_x(table)
-        buffers = [self._buffer() for _ in range(config.stages)]
+        self._locate_x()
+        self._locate_ring(self.decoder.shared_bytes + 2 * config.k_groups * self.x_bytes)
+        buffers = [self._buffer(i) for i in range(config.stages)]
         for stage, buffer in enumerate(buffers):
             self._load(buffer, stage)
         for plane in range(self.x_depth):
@@ -116,43 +130,40 @@ class _Writer(matvec._Writer):
         self._reduce()
         return ptx.text()
 
-    def _decoder(self) -> decoding.Decoder:
-        row = self.launch.table_row
-        return decoding.decoder(self.ptx, self.case.bits, self.case.x_dtype, table_row=row)
-
     def _locate_program(self) -> None:
         """Programs that share rows come next to each other: the second finds the weight in L2."""
         ptx, config = self.ptx, self.launch
         self.program_row = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.y"), config.rows)
-        self.first_token = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.x"), config.tokens)
+        self.first_token = ptx.op("mul.lo.u32", self._place_along_x(), config.tokens)
 
-    def _locate_x(self, offset: int) -> None:
+    def _locate_x(self) -> None:
         """Where this thread loads x, where it stores it, and the descriptors of both buffers."""
         ptx, case, config = self.ptx, self.case, self.launch
         within = ptx.op("rem.u32", self.warp, 4 * config.row_groups)
         team_bytes = 2 * self.x_bytes
-        team = ptx.op("mad.lo.u32", self.k_warp, team_bytes, self.shared)
-        team = ptx.op("add.u32", team, offset)
+        team = ptx.op("mad.lo.u32", self.k_warp_here, team_bytes, self.shared)
+        team = ptx.op("add.u32", team, self.decoder.shared_bytes)
         self.x, self.x_targets = [], []
-        # A warp moves 8 tokens by 32 weights (half a plane) at a time.
+        # A warp moves 4 tokens by a plane at a time: a lane 8 weights, four pairs for one lane of four.
+        line = ptx.op("shr.u32", self.lane, 3)
+        half = ptx.op("and.b32", ptx.op("shr.u32", self.lane, 2), 1)
         items = 2 * self.cores
         per_warp = -(-items // (4 * config.row_groups))
         for i in range(per_warp):
             item = ptx.op("add.u32", within, i * 4 * config.row_groups)
             if items % (4 * config.row_groups):
                 item = ptx.op("min.u32", item, items - 1)
-            half = ptx.op("and.b32", item, 1)
-            core = ptx.op("shr.u32", item, 1)
-            token = ptx.op("mad.lo.u32", core, 8, self.row)
-            token = ptx.op("min.u32", ptx.op("add.u32", token, self.first_token), case.m - 1)
+            place = ptx.op("mad.lo.u32", item, 4, line)
+            token = ptx.op("add.u32", place, self.first_token)
+            token = ptx.op("min.u32", token, case.m - 1)
             row_bytes = case.blocks * case.span * 2
             address = ptx.op("mad.wide.u32", token, row_bytes, "$1", kind="b64")
             address = ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64")
-            address = ptx.op("mad.wide.u32", half, PLANE, address, kind="b64")
-            self.x.append(ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64"))
-            target = ptx.op("mad.lo.u32", half, 4 * self.cores, core)
-            target = ptx.op("mad.lo.u32", target, _CORE_BYTES, team)
-            self.x_targets.append(ptx.op("mad.lo.u32", self.lane, 4, target))
+            eighth = ptx.op("and.b32", self.lane, 7)
+            self.x.append(ptx.op("mad.wide.u32", eighth, 16, address, kind="b64"))
+            target = ptx.op("mad.lo.u32", half, self._half_bytes, team)
+            target = ptx.op("mad.lo.u32", place, 16, target)
+            self.x_targets.append(ptx.op("mad.lo.u32", self.quad, 4, target))
         # Planes of x on their way in registers: enough to cover the latency of L2, a divisor of the loop.
         self.x_depth = 1
         while (
@@ -167,12 +178,17 @@ class _Writer(matvec._Writer):
         high = ptx.op("mov.u32", _CORE_BYTES // 16)
         self.descriptor = ptx.register("b64")
         ptx.do("mov.b64", self.descriptor, vector([low, high]))
-        self.barrier = ptx.op("add.u32", self.k_warp, 1)
+        self.barrier = ptx.op("add.u32", self.k_warp_here, 1)
         self.true = ptx.op("setp.eq.u32", 0, 0, kind="pred")
         zero = "0f00000000"
         self.totals = [
             [[ptx.op("mov.f32", zero, kind="f32") for _ in range(4)] for _ in range(self.cores)]
         ]
+
+    @property
+    def _half_bytes(self) -> int:
+        """From the first half of a plane of x to the second, in other banks for the same token."""
+        return 4 * self.cores * _CORE_BYTES + _CORE_BYTES // 2
 
     def _load_x(self, slot: int, ahead: int, plane: int) -> None:
         """Starts the loads of a plane of x into one of the sets of registers."""
@@ -215,7 +231,9 @@ class _Writer(matvec._Writer):
         totals = vector([t for core in self.totals[0] for t in core])
         ptx.do("wgmma.fence.sync.aligned")
         for step, a in enumerate(operands):
-            offset = (buffer * self.x_bytes + step * 2 * self.cores * _CORE_BYTES) // 16
+            half, step_of_half = divmod(step, 2)
+            offset = half * self._half_bytes + step_of_half * 2 * self.cores * _CORE_BYTES
+            offset = (buffer * self.x_bytes + offset) // 16
             descriptor = ptx.op("add.u64", self.descriptor, offset, kind="b64")
             ptx.do(
                 f"wgmma.mma_async.sync.aligned.m64n{self.launch.tokens}k16.f32.{kind}.{kind}",
@@ -233,19 +251,17 @@ class _Writer(matvec._Writer):
         """Adds the teams' sums, adds the bias, and writes the outputs, some tokens at a time."""
         ptx, config = self.ptx, self.launch
         per_team = self.sum_tokens * self.sum_stride * 4
-        address = ptx.op("mad.lo.u32", self.k_warp, per_team, self.shared)
+        address = ptx.op("mad.lo.u32", self.k_warp_here, per_team, self.shared)
         row = ptx.op("mad.lo.u32", self.row_warp, 16, self.row)
         address = ptx.op("mad.lo.u32", row, 4, address)
         address = ptx.op("mad.lo.u32", self.quad, 2 * self.sum_stride * 4, address)
-        threads = 32 * config.warps
         for first in range(0, config.tokens, self.sum_tokens):
-            ptx.do("bar.sync", 0)
+            self._join_programs()
             for core in range(self.sum_tokens // 8):
                 for i, total in enumerate(self.totals[0][first // 8 + core]):
                     offset = ((8 * core + i % 2) * self.sum_stride + 8 * (i // 2)) * 4
                     ptx.do("st.shared.f32", at(address, offset), total)
-            ptx.do("bar.sync", 0)
-            for start in range(0, config.rows * self.sum_tokens, threads):
-                behind = f"fdk_next{first}_{start}"
-                self._write_output(start, self.sum_tokens, per_team, behind)
+            self._join_programs()
+            self._write_outputs(self.sum_tokens, per_team, f"{first}_")
             ptx.do("add.u32", self.first_token, self.first_token, self.sum_tokens)
+        self._leave_cluster()

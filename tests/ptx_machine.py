@@ -1,4 +1,4 @@
-"""Runs the kernels' PTX on numpy, one program at a time: values and every memory access, without a GPU.
+"""Runs the kernels' PTX on numpy, a program or cluster at a time: values and every access, without a GPU.
 
 Threads run in lockstep over the least program counter, which joins branches again by itself and makes
 barriers order what they should. Registers hold raw bits; an access outside of an operand, or a misaligned
@@ -20,33 +20,36 @@ _FLOAT = {
     "fma": lambda a, b, c: a * b + c,
 }
 _GAP = 4096  # unmapped bytes between operands
+_WINDOW = 1 << 20  # from one program's shared memory in a cluster to the next one's
 _POISON = 0x7FFF7FFF  # NaN in every type
 
 
-def run(source: str, operands: list[np.ndarray], grid: tuple[int, int], threads: int) -> None:
-    """Runs all programs of a kernel; the last operand is written."""
+def run(
+    source: str, operands: list[np.ndarray], grid: tuple[int, int], threads: int, cluster: int = 1
+) -> None:
+    """Runs all programs of a kernel, `cluster` of them a place of the grid; the last operand is written."""
     for y in range(grid[1]):
         for x in range(grid[0]):
-            _Program(source, operands, (x, y), threads).run()
+            _Program(source, operands, (x, y), threads, cluster).run()
 
 
 class _Program:
-    def __init__(self, source, operands, place, threads):
-        self.threads, self.registers, self.labels, self.code = threads, {}, {}, []
+    def __init__(self, source, operands, place, threads, cluster):
+        self.threads, self.registers, self.labels, self.code = threads * cluster, {}, {}, []
         self.memory, starts = _Memory(), []
         self.copies, self.groups = [], []
         for operand in operands:
             starts.append(self.memory.map(operand))
         shared = re.search(r"fdk_shared\[(\d+)\]", source)
         self.shared = _Memory()
-        assert int(shared[1]) <= 48 * 1024
-        self.shared.map(np.full(int(shared[1]), 0xAB, np.uint8), 1024)
-        lanes = np.arange(threads, dtype=np.uint64)
-        fixed = {"fdk_shared": 1024, "%ctaid.x": place[0], "%ctaid.y": place[1]}
-        fixed |= {f"${i + 1}": start for i, start in enumerate(starts)}
-        self.fixed = {k: np.full(threads, v, np.uint64) for k, v in fixed.items()} | {
-            "%tid.x": lanes
-        }
+        assert int(shared[1]) <= 227 * 1024
+        for rank in range(cluster):
+            self.shared.map(np.full(int(shared[1]), 0xAB, np.uint8), 1024 + rank * _WINDOW)
+        rank, thread = np.divmod(np.arange(self.threads), threads)
+        self.window = rank * _WINDOW
+        fixed = {"fdk_shared": 1024, "%ctaid.x": place[0] * cluster + rank, "%ctaid.y": place[1]}
+        fixed |= {f"${i + 1}": start for i, start in enumerate(starts)} | {"%tid.x": thread}
+        self.fixed = {k: np.full(self.threads, v).astype(np.uint64) for k, v in fixed.items()}
         for line in source.splitlines():
             line = line.strip()
             if line in "{}" or line.startswith("."):
@@ -96,8 +99,11 @@ class _Program:
             self.access(opcode, operands, active)
         elif name == "cp":
             self.copy(opcode, operands, active)
-        elif name in ("bar", "fence"):
+        elif name in ("bar", "barrier", "fence"):
             return
+        elif name == "mapa":
+            window = np.uint64(int(operands[2]) * _WINDOW)
+            self.write(operands[0], self.read(operands[1]) + window, active)
         elif name == "mma":
             assert active.reshape(-1, 32).all(1).sum() * 32 == active.sum(), "a warp diverged"
             self.multiply(opcode, operands, active)
@@ -105,7 +111,9 @@ class _Program:
             if opcode[1] == "mma_async":
                 self.multiply_group(opcode, operands, active)
         elif name == "setp":
-            test = {"gt": "greater", "lt": "less", "le": "less_equal", "ge": "greater_equal"}
+            test = dict(
+                gt="greater", lt="less", le="less_equal", ge="greater_equal", ne="not_equal"
+            )
             compare = getattr(np, test.get(opcode[1], "equal"))
             self.write(operands[0], compare(self.read(operands[1]), self.read(operands[2])), active)
         elif name == "mov" and isinstance(operands[0], list):
@@ -164,6 +172,8 @@ class _Program:
         registers, (base, offset) = operands if opcode[0] == "ld" else operands[::-1]
         registers = registers if isinstance(registers, list) else [registers]
         addresses = self.read(base).astype(np.int64) + offset
+        if opcode[1] == "shared":  # the program's own; shared::cluster has been mapped
+            addresses += self.window
         assert (addresses[active] % (size * len(registers)) == 0).all(), "misaligned"
         for i, register in enumerate(registers):
             where = addresses[active] + i * size
@@ -186,7 +196,7 @@ class _Program:
             self.groups = self.groups[max(ready, 0) :]
         else:
             (to, to_offset), (base, offset), size = *operands[:2], int(operands[2])
-            target = self.read(to).astype(np.int64)[active] + to_offset
+            target = (self.read(to).astype(np.int64) + self.window)[active] + to_offset
             source = self.read(base).astype(np.int64)[active] + offset
             assert not (target % size).any() and not (source % size).any(), "misaligned"
             for i in range(0, size, 4):
@@ -253,6 +263,7 @@ class _Program:
         tokens = int(re.search(r"n(\d+)k", opcode[4])[1])
         fields = [self.read(descriptor) >> np.uint64(s) & np.uint64(0x3FFF) for s in (0, 16, 32)]
         start, by_k, by_token = (f.astype(np.int64)[::32, None, None] * 16 for f in fields)
+        start += self.window[::32, None, None]
         k, token = np.arange(16)[None, :, None], np.arange(tokens)[None, None, :]
         places = start + k // 8 * by_k + token // 8 * by_token + token % 8 * 16 + k % 8 * 2
         running = active[::32]
@@ -296,20 +307,25 @@ class _Memory:
         return start
 
     def _find(self, addresses, size):
+        """For each region: which of the addresses are in it, its data, and their places there."""
+        found = np.zeros(addresses.shape, bool)
         for start, data in self.regions:
-            if addresses.min() >= start and addresses.max() + size <= start + data.size:
-                return data.view(f"u{size}") if data.size % size == 0 else None, (
-                    addresses - start
-                ) // size
-        raise IndexError(f"access outside of the operands: {addresses.min()} to {addresses.max()}")
+            inside = (addresses >= start) & (addresses + size <= start + data.size)
+            if inside.any():
+                found |= inside
+                yield inside, data.view(f"u{size}"), (addresses[inside] - start) // size
+        if not found.all():
+            raise IndexError(f"access outside of the operands: {addresses[~found]}")
 
     def load(self, addresses, size):
-        data, places = self._find(addresses, size)
-        return data[places].astype(np.uint64)
+        values = np.zeros(addresses.shape, np.uint64)
+        for inside, data, places in self._find(addresses, size):
+            values[inside] = data[places]
+        return values
 
     def store(self, addresses, size, values):
-        data, places = self._find(addresses, size)
-        data[places] = values.astype(data.dtype)
+        for inside, data, places in self._find(addresses, size):
+            data[places] = values[inside].astype(data.dtype)
 
 
 def _operand(text):

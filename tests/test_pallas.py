@@ -1,8 +1,8 @@
 """The Pallas kernels without a GPU: values in the interpreter, lowering to CUDA, plans and errors."""
 
-import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_kernels
 from fdk_jax import packing
-from pallas_kernels import dequantise, integer, matvec, tuning, wgmma
+from pallas_kernels import dequantise, integer, matvec, triton_compat, tuning, wgmma
 from pallas_kernels.case import Arrays, Case
 
 HALF = jnp.dtype(jnp.bfloat16)
@@ -43,6 +43,26 @@ def test_interpreted_values(rng, dtype, bits, m, n, k, group_size, books):
     assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """What JAX's CUDA plugin is given to launch, which needs neither the plugin nor a GPU."""
+    found = []
+
+    def kernel(name, warps, cluster, shared, text, ttir, capability):
+        assert f".entry {name}(" in text and not ttir and capability == 90
+        return SimpleNamespace(warps=warps, cluster=cluster, shared=shared)
+
+    def call(kernel, x, y, z, parameters):
+        found.append((kernel, (x, y, z), len(parameters)))
+        return SimpleNamespace(to_proto=lambda name, metadata: name.encode())
+
+    plugin = SimpleNamespace(
+        TritonKernel=kernel, TritonKernelCall=call, create_array_parameter=lambda *_: None
+    )
+    monkeypatch.setattr(triton_compat, "gpu_triton", plugin)
+    return found
+
+
 def _lower(case, run):
     """The program for an NVIDIA GPU, which this machine need not have."""
     shape = jax.ShapeDtypeStruct
@@ -69,7 +89,7 @@ def _tuned_rows():
 
 
 @pytest.mark.parametrize("row", _tuned_rows(), ids=lambda r: "{bits}-{m}-{n}-{k}".format(**r))
-def test_tuned_rows_lower(row):
+def test_tuned_rows_lower(row, launches):
     case = _case(row["m"], row["n"], row["k"], row["bits"])
     plan = tuning.choose(case, row["device"])
     assert plan.kernel == row["kernel"]
@@ -83,12 +103,37 @@ def test_tuned_rows_lower(row):
 @pytest.mark.parametrize("bits", packing.BITS)
 @pytest.mark.parametrize("group_size", [8, 16, 32, 64, 96, 128, 192, 1024, 4096])
 @pytest.mark.parametrize("m", [1, 9, 40, 2000])
-def test_group_sizes_lower(bits, group_size, m):
+def test_group_sizes_lower(bits, group_size, m, launches):
     half = jnp.dtype(jnp.float16)
     case = _case(m, 33, 2000, bits, group_size=group_size, bias=jnp.dtype(jnp.float32), dtype=half)
     plan = tuning.choose(case, "NVIDIA H200")
     assert plan.kernel in (*tuning.KERNELS, "dequantise")
     _lower(case, lambda *a: tuning.launch(case, plan.kernel, plan.config, Arrays(*a)))
+
+
+@pytest.mark.parametrize(
+    ("m", "config", "grid"),
+    [
+        (1, matvec.Config(2, 8, 4, ring=True), (256, 1, 1)),
+        (40, wgmma.Config(32, 2, 1, 2, cluster=2), (2, 64, 1)),
+    ],
+)
+def test_what_triton_does_not_launch_is_launched_as_it_stands(m, config, grid, launches):
+    case = _case(m, 8192, 1024, 4, bias=HALF)
+    kernel = tuning.kernel_of(config)
+    text = _lower(case, lambda *a: tuning.launch(case, kernel, config, Arrays(*a)))
+    assert text.count("triton_kernel_call_ffi") == text.count("stablehlo.custom_call") == 1
+    [(launch, blocks, parameters)] = launches
+    assert (launch.warps, launch.cluster) == (config.warps, config.cluster)
+    assert launch.shared == triton_compat.shared_bytes(tuning.KERNELS[kernel].source(case, config))
+    assert (blocks, parameters) == (grid, 6)
+
+
+def test_a_launch_without_the_plugin_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(triton_compat, "gpu_triton", SimpleNamespace())
+    case, config = _case(40, 64, 1024, 4), wgmma.Config(32, 1, 1, 2, cluster=2)
+    with pytest.raises(NotImplementedError, match="plugin"):
+        _lower(case, lambda *a: tuning.launch(case, "wgmma", config, Arrays(*a)))
 
 
 @pytest.mark.parametrize("bits", packing.BITS)
@@ -105,19 +150,6 @@ def test_candidates_are_written(bits):
             assert source.startswith("{") and source.endswith("}")
 
 
-_ENTRY = """
-.version 8.0
-.target sm_90a
-.address_size 64
-.visible .entry kernel({parameters}) .reqntid {threads},1,1 {{
-.reg .b64 operand_<8>;
-{loads}
-{body}
-ret;
-}}
-"""
-
-
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs the CUDA toolkit's ptxas")
 @pytest.mark.parametrize("bits", packing.BITS)
 @pytest.mark.parametrize("m", [1, 16, 64, 256])
@@ -130,17 +162,8 @@ def test_candidates_assemble(tmp_path, bits, m, dtype):
     for i, (kernel, config) in enumerate(tuning.candidates(case)):
         if config is None or tuning.unsupported_reason(case, config) is not None:
             continue
-        loads = [
-            f"ld.param.u64 operand_{j}, [p{j}]; cvta.to.global.u64 operand_{j}, operand_{j};"
-            for j in range(1, 6)
-        ]
-        body = tuning.KERNELS[kernel].source(case, config)
-        text = _ENTRY.format(
-            parameters=", ".join(f".param .u64 p{j}" for j in range(1, 6)),
-            threads=32 * config.warps,
-            loads="\n".join(loads),
-            body=re.sub(r"\$(\d)", r"operand_\1", body),
-        )
+        source = tuning.KERNELS[kernel].source(case, config)
+        text = triton_compat.entry(source, "kernel", operands=5, threads=32 * config.warps)
         files.append(tmp_path / f"{i}.ptx")
         files[-1].write_text(text)
     for file in files:
@@ -206,7 +229,11 @@ def _run_ptx(case, config, arrays, bias):
     module = tuning.KERNELS[tuning.kernel_of(config)]
     threads = 32 * config.warps
     ptx_machine.run(
-        module.source(case, config), [*operands, out], module.grid(case, config), threads
+        module.source(case, config),
+        [*operands, out],
+        module.grid(case, config),
+        threads,
+        getattr(config, "cluster", 1),
     )
     return out
 
@@ -225,6 +252,16 @@ def _run_ptx(case, config, arrays, bias):
         (35, 70, 700, 64, 1, "bfloat16", wgmma.Config(32, 1, 2, 2)),
         (9, 192, 300, 32, 3, "float16", wgmma.Config(16, 1, 1, 2)),
         (70, 130, 260, 128, 1, "bfloat16", wgmma.Config(128, 2, 1, 2)),
+        (19, 70, 2100, 64, 1, "bfloat16", matvec.Config(2, 4, 1, 2, 2, cluster=2)),
+        (3, 33, 1100, 32, 1, "float16", matvec.Config(1, 4, 1, 1, cluster=4)),
+        (35, 70, 2100, 64, 1, "bfloat16", wgmma.Config(32, 1, 2, 2, cluster=2)),
+        (1, 33, 2100, 64, 1, "bfloat16", matvec.Config(2, 4, 4, ring=True)),
+        (3, 48, 700, 32, 3, "float16", matvec.Config(1, 4, 2, 1, ring=True)),
+        (9, 20, 1100, 128, 1, "bfloat16", matvec.Config(1, 4, 3, 2, ring=True)),
+        (35, 70, 2100, 64, 1, "bfloat16", wgmma.Config(32, 1, 2, 4, 2, ring=True)),
+        (5, 64, 1100, 16, 1, "float16", wgmma.Config(16, 1, 1, 4, ring=True)),
+        (70, 130, 1100, 64, 1, "float16", wgmma.Config(64, 2, 1, 2, cluster=4)),
+        (130, 130, 300, 64, 1, "bfloat16", wgmma.Config(128, 2, 2, 2, cluster=2)),
     ],
 )
 def test_ptx_values_and_bounds(rng, bits, m, n, k, group_size, books, dtype, config):
