@@ -254,9 +254,14 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         input("ready; Enter starts the measurement\n")
     samples: dict[int, list[float]] = {i: [] for i in chosen if isinstance(started[i][1], dict)}
     for _ in range(args.rounds):
-        for i, seconds in samples.items():
-            started[i][0].send(True)
-            seconds.append(started[i][0].recv())
+        for i, seconds in list(samples.items()):
+            pipe, _ = started[i]
+            try:
+                pipe.send(True)
+                seconds.append(pipe.recv())
+            except (EOFError, OSError):  # for want of memory, say; the others go on
+                started[i] = pipe, f"its process ended after {len(seconds)} samples"
+                del samples[i]
     for i in chosen:
         case, found = CASES[i], started[i][1]
         row = {
