@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 
 ARITHMETIC = {"exact": 0, "int16": 1, "int8": 2}
-INTERFACE = 2  # of cpu/bindings/module.cpp
+INTERFACE = 3  # of cpu/bindings/module.cpp
 FEW_TOKENS = 16  # that `dense` takes at most
 
 

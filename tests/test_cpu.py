@@ -194,6 +194,18 @@ def test_environment_chooses_threads_and_level():
     assert text.strip() == "C++ library, scalar, 1 threads"
 
 
+def test_reduce_sum(rng):
+    """The probe of bandwidth reads everything, and takes nothing else than int32."""
+    library = cpu_backend.library()
+    for size in (0, 1, 7, 4099):
+        values = rng.integers(-(2**31), 2**31, size).astype(np.int32)
+        assert library.reduce_sum(values) == values.sum(dtype=np.int64)
+    with pytest.raises(TypeError):
+        library.reduce_sum(np.zeros(4, np.int64))
+    with pytest.raises(TypeError):
+        library.reduce_sum(np.zeros(8, np.int32)[::2])
+
+
 def test_conversion_after_fork():
     # Only the library: JAX itself does not support fork.
     program = """

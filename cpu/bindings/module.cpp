@@ -307,11 +307,23 @@ void from_tiled(const Bytes &tiled_packed, const Bytes &tiled_scales, Bytes &pac
   check(status);
 }
 
+int64_t reduce_sum(const py::array_t<int32_t, py::array::c_style> &source) {
+  const size_t bytes = static_cast<size_t>(source.nbytes());
+  int64_t sum = 0;
+  fdk_status status = FDK_OK;
+  {
+    const py::gil_scoped_release release;
+    status = fdk_probe_reduce_sum(source.data(), bytes, 0, &sum);
+  }
+  check(status);
+  return sum;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The CPU library: XLA FFI handlers and the layout conversion.";
-  module.attr("interface") = 2;  // raised with every change that fdk_jax/cpu_backend.py must follow
+  module.attr("interface") = 3;  // raised with every change that fdk_jax/cpu_backend.py must follow
   module.def("ffi_handlers", [] {
     py::dict handlers;
     handlers["fdk_matmul"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_matmul));
@@ -329,6 +341,8 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("tiled_scales").noconvert(), py::arg("packed").noconvert(),
              py::arg("scales").noconvert(), py::kw_only(), py::arg("bits"), py::arg("group_size"),
              py::arg("out_features"), py::arg("in_features"), py::arg("scale_size"));
+  module.def("reduce_sum", reduce_sum, py::arg("source").noconvert(),
+             "The sum of int32 values, read as fast as the machine does: a probe of bandwidth.");
   module.def("level", [] { return std::string(fdk_level()); }, "The instruction-set level in use.");
   module.def("levels", [] {
     py::list names;
