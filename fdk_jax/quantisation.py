@@ -197,16 +197,31 @@ def _mean(x: Array) -> Array:
     return total / jnp.where(total < 0, jnp.float32(1), jnp.float32(g))
 
 
+def _power_of_two(magnitudes: Array) -> Array:
+    """The largest power of two up to each magnitude, or to 2**126: its reciprocal, by which XLA may multiply
+    instead, is a normal number too. 1 for magnitudes without a normal, finite one.
+    """
+    exponents = jax.lax.bitcast_convert_type(magnitudes, jnp.int32) & 0x7F800000
+    power = jax.lax.bitcast_convert_type(exponents, jnp.float32)
+    power = jnp.minimum(power, jnp.float32(2.0**126))
+    return jnp.where((power > 0) & jnp.isfinite(magnitudes), power, jnp.float32(1))
+
+
 def group_scales(groups: Array, kind: str, dtype: Any) -> Array:
     """float32 scales of float32 groups [..., G], rounded to `dtype` and at least 1e-12."""
     if kind == "none":
         return jnp.ones(groups.shape[:-1], jnp.float32)
     if kind == "absmax":
         scale = jnp.abs(groups).max(-1)
-    elif kind == "absmean":
-        scale = _mean(jnp.abs(groups))
     else:
-        scale = jnp.sqrt(_mean(groups * groups))
+        # The sums of a group's magnitudes, and sooner those of its squares, may exceed float32 where their
+        # mean does not: sums of the same group times a power of two round alike.
+        unit = _power_of_two(jnp.abs(groups).max(-1))
+        parts = groups / unit[..., None]
+        if kind == "absmean":
+            scale = _mean(jnp.abs(parts)) * unit
+        else:
+            scale = jnp.sqrt(_mean(parts * parts)) * unit
     # float16 has no 1e-12: its smallest normal number keeps the division finite.
     floor = max(_MIN_SCALE, float(jnp.finfo(dtype).tiny))
     return jnp.maximum(round_to(scale, dtype), round_to(jnp.float32(floor), dtype))

@@ -86,8 +86,9 @@ def test_varied_shapes_leave_nothing_behind(rng, tmp_path):
         objects.append(settled()[0])
         sizes.append(resident())
     print(f"objects {objects}, resident MiB {[size >> 20 for size in sizes]}")
-    # The first batches import and warm up.
-    assert objects[-1] - objects[-2] < 1500
+    # The first batches import and warm up. Of every program for a new shape, plain jit's too, JAX keeps about
+    # a dozen small objects for good; a call here takes up to ten programs.
+    assert objects[-1] - objects[-2] < 200 * 5 * ROUNDS
     assert sizes[-1] - sizes[-2] < 64 << 20
 
 

@@ -19,6 +19,18 @@ def heavy_tailed(rng, shape, dtype="float32"):
     return (rng.standard_t(4, shape) * 0.02).astype(oracle.DTYPES[dtype])
 
 
+@pytest.mark.parametrize("scale", ["absmean", "rms"])
+def test_scales_of_huge_weights_are_finite(rng, scale):
+    w = (rng.uniform(0.5, 1, (4, 128)) * 3e38).astype(np.float32)
+    q = fdk_jax.quantise(w, 4, scale=scale)
+    exact = w.reshape(4, 2, 64).astype(np.float64)
+    exact = exact.mean(-1) if scale == "absmean" else np.sqrt((exact**2).mean(-1))
+    np.testing.assert_allclose(np.asarray(q.scales, np.float64), exact, rtol=1e-6)
+    small = fdk_jax.quantise(w * np.float32(2.0**-120), 4, scale=scale)
+    np.testing.assert_array_equal(small.packed, q.packed)
+    np.testing.assert_array_equal(small.scales, q.scales * np.float32(2.0**-120))
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", sorted(oracle.DTYPES))
 @pytest.mark.parametrize(("n", "k", "group"), [(6, 256, 64), (3, 130, 64), (5, 40, 8), (2, 7, 32)])
