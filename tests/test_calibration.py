@@ -180,7 +180,8 @@ def test_error_correction_is_gptq_on_any_codebook(bits, k, rng):
     ("bits", "dtype"), [(1, "float32"), (2, "bfloat16"), (4, "float32"), (8, "float32")]
 )
 def test_each_step_lowers_the_output_error(bits, dtype, rng):
-    w, second = make_problem(rng)
+    # Enough weights for 256 levels: with a dozen for each the search often ends in a worse optimum.
+    w, second = make_problem(rng, n=200)
     w = w.astype(oracle.DTYPES[dtype])
     options = dict(axes="nk", importance=np.diagonal(second))
     error = {
