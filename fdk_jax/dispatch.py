@@ -15,7 +15,7 @@ import contextvars
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jax.core import Tracer
 import pallas_kernels
 from fdk_jax import cpu_backend, packing, partitioning, reference
 from fdk_jax.quantised_tensor import FACTS, FLOAT_DTYPES, QuantisedTensor
+from pallas_kernels.case import Arrays
 
 BACKENDS = ("pallas", "cpu", "xla")
 ARITHMETIC = ("exact", "int16", "int8")
@@ -32,16 +33,6 @@ LAYOUT_OF = {"pallas": "planar", "cpu": "tiled", "xla": "interchange"}
 _PLATFORM_OF = {"pallas": "cuda", "cpu": "cpu"}
 
 _interpret = contextvars.ContextVar("interpret", default=False)
-
-
-class Operands(NamedTuple):
-    """The arrays of one product: x [M, K], a weight's arrays, bias [N] or None."""
-
-    x: Array
-    packed: Array
-    scales: Array
-    codebook: Array
-    bias: Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +132,9 @@ def matmul(
     if m == 0 or w.out_features == 0 or w.in_features == 0:
         y = jnp.zeros((*lead, w.out_features), product.out_dtype)
         return y if bias is None else y + bias.astype(product.out_dtype)[(None,) * len(lead)]
-    operands = Operands(x, w.packed, w.scales, w.codebook, bias)
+    operands = Arrays(x, w.packed, w.scales, w.codebook, bias)
 
-    def fold(operands: Operands) -> Array:
+    def fold(operands: Arrays) -> Array:
         folded = operands._replace(x=operands.x.reshape(m, w.in_features))
         return _compiled(product, folded).reshape(*lead, w.out_features)
 
@@ -188,7 +179,7 @@ def _check_call(x, w, backend, bias, out_dtype, arithmetic) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(product: Product, operands: Operands) -> Array:
+def _differentiable(product: Product, operands: Arrays) -> Array:
     return _batched(product)(operands)
 
 
@@ -210,7 +201,7 @@ def _backward(product, operands, g):
         out_dtype=x.dtype,
     )
     dbias = None if bias is None else g.astype(jnp.float32).sum(0).astype(bias.dtype)
-    return (Operands._make((dx, None, None, None, dbias)),)
+    return (Arrays._make((dx, None, None, None, dbias)),)
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -221,10 +212,10 @@ _compiled = jax.jit(_differentiable, static_argnums=0, inline=True)
 
 
 def _batched(product: Product):
-    """The product with a batching rule, a function of `Operands`."""
+    """The product with a batching rule, a function of `Arrays`."""
 
     @jax.custom_batching.custom_vmap
-    def call(operands: Operands) -> Array:
+    def call(operands: Arrays) -> Array:
         return partitioning.sharded(_on_platform, product)(operands)
 
     @call.def_vmap
@@ -238,18 +229,18 @@ def _batched(product: Product):
     return call
 
 
-def _loop(call, batched: Operands, operands: Operands) -> Array:
+def _loop(call, batched: Arrays, operands: Arrays) -> Array:
     """One product after another: stacked weights cannot share a launch."""
-    taken = Operands._make(a if b else None for a, b in zip(operands, batched, strict=True))
+    taken = Arrays._make(a if b else None for a, b in zip(operands, batched, strict=True))
 
-    def one(slices: Operands) -> Array:
+    def one(slices: Arrays) -> Array:
         parts = (a if s is None else s for a, s in zip(operands, slices, strict=True))
-        return call(Operands._make(parts))
+        return call(Arrays._make(parts))
 
     return jax.lax.map(one, taken)
 
 
-def _on_platform(product: Product, operands: Operands) -> Array:
+def _on_platform(product: Product, operands: Arrays) -> Array:
     """One product by the chosen backend, or by the platform that the program is lowered for."""
     if product.backend is not None:
         return _run(product.backend, product, operands)
@@ -271,7 +262,7 @@ def _kernel_of(product: Product) -> str | None:
     return None
 
 
-def _run(backend: str, product: Product, operands: Operands) -> Array:
+def _run(backend: str, product: Product, operands: Arrays) -> Array:
     x, packed, scales, codebook, bias = operands
     if backend == "xla":
         packed, scales = packing.convert(

@@ -31,7 +31,7 @@ def sharded(run: Callable[[Any, Any], Array], product: Any) -> Callable[[Any], A
         product: `fdk_jax.dispatch.Product` of the whole weight.
 
     Returns:
-        A function of `fdk_jax.dispatch.Operands`.
+        A function of `pallas_kernels.case.Arrays`.
     """
     call = custom_partitioning(lambda operands: run(product, operands))
 

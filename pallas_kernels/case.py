@@ -1,6 +1,7 @@
 """What is static about a product with a planar weight, and the launch of a kernel for it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ SHARED_BYTES = 227 * 1024  # the most of a program
 
 
 class Arrays(NamedTuple):
-    """The operands: x [M, K], a planar weight's arrays, bias [N] or None."""
+    """The arrays of one product: x [M, K], those of a weight (for a kernel here planar), bias [N] or None."""
 
     x: Array
     packed: Array
@@ -65,14 +66,21 @@ class Case:
         groups = -(-self.blocks * self.span // self.group_size)
         return -(-groups // 4)
 
-    def unsupported_reason(self, rows: int) -> str | None:
-        """Why no kernel on tensor cores with so many rows of the weight a program takes it, or None."""
+    def unsupported_reason(self, config: Any, shared_bytes: Callable[[], int]) -> str | None:
+        """Why a kernel on tensor cores does not take it, or None.
+
+        Args:
+            config: the kernel's launch configuration; `rows` are the rows of the weight a program.
+            shared_bytes: gives the shared memory of a program, where nothing else stands against the case.
+        """
         if self.x_dtype not in (jnp.bfloat16, jnp.float16):
             return f"x is {self.x_dtype}, the tensor cores' inputs are bfloat16 or float16"
         if self.group_size % 8:
             return f"group_size={self.group_size} is no multiple of 8"
-        if self.books > 1 and (self.n // self.books) % rows:
-            return f"{self.books} codebooks do not change at multiples of {rows} rows"
+        if self.books > 1 and (self.n // self.books) % config.rows:
+            return f"{self.books} codebooks do not change at multiples of {config.rows} rows"
+        if shared_bytes() > SHARED_BYTES:
+            return f"{config} needs more than {SHARED_BYTES} bytes of shared memory"
         return None
 
     def pad(self, x: Array) -> Array:

@@ -20,11 +20,12 @@ blocks in flight a warp (`Config.stages`). A fourfold is four planes, half a blo
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax.numpy as jnp
 
 from pallas_kernels import decoding, matvec
-from pallas_kernels.case import SHARED_BYTES, Case
+from pallas_kernels.case import Case
 from pallas_kernels.ptx import at, float_constant, vector
 
 _STEPS = 4
@@ -43,6 +44,7 @@ class Config:
     tiles: int = 2
     warps: int = 4
     stages: int = 4
+    cluster: ClassVar[int] = 1
 
     @property
     def rows(self) -> int:
@@ -61,10 +63,7 @@ def unsupported_reason(case: Case, config: Config) -> str | None:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size} are not 1, 1 and 64"
         )
-    reason = case.unsupported_reason(config.rows)
-    if reason is None and _Writer(case, config.as_matvec).shared_bytes > SHARED_BYTES:
-        return f"{config} needs more than {SHARED_BYTES} bytes of shared memory"
-    return reason
+    return case.unsupported_reason(config, lambda: _Writer(case, config.as_matvec).shared_bytes)
 
 
 def grid(case: Case, config: Config) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels import decoding
-from pallas_kernels.case import PLANE, SHARED_BYTES, TILE_ROWS, Case
+from pallas_kernels.case import PLANE, TILE_ROWS, Case
 from pallas_kernels.ptx import Ptx, at, vector
 
 _STEPS = 4  # instructions a plane
@@ -73,10 +73,7 @@ def unsupported_reason(case: Case, config: Config) -> str | None:
     """Why the kernel does not take a case, or None."""
     if config.diagonal and (case.m > 1 or config.stages * case.planes % 8):
         return f"{case.m} tokens, {config.stages} stages of {case.planes} planes are not diagonal"
-    reason = case.unsupported_reason(config.rows)
-    if reason is None and _Writer(case, config).shared_bytes > SHARED_BYTES:
-        return f"{config} needs more than {SHARED_BYTES} bytes of shared memory"
-    return reason
+    return case.unsupported_reason(config, lambda: _Writer(case, config).shared_bytes)
 
 
 def grid(case: Case, config: Config) -> tuple[int, int]:

@@ -263,7 +263,7 @@ def launch(case: Case, kernel: str, config: Any, arrays: Arrays) -> Array:
         arrays,
         grid=module.grid(case, config),
         warps=config.warps,
-        cluster=getattr(config, "cluster", 1),
+        cluster=config.cluster,
         name=f"fdk_{kernel}",
     )
 

@@ -13,7 +13,7 @@ U warpgroups that share K (`Config.k_groups`), each with V * 64 rows: a team; D 
 import dataclasses
 
 from pallas_kernels import matvec
-from pallas_kernels.case import PLANE, SHARED_BYTES, Case
+from pallas_kernels.case import PLANE, Case
 from pallas_kernels.ptx import at, vector
 
 _STEPS = 4
@@ -48,11 +48,6 @@ class Config:
         return 4 * self.row_groups * self.k_groups
 
     @property
-    def x_bytes(self) -> int:
-        """Bytes of a plane of x; the second half of a plane starts in other banks."""
-        return self.tokens * PLANE * 2 + _CORE_BYTES
-
-    @property
     def as_matvec(self) -> matvec.Config:
         """What the parts shared with `matvec` see."""
         return matvec.Config(
@@ -70,10 +65,7 @@ def unsupported_reason(case: Case, config: Config) -> str | None:
     """Why the kernel does not take a case, or None."""
     if config.stages * case.planes % 2:
         return f"{config.stages} stages of {case.planes} planes are odd"
-    reason = case.unsupported_reason(config.rows)
-    if reason is None and _Writer(case, config).shared_bytes > SHARED_BYTES:
-        return f"{config} needs more than {SHARED_BYTES} bytes of shared memory"
-    return reason
+    return case.unsupported_reason(config, lambda: _Writer(case, config).shared_bytes)
 
 
 def grid(case: Case, config: Config) -> tuple[int, int]:
@@ -93,7 +85,8 @@ class _Writer(matvec._Writer):
         self.launch = config
         super().__init__(case, config.as_matvec)
         self.cores = config.tokens // 8
-        self.x_bytes = config.x_bytes
+        # Of a plane of x, whose second half starts in other banks.
+        self.x_bytes = config.tokens * PLANE * 2 + _CORE_BYTES
         self.single = False
         # As many tokens as have their sums in the same memory at the end.
         self.sum_tokens = config.tokens
@@ -106,17 +99,21 @@ class _Writer(matvec._Writer):
         return self.launch.k_groups * self.sum_stride * 4
 
     @property
+    def _ring_offset(self) -> int:
+        """Where the ring starts: behind the decoder's memory and two planes of x for each team."""
+        return self.decoder.shared_bytes + 2 * self.launch.k_groups * self.x_bytes
+
+    @property
     def shared_bytes(self) -> int:
-        """Shared memory of a program: the decoder's, two planes of x for each team, the ring."""
-        planes = 2 * self.launch.k_groups * self.x_bytes
-        return max(self.decoder.shared_bytes + planes + self.ring_bytes, 8 * self._token_bytes)
+        """Shared memory of a program."""
+        return max(self._ring_offset + self.ring_bytes, 8 * self._token_bytes)
 
     def write(self) -> str:
         config, ptx = self.launch, self.ptx
         ptx.share(self.shared_bytes)
         self._locate()
         self._locate_x()
-        self._locate_ring(self.decoder.shared_bytes + 2 * config.k_groups * self.x_bytes)
+        self._locate_ring(self._ring_offset)
         buffers = [self._buffer(i) for i in range(config.stages)]
         for stage, buffer in enumerate(buffers):
             self._load(buffer, stage)
@@ -147,6 +144,7 @@ class _Writer(matvec._Writer):
         # A warp moves 4 tokens by a plane at a time: a lane 8 weights, four pairs for one lane of four.
         line = ptx.op("shr.u32", self.lane, 3)
         half = ptx.op("and.b32", ptx.op("shr.u32", self.lane, 2), 1)
+        eighth = ptx.op("and.b32", self.lane, 7)
         items = 2 * self.cores
         per_warp = -(-items // (4 * config.row_groups))
         for i in range(per_warp):
@@ -159,7 +157,6 @@ class _Writer(matvec._Writer):
             row_bytes = case.blocks * case.span * 2
             address = ptx.op("mad.wide.u32", token, row_bytes, "$1", kind="b64")
             address = ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64")
-            eighth = ptx.op("and.b32", self.lane, 7)
             self.x.append(ptx.op("mad.wide.u32", eighth, 16, address, kind="b64"))
             target = ptx.op("mad.lo.u32", half, self._half_bytes, team)
             target = ptx.op("mad.lo.u32", place, 16, target)

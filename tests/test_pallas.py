@@ -233,7 +233,7 @@ def _run_ptx(case, config, arrays, bias):
         [*operands, out],
         module.grid(case, config),
         threads,
-        getattr(config, "cluster", 1),
+        config.cluster,
     )
     return out
 
