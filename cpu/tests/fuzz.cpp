@@ -321,8 +321,10 @@ double arithmetic_tolerance(const Case &c) {
   return 2e-5;
 }
 
-double rounding(fdk_dtype dtype) {
-  return dtype == FDK_F32 ? 1e-6 : dtype == FDK_F16 ? 0x1p-10 : 0x1p-8;
+// What storing a value may change; the least numbers of float16 lie 2**-24 apart.
+double rounding(fdk_dtype dtype, double value) {
+  const double relative = dtype == FDK_F32 ? 1e-6 : dtype == FDK_F16 ? 0x1p-10 : 0x1p-8;
+  return std::max(relative * std::fabs(value), dtype == FDK_F16 ? 0x1p-24 : 0.0);
 }
 
 std::string describe(const Case &c) {
@@ -372,7 +374,7 @@ void check_product(const Case &c, const Matrix &matrix, const Bytes &codebook, c
       const auto at = static_cast<size_t>(m * c.weight.out_features + n);
       const double got = decode(y + at * size_of(c.args.y_dtype), c.args.y_dtype);
       const double allowed = arithmetic_tolerance(c) * std::sqrt(norm) +
-                             rounding(c.args.y_dtype) * std::fabs(expected) + 1e-6;
+                             rounding(c.args.y_dtype, expected) + 1e-6;
       if (!(std::fabs(got - expected) <= allowed))
         failure("y[" + std::to_string(m) + ", " + std::to_string(n) + "] is " +
                 std::to_string(got) + ", expected " + std::to_string(expected) + " within " +
@@ -656,10 +658,11 @@ struct DecodingStep {
     const std::vector<double> wanted = head(sequence, args.heads + kv_head, k_norm);
     double norm = 0.0;
     for (const double value : wanted) norm += value * value;
-    for (size_t i = 0; i < wanted.size(); ++i)
-      expect(std::fabs(stored[i] - wanted[i]) <=
-                 (rounding(args.dtype) + 2e-6) * (std::fabs(wanted[i]) + std::sqrt(norm)),
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      const double size = std::fabs(wanted[i]) + std::sqrt(norm);
+      expect(std::fabs(stored[i] - wanted[i]) <= rounding(args.dtype, size) + 2e-6 * size,
              "a new key is wrong");
+    }
   }
 };
 
@@ -727,7 +730,7 @@ void attention(Case &c, Arena &arena, Source &source) {
         }
         const auto at = static_cast<size_t>((sequence * a.heads + which) * d + i) * width;
         const double got = decode(out + at, a.dtype);
-        const double allowed = rounding(a.dtype) * std::fabs(expected) +
+        const double allowed = rounding(a.dtype, expected) +
                                (1e-5 + 1e-6 * reach) * largest + 1e-6;
         if (!(std::fabs(got - expected) <= allowed))
           failure("attention gives " + std::to_string(got) + ", not " + std::to_string(expected));
@@ -770,7 +773,7 @@ void few_tokens(Case &c, Arena &arena, Source &source) {
       }
       const auto at = static_cast<size_t>(i * args.n + j) * size_of(args.y_dtype);
       const double got = decode(y + at, args.y_dtype);
-      if (!(std::fabs(got - expected) <= 1e-5 * size + rounding(args.y_dtype) * std::fabs(expected)))
+      if (!(std::fabs(got - expected) <= 1e-5 * size + rounding(args.y_dtype, expected)))
         failure("a product of a few tokens is " + std::to_string(got) + ", not " +
                 std::to_string(expected));
     }
