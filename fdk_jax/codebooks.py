@@ -86,11 +86,22 @@ def check(values: ArrayLike, bits: int) -> np.ndarray:
 
 
 def is_uniform(codebook: np.ndarray) -> bool:
-    """Whether float32 [..., 2**bits] is affine in the code to float32 accuracy."""
-    first, last = codebook[..., :1], codebook[..., -1:]
-    line = first + (last - first) * np.linspace(0.0, 1.0, codebook.shape[-1])
+    """Whether the values of float32 [..., 2**bits] are evenly spaced around 0, to float32 accuracy.
+
+    That is, they ascend in equal steps, and 0 is one of them or lies halfway between two. Any two values are.
+    """
+    entries = codebook.shape[-1]
+    if entries == 2:
+        return True
+    first, last = (codebook[..., i].astype(np.float64)[..., None] for i in (0, -1))
+    step = (last - first) / (entries - 1)
+    if not ((first <= 0) & (last >= 0) & (step > 0)).all():
+        return False
+    halves = -2 * first / step
+    around_zero = np.abs(halves - np.rint(halves)) <= 2.0**-20 * entries
     span = np.maximum(np.abs(first), np.abs(last))
-    return bool((np.abs(codebook - line) <= 2.0**-22 * span).all())
+    even = np.abs(codebook - (first + step * np.arange(entries))) <= 2.0**-22 * span
+    return bool(around_zero.all() and even.all())
 
 
 def kmeans(

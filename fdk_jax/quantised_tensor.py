@@ -45,8 +45,9 @@ class QuantisedTensor:
         axes: one letter for each axis of `shape`: "k" contracted, "n" output; "kn" is a Flax kernel,
             "nk" a PyTorch weight, "knn" and "kkn" are DenseGeneral kernels.
         layout: "interchange", "planar" (Pallas kernels) or "tiled" (CPU library).
-        uniform: the codebook is affine in the code (always so at 1 bit); kernels may then decode
-            arithmetically from its first and last entries.
+        uniform: the values of the codebook are evenly spaced, and 0 is one of them or lies halfway between
+            two (at 1 bit: always); kernels may then compute them from the first and the last one, without
+            rounding them.
     """
 
     packed: Array
@@ -195,7 +196,7 @@ def _validate_values(codebook: Array, uniform: bool) -> None:
     if not np.isfinite(values).all() or (np.diff(values, axis=-1) < 0).any():
         raise ValueError(f"codebook must be finite and ascending, got {values}; sort it first")
     if uniform and not codebooks.is_uniform(values):
-        raise ValueError(f"codebook {values} is not affine in the code; set uniform=False")
+        raise ValueError(f"codebook {values} is not evenly spaced around 0; set uniform=False")
     if isinstance(codebook, Array):
         _checked[key] = codebook
 

@@ -27,7 +27,11 @@ class Arrays(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is static about a product."""
+    """What is static about a product.
+
+    Attributes:
+        uniform: the values of each codebook are evenly spaced, see `fdk_jax.QuantisedTensor`.
+    """
 
     m: int
     n: int
@@ -39,11 +43,17 @@ class Case:
     scale_dtype: Any
     bias_dtype: Any
     out_dtype: Any
+    uniform: bool = False
 
     @property
     def planes(self) -> int:
         """E, planes of 64 weights a tile."""
         return 8 // self.bits
+
+    @property
+    def even(self) -> bool:
+        """Whether kernels compute values from codes instead of looking them up; at 2 bits that is slower."""
+        return self.uniform and self.bits in (4, 8)
 
     @property
     def span(self) -> int:

@@ -1,10 +1,12 @@
 """From packed codes to the operand registers of the tensor cores, in registers or through a table.
 
-Two ways, by the width of a code:
+Three ways, by the width of a code and the kind of codebook:
 
 - 2, 4 and 8 bits: a byte of codes is an index into a table of its 8 / bits values in shared memory. Every
   lane (or pair of lanes, or four, for wider entries) has a copy of the table in banks of its own: no bank
   conflicts, about one integer instruction a weight at 4 bits, and any codebook costs the same.
+- 4 and 8 bits with evenly spaced values: a code among the digits of a float is a number, from which a
+  subtraction makes the value; no table. At 2 bits the table is less work.
 - 1 bit: a code that stands alone among a bfloat16's bits is a power of two or zero, and two multiply-adds
   make the one or the other value of it: half an integer and a float instruction a weight, no table.
 """
@@ -14,23 +16,26 @@ import abc
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ptx import Ptx, at, vector
+from pallas_kernels.ptx import Ptx, at, float_constant, vector
 
 _TABLE_ROW = 128  # bytes of the table for one byte of codes: copies for all lanes together
 
 
-def decoder(ptx: Ptx, bits: int, dtype, *, exact: bool = False):
+def decoder(ptx: Ptx, bits: int, dtype, *, even: bool = False, exact: bool = False):
     """The decoder for codes of `bits` into values of `dtype`; see `Decoder`.
 
     Args:
         ptx: what the decoder writes to.
         bits: 1, 2, 4 or 8.
         dtype: bfloat16 or float16.
-        exact: whether the values are those of the codebook, and `factor` None.
+        even: whether to compute evenly spaced values, see `Case.even`.
+        exact: whether the values are those of the codebook in `dtype`, neighbours in order, `factor` None.
     """
-    if bits > 1:
+    if bits == 1:
+        return _Select(ptx, dtype) if exact else _Scaled(ptx, dtype)
+    if exact or not even:
         return _Table(ptx, bits, dtype)
-    return _Select(ptx, dtype) if exact else _Scaled(ptx, dtype)
+    return (_EvenNibbles if bits == 4 else _EvenBytes)(ptx, bits, dtype)
 
 
 class Decoder(abc.ABC):
@@ -39,10 +44,12 @@ class Decoder(abc.ABC):
     Attributes:
         shared_bytes: shared memory that it needs, at the start of `fdk_shared`.
         factor: register that the sums of products have to be multiplied by, or None.
+        apart: whether the registers hold weights 0, 2 and 1, 3 of four neighbours instead of 0, 1 and 2, 3.
     """
 
     shared_bytes = 0
     factor: str | None = None
+    apart = False
 
     def __init__(self, ptx: Ptx, bits: int, dtype) -> None:
         """Writes nothing yet."""
@@ -143,6 +150,91 @@ class _Table(Decoder):
         return pairs
 
 
+class _Evenly(Decoder):
+    """Evenly spaced values, of which the nought is one or lies halfway between two.
+
+    A code becomes its distance from the nought in steps, divided by a power of two; that power times the step
+    is `factor`. It is rounded only if it has more digits than `dtype` (bfloat16, 8 bits, halves above 128).
+    """
+
+    def _measure(self, codebook: str) -> str:
+        """Computes `factor`; returns the place of the nought among the codes, float32, a multiple of a half."""
+        ptx, last_code = self.ptx, 2**self.bits - 1
+        first, last = (self._value(codebook, code) for code in (0, last_code))
+        span = ptx.op("sub.f32", last, first, kind="f32")
+        unit = float_constant(2**self.bits / last_code)
+        self.factor = ptx.op("mul.f32", span, unit, kind="f32")
+        share = ptx.op("div.rn.f32", first, span, kind="f32")
+        magic = float_constant(1.5 * 2**22)  # its neighbours are halves
+        zero = ptx.op("fma.rn.f32", share, float_constant(-last_code), magic, kind="f32")
+        return ptx.op("sub.f32", zero, magic, kind="f32")
+
+
+class _EvenNibbles(_Evenly):
+    """4 bits: the codes of two weights among the digits of a register's two floats.
+
+    A code at digit p (from the lowest) of a float of d digits with the exponent of 2**(d - p) makes it
+    2**(d - p) + code. What is subtracted, 2**(d - p) + zero, is a float unless p is 0. All is divided by 16.
+    """
+
+    apart = True
+
+    def __init__(self, ptx: Ptx, bits: int, dtype) -> None:
+        super().__init__(ptx, bits, dtype)
+        # Places for even and odd codes of a half word; with the digits of float16, neighbours need no shift.
+        self.digits, self.bias, self.places = {"bf16": (7, 127, (3, 3)), "f16": (10, 15, (1, 5))}[
+            self.kind
+        ]
+
+    def set_up(self, codebook: str, thread: str, threads: int) -> None:
+        """Computes what is subtracted."""
+        del thread, threads
+        ptx, zero = self.ptx, self._measure(codebook)
+        self.offsets = []
+        for place in self.places:
+            base = float_constant(2.0 ** (self.digits - place - 4))
+            offset = ptx.op("fma.rn.f32", zero, float_constant(1 / 16), base, kind="f32")
+            self.offsets.append(self.pack(offset, offset))
+
+    def operands(self, words: list[str], plane: int, step: int) -> list[str]:
+        # The codes of a half word: of weights 0 and 1 of the upper row, then of the lower one.
+        return [self._pair(words[4 * plane + step], code) for code in (0, 2, 1, 3)]
+
+    def _pair(self, word: str, code: int) -> str:
+        ptx, place = self.ptx, self.places[code % 2]
+        shift = 4 * code - place
+        word = ptx.op("shr.u32", word, shift) if shift > 0 else ptx.op("shl.b32", word, -shift)
+        exponent = self.bias + self.digits - place - 4 << self.digits
+        number = ptx.op("lop3.b32", word, _twice(15 << place), _twice(exponent), "0xEA")
+        return ptx.op(f"sub.rn.{self.kind}x2", number, self.offsets[code % 2])
+
+
+class _EvenBytes(_Evenly):
+    """8 bits: more than a bfloat16 has digits, so each by itself as 128 + code / 256 in float32."""
+
+    def set_up(self, codebook: str, thread: str, threads: int) -> None:
+        """Computes what is subtracted."""
+        del thread, threads
+        zero, unit = self._measure(codebook), float_constant(1 / 256)
+        self.offset = self.ptx.op("fma.rn.f32", zero, unit, float_constant(128), kind="f32")
+
+    def operands(self, words: list[str], plane: int, step: int) -> list[str]:
+        del plane
+        return [self._pair(words[4 * half + step], row) for half in range(2) for row in range(2)]
+
+    def _pair(self, word: str, row: int) -> str:
+        ptx, values = self.ptx, []
+        for byte in (2 * row, 2 * row + 1):
+            value = ptx.op("prmt.b32", word, "0x43000000", f"0x74{byte}4")
+            values.append(ptx.op("sub.f32", value, self.offset, kind="f32"))
+        return self.pack(*values)
+
+
+def _twice(half: int) -> str:
+    """16 bits in both halves of a register."""
+    return f"0x{half * 0x10001:08x}"
+
+
 class _Bits(Decoder):
     """Codes of one bit: those of a register's two values stand 16 bits apart, see `fdk_jax.packing`."""
 
@@ -190,7 +282,7 @@ class _Scaled(_Bits):
         inverses = (1 / powers.astype(np.float64)).astype(self.dtype).view(np.uint16)
         self.steps = []
         for inverse in inverses:
-            both = ptx.op("mov.b32", f"0x{int(inverse) * 0x10001:08x}")
+            both = ptx.op("mov.b32", _twice(int(inverse)))
             opcode = f"mul.rn.{self.kind}x2"
             self.steps.append([ptx.op(opcode, part, both) for part in (high, low)])
 
@@ -201,7 +293,7 @@ class _Scaled(_Bits):
         shift = (14 - place) // 4 * 4
         if shift:
             word, place = self.ptx.op("shl.b32", word, shift), place + shift
-        power = self.ptx.op("and.b32", word, f"0x{0x10001 << place:08x}")
+        power = self.ptx.op("and.b32", word, _twice(1 << place))
         value = self.first
         for step in self.steps[place - self._LOWEST]:
             value = self.ptx.op(f"fma.rn.{self.kind}x2", power, step, value)

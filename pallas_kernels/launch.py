@@ -36,7 +36,7 @@ def matmul(
         bits: 1, 2, 4 or 8.
         group_size: G, weights a scale.
         out_features: N.
-        uniform: whether the codebook is affine in the code.
+        uniform: whether the values of the codebook are evenly spaced, see `fdk_jax.QuantisedTensor`.
         bias: [N] or None, added in float32.
         out_dtype: dtype of y; None for the dtype of x.
         config: a launch configuration instead of the tuned one.
@@ -62,6 +62,7 @@ def matmul(
         scale_dtype=scales.dtype,
         bias_dtype=None if bias is None else bias.dtype,
         out_dtype=out_dtype,
+        uniform=uniform,
     )
     chosen = tuning.choose(case) if config is None else _given(case, config)
     if interpret or chosen.kernel == "gather":

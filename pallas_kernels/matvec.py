@@ -142,7 +142,8 @@ class _Writer:
         return ptx.text()
 
     def _decoder(self) -> decoding.Decoder:
-        return decoding.decoder(self.ptx, self.case.bits, self.case.x_dtype)
+        case = self.case
+        return decoding.decoder(self.ptx, case.bits, case.x_dtype, even=case.even)
 
     def _set_up_decoder(self) -> None:
         self.decoder.set_up(self._codebook(), self.thread, 32 * self.config.warps)
@@ -405,8 +406,8 @@ class _Writer:
         for plane in range(case.planes):
             flat = stage * case.planes + plane
             current = flat // self.x_planes % 2
-            x = self.x_buffers[current]
             if flat % self.x_planes == 0:
+                self.x_in_use = [self._paired(values) for values in self.x_buffers[current]]
                 self._load_x(1 - current, *divmod(flat + self.x_planes, case.planes))
             factors = [self._plane_factors(s, plane) for s in buffer["scales"]]
             if self.scale_mode == "lane":
@@ -417,7 +418,7 @@ class _Writer:
             else:
                 planes = [self._plane(words, plane) for words in buffer["words"]]
             for i, operands in enumerate(zip(*planes, strict=True)):
-                self._dot(operands, x, i, sums, fresh=plane % per_run == 0 and i == 0)
+                self._dot(operands, self.x_in_use, i, sums, fresh=plane % per_run == 0 and i == 0)
             if plane % per_run == per_run - 1:
                 self._accumulate(sums, factors, flat % self.x_planes)
 
@@ -431,6 +432,14 @@ class _Writer:
             for half in range(2):
                 part = vector(values[4 * half : 4 * half + 4])
                 ptx.do("ld.global.nc.v4.b32", part, at(address, offset + PLANE * half), when=there)
+
+    def _paired(self, values: list[str]) -> list[str]:
+        """Registers of neighbours of x with the pairs that the decoder's have."""
+        if not self.decoder.apart:
+            return values
+        fours = zip(values[::2], values[1::2], strict=True)
+        halves = ("0x5410", "0x7632")
+        return [self.ptx.op("prmt.b32", *four, half) for four in fours for half in halves]
 
     def _turn_x(self, loads: int) -> None:
         """Makes the buffer of x after some loads the first one."""

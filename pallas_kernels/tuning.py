@@ -1,8 +1,8 @@
 """Which kernel a product takes, with which launch configuration: the measured table, and its search.
 
-The table holds the fastest choice for each (bits, m, n, k) that was measured; a product takes the row of
-the next larger m and the nearest shape, rather of the same device. Nothing is measured on import or on a
-first call:
+The table holds the fastest choice for each (bits, m, n, k) that was measured, with any codebook or with
+evenly spaced values; a product takes the row of the next larger m and the nearest shape, rather of the same
+device and kind of codebook. Nothing is measured on import or on a first call:
 
     python -m pallas_kernels.tuning --shapes 4096x4096 --bits 4,1 --m 1,16
 
@@ -34,7 +34,8 @@ KERNELS = {"matvec": matvec, "integer": integer, "wgmma": wgmma}
 Config = matvec.Config | integer.Config | wgmma.Config
 _SHIPPED = Path(__file__).with_name("tuned.json")
 _FEW = 16  # most rows of x a program of `matvec` takes
-_OTHER_DEVICE = math.log(2)  # a row of another device counts like one of a shape twice as large
+# A row of another device, or of another kind of codebook, counts like one of a shape twice as large.
+_ANOTHER = math.log(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +81,14 @@ def plan(
         group_size: weights a scale.
         out_features: N.
         in_features: K.
-        uniform: whether the codebook is affine in the code; the kernels look values up either way.
+        uniform: whether the values of the codebook are evenly spaced.
         dtype: of x.
         device_kind: as JAX names the device, e.g. "NVIDIA H200"; None for the default device.
     """
-    del uniform
     dtype = jnp.dtype(dtype)
     case = Case(
-        max(m, 1), out_features, in_features, bits, group_size, 1, dtype, dtype, None, dtype
+        *(max(m, 1), out_features, in_features, bits, group_size, 1),
+        *(dtype, dtype, None, dtype, uniform),
     )
     return choose(case, device_kind)
 
@@ -149,7 +150,8 @@ def _by_nearness(case: Case, device_kind: str) -> list[dict]:
 
     def distance(row: dict) -> float:
         shape = abs(math.log(row["n"] / case.n)) + abs(math.log(row["k"] / case.k))
-        return shape + _OTHER_DEVICE * (row["device"] != device_kind)
+        others = (row["device"] != device_kind) + (_is_even(row) != case.even)
+        return shape + _ANOTHER * others
 
     return sorted((row for row in rows if row["m"] == m), key=distance)
 
@@ -165,7 +167,11 @@ def _table() -> list[dict]:
 
 
 def _key(row: dict) -> tuple:
-    return tuple(row[name] for name in ("device", "bits", "m", "n", "k"))
+    return (*(row[name] for name in ("device", "bits", "m", "n", "k")), _is_even(row))
+
+
+def _is_even(row: dict) -> bool:
+    return row.get("even", False)
 
 
 # The search
@@ -178,7 +184,10 @@ _DIAGONAL = {
     4: ((1, 8, 4, 1), (1, 16, 4, 2)),
     8: (),
 }
-_TOKENS = ((1, 8, 1, 1), (1, 16, 1, 2), (2, 8, 1, 1), (2, 8, 1, 2), (2, 16, 1, 1), (2, 16, 1, 2))
+_TOKENS = (
+    *((1, 8, 1, 1), (1, 8, 2, 1), (1, 16, 1, 2), (1, 16, 2, 2)),
+    *((2, 8, 1, 1), (2, 8, 1, 2), (2, 16, 1, 1), (2, 16, 1, 2)),
+)
 _INTEGER = (  # (tiles, warps, stages)
     *((1, 4, 2), (1, 4, 4), (1, 8, 1), (1, 8, 2), (1, 8, 4), (1, 16, 2)),
     *((2, 4, 1), (2, 4, 2), (2, 4, 3), (2, 8, 1), (2, 8, 2)),
@@ -244,6 +253,7 @@ def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
                 "m": case.m,
                 "n": case.n,
                 "k": case.k,
+                "even": case.even,
                 "kernel": kernel,
                 "config": {} if config is None else dataclasses.asdict(config),
                 "us": round(microseconds, 2),
@@ -342,6 +352,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="4096x4096,8192x8192", help="NxK, comma-separated")
     parser.add_argument("--bits", default="1,2,4,8")
     parser.add_argument("--m", default="1,16,32,64,256")
+    parser.add_argument("--codebook", default="any,uniform", help="of these, comma-separated")
     parser.add_argument("--group_size", type=int, default=64)
     parser.add_argument("--output", type=Path, default=cache_file())
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; then it writes")
@@ -349,12 +360,14 @@ def main() -> None:
     if jax.default_backend() != "gpu":
         raise SystemExit("tuning needs an NVIDIA GPU that JAX sees")
     half, start = jnp.dtype(jnp.bfloat16), time.perf_counter()
-    for shape, bits in itertools.product(flags.shapes.split(","), flags.bits.split(",")):
+    kinds = flags.shapes.split(","), flags.bits.split(","), flags.codebook.split(",")
+    for shape, bits, codebook in itertools.product(*kinds):
         n, k = map(int, shape.split("x"))
-        cases = [
-            Case(int(m), n, k, int(bits), flags.group_size, 1, half, half, None, half)
-            for m in flags.m.split(",")
-        ]
+        weight = n, k, int(bits), flags.group_size, 1
+        uniform = {"any": False, "uniform": True}[codebook]
+        cases = [Case(int(m), *weight, half, half, None, half, uniform) for m in flags.m.split(",")]
+        if uniform and not cases[0].even:  # the same kernels as with any codebook
+            continue
         if time.perf_counter() - start < flags.budget:
             _write(search(cases), flags.output)
 

@@ -8,11 +8,15 @@ from fdk_jax import packing
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 
 
-def product(rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0):
+def product(rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0, uniform=False):
     """Arguments of `pallas_kernels.matmul`, the product in float64 and its size without cancellation."""
     dtype = jnp.dtype(dtype)
     codes = rng.integers(0, 2**bits, (n, k)).astype(np.uint8)
     codebook = np.sort(rng.normal(size=(books, 2**bits)), -1).astype(np.float32)
+    if uniform:
+        zero = rng.integers(0, 2 ** (bits + 1) - 1, (books, 1)) / 2
+        step = rng.uniform(0.5, 2, (books, 1)) / 2**bits
+        codebook = ((np.arange(2**bits) - zero) * step).astype(np.float32)
     scales = jnp.asarray(scale * rng.uniform(0.5, 2, (n, -(-k // group_size))), dtype)
     x = jnp.asarray(rng.normal(size=(m, k)), dtype)
     facts = dict(bits=bits, group_size=group_size, out_features=n)

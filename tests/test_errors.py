@@ -85,7 +85,7 @@ def test_values_of_a_codebook_are_read_once():
         fdk_jax.matmul(X, w)
         dataclasses.replace(w, scales=w.scales * 2).validate()
         assert reading.call_count == 1
-    with pytest.raises(ValueError, match="not affine"):
+    with pytest.raises(ValueError, match="not evenly spaced"):
         fdk_jax.matmul(X, dataclasses.replace(w, uniform=True))
     mutable = np.asarray(bent).copy()
     w = dataclasses.replace(W, codebook=mutable, uniform=False)

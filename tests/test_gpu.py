@@ -20,15 +20,21 @@ if jax.default_backend() != "gpu":
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 
-def _check(rng, m, n, k, bits, group_size, dtype, *, config=None, books=1, bias=True, scale=1.0):
+# Widths of codes, and whether the values are evenly spaced: every decoder.
+DECODERS = [(1, False), (2, False), (4, False), (8, False), (4, True), (8, True)]
+
+
+def _check(
+    rng, m, n, k, bits, uniform, group_size, dtype, *, config=None, books=1, bias=True, scale=1.0
+):
     arrays, facts, (expected, size) = planar.product(
-        rng, m, n, k, bits, group_size, dtype, books, scale
+        rng, m, n, k, bits, group_size, dtype, books, scale, uniform
     )
     added = rng.normal(size=n).astype(np.float32) * bias
     y = pallas_kernels.matmul(
         *arrays,
         **facts,
-        uniform=False,
+        uniform=uniform,
         bias=jnp.asarray(added) if bias else None,
         out_dtype=jnp.float32,
         config=config,
@@ -39,22 +45,22 @@ def _check(rng, m, n, k, bits, group_size, dtype, *, config=None, books=1, bias=
 
 
 def _tuned():
-    """Each configuration of the table once, with its number of tokens."""
+    """Each configuration of the table once for a kind of codebook, with its number of tokens."""
     found = {}
     for row in tuning._table():
         if row["kernel"] in tuning.KERNELS:
             config = tuning.KERNELS[row["kernel"]].Config(**row["config"])
-            found[row["bits"], config] = row["m"]
-    return [(bits, config, m) for (bits, config), m in found.items()]
+            found[row["bits"], tuning._is_even(row), config] = row["m"]
+    return [(*key, m) for key, m in found.items()]
 
 
-@pytest.mark.parametrize(("bits", "config", "m"), _tuned(), ids=str)
-def test_tuned_configurations(rng, bits, config, m):
-    _check(rng, m, 517, 2100, bits, 64, "bfloat16", config=config)
+@pytest.mark.parametrize(("bits", "uniform", "config", "m"), _tuned(), ids=str)
+def test_tuned_configurations(rng, bits, uniform, config, m):
+    _check(rng, m, 517, 2100, bits, uniform, 64, "bfloat16", config=config)
 
 
 @pytest.mark.parametrize("dtype", planar.TOLERANCE)
-@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize(
     ("m", "n", "k", "group_size", "books"),
     [
@@ -69,34 +75,34 @@ def test_tuned_configurations(rng, bits, config, m):
         (700, 64, 512, 64, 1),
     ],
 )
-def test_shapes(rng, dtype, bits, m, n, k, group_size, books):
-    _check(rng, m, n, k, bits, group_size, dtype, books=books)
+def test_shapes(rng, dtype, bits, uniform, m, n, k, group_size, books):
+    _check(rng, m, n, k, bits, uniform, group_size, dtype, books=books)
 
 
 @pytest.mark.parametrize("m", range(1, 34))
-@pytest.mark.parametrize("bits", [1, 4])
-def test_every_small_number_of_tokens(rng, m, bits):
-    _check(rng, m, 47, 900, bits, 64, "bfloat16", bias=False)
+@pytest.mark.parametrize(("bits", "uniform"), [(1, False), (4, False), (4, True)])
+def test_every_small_number_of_tokens(rng, m, bits, uniform):
+    _check(rng, m, 47, 900, bits, uniform, 64, "bfloat16", bias=False)
 
 
-@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize("m", [1, 9, 40])
 @pytest.mark.parametrize(
     ("dtype", "scale"), [("bfloat16", 1e-20), ("bfloat16", 1e20), ("float16", 1e-3)]
 )
-def test_large_and_tiny_scales(rng, bits, m, dtype, scale):
-    _check(rng, m, 40, 1024, bits, 64, dtype, bias=False, scale=scale)
+def test_large_and_tiny_scales(rng, bits, uniform, m, dtype, scale):
+    _check(rng, m, 40, 1024, bits, uniform, 64, dtype, bias=False, scale=scale)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize(
     "config",
     [None, matvec.Config(1, 8, 1, 1), integer.Config(1, 4, 2), wgmma.Config(16, 1, 2, 2)],
     ids=str,
 )
-def test_non_finite_x_propagates_like_a_dense_product(rng, bits, value, config):
-    arrays, facts, _ = planar.product(rng, 1, 48, 1024, bits, 64, "bfloat16")
+def test_non_finite_x_propagates_like_a_dense_product(rng, bits, uniform, value, config):
+    arrays, facts, _ = planar.product(rng, 1, 48, 1024, bits, 64, "bfloat16", uniform=uniform)
     x, packed, scales, codebook = arrays
     x = x.at[0, 700].set(value)
     if config is not None and tuning.unsupported_reason(_case(bits), config) is not None:
@@ -104,7 +110,7 @@ def test_non_finite_x_propagates_like_a_dense_product(rng, bits, value, config):
     interchange, _ = packing.from_planar(packed, scales, in_features=1024, **facts)
     values = np.asarray(codebook.astype(jnp.bfloat16), np.float64)[0]
     weight = values[np.asarray(packing.unpack(interchange, bits, 1024))]
-    y = pallas_kernels.matmul(x, packed, scales, codebook, **facts, uniform=False, config=config)
+    y = pallas_kernels.matmul(x, packed, scales, codebook, **facts, uniform=uniform, config=config)
     expected = np.asarray(x, np.float64) @ weight.T
     np.testing.assert_array_equal(np.asarray(y, np.float64), expected)
     assert not np.isfinite(expected).any()

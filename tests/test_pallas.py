@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_kernels
-from fdk_jax import packing
+from fdk_jax import codebooks, packing
 from pallas_kernels import dequantise, integer, matvec, triton_compat, tuning, wgmma
 from pallas_kernels.case import Arrays, Case
 
@@ -78,8 +78,10 @@ def _lower(case, run):
         return jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def _case(m, n, k, bits, *, group_size=64, books=1, dtype=HALF, scales=HALF, bias=None, out=HALF):
-    return Case(m, n, k, bits, group_size, books, dtype, scales, bias, out)
+def _case(
+    *shape, group_size=64, books=1, dtype=HALF, scales=HALF, bias=None, out=HALF, uniform=False
+):
+    return Case(*shape, group_size, books, dtype, scales, bias, out, uniform)
 
 
 def _tuned_rows():
@@ -238,7 +240,11 @@ def _run_ptx(case, config, arrays, bias):
     return out
 
 
-@pytest.mark.parametrize("bits", packing.BITS)
+# Widths of codes, and whether the values are evenly spaced: every decoder.
+DECODERS = [(1, False), (2, False), (4, False), (8, False), (4, True), (8, True)]
+
+
+@pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize(
     ("m", "n", "k", "group_size", "books", "dtype", "config"),
     [
@@ -264,10 +270,12 @@ def _run_ptx(case, config, arrays, bias):
         (130, 130, 300, 64, 1, "bfloat16", wgmma.Config(128, 2, 2, 2, cluster=2)),
     ],
 )
-def test_ptx_values_and_bounds(rng, bits, m, n, k, group_size, books, dtype, config):
-    arrays, _, (expected, size) = planar.product(rng, m, n, k, bits, group_size, dtype, books)
+def test_ptx_values_and_bounds(rng, bits, uniform, m, n, k, group_size, books, dtype, config):
+    arrays, _, (expected, size) = planar.product(
+        rng, m, n, k, bits, group_size, dtype, books, uniform=uniform
+    )
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
-    case = Case(m, n, k, bits, group_size, books, half, half, single, single)
+    case = Case(m, n, k, bits, group_size, books, half, half, single, single, uniform)
     assert tuning.unsupported_reason(case, config) is None
     bias = rng.normal(size=n).astype(np.float32)
     error = _run_ptx(case, config, arrays, bias).astype(np.float64) - (expected + bias)
@@ -328,6 +336,39 @@ def test_values_of_one_bit_are_exact(rng, codebook, dtype, m, config):
     if isinstance(config, wgmma.Config):  # rounds each scaled weight
         bound *= 2
     assert np.sqrt(np.mean(error**2)) < bound
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("where", ["first", "last", "middle", "code", "between"])
+@pytest.mark.parametrize("step", [1 / 7, 1e-39, 1e33])
+@pytest.mark.parametrize("config", [matvec.Config(1, 4, 2), wgmma.Config(16, 1, 2, 2)], ids=str)
+def test_evenly_spaced_values_are_exact(rng, bits, where, step, dtype, config):
+    half, single, n, k, last = jnp.dtype(dtype), jnp.dtype(jnp.float32), 32, 2048, 2**bits - 1
+    zero = {"first": 0, "last": last, "middle": last / 2, "code": 5, "between": 5.5}[where]
+    codebook = ((np.arange(2**bits) - zero) * step).astype(np.float32)
+    assert codebooks.is_uniform(codebook)
+    (_, packed, _, _), facts, _ = planar.product(rng, 1, n, k, bits, 64, dtype)
+    x = jnp.asarray(1 + 0.1 * rng.normal(size=(1, k)), half)  # errors of all weights alike add up
+    scales = jnp.full((2, k // 256, 64), 0.5, half)
+    interchange, _ = packing.from_planar(packed, scales, in_features=k, **facts)
+    weight = 0.5 * codebook.astype(np.float64)[np.asarray(packing.unpack(interchange, bits, k))]
+    case = Case(1, n, k, bits, 64, 1, half, half, None, single, True)
+    y = _run_ptx(case, config, (x, packed, scales, jnp.asarray([codebook])), None)
+    exact = np.asarray(x, np.float64)
+    # The sums are in float32; the least numbers of float32 have fewer digits. 249.5 has more than a bfloat16.
+    relative = 1e-3 if (where, bits, dtype) == ("between", 8, "bfloat16") else 2e-6
+    bound = relative * (exact @ abs(weight).T).max() + 1e-41
+    np.testing.assert_allclose(y, exact @ weight.T, rtol=0, atol=bound)
+
+
+def test_a_value_of_nought_stays_nought(rng):
+    (x, packed, scales, _), _, _ = planar.product(rng, 1, 16, 1024, 4, 64, "bfloat16")
+    codebook = (np.arange(16, dtype=np.float32) - 8) / 7
+    packed = jnp.full_like(packed, 0x8888)
+    case = _case(1, 16, 1024, 4, uniform=True)
+    y = _run_ptx(case, matvec.Config(1, 4, 1), (x, packed, scales, codebook), None)
+    np.testing.assert_array_equal(y.astype(np.float32), 0)
 
 
 def test_integer_kernel_is_exact_for_integers(rng):

@@ -258,3 +258,15 @@ def test_large_weights_are_quantised_in_blocks_of_rows(rng, monkeypatch, codeboo
     assert different == 0 if codebook == "uniform" else different < 0.01
     with pytest.raises(ValueError, match="NaN or infinity"):
         fdk_jax.quantise(weight.at[36, 5].set(jnp.inf), 4, codebook=codebook)
+
+
+def test_which_codebooks_are_uniform():
+    """Evenly spaced, 0 at a value or halfway between two: kernels compute such values from their codes."""
+    codes = np.arange(16, dtype=np.float32)
+    for even in (codebooks.uniform(8), codes, codes - 15, (codes - 8) / 7, (codes - 4.5) * 1e-3):
+        assert codebooks.is_uniform(even)
+    for uneven in (codes + 1, codes - 4.25, -codes, 0 * codes, 0 * codes + 2, codebooks.nf4()):
+        assert not codebooks.is_uniform(uneven)
+    assert not codebooks.is_uniform(np.stack([codes, codebooks.nf4()]))
+    assert codebooks.is_uniform(np.stack([codes, codes - 8]))
+    assert codebooks.is_uniform(np.asarray([3.0, 3.0], np.float32))
