@@ -307,16 +307,18 @@ def _inputs(case: Case, weights: list) -> tuple:
 
 
 def _measure(case: Case, program: Any, weights: list, seconds: float) -> float:
-    """Microseconds of a product, the median; with the loop's copies of results, the same for all candidates."""
+    """Microseconds of a product, the lower quartile: what disturbs a sample makes it longer.
+
+    With the loop's copies of results, the same for all candidates.
+    """
     inputs = _inputs(case, weights)
     times, end = [], None
-    while end is None or time.perf_counter() < end or len(times) < 6:
+    while end is None or time.perf_counter() < end or len(times) < 12:
         start = time.perf_counter()
         jax.block_until_ready(program(*inputs))
         times.append(time.perf_counter() - start)
         end = end or time.perf_counter() + seconds
-    times = sorted(times[len(times) // 3 :])  # the first ones wake the clocks
-    return times[len(times) // 2] / (_TRIPS * len(weights)) * 1e6
+    return sorted(times)[len(times) // 4] / (_TRIPS * len(weights)) * 1e6
 
 
 def _random_weights(case: Case) -> list:
