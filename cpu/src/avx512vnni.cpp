@@ -4,6 +4,7 @@
 #include "avx512.h"
 #include "avx512_dense.h"
 #include "avx512_probes.h"
+#include "avx512_sums.h"
 #include "decoding.h"
 #include "levels.h"
 
@@ -55,7 +56,9 @@ constexpr Kernel kKernels[] = {
     make_kernel<Float32Wide8>("avx512vnni.float32_8bit_bfloat16", supports_wide8),
     make_kernel<Float32<8>>("avx512vnni.float32_8bit", supports_exact<8>),
     make_kernel<Float32<4>>("avx512vnni.float32_4bit", supports_exact<4>),
+    Sums<2>::kernel("avx512vnni.sums_2bit"),
     make_kernel<Float32<2>>("avx512vnni.float32_2bit", supports_exact<2>),
+    Sums<1>::kernel("avx512vnni.sums_1bit"),
     make_kernel<Float32<1>>("avx512vnni.float32_1bit", supports_exact<1>),
 };
 
