@@ -532,6 +532,42 @@ struct Finish {
 
 inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
 
+// The bytes of kTiles tiles side by side, asked for ahead of their use: past the end of these tiles
+// the range's next ones begin; at its end there is nothing to fetch.
+template <int kTiles>
+class Streams {
+ public:
+  Streams(const Plan &plan, const Range &range, int64_t tile)
+      : packed_(plan.tile_packed(tile)),
+        tile_bytes_(plan.steps * kStepBytes),
+        groups_(plan.groups),
+        group_bytes_(kTileRows * static_cast<int64_t>(dtype_size(plan.scales_dtype))),
+        scales_(static_cast<const char *>(plan.scales) + tile * groups_ * group_bytes_) {
+    if (tile + kTiles >= range.tile_end) return;
+    ahead_at_end_ = kPrefetchBytes + (kTiles - 1) * tile_bytes_;
+    scales_ahead_ = kTiles * groups_ * group_bytes_;
+  }
+  // How far ahead to ask during step s.
+  int64_t ahead(int64_t s) const {
+    return kPrefetchBytes < tile_bytes_ - s * kStepBytes ? kPrefetchBytes : ahead_at_end_;
+  }
+  // Step s of tile i.
+  const uint8_t *step(int64_t s, int64_t i, int64_t ahead) const {
+    const uint8_t *here = packed_ + s * kStepBytes + i * tile_bytes_;
+    prefetch(here + ahead);
+    return here;
+  }
+  void fetch_scales(int64_t group, int64_t i) const {
+    prefetch(scales_ + (i * groups_ + group) * group_bytes_ + scales_ahead_);
+  }
+
+ private:
+  const uint8_t *packed_;
+  int64_t tile_bytes_, groups_, group_bytes_;
+  const char *scales_;
+  int64_t ahead_at_end_ = 0, scales_ahead_ = 0;
+};
+
 // Few tokens: kTiles tiles side by side, weights decoded in registers. Several tiles are several
 // streams of memory and several independent chains of sums, and share the words of x.
 template <typename A, int kTokens, int kTiles>
@@ -546,14 +582,7 @@ void direct(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
     factors[t] = layout.factors(prepared, token + t);
     for (__m512 &total : totals[t]) total = _mm512_setzero_ps();
   }
-  const uint8_t *packed = plan.tile_packed(tile);
-  const int64_t tile_bytes = plan.steps * kStepBytes;
-  const int64_t group_bytes = kTileRows * static_cast<int64_t>(dtype_size(plan.scales_dtype));
-  const char *scale_bytes = static_cast<const char *>(plan.scales) + tile * plan.groups * group_bytes;
-  // Past the end of these tiles the range's next ones begin; at its end there is nothing to fetch.
-  const bool last = tile + kTiles >= range.tile_end;
-  const int64_t ahead_at_end = last ? 0 : kPrefetchBytes + (kTiles - 1) * tile_bytes;
-  const int64_t scales_ahead = last ? 0 : kTiles * plan.groups * group_bytes;
+  const Streams<kTiles> streams(plan, range, tile);
   int64_t word = 0;
   for (size_t b = 0; b < plan.blocks.size(); ++b) {
     const Block &block = plan.blocks[b];
@@ -561,13 +590,10 @@ void direct(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
     for (auto &of_token : sums)
       for (auto &sum : of_token) sum = A::zero();
     for (int64_t s = block.step_begin; s < block.step_end; ++s, word += A::kVectors) {
-      const uint8_t *step = packed + s * kStepBytes;
-      const int64_t ahead =
-          kPrefetchBytes < tile_bytes - s * kStepBytes ? kPrefetchBytes : ahead_at_end;
+      const int64_t ahead = streams.ahead(s);
       for (int i = 0; i < kTiles; ++i) {
         __m512i weights[A::kVectors];
-        prefetch(step + i * tile_bytes + ahead);
-        arithmetic.decode(step + i * tile_bytes, weights);
+        arithmetic.decode(streams.step(s, i, ahead), weights);
         for (int v = 0; v < A::kVectors; ++v)
           for (int t = 0; t < kTokens; ++t)
             sums[t][i] =
@@ -575,7 +601,7 @@ void direct(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
       }
     }
     for (int i = 0; i < kTiles; ++i) {
-      prefetch(scale_bytes + (i * plan.groups + block.group) * group_bytes + scales_ahead);
+      streams.fetch_scales(block.group, i);
       const __m512 scales = load_tile_scales(plan, tile + i, block.group);
       for (int t = 0; t < kTokens; ++t)
         totals[t][i] = _mm512_fmadd_ps(finish.block(sums[t][i], factors[t], b), scales, totals[t][i]);

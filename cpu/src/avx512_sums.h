@@ -1,9 +1,9 @@
 // AVX-512 kernels for a few tokens at 1 and 2 bits: float32 sums of activations from tables.
 //
-// Four bits of a row are four (or two) codes, of 16 kinds. For each of their places along K, prepare()
-// writes what the 16 kinds add to y, one float32 each: a table is a register, and a permutation by 16
-// rows' bits finds four (two) products a row. One by one they cost a permutation and a
-// multiply-add each.
+// Four bits of a row are four (or two) codes, of 16 kinds. For each of their places along K,
+// prepare() writes what the 16 kinds add to y, one float32 each: a table is a register, and a
+// permutation by 16 rows' bits finds four (two) products a row. One by one they cost a permutation
+// and a multiply-add each.
 #pragma once
 
 #include "avx512.h"
@@ -11,15 +11,17 @@
 namespace fdk {
 namespace {
 
-inline constexpr int64_t kSumTables = 8;               // of a step: a row of it has 32 bits
-inline constexpr int64_t kSumTableBytes = 1024 << 10;  // of the tokens at work: they stay in the L2 cache
-inline constexpr int64_t kSumCodebooks = 4;            // more take too long to prepare for
+inline constexpr int64_t kSumTables = 8;             // of a step: a row of it has 32 bits
+inline constexpr int64_t kSumWorkBytes = 1 << 20;    // of the tokens at work: within the L2 cache
+inline constexpr int64_t kSumMostBytes = 64 << 20;   // of all
+inline constexpr int64_t kSumCodebooks = 4;          // more take too long to prepare for
 
 // prepared: [token][codebook][block, step of it][kSumTables][16] float32.
 template <int kBits>
 struct Sums {
   static constexpr int kCodes = 4 / kBits;  // of a table
-  static constexpr int64_t kMostTokens = kBits == 1 ? 32 : 8;  // with more, decoding once for all pays
+  // With more, decoding once for all of them pays.
+  static constexpr int64_t kMostTokens = kBits == 1 ? 32 : 8;
 
   // Column within a step of code `i` of table `t`.
   static constexpr int64_t column(int t, int i) {
@@ -34,18 +36,19 @@ struct Sums {
 
   static bool supports(const Plan &plan) {
     return plan.arithmetic == FDK_EXACT && plan.bits == kBits && plan.m <= kMostTokens &&
-           plan.num_codebooks <= kSumCodebooks;
+           plan.num_codebooks <= kSumCodebooks && bytes(plan) <= kSumMostBytes;
   }
 
-  static size_t prepared_bytes(const Plan &plan) {
-    return static_cast<size_t>(plan.m * plan.num_codebooks * floats(plan) * 4);
-  }
+  static int64_t bytes(const Plan &plan) { return plan.m * plan.num_codebooks * floats(plan) * 4; }
+
+  static size_t prepared_bytes(const Plan &plan) { return static_cast<size_t>(bytes(plan)); }
 
   // Element l: the value of code `i` among the four bits l.
   static void load_values(const float *codebook, __m512 values[kCodes]) {
     alignas(64) float lanes[16];
     for (unsigned i = 0; i < kCodes; ++i) {
-      for (unsigned l = 0; l < 16; ++l) lanes[l] = codebook[l >> (i * kBits) & ((1U << kBits) - 1U)];
+      for (unsigned l = 0; l < 16; ++l)
+        lanes[l] = codebook[l >> (i * kBits) & ((1U << kBits) - 1U)];
       values[i] = _mm512_load_ps(lanes);
     }
   }
@@ -79,10 +82,7 @@ struct Sums {
   template <int kTokens, int kTiles>
   static void multiply(const Plan &plan, const float *const tables[kTokens], const Range &range,
                        int64_t token, int64_t tile) {
-    const uint8_t *packed = plan.tile_packed(tile);
-    const int64_t tile_bytes = plan.steps * kStepBytes;
-    const bool last = tile + kTiles >= range.tile_end;
-    const int64_t ahead_at_end = last ? 0 : kPrefetchBytes + (kTiles - 1) * tile_bytes;
+    const Streams<kTiles> streams(plan, range, tile);
     __m512 totals[kTokens][kTiles];
     for (auto &of_token : totals)
       for (__m512 &total : of_token) total = _mm512_setzero_ps();
@@ -92,23 +92,20 @@ struct Sums {
       for (auto &of_token : sums)
         for (__m512 &sum : of_token) sum = _mm512_setzero_ps();
       for (int64_t s = block.step_begin; s < block.step_end; ++s) {
-        const uint8_t *step = packed + s * kStepBytes;
-        const int64_t ahead =
-            kPrefetchBytes < tile_bytes - s * kStepBytes ? kPrefetchBytes : ahead_at_end;
+        const int64_t ahead = streams.ahead(s);
         __m512i bits[kTiles];
-        for (int i = 0; i < kTiles; ++i) {
-          prefetch(step + i * tile_bytes + ahead);
-          bits[i] = load_step<kBits>(step + i * tile_bytes);
-        }
+        for (int i = 0; i < kTiles; ++i) bits[i] = load_step<kBits>(streams.step(s, i, ahead));
         for (int t = 0; t < kSumTables; ++t, place += 16)
           for (int i = 0; i < kTiles; ++i) {
-            const __m512i kind = t == 0 ? bits[i] : _mm512_srli_epi32(bits[i], static_cast<unsigned>(4 * t));
+            const auto shift = static_cast<unsigned>(4 * t);
+            const __m512i kind = t == 0 ? bits[i] : _mm512_srli_epi32(bits[i], shift);
             for (int j = 0; j < kTokens; ++j)
               sums[j][i] = _mm512_add_ps(
                   sums[j][i], _mm512_permutexvar_ps(kind, _mm512_load_ps(tables[j] + place)));
           }
       }
       for (int i = 0; i < kTiles; ++i) {
+        streams.fetch_scales(block.group, i);
         const __m512 scales = load_tile_scales(plan, tile + i, block.group);
         for (int j = 0; j < kTokens; ++j)
           totals[j][i] = _mm512_fmadd_ps(sums[j][i], scales, totals[j][i]);
@@ -136,7 +133,7 @@ struct Sums {
   static void run(const Plan &plan, const void *prepared, void *, const Range &range) {
     const int64_t size = floats(plan);
     const float *tables = static_cast<const float *>(prepared) + range.codebook * size;
-    const int64_t together = std::max(kSumTableBytes / (size * 8) * 2, int64_t{2});
+    const int64_t together = std::max(kSumWorkBytes / (size * 8) * 2, int64_t{2});
     for (int64_t begin = range.token_begin; begin < range.token_end; begin += together) {
       const int64_t end = std::min(begin + together, range.token_end);
       int64_t tile = range.tile_begin;
