@@ -359,14 +359,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=cache_file())
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; then it writes")
     flags = parser.parse_args()
+    kinds = flags.shapes.split(","), flags.bits.split(","), flags.codebook.split(",")
+    if not {*kinds[2]} <= {"any", "uniform"}:
+        parser.error(f"--codebook {flags.codebook}: list any, uniform or both")
     if jax.default_backend() != "gpu":
         raise SystemExit("tuning needs an NVIDIA GPU that JAX sees")
     half, start = jnp.dtype(jnp.bfloat16), time.perf_counter()
-    kinds = flags.shapes.split(","), flags.bits.split(","), flags.codebook.split(",")
     for shape, bits, codebook in itertools.product(*kinds):
         n, k = map(int, shape.split("x"))
         weight = n, k, int(bits), flags.group_size, 1
-        uniform = {"any": False, "uniform": True}[codebook]
+        uniform = codebook == "uniform"
         cases = [Case(int(m), *weight, half, half, None, half, uniform) for m in flags.m.split(",")]
         if uniform and not cases[0].even:  # the same kernels as with any codebook
             continue

@@ -18,6 +18,8 @@ from pallas_kernels import dequantise, integer, matvec, triton_compat, tuning, w
 from pallas_kernels.case import Arrays, Case
 
 HALF = jnp.dtype(jnp.bfloat16)
+# Widths of codes, and whether the values are evenly spaced: every decoder.
+DECODERS = [(1, False), (2, False), (4, False), (8, False), (4, True), (8, True)]
 
 
 @pytest.mark.parametrize("dtype", planar.TOLERANCE)
@@ -85,14 +87,16 @@ def _case(
 
 
 def _tuned_rows():
-    """A row of the table for each configuration in it."""
-    rows = {(r["bits"], r["m"], r["kernel"], *r["config"].values()): r for r in tuning._table()}
+    """A row of the table for each configuration and decoder in it."""
+    rows = {}
+    for r in tuning._table():
+        rows[r["bits"], tuning._is_even(r), r["m"], r["kernel"], *r["config"].values()] = r
     return list(rows.values())
 
 
 @pytest.mark.parametrize("row", _tuned_rows(), ids=lambda r: "{bits}-{m}-{n}-{k}".format(**r))
 def test_tuned_rows_lower(row, launches):
-    case = _case(row["m"], row["n"], row["k"], row["bits"])
+    case = _case(row["m"], row["n"], row["k"], row["bits"], uniform=tuning._is_even(row))
     plan = tuning.choose(case, row["device"])
     assert plan.kernel == row["kernel"]
     text = _lower(case, lambda *a: tuning.launch(case, plan.kernel, plan.config, Arrays(*a)))
@@ -138,10 +142,10 @@ def test_a_launch_without_the_plugin_names_the_remedy(monkeypatch):
         _lower(case, lambda *a: tuning.launch(case, "wgmma", config, Arrays(*a)))
 
 
-@pytest.mark.parametrize("bits", packing.BITS)
-def test_candidates_are_written(bits):
+@pytest.mark.parametrize(("bits", "uniform"), DECODERS)
+def test_candidates_are_written(bits, uniform):
     for m in (1, 8, 16, 32, 64, 256):
-        case = _case(m, 200, 1000, bits)
+        case = _case(m, 200, 1000, bits, uniform=uniform)
         for kernel, config in tuning.candidates(case):
             if config is None:
                 source = dequantise.source(case)
@@ -153,13 +157,13 @@ def test_candidates_are_written(bits):
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs the CUDA toolkit's ptxas")
-@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize("m", [1, 16, 64, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_candidates_assemble(tmp_path, bits, m, dtype):
+def test_candidates_assemble(tmp_path, bits, uniform, m, dtype):
     """NVIDIA's assembler takes the PTX, which the emulator in these tests knows less well."""
     half = jnp.dtype(dtype)
-    case = _case(m, 200, 1000, bits, dtype=half, scales=half, out=half)
+    case = _case(m, 200, 1000, bits, dtype=half, scales=half, out=half, uniform=uniform)
     files = []
     for i, (kernel, config) in enumerate(tuning.candidates(case)):
         if config is None or tuning.unsupported_reason(case, config) is not None:
@@ -238,10 +242,6 @@ def _run_ptx(case, config, arrays, bias):
         config.cluster,
     )
     return out
-
-
-# Widths of codes, and whether the values are evenly spaced: every decoder.
-DECODERS = [(1, False), (2, False), (4, False), (8, False), (4, True), (8, True)]
 
 
 @pytest.mark.parametrize(("bits", "uniform"), DECODERS)

@@ -65,7 +65,7 @@ struct Sums {
           __m512 x[4];
           load_block(plan, token, block, x);
           const int64_t lead = block.k0 - block.step_begin * step_k(kBits);
-          for (int i = 0; i < 4; ++i) _mm512_storeu_ps(natural + lead + 16 * i, x[i]);
+          Float32<kBits>::store_block(x, natural + lead);
           const float *step = natural;
           for (int64_t s = block.step_begin; s < block.step_end; ++s, step += step_k(kBits))
             for (int t = 0; t < kSumTables; ++t, table += 16) {
@@ -115,11 +115,10 @@ struct Sums {
       for (int i = 0; i < kTiles; ++i) store_sums(plan, token + j, tile + i, range, totals[j][i]);
   }
 
-  // Tokens [begin, end) by kTiles tiles.
+  // Tokens [begin, end) by kTiles tiles; a token's tables are `stride` floats behind the last one's.
   template <int kTiles>
-  static void multiply_tokens(const Plan &plan, const float *tables, const Range &range,
-                              int64_t begin, int64_t end, int64_t tile) {
-    const int64_t stride = plan.num_codebooks * floats(plan);
+  static void multiply_tokens(const Plan &plan, const float *tables, int64_t stride,
+                              const Range &range, int64_t begin, int64_t end, int64_t tile) {
     for (; begin + 2 <= end; begin += 2) {
       const float *two[] = {tables + begin * stride, tables + (begin + 1) * stride};
       multiply<2, kTiles>(plan, two, range, begin, tile);
@@ -133,14 +132,15 @@ struct Sums {
   static void run(const Plan &plan, const void *prepared, void *, const Range &range) {
     const int64_t size = floats(plan);
     const float *tables = static_cast<const float *>(prepared) + range.codebook * size;
+    const int64_t stride = plan.num_codebooks * size;
     const int64_t together = std::max(kSumWorkBytes / (size * 8) * 2, int64_t{2});
     for (int64_t begin = range.token_begin; begin < range.token_end; begin += together) {
       const int64_t end = std::min(begin + together, range.token_end);
       int64_t tile = range.tile_begin;
       for (; tile + 4 <= range.tile_end; tile += 4)
-        multiply_tokens<4>(plan, tables, range, begin, end, tile);
+        multiply_tokens<4>(plan, tables, stride, range, begin, end, tile);
       for (; tile < range.tile_end; ++tile)
-        multiply_tokens<1>(plan, tables, range, begin, end, tile);
+        multiply_tokens<1>(plan, tables, stride, range, begin, end, tile);
     }
   }
 

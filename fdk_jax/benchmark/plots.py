@@ -141,7 +141,7 @@ def _models(rows: Rows):
                 [r["tokens_per_s"] for r in line],
                 width, label=f"{bits} bit {backend}", color=_COLOURS.get(bits),
             )  # fmt: skip
-        names = [size.removeprefix("custom-").rsplit("/", 1)[-1] for size in sizes]
+        names = [Path(size.removeprefix("custom-")).name for size in sizes]
         ax.set_xticks(range(len(sizes)), names, fontsize=7)
         ax.set_ylabel("tokens/s")
         ax.set_title(f"{_where(device, threads)}: batch {batch}", fontsize=9)
