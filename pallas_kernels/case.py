@@ -25,12 +25,20 @@ class Arrays(NamedTuple):
     bias: Array | None
 
 
+class Norm(NamedTuple):
+    """The arrays of a residual sum and a norm before a product: what is added to x [M, K], a scale [K]."""
+
+    delta: Array
+    scale: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What is static about a product.
 
     Attributes:
         uniform: the values of each codebook are evenly spaced, see `fdk_jax.QuantisedTensor`.
+        norm_eps: of the RMS norm before the product, see `pallas_kernels.norm_matmul`; or None.
     """
 
     m: int
@@ -44,6 +52,7 @@ class Case:
     bias_dtype: Any
     out_dtype: Any
     uniform: bool = False
+    norm_eps: float | None = None
 
     @property
     def planes(self) -> int:
@@ -94,9 +103,9 @@ class Case:
         return None
 
     def pad(self, x: Array) -> Array:
-        """X [M, K] with noughts behind K, to whole tiles."""
-        behind = self.blocks * self.span - x.shape[1]
-        return jnp.pad(x, ((0, 0), (0, behind))) if behind else x
+        """X [..., K] with noughts behind K, to whole tiles."""
+        behind = self.blocks * self.span - x.shape[-1]
+        return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, behind),)) if behind else x
 
     def launch(
         self,
@@ -107,15 +116,20 @@ class Case:
         warps: int,
         cluster: int = 1,
         name: str,
-    ) -> Array:
-        """X times the transpose of the weight, [M, N], by a kernel's PTX.
+        norm: Norm | None = None,
+    ) -> tuple[Array, ...]:
+        """X times the transpose of the weight, [M, N], by a kernel's PTX; with a norm also the sum [M, K].
 
-        Operands of the PTX: $1 x, $2 packed, $3 scales, $4 codebook, $5 bias if any, then the result.
+        Operands of the PTX: $1 x, $2 packed, $3 scales, $4 codebook, bias if any, those of the norm if there
+        is one, then the results.
         """
         operands = (self.pad(arrays.x), *arrays[1:4])
         if arrays.bias is not None:
             operands += (arrays.bias,)
-        out = jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype)
+        outputs = (jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype),)
+        if norm is not None:
+            operands += (self.pad(norm.delta), self.pad(norm.scale))
+            outputs += (jax.ShapeDtypeStruct((self.m, self.k), self.x_dtype),)
         return triton_compat.ptx_call(
-            source, operands, out, grid=grid, num_warps=warps, cluster=cluster, name=name
+            source, operands, outputs, grid=grid, num_warps=warps, cluster=cluster, name=name
         )

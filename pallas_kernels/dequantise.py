@@ -31,14 +31,16 @@ def matmul(case: Case, arrays: Arrays) -> Array:
 
 def dequantise(case: Case, packed: Array, scales: Array, codebook: Array) -> Array:
     """The weight in the dtype of x, padded to whole tiles: [ceil(N / 16) * 16, blocks * span]."""
-    return triton_compat.ptx_call(
+    shape = 16 * case.tiles, case.blocks * case.span
+    [weight] = triton_compat.ptx_call(
         source(case),
         (packed, scales, codebook),
-        jax.ShapeDtypeStruct((16 * case.tiles, case.blocks * case.span), case.x_dtype),
+        (jax.ShapeDtypeStruct(shape, case.x_dtype),),
         grid=(case.tiles,),
         num_warps=_CONFIG.warps,
         name="fdk_dequantise",
     )
+    return weight
 
 
 def source(case: Case) -> str:

@@ -7,15 +7,18 @@ by the largest of 64 neighbours, as a high and a low byte. With two values any c
     sum x w = scale (first * sum x + (second - first) * sum of the x whose code is set)
 
 The eight columns of the instruction are the high and low bytes of four planes of x; a weight's product with
-the other planes is nought, as these have noughts in its place. A mask leaves a code at bit 0 to 3 of its byte:
-the x of codes at twice and thrice the distance are divided by four, and the sums of the lower rows by two.
-An infinity in x makes the scale infinite and itself the only integer that is not nought.
+the other planes is nought, as these have noughts in its place. A mask leaves a code at one bit of its byte, the
+same for all codes of a register: what that makes of the sums is divided out again, in x for the registers of
+upper and lower halves of a step, and at the end for upper and lower rows and for planes. An infinity in x makes
+the scale infinite and itself the only integer that is not nought.
 
-What is left to wait for is memory: codes and scales are copied to shared memory several blocks ahead, each
-lane's to a place of its own, so that no lane waits for another.
+What is left to wait for is memory, and it must never pause: a program a multiprocessor, whose rows are one
+stretch of memory. A warp of its own copies that in bulk to a ring in shared memory, as far ahead as there is
+room, from the first instruction on; meanwhile the others make integers of x, once, in shared memory.
 
-Glossary as in `matvec`: R tiles of 16 rows a warp (`Config.tiles`), W warps that share K (`Config.warps`), D
-blocks in flight a warp (`Config.stages`). A fourfold is four planes, half a block of a tile.
+Glossary: W warps that multiply (`Config.workers`), P programs (`Config.programs`). A tile has 16 rows, a
+block of it 512 weights a row: two fourfolds of four planes of 64. A slot of the ring holds a block for each
+of the W warps.
 """
 
 import dataclasses
@@ -24,277 +27,611 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from pallas_kernels import decoding, matvec
-from pallas_kernels.case import Case
-from pallas_kernels.ptx import at, float_constant, vector
+from pallas_kernels import decoding
+from pallas_kernels.case import PLANE, SHARED_BYTES, TILE_ROWS, Case
+from pallas_kernels.ptx import Ptx, at, float_constant, load_float, store_float, vector
 
-_STEPS = 4
-_FOURFOLD_X = 4 * 64 * 2  # bytes of x
-_FOURFOLD_CODES = 512  # bytes of a tile's codes
+_PLANES = 4  # of a fourfold
+_CODES = 1024  # bytes of a block's codes
+_X = 1024  # bytes of a block of x
+_INTEGERS = 1024  # bytes of the integers of a fourfold of x: 8 words a lane
+_SUMS = 8  # bytes of a plane's scale and sum
+_BOOK = 8  # bytes of a codebook's first value and the step to the second
+_BARRIERS = 16  # bytes of a slot's two barriers
 _LARGEST = 32512.0  # of the integers: its high byte, rounded, is 127
-_MAGIC = 12582912.0  # 1.5 * 2**23: a float's last bits are an integer
-_MAGIC_BITS = "0x4B400000"
+# The last bits of a float of this size are an integer. Low bytes have a bias of 128.
+_MAGIC = 1.5 * 2**23 + 128
+_MAGIC_BITS = 0x4B400080
+_FINITE = 2.0**127
 _TINY = 2.0**-112  # smaller x are not told apart from nought, if there are no others
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Launch configuration: R, W and D of the module's glossary."""
+    """Launch configuration: W and P of the module's glossary."""
 
-    tiles: int = 2
-    warps: int = 4
-    stages: int = 4
+    workers: int = 16
+    programs: int = 132
     cluster: ClassVar[int] = 1
+    rows: ClassVar[int] = TILE_ROWS  # at whose multiples the codebook may change
 
     @property
-    def rows(self) -> int:
-        """Rows of the weight a program."""
-        return self.as_matvec.rows
-
-    @property
-    def as_matvec(self) -> matvec.Config:
-        """What the parts shared with `matvec` see."""
-        return matvec.Config(self.tiles, self.warps, self.stages, diagonal=True)
+    def warps(self) -> int:
+        """Warps of a program: those that multiply, and the one that copies."""
+        return self.workers + 1
 
 
 def unsupported_reason(case: Case, config: Config) -> str | None:
     """Why the kernel does not take a case, or None."""
-    if case.bits != 1 or case.m != 1 or case.group_size != 64:
+    if case.bits != 1 or case.m != 1 or case.group_size != PLANE:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size} are not 1, 1 and 64"
         )
-    return case.unsupported_reason(config, lambda: _Writer(case, config.as_matvec).shared_bytes)
+    if case.norm_eps is not None and case.k % 8:
+        return f"the sum before the norm is written in vectors, and K={case.k} is no multiple of 8"
+    return case.unsupported_reason(config, lambda: _Writer(case, config).shared_bytes)
 
 
 def grid(case: Case, config: Config) -> tuple[int, int]:
     """Programs along N and M."""
-    return matvec.grid(case, config.as_matvec)
+    return min(config.programs, case.tiles), 1
 
 
 def source(case: Case, config: Config) -> str:
     """The kernel's PTX."""
-    return _Writer(case, config.as_matvec).write()
+    return _Writer(case, config).write()
 
 
-class _Writer(matvec._Writer):
-    """Writes the PTX of one case."""
+class _Writer:
+    """Writes the PTX of one case; one method a part of the kernel."""
 
-    def __init__(self, case: Case, config: matvec.Config) -> None:
-        super().__init__(case, config)
-        # A lane needs the scales of one plane of each fourfold.
-        self.scale_part = 64 * self.scale_bytes
-        self.tile_bytes = 2 * (_FOURFOLD_CODES + self.scale_part)
+    def __init__(self, case: Case, config: Config) -> None:
+        self.case, self.ptx = case, Ptx()
+        self.workers, self.programs = config.workers, grid(case, config)[0]
+        self.decoder = decoding.decoder(self.ptx, 1, case.x_dtype, exact=True)
+        self.block_scales = 8 * TILE_ROWS * jnp.dtype(case.scale_dtype).itemsize  # bytes
+        self.most_tiles = -(-case.tiles // self.programs)
+        self.slot_bytes = self.workers * (_CODES + self.block_scales)
+        # Shared memory: integers of x, noughts, scales and sums of x, codebooks, partial sums, then the ring.
+        self.places, end = {}, 0
+        for name, size in (
+            ("integers", case.blocks * 2 * _INTEGERS),
+            ("noughts", 2 * _INTEGERS),
+            ("plane_sums", case.blocks * 2 * _PLANES * _SUMS),
+            ("books", case.books * _BOOK),
+            ("partial", self.most_tiles * self.workers * TILE_ROWS * 4),
+            ("squares", self.workers * 4),
+        ):
+            self.places[name] = end
+            end += -(-size // 128) * 128
+        self.ring = end
+        # As many slots as there is room for, at most what a program has; two at least.
+        most = -(-self.most_tiles * case.blocks // self.workers)
+        room = (SHARED_BYTES - end) // (self.slot_bytes + _BARRIERS)
+        self.slots = max(2, min(room, most))
+        self.barriers = self.ring + self.slots * self.slot_bytes
+        # Operands behind the codebook.
+        names = [] if case.bias_dtype is None else ["bias"]
+        names += ["delta", "norm_scale", "y", "sum"] if self.normed else ["y"]
+        self.operands = {name: f"${i}" for i, name in enumerate(names, 5)}
+
+    @property
+    def normed(self) -> bool:
+        """Whether x is the norm of a sum."""
+        return self.case.norm_eps is not None
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
-        config = self.config
-        in_flight = config.warps * config.stages * config.tiles * self.tile_bytes
-        return max(in_flight, super().shared_bytes)
+        return self.barriers + self.slots * _BARRIERS
 
-    def _decoder(self) -> decoding.Decoder:
-        return decoding.decoder(self.ptx, 1, self.case.x_dtype, exact=True)
-
-    def _set_up_decoder(self) -> None:
+    def write(self) -> str:
         ptx = self.ptx
-        _, self.first, second = self.decoder.first_two(self._codebook())
-        step = ptx.op("sub.f32", second, self.first, kind="f32")
-        # A lower row's codes stand one bit higher.
-        self.row_steps = [step, ptx.op("mul.f32", step, float_constant(0.5), kind="f32")]
+        ptx.share(self.shared_bytes)
+        self._locate()
+        ptx.do("bra", "fdk_prepare", when=f"!{self.copies}")
+        self._start_ring()
+        self._copy("first", self.slots, wait=False)
+        # Round the ring once: a slot is empty when the barrier's first phase is over.
+        ptx.do("mov.u32", self.parity, 0)
+        ptx.label("fdk_prepare")
+        ptx.do("bra", "fdk_prepared", when=self.is_copier)
+        self._prepare()
+        ptx.label("fdk_prepared")
+        ptx.do("barrier.sync", 0)
+        ptx.do("bra", "fdk_multiply", when=f"!{self.is_copier}")
+        ptx.do("bra", "fdk_write", when=f"!{self.copies}")
+        self._copy("more", None, wait=True)
+        ptx.do("bra", "fdk_write")
+        ptx.label("fdk_multiply")
+        self._loop()
+        ptx.label("fdk_write")
+        ptx.do("barrier.sync", 0)
+        self._write_outputs()
+        return ptx.text()
 
-    def _locate_x(self) -> None:
-        """Where this lane's x starts, and constants of the lane."""
+    def _locate(self) -> None:
+        """Registers for who this lane is and what its program has to do."""
         ptx, case = self.ptx, self.case
-        plane = ptx.op("shr.u32", self.row, 1)
-        low = ptx.op("setp.eq.u32", ptx.op("and.b32", self.row, 1), 1, kind="pred")
-        address = ptx.op("mad.wide.u32", self.quad, 16, "$1", kind="b64")
-        address = ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64")
-        self.x = [ptx.op("mad.wide.u32", plane, 128, address, kind="b64")]
-        self.x_buffers = [[ptx.registers("b32", 8)] for _ in range(2)]
-        # Takes the low or the high byte of two integers, each twice; a low byte has a bias of 128.
-        self.selector = ptx.op("selp.b32", "0x4400", "0x5511", low)
-        self.flip = ptx.op("selp.b32", "0x80808080", 0, low)
-        # Planes 0 and 1 have the even bytes of an operand, planes 2 and 3 the odd ones; 0 and 2 go with
-        # the first codes of a byte, 1 and 3 with the others.
-        upper = ptx.op("setp.ge.u32", plane, 2, kind="pred")
-        bytes_ = ptx.op("selp.b32", "0xFF00FF00", "0x00FF00FF", upper)
-        odd = ptx.op("setp.eq.u32", ptx.op("and.b32", plane, 1), 1, kind="pred")
-        self.masks = [
-            ptx.op("selp.b32", 0, bytes_, odd),
-            ptx.op("selp.b32", bytes_, 0, odd),
-        ]
-        warp_bytes = self.config.stages * self.config.tiles * self.tile_bytes
-        warp = ptx.op("mad.lo.u32", self.warp, warp_bytes, self.shared)
-        self.codes = ptx.op("mad.lo.u32", self.lane, 16, warp)
-        scales = ptx.op("mad.lo.u32", self.lane, 2 * self.scale_bytes, warp)
-        self.lane_scales = ptx.op("add.u32", scales, 2 * _FOURFOLD_CODES)
-        # Lanes that have the high and the low bytes of the plane whose sums this lane has.
-        self.source_lane = ptx.op("mul.lo.u32", self.quad, 8)
-        self.low_lane = ptx.op("add.u32", self.source_lane, 4)
+        self.shared = ptx.op("mov.u32", "fdk_shared")
+        self.thread = ptx.op("mov.u32", "%tid.x")
+        self.lane = ptx.op("and.b32", self.thread, 31)
+        self.warp = ptx.op("shr.u32", self.thread, 5)
+        self.row = ptx.op("shr.u32", self.lane, 2)
+        self.quad = ptx.op("and.b32", self.lane, 3)
+        self.is_copier = ptx.op("setp.eq.u32", self.warp, self.workers, kind="pred")
+        self.copies = ptx.op("setp.eq.u32", self.thread, 32 * self.workers, kind="pred")
+        program = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.x"), case.tiles)
+        self.first_tile = ptx.op("div.u32", program, self.programs)
+        end = ptx.op("div.u32", ptx.op("add.u32", program, case.tiles), self.programs)
+        self.tiles = ptx.op("sub.u32", end, self.first_tile)
+        self.blocks = ptx.op("mul.lo.u32", self.tiles, case.blocks)
+
+    # The warp that copies
+
+    def _start_ring(self) -> None:
+        """Makes the barriers: a slot is full when its bytes are there, empty when each warp says so."""
+        ptx = self.ptx
+        for slot in range(self.slots):
+            full = at(self.shared, self.barriers + slot * _BARRIERS)
+            empty = at(self.shared, self.barriers + slot * _BARRIERS + 8)
+            ptx.do("mbarrier.init.shared::cta.b64", full, 1)
+            ptx.do("mbarrier.init.shared::cta.b64", empty, self.workers)
+        ptx.do("fence.proxy.async.shared::cta")
+        # The weight is read once: whatever else is in L2 shall stay.
+        self.policy = ptx.op("createpolicy.fractional.L2::evict_first.b64", "1.0", kind="b64")
+        first = ptx.op("mul.lo.u32", self.first_tile, self.case.blocks)
+        self.codes_from = ptx.op("mad.wide.u32", first, _CODES, "$2", kind="b64")
+        self.scales_from = ptx.op("mad.wide.u32", first, self.block_scales, "$3", kind="b64")
+        self.left = ptx.op("mov.u32", self.blocks)
+        self._start_round()
+
+    def _start_round(self) -> None:
+        ptx = self.ptx
+        self.slot = ptx.op("add.u32", self.shared, self.ring)
+        self.barrier = ptx.op("add.u32", self.shared, self.barriers)
+        self.last_barrier = ptx.op("add.u32", self.barrier, (self.slots - 1) * _BARRIERS)
+        self.parity = ptx.op("mov.u32", 0)
+
+    def _next_slot(self) -> None:
+        """Moves on to the next slot; behind the last one comes the first one, with the other parity."""
+        ptx = self.ptx
+        wrap = ptx.op("setp.eq.u32", self.barrier, self.last_barrier, kind="pred")
+        ptx.do("add.u32", self.slot, self.slot, self.slot_bytes)
+        ptx.do("add.u32", self.barrier, self.barrier, _BARRIERS)
+        ptx.do("add.u32", self.slot, self.shared, self.ring, when=wrap)
+        ptx.do("add.u32", self.barrier, self.shared, self.barriers, when=wrap)
+        ptx.do("xor.b32", self.parity, self.parity, 1, when=wrap)
+
+    def _copy(self, name: str, slots: int | None, *, wait: bool) -> None:
+        """Starts the copies of so many slots, or of all that are left, when they are empty."""
+        ptx, workers = self.ptx, self.workers
+        count = ptx.op("mov.u32", 0)
+        ptx.label(f"fdk_copy_{name}")
+        none = ptx.op("setp.eq.u32", self.left, 0, kind="pred")
+        ptx.do("bra", f"fdk_copied_{name}", when=none)
+        if slots is not None:
+            enough = ptx.op("setp.eq.u32", count, slots, kind="pred")
+            ptx.do("bra", f"fdk_copied_{name}", when=enough)
+            ptx.do("add.u32", count, count, 1)
+        if wait:
+            self._wait(at(self.barrier, 8), name)
+        blocks = ptx.op("min.u32", self.left, workers)
+        codes = ptx.op("mul.lo.u32", blocks, _CODES)
+        scales = ptx.op("mul.lo.u32", blocks, self.block_scales)
+        both = ptx.op("add.u32", codes, scales)
+        ptx.do("mbarrier.arrive.expect_tx.shared::cta.b64", "_", at(self.barrier), both)
+        scales_at = at(self.slot, workers * _CODES)
+        for target, source, size in (
+            (at(self.slot), at(self.codes_from), codes),
+            (scales_at, at(self.scales_from), scales),
+        ):
+            opcode = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+            opcode += ".L2::cache_hint"
+            ptx.do(opcode, target, source, size, at(self.barrier), self.policy)
+        ptx.do("add.u64", self.codes_from, self.codes_from, workers * _CODES)
+        ptx.do("add.u64", self.scales_from, self.scales_from, workers * self.block_scales)
+        ptx.do("sub.u32", self.left, self.left, blocks)
+        self._next_slot()
+        ptx.do("bra", f"fdk_copy_{name}")
+        ptx.label(f"fdk_copied_{name}")
+
+    def _wait(self, barrier: str, name: str) -> None:
+        """Waits until a barrier has completed the phase of the parity."""
+        ptx = self.ptx
+        ptx.label(f"fdk_wait_{name}")
+        done = ptx.register("pred")
+        ptx.do("mbarrier.try_wait.parity.shared::cta.b64", done, barrier, self.parity)
+        ptx.do("bra", f"fdk_wait_{name}", when=f"!{done}")
+
+    # Before the loop: x
+
+    def _prepare(self) -> None:
+        """Makes integers of x, and what else is in shared memory: a block a warp at a time."""
+        ptx, case = self.ptx, self.case
         self.infinite = ptx.register("pred")
-        zero, magic = ptx.op("mov.u32", 0), ptx.op("mov.u32", _MAGIC_BITS)
-        self.zeros = [zero, magic] * 2
-        self.totals = [
-            [[ptx.op("mov.f32", float_constant(0.0), kind="f32") for _ in range(4)]]
-            for _ in self.packed
+        # Planes 0 and 1 of a fourfold have the even bytes of an operand, planes 2 and 3 the odd ones.
+        upper = ptx.op("setp.ne.u32", ptx.op("and.b32", self.row, 2), 0, kind="pred")
+        self.bytes = ptx.op("selp.b32", "0xFF00FF00", "0x00FF00FF", upper)
+        offset = ptx.op("mul.lo.u32", self.warp, _X)
+        offset = ptx.op("mad.lo.u32", self.row, 2 * PLANE, offset)
+        self.x_offset = ptx.op("mad.lo.u32", self.quad, 16, offset)
+        arrays = ["$1"]
+        if self.normed:
+            arrays += [self.operands["delta"], self.operands["norm_scale"]]
+            self.squares = ptx.op("mov.f32", float_constant(0.0), kind="f32")
+        addresses = [ptx.op("mad.wide.u32", self.x_offset, 1, a, kind="b64") for a in arrays]
+        turns, together = -(-case.blocks // self.workers), 1 if self.normed else 3
+        for first in range(0, turns, together):
+            here = range(first, min(first + together, turns))
+            blocks = [ptx.op("add.u32", self.warp, turn * self.workers) for turn in here]
+            there = [ptx.op("setp.lt.u32", b, case.blocks, kind="pred") for b in blocks]
+            loaded = [[ptx.registers("b32", 8) for _ in addresses] for _ in here]
+            for turn, rows, guard in zip(here, loaded, there, strict=True):
+                for address, registers in zip(addresses, rows, strict=True):
+                    for half in range(2):
+                        source = at(address, turn * self.workers * _X + half * PLANE)
+                        part = vector(registers[4 * half : 4 * half + 4])
+                        ptx.do("ld.global.nc.v4.b32", part, source, when=guard)
+            if not first:  # while x is on its way
+                self._prepare_others()
+            for turn, rows, block, guard in zip(here, loaded, blocks, there, strict=True):
+                ptx.do("bra", f"fdk_no_x_{turn}", when=f"!{guard}")
+                x = self._add_and_scale(rows, turn) if self.normed else self._unpack(rows[0])
+                self._prepare_block(x, block, f"{turn}")
+                ptx.label(f"fdk_no_x_{turn}")
+        if self.normed:
+            self._store_squares()
+
+    def _unpack(self, pairs: list[str]) -> list[str]:
+        """The values of registers of two, float32."""
+        return [
+            value for pair in pairs for value in decoding.unpack(self.ptx, pair, self.case.x_dtype)
         ]
 
-    def _advance_to_warp(self, address: str) -> str:
-        """The scales of the warp's first block and of the plane whose sums the lane has."""
-        ptx = self.ptx
-        quads = ptx.op("mul.lo.u32", self.k_warp, 2)
-        address = ptx.op("mad.wide.u32", quads, 64 * self.scale_bytes, address, kind="b64")
-        return ptx.op("mad.wide.u32", self.quad, 2 * self.scale_bytes, address, kind="b64")
-
-    def _buffer(self, number: int) -> list[int]:
-        """Where the tiles of one block in flight are, behind this lane's place for codes."""
-        first = number * self.config.tiles
-        return [(first + i) * self.tile_bytes for i in range(self.config.tiles)]
-
-    def _load(self, buffer: list[int], ahead: int) -> None:
-        """Starts the copies of the block `ahead` steps of this warp after the current one."""
-        ptx, blocks = self.ptx, ahead * self.config.k_warps
-        there = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
-        for place, packed, scales in zip(buffer, self.packed, self.scales, strict=True):
-            for half in range(2):
-                source = at(packed, blocks * 2 * _FOURFOLD_CODES + half * _FOURFOLD_CODES)
-                target = at(self.codes, place + half * _FOURFOLD_CODES)
-                ptx.do("cp.async.cg.shared.global", target, source, 16, when=there)
-                source = at(scales, (2 * blocks + half) * self.scale_part)
-                target = at(self.lane_scales, place + half * self.scale_part)
-                size = 2 * self.scale_bytes
-                ptx.do("cp.async.ca.shared.global", target, source, size, when=there)
-        ptx.do("cp.async.commit_group")
-
-    def _load_x(self, buffer: int, ahead: int, fourfold: int) -> None:
-        """Starts the loads of a fourfold's x: 16 of this lane's plane."""
-        ptx = self.ptx
-        there = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
-        offset = ahead * self.config.k_warps * self.case.span * 2 + fourfold * _FOURFOLD_X
-        [address], [values] = self.x, self.x_buffers[buffer]
+    def _add_and_scale(self, rows: list[list[str]], turn: int) -> list[str]:
+        """X plus delta, rounded, then times the scale; the first program writes the sum."""
+        ptx, sums, products = self.ptx, [], []
+        for pair, other, factors in zip(*rows, strict=True):
+            halves = zip(self._unpack([pair]), self._unpack([other]), strict=True)
+            sums.append(self.decoder.pack(*(ptx.op("add.f32", *h, kind="f32") for h in halves)))
+            for value, factor in zip(self._unpack(sums[-1:]), self._unpack([factors]), strict=True):
+                ptx.do("fma.rn.f32", self.squares, value, value, self.squares)
+                products.append(ptx.op("mul.f32", value, factor, kind="f32"))
+        first = ptx.op("setp.eq.u32", ptx.op("mov.u32", "%ctaid.x"), 0, kind="pred")
+        ptx.do("bra", f"fdk_no_sum_{turn}", when=f"!{first}")
+        out = ptx.op("mad.wide.u32", self.x_offset, 1, self.operands["sum"], kind="b64")
         for half in range(2):
-            part = vector(values[4 * half : 4 * half + 4])
-            ptx.do("ld.global.nc.v4.b32", part, at(address, offset + 64 * half), when=there)
+            offset = turn * self.workers * _X + half * PLANE
+            place = ptx.op("add.u32", self.x_offset, offset)
+            there = ptx.op("setp.lt.u32", place, 2 * self.case.k, kind="pred")
+            part = vector(sums[4 * half : 4 * half + 4])
+            ptx.do("st.global.v4.b32", at(out, offset), part, when=there)
+        ptx.label(f"fdk_no_sum_{turn}")
+        return products
 
-    def _turn_x(self, loads: int) -> None:
-        """Nothing to do: a turn of the loop is an even number of fourfolds."""
+    def _store_squares(self) -> None:
+        """Stores the warp's part of the sum of squares."""
+        ptx, total = self.ptx, self.squares
+        for distance in (1, 2, 4, 8, 16):
+            other = ptx.register("f32")
+            ptx.do("shfl.sync.bfly.b32", other, total, distance, 31, "0xffffffff")
+            total = ptx.op("add.f32", total, other, kind="f32")
+        place = ptx.op("mad.lo.u32", self.warp, 4, self.shared)
+        first = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
+        ptx.do("st.shared.f32", at(place, self.places["squares"]), total, when=first)
 
-    def _multiply(self, buffer: list[int], stage: int) -> None:
-        """Multiplies a block with its stretch of x."""
-        self.ptx.do("cp.async.wait_group", self.config.stages - 1)
-        for fourfold in range(2):
-            flat = 2 * stage + fourfold
-            self._load_x(1 - flat % 2, *divmod(flat + 1, 2))
-            words = [self._codes(place + fourfold * _FOURFOLD_CODES) for place in buffer]
-            factors = [self._lane_factors(place + fourfold * self.scale_part) for place in buffer]
-            self._multiply_fourfold(words, factors, self.x_buffers[flat % 2][0], f"{flat}")
+    def _prepare_others(self) -> None:
+        """Fills what is in shared memory besides x."""
+        threads = 32 * self.workers
+        self._clear("noughts", min(threads, 2 * _INTEGERS // 16))
+        if self.case.blocks < self.workers:  # a warp may have no block of a tile
+            self._clear("partial", threads)
+        self._prepare_books()
 
-    def _codes(self, place: int) -> list[str]:
-        words = self.ptx.registers("b32", 4)
-        self.ptx.do("ld.shared.v4.b32", vector(words), at(self.codes, place))
-        return words
+    def _clear(self, name: str, threads: int) -> None:
+        """Writes noughts."""
+        ptx, places = self.ptx, sorted([*self.places.values(), self.ring])
+        start = self.places[name]
+        size = places[places.index(start) + 1] - start
+        zero = ptx.op("mov.u32", 0)
+        place = ptx.op("mad.lo.u32", self.thread, 16, self.shared)
+        for offset in range(0, size, 16 * threads):
+            last = (size - offset) // 16
+            there = ptx.op("setp.lt.u32", self.thread, min(last, threads), kind="pred")
+            target = at(place, start + offset)
+            ptx.do("st.shared.v4.b32", target, vector([zero] * 4), when=there)
 
-    def _lane_factors(self, place: int) -> list[str]:
-        """The scales of the upper and the lower row, float32."""
-        registers = self.ptx.registers("b32", self.scale_bytes // 2)
-        self._load_vector(registers, self.lane_scales, place, space="shared")
-        return self._factors(registers, 0)
+    def _prepare_books(self) -> None:
+        """Stores the first value of each codebook and the step to the second one."""
+        ptx, case = self.ptx, self.case
+        for start in range(0, case.books, 32 * self.workers):
+            book = ptx.op("add.u32", self.thread, start)
+            none = ptx.op("setp.ge.u32", book, case.books, kind="pred")
+            ptx.do("bra", f"fdk_no_book_{start}", when=none)
+            source = ptx.op("mad.wide.u32", book, 8, "$4", kind="b64")
+            _, first, second = self.decoder.first_two(source)
+            step = ptx.op("sub.f32", second, first, kind="f32")
+            place = ptx.op("mad.lo.u32", book, _BOOK, self.shared)
+            target = at(place, self.places["books"])
+            ptx.do("st.shared.v2.b32", target, vector([first, step]))
+            ptx.label(f"fdk_no_book_{start}")
 
-    def _multiply_fourfold(self, words, factors, x: list[str], name: str) -> None:
+    def _prepare_block(self, x: list[str], block: str, name: str) -> None:
+        """Stores the integers of a block of x, and the scale and the sum of each of its planes.
+
+        The lane has 16 x of the plane that its row counts.
+        """
         ptx = self.ptx
         scale, inverses = self._scale_of(x, name)
-        sums = [ptx.registers("b32", 4) for _ in words]
-        all_x = ptx.op("mov.u32", 0)
-        for step in range(_STEPS):
-            pairs = [self._integers(x[2 * step + q], inverses[q]) for q in range(2)]
-            for pair, weight in zip(pairs, ("0x00010001", "0x00040004"), strict=True):
-                ptx.do("dp4a.s32.s32", all_x, pair, weight, all_x)
-            for part, mask in enumerate(self.masks):
-                b = [ptx.op("and.b32", pair, mask) for pair in pairs]
-                fresh = step == part == 0
-                for tile_words, tile_sums in zip(words, sums, strict=True):
-                    word = tile_words[step]
-                    if part:
-                        word = ptx.op("shr.u32", word, 4)
-                    a = [ptx.op("and.b32", word, f"0x{0x01010101 << i:08x}") for i in range(4)]
-                    self._dot_integers(tile_sums, a, b, fresh)
-        base = ptx.op("mul.f32", self._whole(all_x), self.first, kind="f32")
-        for tile_factors, tile_sums, [totals] in zip(factors, sums, self.totals, strict=True):
-            for row, row_step in enumerate(self.row_steps):
-                value = self._float(*tile_sums[2 * row : 2 * row + 2])
-                value = ptx.op("fma.rn.f32", row_step, value, base, kind="f32")
-                factor = ptx.op("mul.f32", tile_factors[row], scale, kind="f32")
-                ptx.do("fma.rn.f32", totals[2 * row], factor, value, totals[2 * row])
+        high, low, sums = [], [], [ptx.op("mov.u32", 0) for _ in range(2)]
+        for i in range(8):
+            values = [
+                ptx.op("fma.rn.f32", value, inverses[i % 2], float_constant(_MAGIC))
+                for value in x[2 * i : 2 * i + 2]
+            ]
+            for value in values:
+                sums[i % 2] = ptx.op("add.u32", sums[i % 2], value)
+            # A byte of two integers, each twice.
+            both = ptx.op("prmt.b32", *values, "0x5511")
+            high.append(ptx.op("and.b32", both, self.bytes))
+            both = ptx.op("prmt.b32", *values, "0x4400")
+            both = ptx.op("xor.b32", both, "0x80808080")
+            low.append(ptx.op("and.b32", both, self.bytes))
+        fourfold, plane = ptx.op("shr.u32", self.row, 2), ptx.op("and.b32", self.row, 3)
+        place = ptx.op("mad.lo.u32", block, 2 * _INTEGERS, self.shared)
+        place = ptx.op("mad.lo.u32", fourfold, _INTEGERS, place)
+        place = ptx.op("mad.lo.u32", plane, 8 * 16, place)  # rows 2 p and 2 p + 1 of lanes
+        place = ptx.op("mad.lo.u32", self.quad, 16, place)
+        for row, words in enumerate((high, low)):
+            for half in range(2):
+                offset = self.places["integers"] + row * 4 * 16 + half * _INTEGERS // 2
+                part = vector(words[4 * half : 4 * half + 4])
+                ptx.do("st.shared.v4.b32", at(place, offset), part)
+        sum_ = ptx.op("mad.lo.u32", sums[1], 4, sums[0])
+        # Eight addends, and eight times four.
+        sum_ = ptx.op("sub.u32", sum_, (8 + 8 * 4) * _MAGIC_BITS % 2**32)
+        for distance in (1, 2):
+            other = ptx.register("b32")
+            ptx.do("shfl.sync.bfly.b32", other, sum_, distance, 31, "0xffffffff")
+            sum_ = ptx.op("add.u32", sum_, other)
+        whole = ptx.op("cvt.rn.f32.s32", sum_, kind="f32")
+        place = ptx.op("mad.lo.u32", block, 2 * _PLANES * _SUMS, self.shared)
+        place = ptx.op("mad.lo.u32", self.row, _SUMS, place)
+        mine = ptx.op("setp.eq.u32", self.quad, 0, kind="pred")
+        target = at(place, self.places["plane_sums"])
+        ptx.do("st.shared.v2.b32", target, vector([scale, whole]), when=mine)
 
     def _scale_of(self, x: list[str], name: str) -> tuple[str, list[str]]:
-        """The scale of the plane whose sums the lane has, and what makes integers of the lane's own x.
+        """The scale of the lane's plane, and what makes integers of its x: all of them, a quarter of them.
 
         Where there is an infinity, all x are brought into the finite range first.
         """
-        ptx, kind = self.ptx, self.decoder.kind
-        sizes = [ptx.op("and.b32", pair, "0x7fff7fff") for pair in x]
-        pair = functools.reduce(lambda a, b: ptx.op(f"max.NaN.{kind}x2", a, b), sizes)
-        most = ptx.op("max.NaN.f32", *decoding.unpack(ptx, pair, self.case.x_dtype), kind="f32")
+        ptx = self.ptx
+        sizes = [ptx.op("abs.f32", value, kind="f32") for value in x]
+        most = functools.reduce(lambda a, b: ptx.op("max.NaN.f32", a, b, kind="f32"), sizes)
         for distance in (1, 2):
             other = ptx.register("f32")
             ptx.do("shfl.sync.bfly.b32", other, most, distance, 31, "0xffffffff")
             most = ptx.op("max.NaN.f32", most, other, kind="f32")
         scale = ptx.op("mul.f32", most, float_constant(1 / _LARGEST), kind="f32")
-        of_sums = ptx.register("f32")
-        ptx.do("shfl.sync.idx.b32", of_sums, scale, self.source_lane, 31, "0xffffffff")
 
         ptx.do("setp.eq.f32", self.infinite, most, float_constant(jnp.inf))
         somewhere = ptx.register("pred")
         ptx.do("vote.sync.any.pred", somewhere, self.infinite, "0xffffffff")
-        largest = 2.0**127 if kind == "bf16" else 2.0**15
         ptx.do("bra", f"fdk_finite{name}", when=f"!{somewhere}")
-        bounds = [ptx.op("mov.f32", float_constant(b), kind="f32") for b in (-largest, largest)]
-        low, high = (self.decoder.pack(bound, bound) for bound in bounds)
-        for pair in x:
-            ptx.do(f"max.{kind}x2", pair, pair, low)
-            ptx.do(f"min.{kind}x2", pair, pair, high)
-        ptx.do("selp.f32", most, float_constant(largest), most, self.infinite)
+        for value in x:
+            ptx.do("max.f32", value, value, float_constant(-_FINITE))
+            ptx.do("min.f32", value, value, float_constant(_FINITE))
+        ptx.do("selp.f32", most, float_constant(_FINITE), most, self.infinite)
         ptx.label(f"fdk_finite{name}")
         most = ptx.op("max.f32", most, float_constant(_TINY), kind="f32")
         inverse = ptx.op("rcp.approx.f32", most, kind="f32")
-        return of_sums, [
+        return scale, [
             ptx.op("mul.f32", inverse, float_constant(_LARGEST / divisor), kind="f32")
             for divisor in (1, 4)
         ]
 
-    def _integers(self, pair: str, inverse: str) -> str:
-        """The high or the low bytes of two x as integers, each twice, without their bias."""
+    # The loop over the program's blocks
+
+    def _loop(self) -> None:
+        ptx, case = self.ptx, self.case
+        self._start_round()
+        self._locate_operands()
+        block, tile = ptx.op("mov.u32", self.warp), ptx.op("mov.u32", 0)
+        totals = [ptx.op("mov.f32", float_constant(0.0), kind="f32") for _ in range(2)]
+        first, *steps = ptx.registers("f32", 3)
+        self._load_book(tile, first, steps)
+        ptx.label("fdk_loop")
+        done = ptx.op("setp.ge.u32", block, self.blocks, kind="pred")
+        ptx.do("bra", "fdk_done", when=done)
+        current = ptx.op("div.u32", block, case.blocks)
+        same = ptx.op("setp.eq.u32", current, tile, kind="pred")
+        ptx.do("bra", "fdk_same_tile", when=same)
+        self._store_totals(totals, tile)
+        for total in totals:
+            ptx.do("mov.f32", total, float_constant(0.0))
+        ptx.do("mov.u32", tile, current)
+        if case.books > 1:
+            self._load_book(tile, first, steps)
+        ptx.label("fdk_same_tile")
+        before = ptx.op("mul.lo.u32", tile, case.blocks)
+        x = ptx.op("sub.u32", block, before)
+        places = [ptx.op("mad.lo.u32", x, stride, start) for start, stride in self.integers]
+        sums = ptx.op("mad.lo.u32", x, 2 * _PLANES * _SUMS, self.plane_sums)
+        self._wait(at(self.barrier), "full")
+        words, factors = self._load_block()
+        # The warp has what it needs; another block may take the place.
+        ptx.do("bar.warp.sync", "0xffffffff")
+        empty = at(self.barrier, 8)
+        ptx.do("mbarrier.arrive.shared::cta.b64", "_", empty, when=self.is_first_lane)
+        for half in range(2):
+            part = slice(4 * half, 4 * half + 4)
+            plane_sums = ptx.registers("b32", 2)
+            place = at(sums, self.places["plane_sums"] + half * _PLANES * _SUMS)
+            ptx.do("ld.shared.v2.b32", vector(plane_sums), place)
+            x = [self._load_integers(place, half) for place in places]
+            pair = factors[2 * half : 2 * half + 2]
+            self._multiply(words[part], pair, x, plane_sums, (first, steps), totals)
+        ptx.do("add.u32", block, block, self.workers)
+        self._next_slot()
+        ptx.do("bra", "fdk_loop")
+        ptx.label("fdk_done")
+        self._store_totals(totals, tile)
+
+    def _locate_operands(self) -> None:
+        """Where this lane's operands are, and constants of the lane."""
         ptx = self.ptx
-        magic = float_constant(_MAGIC + 128)
-        values = [
-            ptx.op("fma.rn.f32", value, inverse, magic, kind="f32")
-            for value in decoding.unpack(ptx, pair, self.case.x_dtype)
+        self.is_first_lane = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
+        # Lanes of planes 0 and 2 have x for the first codes of a byte and noughts for the others, those of
+        # planes 1 and 3 the other way round.
+        odd = ptx.op("setp.ne.u32", ptx.op("and.b32", self.row, 2), 0, kind="pred")
+        here = ptx.op("mad.lo.u32", self.lane, 16, self.shared)
+        here = ptx.op("add.u32", here, self.places["integers"])
+        nought = ptx.op("add.u32", self.shared, self.places["noughts"])
+        stride = 2 * _INTEGERS
+        self.integers = [
+            (ptx.op("selp.b32", nought, here, odd), ptx.op("selp.b32", 0, stride, odd)),
+            (ptx.op("selp.b32", here, nought, odd), ptx.op("selp.b32", stride, 0, odd)),
         ]
-        return ptx.op("xor.b32", ptx.op("prmt.b32", *values, self.selector), self.flip)
-
-    def _whole(self, part: str) -> str:
-        """The sum of all x of the plane whose sums the lane has, from each lane's part of its own plane."""
-        ptx = self.ptx
-        for distance in (1, 2):
-            other = ptx.register("b32")
-            ptx.do("shfl.sync.bfly.b32", other, part, distance, 31, "0xffffffff")
-            part = ptx.op("add.u32", part, other)
-        high, low = ptx.registers("b32", 2)
-        for half, lane in ((high, self.source_lane), (low, self.low_lane)):
-            ptx.do("shfl.sync.idx.b32", half, part, lane, 31, "0xffffffff")
-        whole = ptx.op("mad.lo.u32", high, 256, low)
-        return ptx.op("cvt.rn.f32.s32", whole, kind="f32")
-
-    def _dot_integers(self, sums: list[str], a: list[str], b: list[str], fresh: bool) -> None:
-        self.ptx.do(
-            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32",
-            vector(sums),
-            vector(a),
-            vector(b),
-            vector(self.zeros if fresh else sums),
+        self.plane_sums = ptx.op("mad.lo.u32", self.quad, _SUMS, self.shared)
+        codes = ptx.op("mul.lo.u32", self.warp, _CODES)
+        self.codes = ptx.op("mad.lo.u32", self.lane, 16, codes)
+        scales = ptx.op("mul.lo.u32", self.warp, self.block_scales)
+        self.scales = ptx.op("mad.lo.u32", self.lane, self.block_scales // 64, scales)
+        # The codes of planes 1 and 3 stand four bits higher.
+        higher = ptx.op("setp.ne.u32", ptx.op("and.b32", self.quad, 1), 0, kind="pred")
+        self.unit = ptx.op(
+            "selp.f32", float_constant(1 / 16), float_constant(1.0), higher, kind="f32"
         )
+        self.zero = ptx.op("mov.u32", 0)
+        # Of the four lanes of a row, which keep the sums of the lower one.
+        self.keeps_lower = higher
+        place = ptx.op("mad.lo.u32", self.warp, 4 * TILE_ROWS, self.shared)
+        place = ptx.op("mad.lo.u32", self.row, 8, place)
+        self.partial = ptx.op("mad.lo.u32", self.quad, 4, place)
+        self.keeps = ptx.op("setp.lt.u32", self.quad, 2, kind="pred")
 
-    def _float(self, high: str, low: str) -> str:
-        """256 * high + low as float32; low has started at the magic number."""
-        bits = self.ptx.op("mad.lo.u32", high, 256, low)
-        return self.ptx.op("sub.f32", bits, float_constant(_MAGIC), kind="f32")
+    def _load_book(self, tile: str, first: str, steps: list[str]) -> None:
+        """The codebook of a tile's rows: the first value, and the steps that a unit of a row's sums is."""
+        ptx, case = self.ptx, self.case
+        place = self.shared
+        if case.books > 1:
+            row = ptx.op("mul.lo.u32", ptx.op("add.u32", self.first_tile, tile), TILE_ROWS)
+            book = ptx.op("div.u32", row, case.n // case.books)
+            book = ptx.op("min.u32", book, case.books - 1)
+            place = ptx.op("mad.lo.u32", book, _BOOK, self.shared)
+        ptx.do("ld.shared.v2.b32", vector([first, steps[0]]), at(place, self.places["books"]))
+        ptx.do("mul.f32", steps[0], steps[0], self.unit)
+        # A lower row's codes stand one bit higher.
+        ptx.do("mul.f32", steps[1], steps[0], float_constant(0.5))
+
+    def _load_integers(self, place: str, half: int) -> list[str]:
+        """The integers of a fourfold of x, from one of the lane's two places."""
+        words = self.ptx.registers("b32", 8)
+        for i in range(2):
+            part = at(place, half * _INTEGERS + i * _INTEGERS // 2)
+            self.ptx.do("ld.shared.v4.b32", vector(words[4 * i : 4 * i + 4]), part)
+        return words
+
+    def _load_block(self) -> tuple[list[str], list[str]]:
+        """The codes of both fourfolds; their scales of the upper and the lower row, float32."""
+        ptx, case, words, factors = self.ptx, self.case, self.ptx.registers("b32", 8), []
+        codes, scales = (ptx.op("add.u32", self.slot, part) for part in (self.codes, self.scales))
+        for half in range(2):
+            part = vector(words[4 * half : 4 * half + 4])
+            ptx.do("ld.shared.v4.b32", part, at(codes, half * _CODES // 2))
+        for half in range(2):
+            place = at(scales, self.workers * _CODES + half * self.block_scales // 2)
+            if case.scale_dtype == jnp.float32:
+                factors += ptx.registers("b32", 2)
+                ptx.do("ld.shared.v2.b32", vector(factors[-2:]), place)
+            else:
+                factors += decoding.unpack(ptx, ptx.op("ld.shared.b32", place), case.scale_dtype)
+        return words, factors
+
+    def _multiply(self, words, factors, x, plane_sums, book, totals) -> None:
+        """Adds a fourfold's part to the sums of its rows."""
+        ptx, (scale, whole), (first, steps) = self.ptx, plane_sums, book
+        sums = ptx.registers("b32", 4)
+        for i, word in enumerate(words):
+            for part, integers in enumerate(x):
+                masks = (0x01010101 << 4 * part + bit for bit in range(4))
+                ptx.do(
+                    "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32",
+                    vector(sums),
+                    vector([ptx.op("and.b32", word, f"0x{mask:08x}") for mask in masks]),
+                    vector(integers[2 * i : 2 * i + 2]),
+                    vector(sums if i or part else [self.zero] * 4),
+                )
+        base = ptx.op("mul.f32", whole, first, kind="f32")
+        for row in range(2):
+            high, low = sums[2 * row : 2 * row + 2]
+            sum_ = ptx.op("mad.lo.u32", high, 256, low)
+            value = ptx.op("cvt.rn.f32.s32", sum_, kind="f32")
+            value = ptx.op("fma.rn.f32", steps[row], value, base, kind="f32")
+            factor = ptx.op("mul.f32", factors[row], scale, kind="f32")
+            ptx.do("fma.rn.f32", totals[row], factor, value, totals[row])
+
+    def _store_totals(self, totals: list[str], tile: str) -> None:
+        """Adds the sums of the four lanes of a row, and stores them as the warp's part of the tile's."""
+        ptx = self.ptx
+        upper, lower = totals
+        other, rest = ptx.registers("f32", 2)
+        given = ptx.op("selp.f32", upper, lower, self.keeps_lower, kind="f32")
+        kept = ptx.op("selp.f32", lower, upper, self.keeps_lower, kind="f32")
+        ptx.do("shfl.sync.bfly.b32", other, given, 1, 31, "0xffffffff")
+        kept = ptx.op("add.f32", kept, other, kind="f32")
+        ptx.do("shfl.sync.bfly.b32", rest, kept, 2, 31, "0xffffffff")
+        kept = ptx.op("add.f32", kept, rest, kind="f32")
+        place = ptx.op("mad.lo.u32", tile, self.workers * 4 * TILE_ROWS, self.partial)
+        ptx.do("st.shared.f32", at(place, self.places["partial"]), kept, when=self.keeps)
+
+    # The end
+
+    def _write_outputs(self) -> None:
+        """Adds the warps' sums, adds the bias, and writes the outputs."""
+        ptx, threads = self.ptx, 32 * (self.workers + 1)
+        rows = ptx.op("mul.lo.u32", self.tiles, TILE_ROWS)
+        for start in range(0, self.most_tiles * TILE_ROWS, threads):
+            index = ptx.op("add.u32", self.thread, start)
+            none = ptx.op("setp.ge.u32", index, rows, kind="pred")
+            ptx.do("bra", f"fdk_no_row_{start}", when=none)
+            self._write_output(index, f"fdk_no_row_{start}")
+            ptx.label(f"fdk_no_row_{start}")
+
+    def _write_output(self, index: str, behind: str) -> None:
+        """Writes the output of one of the program's rows, if the weight has it."""
+        ptx, case = self.ptx, self.case
+        n = ptx.op("mad.lo.u32", self.first_tile, TILE_ROWS, index)
+        outside = ptx.op("setp.ge.u32", n, case.n, kind="pred")
+        ptx.do("bra", behind, when=outside)
+        # Rows r and r + 8 are neighbours among the sums.
+        tile, row = ptx.op("shr.u32", index, 4), ptx.op("and.b32", index, 7)
+        lower = ptx.op("and.b32", ptx.op("shr.u32", index, 3), 1)
+        place = ptx.op("mad.lo.u32", tile, self.workers * 4 * TILE_ROWS, self.shared)
+        place = ptx.op("mad.lo.u32", row, 8, place)
+        place = ptx.op("mad.lo.u32", lower, 4, place)
+        total = ptx.op("mov.f32", float_constant(0.0), kind="f32")
+        for warp in range(self.workers):
+            part = at(place, self.places["partial"] + warp * 4 * TILE_ROWS)
+            ptx.do("add.f32", total, total, ptx.op("ld.shared.f32", part, kind="f32"))
+        if case.norm_eps is not None:
+            total = ptx.op("mul.f32", total, self._inverse_norm(case.norm_eps), kind="f32")
+        if case.bias_dtype is not None:
+            bias = load_float(ptx, self.operands["bias"], n, case.bias_dtype)
+            ptx.do("add.f32", total, total, bias)
+        size = jnp.dtype(case.out_dtype).itemsize
+        address = ptx.op("mad.wide.u32", n, size, self.operands["y"], kind="b64")
+        store_float(ptx, address, total, case.out_dtype)
+
+    def _inverse_norm(self, eps: float) -> str:
+        """What the outputs of products with the sum, instead of its norm, have to be multiplied by."""
+        ptx = self.ptx
+        total = ptx.op("mov.f32", float_constant(0.0), kind="f32")
+        for warp in range(self.workers):
+            part = at(self.shared, self.places["squares"] + 4 * warp)
+            ptx.do("add.f32", total, total, ptx.op("ld.shared.f32", part, kind="f32"))
+        constants = float_constant(1 / self.case.k), float_constant(eps)
+        mean = ptx.op("fma.rn.f32", total, *constants, kind="f32")
+        return ptx.op("rsqrt.approx.f32", mean, kind="f32")

@@ -1,12 +1,13 @@
-"""`matmul`: checks the arrays of a product and launches the kernel that its plan names."""
+"""Checks the arrays of a product and launches the kernel that its plan names."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import gather, tuning
-from pallas_kernels.case import Arrays, Case
+from pallas_kernels import gather, integer, tuning
+from pallas_kernels.case import Arrays, Case, Norm
 
 
 def matmul(
@@ -51,19 +52,8 @@ def matmul(
     """
     _check(x, packed, scales, codebook, bits, group_size, out_features)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    case = Case(
-        m=x.shape[0],
-        n=out_features,
-        k=x.shape[1],
-        bits=bits,
-        group_size=group_size,
-        books=codebook.size // 2**bits,
-        x_dtype=x.dtype,
-        scale_dtype=scales.dtype,
-        bias_dtype=None if bias is None else bias.dtype,
-        out_dtype=out_dtype,
-        uniform=uniform,
-    )
+    arrays = Arrays(x, packed, scales, codebook, bias)
+    case = _case(arrays, bits, group_size, out_features, uniform, out_dtype)
     chosen = tuning.choose(case) if config is None else _given(case, config)
     if interpret or chosen.kernel == "gather":
         return gather.matmul(
@@ -78,8 +68,114 @@ def matmul(
             out_dtype=out_dtype,
             interpret=interpret,
         )
-    arrays = Arrays(x, packed, scales, codebook, bias)
     return tuning.launch(case, chosen.kernel, chosen.config, arrays)
+
+
+def norm_plan(
+    x: Array,
+    packed: Array,
+    scales: Array,
+    codebook: Array,
+    *,
+    eps: float,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    uniform: bool,
+    bias: Array | None = None,
+) -> tuple[Case, integer.Config] | None:
+    """What `norm_matmul` of these arrays (or their shapes and dtypes) runs; None if no kernel does it."""
+    arrays = Arrays(x, packed, scales, codebook, bias)
+    case = _case(arrays, bits, group_size, out_features, uniform, jnp.dtype(x.dtype))
+    config = tuning.choose(case).config
+    case = dataclasses.replace(case, norm_eps=eps)
+    if not isinstance(config, integer.Config):
+        return None
+    return None if integer.unsupported_reason(case, config) else (case, config)
+
+
+def norm_matmul(
+    x: Array,
+    delta: Array,
+    norm_scale: Array,
+    packed: Array,
+    scales: Array,
+    codebook: Array,
+    *,
+    eps: float,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    uniform: bool,
+    bias: Array | None = None,
+) -> tuple[Array, Array]:
+    """A residual sum, its RMS norm and a product in one launch.
+
+        sum = x + delta;  y = matmul(norm_scale * sum / sqrt(mean(sum**2) + eps), ...)
+
+    Args:
+        x: bfloat16 or float16 [1, K].
+        delta: [1, K] of the same dtype.
+        norm_scale: [K] of the same dtype.
+        packed: See `matmul`.
+        scales: See `matmul`.
+        codebook: See `matmul`.
+        eps: Added to the mean.
+        bits: See `matmul`.
+        group_size: See `matmul`.
+        out_features: N.
+        uniform: See `matmul`.
+        bias: See `matmul`.
+
+    Returns:
+        (sum [1, K], y [1, N]), both in the dtype of x. What is multiplied is not rounded to that dtype.
+
+    Raises:
+        ValueError: see `matmul`; or delta and norm_scale that do not fit x.
+        NotImplementedError: a case for which `norm_plan` has nothing.
+    """
+    _check(x, packed, scales, codebook, bits, group_size, out_features)
+    for name, array, shape in (("delta", delta, x.shape), ("norm_scale", norm_scale, x.shape[1:])):
+        if array.shape != shape or array.dtype != x.dtype:
+            raise ValueError(f"{name} is {array.dtype}{array.shape}, must be {x.dtype}{shape}")
+    arrays = Arrays(x, packed, scales, codebook, bias)
+    facts: dict[str, Any] = dict(
+        bits=bits, group_size=group_size, out_features=out_features, uniform=uniform
+    )
+    plan = norm_plan(*arrays[:4], eps=eps, bias=bias, **facts)
+    if plan is None:
+        raise NotImplementedError(
+            f"no kernel normalises before this product: {x.dtype}{x.shape}, {facts}; add and"
+            " normalise first, then call matmul"
+        )
+    case, config = plan
+    y, total = case.launch(
+        integer.source(case, config),
+        arrays,
+        grid=integer.grid(case, config),
+        warps=config.warps,
+        name="fdk_norm_integer",
+        norm=Norm(delta, norm_scale),
+    )
+    return total, y
+
+
+def _case(
+    arrays: Arrays, bits: int, group_size: int, out_features: int, uniform: bool, out_dtype: Any
+) -> Case:
+    return Case(
+        m=arrays.x.shape[0],
+        n=out_features,
+        k=arrays.x.shape[1],
+        bits=bits,
+        group_size=group_size,
+        books=arrays.codebook.size // 2**bits,
+        x_dtype=arrays.x.dtype,
+        scale_dtype=arrays.scales.dtype,
+        bias_dtype=None if arrays.bias is None else arrays.bias.dtype,
+        out_dtype=out_dtype,
+        uniform=uniform,
+    )
 
 
 def _given(case: Case, config: tuning.Config) -> tuning.Plan:

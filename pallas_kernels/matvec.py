@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import decoding
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
-from pallas_kernels.ptx import Ptx, at, vector
+from pallas_kernels.ptx import Ptx, at, load_float, store_float, vector
 
 _STEPS = 4  # instructions a plane
 _TILE_BYTES = 1024
@@ -588,31 +588,13 @@ class _Writer:
         out = "$5"
         if case.bias_dtype is not None:
             out = "$6"
-            ptx.do("add.f32", total, total, self._load_float("$5", n, case.bias_dtype))
+            ptx.do("add.f32", total, total, load_float(ptx, "$5", n, case.bias_dtype))
         index = ptx.op("mul.wide.u32", m, case.n, kind="b64")
         size = jnp.dtype(case.out_dtype).itemsize
         address = ptx.op("mad.lo.u64", index, size, out, kind="b64")
         address = ptx.op("mad.wide.u32", n, size, address, kind="b64")
-        if case.out_dtype == jnp.float32:
-            ptx.do("st.global.f32", at(address), total)
-        else:
-            kind = "bf16" if case.out_dtype == jnp.bfloat16 else "f16"
-            half = ptx.op(f"cvt.rn.{kind}.f32", total, kind="b16")
-            ptx.do("st.global.b16", at(address), half)
+        store_float(ptx, address, total, case.out_dtype)
         ptx.label(behind)
-
-    def _load_float(self, base: str, index: str, dtype) -> str:
-        """An element of a float array in memory as float32."""
-        ptx = self.ptx
-        size = jnp.dtype(dtype).itemsize
-        address = ptx.op("mad.wide.u32", index, size, base, kind="b64")
-        if dtype == jnp.float32:
-            return ptx.op("ld.global.nc.f32", at(address), kind="f32")
-        half = ptx.op("ld.global.nc.b16", at(address), kind="b16")
-        if dtype == jnp.float16:
-            return ptx.op("cvt.f32.f16", half, kind="f32")
-        zero = ptx.op("mov.b16", 0, kind="b16")
-        return ptx.op("mov.b32", vector([zero, half]), kind="f32")
 
 
 def _scale_mode(case: Case, config: Config) -> str:

@@ -1,5 +1,6 @@
 """Writes PTX: registers, operations and the few idioms that the kernels share."""
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -67,3 +68,26 @@ def at(address: str, offset: int = 0) -> str:
 def float_constant(value: float) -> str:
     """A float32 as PTX writes it."""
     return f"0f{int(np.float32(value).view(np.uint32)):08X}"
+
+
+def load_float(ptx: Ptx, base: str, index: str, dtype) -> str:
+    """An element of a float array in memory as float32."""
+    size = jnp.dtype(dtype).itemsize
+    address = ptx.op("mad.wide.u32", index, size, base, kind="b64")
+    if dtype == jnp.float32:
+        return ptx.op("ld.global.nc.f32", at(address), kind="f32")
+    half = ptx.op("ld.global.nc.b16", at(address), kind="b16")
+    if dtype == jnp.float16:
+        return ptx.op("cvt.f32.f16", half, kind="f32")
+    zero = ptx.op("mov.b16", 0, kind="b16")
+    return ptx.op("mov.b32", vector([zero, half]), kind="f32")
+
+
+def store_float(ptx: Ptx, address: str, value: str, dtype) -> None:
+    """Stores a float32 as an element of a float array in memory."""
+    if dtype == jnp.float32:
+        ptx.do("st.global.f32", at(address), value)
+        return
+    kind = "bf16" if dtype == jnp.bfloat16 else "f16"
+    half = ptx.op(f"cvt.rn.{kind}.f32", value, kind="b16")
+    ptx.do("st.global.b16", at(address), half)

@@ -39,20 +39,20 @@ def compiler_params(*, num_warps: int, num_stages: int) -> Any:
 def ptx_call(
     source: str,
     operands: tuple[Array, ...],
-    out: jax.ShapeDtypeStruct,
+    outputs: tuple[jax.ShapeDtypeStruct, ...],
     *,
     grid: tuple[int, ...],
     num_warps: int,
     name: str,
     cluster: int = 1,
-) -> Array:
+) -> tuple[Array, ...]:
     """Launches a kernel whose body is one block of PTX.
 
     Args:
-        source: the block. $1 and the following are the addresses of the operands, the last that of the
-            result; $0 is scratch. `%ctaid` is the place in the grid.
+        source: the block. $1 and the following are the addresses of the operands, then those of the
+            results; $0 is scratch. `%ctaid` is the place in the grid.
         operands: arrays in device memory.
-        out: shape and dtype of the result.
+        outputs: shapes and dtypes of the results.
         grid: programs.
         num_warps: warps a program.
         name: of the kernel.
@@ -61,14 +61,13 @@ def ptx_call(
     """
 
     def kernel(*refs):
-        _inline_ptx.bind(*refs, source=source)
+        _inline_ptx.bind(*refs, source=source, outputs=len(outputs))
 
     params = compiler_params(num_warps=num_warps, num_stages=1)
     if cluster > 1 or shared_bytes(source) > 48 * 1024 or num_warps.bit_count() > 1:
         params = _DirectParams(num_warps=num_warps, num_stages=1, cluster=cluster)
-    return pl.pallas_call(kernel, out_shape=out, grid=grid, compiler_params=params, name=name)(
-        *operands
-    )
+    call = pl.pallas_call(kernel, out_shape=outputs, grid=grid, compiler_params=params, name=name)
+    return call(*operands)
 
 
 _inline_ptx = jax_core.Primitive("fdk_inline_ptx")
@@ -76,15 +75,16 @@ _inline_ptx.multiple_results = True
 
 
 @_inline_ptx.def_effectful_abstract_eval
-def _inline_ptx_effects(*refs, source):
+def _inline_ptx_effects(*refs, source, outputs):
     del source
-    last = len(refs) - 1
-    effects = {state.ReadEffect(i) for i in range(last)} | {state.WriteEffect(last)}
-    return [], effects
+    first = len(refs) - outputs
+    effects = {state.ReadEffect(i) for i in range(first)}
+    return [], effects | {state.WriteEffect(i) for i in range(first, len(refs))}
 
 
 @lowering.register_lowering(_inline_ptx)
-def _inline_ptx_lowering(ctx, *pointers, source):
+def _inline_ptx_lowering(ctx, *pointers, source, outputs):
+    del outputs
     # All operands are scalars, so that every thread runs the block exactly once.
     tt_dialect.elementwise_inline_asm(
         [ir.IntegerType.get_signless(32)],

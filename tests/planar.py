@@ -27,3 +27,23 @@ def product(rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0, uniform=F
     exact = np.asarray(x, np.float64)
     size = np.sqrt(np.mean(exact**2 @ (weight**2).T))
     return (x, packed, planar, jnp.asarray(codebook)), facts, (exact @ weight.T, size)
+
+
+NORM_EPS = 1e-3
+
+
+def normed_product(rng, n, k, dtype, books=1):
+    """Arguments of `pallas_kernels.norm_matmul`; the sum and the product in float64."""
+    arrays, facts, _ = product(rng, 1, n, k, 1, 64, dtype, books)
+    x, packed, scales, codebook = arrays
+    delta = jnp.asarray(3 * rng.normal(size=(1, k)), dtype)
+    factors = jnp.asarray(rng.uniform(0.5, 2, k), dtype)
+    exact = np.asarray((x + delta).astype(dtype), np.float64)
+    interchange, plain = packing.from_planar(packed, scales, in_features=k, **facts)
+    values = np.repeat(np.asarray(codebook.astype(dtype), np.float64), n // books, 0)
+    codes = np.asarray(packing.unpack(interchange, 1, k)).astype(int)
+    weight = np.take_along_axis(values, codes, -1)
+    weight *= np.repeat(np.asarray(plain, np.float64), 64, -1)[:, :k]
+    normed = np.asarray(factors, np.float64) * exact / np.sqrt(np.mean(exact**2) + NORM_EPS)
+    expected = normed @ weight.T, np.sqrt(np.mean(normed**2 @ (weight**2).T))
+    return (x, delta, factors, packed, scales, codebook), facts, exact, expected

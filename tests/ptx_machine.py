@@ -1,8 +1,10 @@
 """Runs the kernels' PTX on numpy, a program or cluster at a time: values and every access, without a GPU.
 
 Threads run in lockstep over the least program counter, which joins branches again by itself and makes
-barriers order what they should. Registers hold raw bits; an access outside of an operand, or a misaligned
-one, raises. Only what the kernels use is known.
+barriers order what they should. Threads that wait for a barrier in memory, or in such a program for others
+of theirs, stand still meanwhile; bulk copies arrive now and then at once, else when nobody can go on.
+Registers hold raw bits; an access outside of an operand, or a misaligned one, raises. Only what the kernels
+use is known.
 """
 
 import re
@@ -17,6 +19,8 @@ _FLOAT = {
     "mul": np.multiply,
     "div": np.divide,
     "rcp": np.reciprocal,
+    "rsqrt": lambda a: 1 / np.sqrt(a),
+    "abs": np.abs,
     "fma": lambda a, b, c: a * b + c,
 }
 _GAP = 4096  # unmapped bytes between operands
@@ -38,6 +42,8 @@ class _Program:
         self.threads, self.registers, self.labels, self.code = threads * cluster, {}, {}, []
         self.memory, starts = _Memory(), []
         self.copies, self.groups = [], []
+        self.barriers, self.bulk = {}, []
+        self.chance = np.random.default_rng(place[0])
         for operand in operands:
             starts.append(self.memory.map(operand))
         shared = re.search(r"fdk_shared\[(\d+)\]", source)
@@ -62,10 +68,19 @@ class _Program:
             self.code.append((match[1], match[2], [_operand(p) for p in parts]))
 
     def run(self):
-        counter = np.zeros(self.threads, np.int64)
-        while (at := counter.min()) < len(self.code):
+        self.counter = counter = np.zeros(self.threads, np.int64)
+        self.still = np.zeros(self.threads, bool)
+        while (counter < len(self.code)).any():
+            ready = ~self.still & (counter < len(self.code))
+            if not ready.any():
+                assert self.bulk, "a deadlock"
+                self.arrive(*self.bulk.pop(0))
+                continue
+            at = counter[ready].min()
             guard, opcode, operands = self.code[at]
-            active = counter == at
+            active = ready & (counter == at)
+            if opcode == "barrier.sync" and self.barriers and not self.meet(active):
+                continue
             counter[active] += 1
             if guard:
                 active &= (self.registers[guard.lstrip("!")] != 0) != guard.startswith("!")
@@ -97,9 +112,13 @@ class _Program:
         mask = np.uint64(2**64 - 1 if wide else 2**32 - 1)
         if name in ("ld", "st"):
             self.access(opcode, operands, active)
+        elif name == "mbarrier":
+            self.barrier(opcode, operands, active)
+        elif "bulk" in opcode:
+            self.copy_bulk(operands, active)
         elif name == "cp":
             self.copy(opcode, operands, active)
-        elif name in ("bar", "barrier", "fence"):
+        elif name in ("bar", "barrier", "fence", "createpolicy"):
             return
         elif name == "mapa":
             window = np.uint64(int(operands[2]) * _WINDOW)
@@ -148,11 +167,13 @@ class _Program:
             a, b = (_halves(self.read(o), half).astype(np.float64) for o in operands[1:])
             self.write(operands[0], _join(_extreme(opcode)(a, b).astype(half)), active)
         elif name == "shfl":
-            lanes = np.arange(self.threads)
+            own = np.arange(self.threads)
             if opcode[2] == "idx":
-                lanes = (lanes & ~31) + self.read(operands[2]).astype(int)
+                lanes = (own & ~31) + self.read(operands[2]).astype(int)
             else:
-                lanes = lanes ^ int(operands[2])
+                lanes = own ^ int(operands[2])
+            lanes = np.where(active, lanes, own)
+            assert active[lanes[active]].all(), "from a lane that does not take part"
             self.write(operands[0], self.read(operands[1])[lanes], active)
         elif name == "dp4a":
             a, b, c = (self.read(o).astype(np.uint32) for o in operands[1:])
@@ -202,6 +223,68 @@ class _Program:
             for i in range(0, size, 4):
                 self.copies.append((target + i, self.memory.load(source + i, 4)))
 
+    def meet(self, active):
+        """Whether all threads that still run have met; the others let those that are here stand still."""
+        running = self.counter < len(self.code)
+        here = self.counter == self.counter[active][0]
+        if (here == running).all():
+            active |= here
+            self.still[here] = False
+            return True
+        self.still[active] = True
+        return False
+
+    def barrier(self, opcode, operands, active):
+        """Barriers in shared memory: [arrivals a phase, those missing, bytes missing, phase]."""
+        name = operands[0] if opcode[1] == "init" else operands[1]
+        places = self.read(name[0]).astype(np.int64) + name[1]
+        if opcode[1] == "init":
+            for place in places[active]:
+                assert place % 8 == 0
+                self.shared.load(np.asarray([place]), 8)
+                count = int(operands[1])
+                self.barriers[place] = [count, count, 0, 0]
+        elif opcode[1] == "arrive":
+            size = self.read(operands[2]) if "expect_tx" in opcode else np.zeros(self.threads)
+            for place, bytes_ in zip(places[active], size[active], strict=True):
+                self.barriers[place][1] -= 1
+                self.barriers[place][2] += int(bytes_)
+                self.turn(place)
+        else:
+            parity = self.read(operands[2])
+            done = np.asarray(
+                [
+                    a and self.barriers[p][3] % 2 != parity[i]
+                    for i, (p, a) in enumerate(zip(places, active, strict=True))
+                ]
+            )
+            self.write(operands[0], done, active)
+            self.still |= active & ~done
+
+    def turn(self, place):
+        """Begins a barrier's next phase if nothing is missing, and lets everybody look again."""
+        count, arrivals, bytes_, phase = self.barriers[place]
+        assert arrivals >= 0
+        if arrivals == bytes_ == 0:
+            self.barriers[place] = [count, count, 0, phase + 1]
+            self.still[:] = False
+
+    def copy_bulk(self, operands, active):
+        [thread] = np.flatnonzero(active)
+        (to, to_offset), (base, offset), size, (barrier, barrier_offset), _ = operands
+        value = lambda name: int(self.read(name)[thread])  # noqa: E731
+        target, source, size = value(to) + to_offset, value(base) + offset, value(size)
+        assert target % 16 == source % 16 == size % 16 == 0 and size
+        steps = np.arange(0, size, 4)
+        self.bulk.append((target + steps, source + steps, value(barrier) + barrier_offset))
+        if self.chance.random() < 0.5:
+            self.arrive(*self.bulk.pop())
+
+    def arrive(self, target, source, barrier):
+        self.shared.store(target, 4, self.memory.load(source, 4))
+        self.barriers[barrier][2] -= 4 * len(target)
+        self.turn(barrier)
+
     def convert(self, opcode, operands, active):
         if opcode[-1] == "s32":
             value = self.read(operands[1]).astype(np.uint32).view(np.int32).astype(np.float32)
@@ -220,7 +303,7 @@ class _Program:
     def multiply(self, opcode, operands, active):
         """m16n8k16: lane 4 g + c; A rows g, g + 8 and columns 2 c, 2 c + 8; B column g; D columns 2 c."""
         if opcode[3] == "m16n8k32":
-            self.multiply_bytes(operands, active)
+            self.multiply_bytes(opcode, operands, active)
             return
         half = _HALVES[opcode[-2]]
         d, a, b, c = operands
@@ -232,8 +315,8 @@ class _Program:
                 right[warp, 2 * quad + e + 8 * i, g] = pair[e]
         self.add_product(d, a, right, c, half, active)
 
-    def multiply_bytes(self, operands, active):
-        """m16n8k32 of int8: A rows g, g + 8 and columns 4 c, 4 c + 16; B column g; D columns 2 c."""
+    def multiply_bytes(self, opcode, operands, active):
+        """m16n8k32 of bytes: A rows g, g + 8 and columns 4 c, 4 c + 16; B column g; D columns 2 c."""
         d, a, b, c = operands
         warp, g, quad = self.places()
         left = np.zeros((self.threads // 32, 16, 32), np.int64)
@@ -241,9 +324,9 @@ class _Program:
         for byte in range(4):
             for i, register in enumerate(a):
                 column = 4 * quad + byte + 16 * (i // 2)
-                left[warp, g + 8 * (i % 2), column] = self.signed_byte(register, byte)
+                left[warp, g + 8 * (i % 2), column] = self.byte(register, byte, opcode[-3])
             for i, register in enumerate(b):
-                right[warp, 4 * quad + byte + 16 * i, g] = self.signed_byte(register, byte)
+                right[warp, 4 * quad + byte + 16 * i, g] = self.byte(register, byte, opcode[-2])
         product = left @ right
         sums = [
             self.read(r).astype(np.uint32)
@@ -253,8 +336,9 @@ class _Program:
         for register, value in zip(d, sums, strict=True):
             self.write(register, value, active)
 
-    def signed_byte(self, register, byte):
-        return (self.read(register) >> np.uint64(8 * byte)).astype(np.uint8).view(np.int8)
+    def byte(self, register, byte, kind):
+        value = (self.read(register) >> np.uint64(8 * byte)).astype(np.uint8)
+        return value.view(np.int8) if kind == "s8" else value
 
     def multiply_group(self, opcode, operands, active):
         """A warpgroup's product with B in shared memory, K-major in cores of 8 x 16 bytes, not swizzled."""

@@ -5,14 +5,19 @@
 checks every access as well: with this allocator each array is an allocation of its own.
 """
 
+import gc
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import planar
 import pytest
 
+import fdk_jax
 import pallas_kernels
-from fdk_jax import packing
+from fdk_jax import models, packing
+from fdk_jax.models.config import ModelConfig
 from pallas_kernels import integer, matvec, tuning, wgmma
 from pallas_kernels.case import Case
 
@@ -94,11 +99,21 @@ def test_large_and_tiny_scales(rng, bits, uniform, m, dtype, scale):
     _check(rng, m, 40, 1024, bits, uniform, 64, dtype, bias=False, scale=scale)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("n", "k", "books"), [(33, 600, 1), (6144, 4096, 3), (128, 21512, 2)])
+def test_norm_before_a_product(rng, n, k, books, dtype):
+    arrays, facts, exact, (expected, size) = planar.normed_product(rng, n, k, dtype, books)
+    total, y = pallas_kernels.norm_matmul(*arrays, eps=planar.NORM_EPS, **facts, uniform=False)
+    np.testing.assert_array_equal(np.asarray(total, np.float64), exact)
+    error = np.asarray(y, np.float64) - expected
+    assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize(
     "config",
-    [None, matvec.Config(1, 8, 1, 1), integer.Config(1, 4, 2), wgmma.Config(16, 1, 2, 2)],
+    [None, matvec.Config(1, 8, 1, 1), integer.Config(8, 2), wgmma.Config(16, 1, 2, 2)],
     ids=str,
 )
 def test_non_finite_x_propagates_like_a_dense_product(rng, bits, uniform, value, config):
@@ -111,7 +126,8 @@ def test_non_finite_x_propagates_like_a_dense_product(rng, bits, uniform, value,
     values = np.asarray(codebook.astype(jnp.bfloat16), np.float64)[0]
     weight = values[np.asarray(packing.unpack(interchange, bits, 1024))]
     y = pallas_kernels.matmul(x, packed, scales, codebook, **facts, uniform=uniform, config=config)
-    expected = np.asarray(x, np.float64) @ weight.T
+    with np.errstate(invalid="ignore"):
+        expected = np.asarray(x, np.float64) @ weight.T
     np.testing.assert_array_equal(np.asarray(y, np.float64), expected)
     assert not np.isfinite(expected).any()
 
@@ -119,3 +135,50 @@ def test_non_finite_x_propagates_like_a_dense_product(rng, bits, uniform, value,
 def _case(bits):
     half = jnp.dtype(jnp.bfloat16)
     return Case(1, 48, 1024, bits, 64, 1, half, half, None, half)
+
+
+def _varied(rng, count):
+    """Products of ever new shapes with their gradients, weights made and prepared, a model that generates."""
+    for _ in range(count):
+        n, k, m = (int(size) for size in rng.integers(1, [600, 1500, 40]))
+        bits, group = int(rng.choice([1, 2, 4, 8])), int(rng.choice([16, 24, 64]))
+        weight = jnp.asarray(rng.standard_normal((n, k)), jnp.bfloat16)
+        w = fdk_jax.prepare(fdk_jax.quantise(weight, bits, group_size=group), "pallas")
+        x = jnp.asarray(rng.standard_normal((m, k)), jnp.bfloat16)
+        fdk_jax.matmul(x, w)
+        jax.jit(jax.grad(lambda x, w=w: fdk_jax.matmul(x, w).sum().astype(jnp.float32)))(x)
+    config = ModelConfig(512, 64, 128, 2, 4, 2, 32, tie_embeddings=True)
+    model = models.random_model(config, bits=int(rng.choice([1, 4])), backend="pallas")
+    prompts = [[1] * int(length) for length in rng.integers(1, 40, 2)]
+    models.Generator(model).generate(prompts, max_tokens=int(rng.integers(2, 40)))
+
+
+def test_long_runs_leave_nothing_on_the_device(rng):
+    device = jax.devices()[0]
+    if device.memory_stats() is None:
+        pytest.skip("this allocator does not count")
+    held = []
+    for _ in range(5):
+        _varied(rng, 5 * int(os.environ.get("FDK_FUZZ_ROUNDS", "1")))
+        jax.clear_caches()
+        gc.collect()
+        held.append(device.memory_stats()["bytes_in_use"])
+    print(f"bytes in use {held}")
+    assert max(held[1:]) <= held[0]
+
+
+def test_repeated_calls_leave_nothing_on_the_device(rng):
+    device = jax.devices()[0]
+    if device.memory_stats() is None:
+        pytest.skip("this allocator does not count")
+    weight = jnp.asarray(rng.standard_normal((512, 1024)), jnp.bfloat16)
+    w = fdk_jax.prepare(fdk_jax.quantise(weight, 4), "pallas")
+    x = jnp.asarray(rng.standard_normal((3, 1024)), jnp.bfloat16)
+    held = []
+    for _ in range(4):
+        for _ in range(200):
+            fdk_jax.matmul(x, w)
+        jax.block_until_ready(fdk_jax.matmul(x, w))
+        gc.collect()
+        held.append(device.memory_stats()["bytes_in_use"])
+    assert held[1:] == held[:1] * 3

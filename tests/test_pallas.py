@@ -1,5 +1,6 @@
 """The Pallas kernels without a GPU: values in the interpreter, lowering to CUDA, plans and errors."""
 
+import functools
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -287,10 +288,12 @@ def test_ptx_values_and_bounds(rng, bits, uniform, m, n, k, group_size, books, d
 @pytest.mark.parametrize(
     ("n", "k", "books", "config"),
     [
-        (33, 600, 1, integer.Config(2, 2, 3)),
-        (64, 1100, 2, integer.Config(1, 4, 1)),
-        (70, 2100, 1, integer.Config(4, 2, 2)),
-        (20, 3000, 1, integer.Config(1, 2, 4)),
+        (33, 600, 1, integer.Config(2, 2)),
+        (64, 1100, 2, integer.Config(7, 3)),
+        (70, 2100, 1, integer.Config(4, 132)),
+        (20, 3000, 1, integer.Config(16, 1)),
+        (1100, 12000, 1, integer.Config(8, 2)),  # more than the ring holds
+        (16 * 150, 300, 150, integer.Config(3, 4)),
     ],
 )
 def test_integer_kernel(rng, n, k, books, config, dtype, wide_scales):
@@ -313,7 +316,7 @@ def test_integer_kernel(rng, n, k, books, config, dtype, wide_scales):
 )
 @pytest.mark.parametrize(
     ("m", "config"),
-    [(1, matvec.Config(1, 8, 1, 1)), (1, integer.Config(2, 4, 2)), (16, wgmma.Config(16, 1, 4, 2))],
+    [(1, matvec.Config(1, 8, 1, 1)), (1, integer.Config(4, 2)), (16, wgmma.Config(16, 1, 4, 2))],
     ids=str,
 )
 def test_values_of_one_bit_are_exact(rng, codebook, dtype, m, config):
@@ -381,10 +384,60 @@ def test_integer_kernel_is_exact_for_integers(rng):
     weight = codebook[0][np.asarray(packing.unpack(interchange, 1, 1024))]
     weight = weight * np.repeat(np.asarray(plain, np.float64), 64, -1)
     case = _case(1, 32, 1024, 1, out=jnp.dtype(jnp.float32))
-    y = _run_ptx(
-        case, integer.Config(1, 4, 1), (jnp.asarray(x, HALF), packed, scales, codebook), None
-    )
+    y = _run_ptx(case, integer.Config(4, 1), (jnp.asarray(x, HALF), packed, scales, codebook), None)
     np.testing.assert_allclose(y, x @ weight.T, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("n", "k", "books", "config"),
+    [
+        (33, 600, 1, integer.Config(2, 2)),
+        (64, 2064, 2, integer.Config(3, 3)),
+        (20, 1024, 1, integer.Config(16, 132)),
+    ],
+)
+def test_norm_before_the_integer_kernel(rng, n, k, books, config, dtype):
+    arrays, facts, exact, (expected, size) = planar.normed_product(rng, n, k, dtype, books)
+    half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
+    case = Case(1, n, k, 1, 64, books, half, half, half, single, norm_eps=planar.NORM_EPS)
+    assert integer.unsupported_reason(case, config) is None
+    x, delta, factors, *weight = (np.asarray(a) for a in arrays)
+    x, delta, factors = (
+        np.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, case.blocks * 512 - k),))
+        for a in (x, delta, factors)
+    )
+    bias = rng.normal(size=n).astype(dtype)
+    outputs = np.full((1, n), np.nan, np.float32), np.full((1, k), np.nan, half)
+    ptx_machine.run(
+        integer.source(case, config),
+        [x, *weight, bias, delta, factors, *outputs],
+        integer.grid(case, config),
+        32 * config.warps,
+    )
+    np.testing.assert_array_equal(outputs[1].astype(np.float64), exact)
+    error = outputs[0].astype(np.float64) - (expected + bias.astype(np.float64))
+    assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
+    with pytest.raises(ValueError, match="norm_scale"):
+        pallas_kernels.norm_matmul(
+            *arrays[:2], arrays[2][1:], *arrays[3:], eps=planar.NORM_EPS, **facts, uniform=False
+        )
+
+
+def test_norm_before_a_product_lowers_to_one_launch(rng, launches):
+    half = jnp.dtype(jnp.bfloat16)
+    arrays, facts, *_ = planar.normed_product(rng, 64, 1024, half)
+    run = functools.partial(pallas_kernels.norm_matmul, eps=1e-5, **facts, uniform=False)
+    traced = jax.jit(run).trace(*arrays)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call") == 1
+    [(_, _, parameters)] = launches
+    assert parameters == 8
+    x, *rest = arrays
+    two = jnp.concatenate([x, x])
+    assert pallas_kernels.norm_plan(two, *rest[2:], eps=1e-5, **facts, uniform=False) is None
+    with pytest.raises(NotImplementedError, match="normalise first"):
+        run(two, jnp.concatenate([x, x]), *rest[1:])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -396,7 +449,7 @@ def test_integer_kernel_propagates_like_a_dense_product(rng, value):
     interchange, _ = packing.from_planar(packed, scales, in_features=1024, **facts)
     weight = codebook[0][np.asarray(packing.unpack(interchange, 1, 1024))]
     case = _case(1, 32, 1024, 1)
-    y = _run_ptx(case, integer.Config(2, 2, 3), (x, packed, scales, codebook), None)
+    y = _run_ptx(case, integer.Config(2, 3), (x, packed, scales, codebook), None)
     expected = np.asarray(x, np.float64) @ weight.T
     np.testing.assert_array_equal(y.astype(np.float64), expected)
     assert not np.isfinite(expected).any()

@@ -37,6 +37,10 @@ class RMSNorm(nnx.Module):
         """(x + delta, its norm), both [B, size]."""
         return platforms.add_rms_norm(x, delta, self.scale[...], self.eps)
 
+    def into(self, linear: nnx.Module, x: Array, delta: Array) -> tuple[Array, Array]:
+        """(x + delta, `linear` of its norm), [B, size] and [B, N]."""
+        return platforms.add_norm_linear(x, delta, self.scale[...], self.eps, linear)
+
 
 class Linear(nnx.Linear):
     """`nnx.Linear` that reads its kernel at full speed for a few tokens."""
@@ -72,9 +76,8 @@ class Attention(nnx.Module):
         mixed = platforms.in_float32_on_cpu(attention.over_prompt, q, k, v)
         return self._out(mixed.reshape(*x.shape[:-1], -1)), k, v
 
-    def token(self, x, cos, sin, lengths, keys, values) -> tuple[Array, Array, Array]:
-        """Maps x [B, D] of the tokens at `lengths` to (output [B, D], keys, values)."""
-        qkv = self.qkv(x)
+    def token(self, qkv, cos, sin, lengths, keys, values) -> tuple[Array, Array, Array]:
+        """Maps [B, qkv_features] of the tokens at `lengths` to (output [B, D], keys, values)."""
         supported = pallas_attention.supported(qkv.dtype, keys.shape, self.config.head_dim)
         no_library = cpu_backend.unavailable_reason()
         mixed, keys, values = jax.lax.platform_dependent(
@@ -128,7 +131,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps x [..., D] to [..., D]."""
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.gated(self.gate_up(x))
+
+    def gated(self, gate_up: Array) -> Array:
+        """Maps what the first projection gave [..., 2 inner] to [..., D]."""
+        gate, up = jnp.split(gate_up, 2, axis=-1)
         y = self.down(nnx.silu(gate) * up)
         return y if self.axis is None else jax.lax.psum(y, self.axis)
 
@@ -163,10 +170,10 @@ class Layer(nnx.Module):
         Returns:
             (x, delta, keys, values), the cache arrays one token longer.
         """
-        x, normed = self.attention_norm.after_add(x, delta)
-        mixed, keys, values = self.attention.token(normed, cos, sin, lengths, keys, values)
-        x, normed = self.mlp_norm.after_add(x, mixed)
-        return x, self.mlp(normed), keys, values
+        x, qkv = self.attention_norm.into(self.attention.qkv, x, delta)
+        mixed, keys, values = self.attention.token(qkv, cos, sin, lengths, keys, values)
+        x, gate_up = self.mlp_norm.into(self.mlp.gate_up, x, mixed)
+        return x, self.mlp.gated(gate_up), keys, values
 
 
 # The layers are alike: jit traces the first and reuses it, and XLA inlines the calls.

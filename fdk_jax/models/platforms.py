@@ -5,9 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 
+import pallas_kernels
 from fdk_jax import cpu_backend
+from fdk_jax.linear import QuantisedLinear
 from pallas_kernels import dense, norm
 
 
@@ -83,6 +86,37 @@ def add_rms_norm(x: Array, delta: Array, scale: Array, eps: float) -> tuple[Arra
 
     good = norm.supported(x.shape[1], x.dtype)
     return jax.lax.platform_dependent(x, delta, scale, cuda=fused if good else plain, default=plain)
+
+
+def add_norm_linear(
+    x: Array, delta: Array, scale: Array, eps: float, linear: nnx.Module
+) -> tuple[Array, Array]:
+    """(x + delta, `linear` of its RMS norm times `scale`) of [B, D] each; one launch if a kernel does it."""
+
+    def plain(x: Array, delta: Array, scale: Array) -> tuple[Array, Array]:
+        total, normed = add_rms_norm(x, delta, scale, eps)
+        return total, linear(normed)
+
+    fused = _norm_kernel(x, eps, linear)
+    if fused is None:
+        return plain(x, delta, scale)
+    return jax.lax.platform_dependent(x, delta, scale, cuda=fused, default=plain)
+
+
+def _norm_kernel(x: Array, eps: float, linear: nnx.Module) -> Callable | None:
+    """What normalises and multiplies on a GPU, a function of x, delta and scale; None if nothing does."""
+    if not isinstance(linear, QuantisedLinear) or linear.axis is not None:
+        return None
+    w, bias = linear.weight.get_value(), linear.bias
+    dtype = linear.dtype or jnp.promote_types(x.dtype, w.dtype)
+    if w.layout != "planar" or linear.backend not in (None, "pallas") or dtype != x.dtype:
+        return None
+    facts = {name: value for name, value in w.facts.items() if name != "in_features"}
+    facts |= {"uniform": w.uniform, "eps": eps, "bias": None if bias is None else bias.get_value()}
+    arrays = w.packed, w.scales, w.codebook
+    if pallas_kernels.norm_plan(x, *arrays, **facts) is None:
+        return None
+    return lambda x, delta, scale: pallas_kernels.norm_matmul(x, delta, scale, *arrays, **facts)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
