@@ -74,10 +74,12 @@ class Decoder(abc.ABC):
         return [pair, *unpack(self.ptx, pair, self.dtype)]
 
     def _value(self, codebook: str, code: str | int, when: str | None = None) -> str:
-        """A value of the codebook, float32."""
-        value = self.ptx.register("f32")
-        address = self.ptx.op("mad.wide.u32", code, 4, codebook, kind="b64")
-        self.ptx.do("ld.global.nc.f32", value, at(address), when=when)
+        """A value of the codebook, float32. It stays in L2: from memory it would queue up behind the weight."""
+        ptx = self.ptx
+        value = ptx.register("f32")
+        address = ptx.op("mad.wide.u32", code, 4, codebook, kind="b64")
+        opcode = "ld.global.nc.L2::cache_hint.f32"
+        ptx.do(opcode, value, at(address), ptx.policy("evict_last"), when=when)
         return value
 
 

@@ -78,7 +78,8 @@ def _kernel(x, w, out, *, steps):
     def step(i, acc):
         k = (split * steps + i) * _BLOCK_K + inner
         left = x[row[:, None], k[None, :]]
-        right = w[k[:, None], column[None, :]]
+        # Read once: whatever else is in L2 shall stay.
+        right = triton_compat.load(w.at[k[:, None], column[None, :]], eviction_policy="evict_first")
         return acc + jnp.dot(left, right, preferred_element_type=jnp.float32)
 
     acc = jax.lax.fori_loop(0, steps, step, jnp.zeros((_ROWS, _BLOCK_N), jnp.float32))

@@ -178,8 +178,6 @@ class _Writer:
             ptx.do("mbarrier.init.shared::cta.b64", full, 1)
             ptx.do("mbarrier.init.shared::cta.b64", empty, self.workers)
         ptx.do("fence.proxy.async.shared::cta")
-        # The weight is read once: whatever else is in L2 shall stay.
-        self.policy = ptx.op("createpolicy.fractional.L2::evict_first.b64", "1.0", kind="b64")
         first = ptx.op("mul.lo.u32", self.first_tile, self.case.blocks)
         self.codes_from = ptx.op("mad.wide.u32", first, _CODES, "$2", kind="b64")
         self.scales_from = ptx.op("mad.wide.u32", first, self.block_scales, "$3", kind="b64")
@@ -228,7 +226,8 @@ class _Writer:
         ):
             opcode = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
             opcode += ".L2::cache_hint"
-            ptx.do(opcode, target, source, size, at(self.barrier), self.policy)
+            policy = ptx.policy("evict_first")  # read once: whatever else is in L2 shall stay
+            ptx.do(opcode, target, source, size, at(self.barrier), policy)
         ptx.do("add.u64", self.codes_from, self.codes_from, workers * _CODES)
         ptx.do("add.u64", self.scales_from, self.scales_from, workers * self.block_scales)
         ptx.do("sub.u32", self.left, self.left, blocks)
@@ -272,7 +271,9 @@ class _Writer:
                     for half in range(2):
                         source = at(address, turn * self.workers * _X + half * PLANE)
                         part = vector(registers[4 * half : 4 * half + 4])
-                        ptx.do("ld.global.nc.v4.b32", part, source, when=guard)
+                        # What comes from memory would queue up behind the weight.
+                        opcode = "ld.global.nc.L2::cache_hint.v4.b32"
+                        ptx.do(opcode, part, source, ptx.policy("evict_last"), when=guard)
             if not first:  # while x is on its way
                 self._prepare_others()
             for turn, rows, block, guard in zip(here, loaded, blocks, there, strict=True):

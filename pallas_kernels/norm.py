@@ -61,5 +61,7 @@ def _kernel(x, scale, *refs, eps, size, added):
         triton_compat.store(refs[2].at[row, column], wide, mask=mask)
         wide = wide.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.sum(wide * wide) / features + jnp.float32(eps))
-    normed = (wide * inverse).astype(x.dtype) * load(scale.at[column])
+    # The scale stays in L2 when weights stream by.
+    scales = load(scale.at[column], eviction_policy="evict_last")
+    normed = (wide * inverse).astype(x.dtype) * scales
     triton_compat.store(refs[-2 if added else -1].at[row, column], normed, mask=mask)

@@ -12,6 +12,7 @@ class Ptx:
         self._lines: list[str] = []
         self._counts: dict[str, int] = {}
         self._shared = 0
+        self._policies: dict[str, str] = {}
 
     def register(self, kind: str) -> str:
         """A fresh register: "b32", "b64", "f32", "b16" or "pred"."""
@@ -34,6 +35,12 @@ class Ptx:
         self.do(opcode, result, *operands)
         return result
 
+    def policy(self, priority: str) -> str:
+        """A cache policy for loads with `.L2::cache_hint`: "evict_first" or "evict_last"."""
+        if priority not in self._policies:
+            self._policies[priority] = self.register("b64")
+        return self._policies[priority]
+
     def label(self, name: str) -> None:
         """Places a label."""
         self._lines.append(f"{name}:")
@@ -47,7 +54,11 @@ class Ptx:
         types = {"b32": ".b32", "b64": ".b64", "f32": ".f32", "b16": ".b16", "pred": ".pred"}
         registers = [f".reg {types[k]} {k}_<{n}>;" for k, n in self._counts.items()]
         shared = [shared_declaration(self._shared)] if self._shared else []
-        return "\n".join(["{", *shared, *registers, *self._lines, "}"])
+        policies = [
+            f"createpolicy.fractional.L2::{priority}.b64 {register}, 1.0;"
+            for priority, register in self._policies.items()
+        ]
+        return "\n".join(["{", *shared, *registers, *policies, *self._lines, "}"])
 
 
 def shared_declaration(size: int | str) -> str:

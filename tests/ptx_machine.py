@@ -58,7 +58,7 @@ class _Program:
         self.fixed = {k: np.full(self.threads, v).astype(np.uint64) for k, v in fixed.items()}
         for line in source.splitlines():
             line = line.strip()
-            if line in "{}" or line.startswith("."):
+            if line in "{}" or line.startswith((".", "createpolicy")):
                 continue
             if line.endswith(":"):
                 self.labels[line[:-1]] = len(self.code)
@@ -118,7 +118,7 @@ class _Program:
             self.copy_bulk(operands, active)
         elif name == "cp":
             self.copy(opcode, operands, active)
-        elif name in ("bar", "barrier", "fence", "createpolicy"):
+        elif name in ("bar", "barrier", "fence"):
             return
         elif name == "mapa":
             window = np.uint64(int(operands[2]) * _WINDOW)
@@ -190,6 +190,7 @@ class _Program:
     def access(self, opcode, operands, active):
         memory = self.memory if opcode[1] == "global" else self.shared
         size = {"b16": 2}.get(opcode[-1], 4)
+        operands = operands[:2]  # without a cache policy
         registers, (base, offset) = operands if opcode[0] == "ld" else operands[::-1]
         registers = registers if isinstance(registers, list) else [registers]
         addresses = self.read(base).astype(np.int64) + offset
