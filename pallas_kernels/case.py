@@ -25,20 +25,16 @@ class Arrays(NamedTuple):
     bias: Array | None
 
 
-class Norm(NamedTuple):
-    """The arrays of a residual sum and a norm before a product: what is added to x [M, K], a scale [K]."""
-
-    delta: Array
-    scale: Array
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What is static about a product.
 
     Attributes:
         uniform: the values of each codebook are evenly spaced, see `fdk_jax.QuantisedTensor`.
-        norm_eps: of the RMS norm before the product, see `pallas_kernels.norm_matmul`; or None.
+        norm_eps: x is to be divided by its root mean square, with this added to the mean; None if not. What
+            the squares add up to, the launch before has left in `squares` parts.
+        squares: see `norm_eps`.
+        residual: the product is added to a residual, and leaves what the next one's norm needs.
     """
 
     m: int
@@ -53,6 +49,18 @@ class Case:
     out_dtype: Any
     uniform: bool = False
     norm_eps: float | None = None
+    squares: int = 0
+    residual: bool = False
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the operands of a kernel's PTX, then of its results, in order from $1."""
+        bias = ("bias",) * (self.bias_dtype is not None)
+        squares = ("squares",) * (self.norm_eps is not None)
+        arrays = ("x", "packed", "scales", "codebook", *bias, *squares)
+        if self.residual:
+            return (*arrays, "residual", "norm_scale", "sum", "scaled", "squares_out")
+        return (*arrays, "y")
 
     @property
     def planes(self) -> int:
@@ -116,20 +124,34 @@ class Case:
         warps: int,
         cluster: int = 1,
         name: str,
-        norm: Norm | None = None,
+        others: tuple[Array, ...] = (),
+        squares: int = 0,
     ) -> tuple[Array, ...]:
-        """X times the transpose of the weight, [M, N], by a kernel's PTX; with a norm also the sum [M, K].
+        """X times the transpose of the weight by a kernel's PTX: the results that `operands` names.
 
-        Operands of the PTX: $1 x, $2 packed, $3 scales, $4 codebook, bias if any, those of the norm if there
-        is one, then the results.
+        Args:
+            source: the PTX.
+            arrays: x and what `matmul` has.
+            grid: programs.
+            warps: warps a program.
+            cluster: programs of a thread block cluster.
+            name: of the kernel.
+            others: the operands behind the bias.
+            squares: how many the kernel leaves, if there is a residual.
         """
         operands = (self.pad(arrays.x), *arrays[1:4])
         if arrays.bias is not None:
             operands += (arrays.bias,)
-        outputs = (jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype),)
-        if norm is not None:
-            operands += (self.pad(norm.delta), self.pad(norm.scale))
-            outputs += (jax.ShapeDtypeStruct((self.m, self.k), self.x_dtype),)
+        row = jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype)
+        outputs = (row,)
+        if self.residual:
+            outputs = (row, row, jax.ShapeDtypeStruct((squares,), jnp.float32))
         return triton_compat.ptx_call(
-            source, operands, outputs, grid=grid, num_warps=warps, cluster=cluster, name=name
+            source,
+            operands + others,
+            outputs,
+            grid=grid,
+            num_warps=warps,
+            cluster=cluster,
+            name=name,
         )

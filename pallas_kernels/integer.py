@@ -12,6 +12,8 @@ same for all codes of a register: what that makes of the sums is divided out aga
 upper and lower halves of a step, and at the end for upper and lower rows and for planes. An infinity in x makes
 the scale infinite and itself the only integer that is not nought.
 
+A residual sum and the RMS norm behind it need no launch of their own: see `pallas_kernels.residual_matmul`.
+
 What is left to wait for is memory, and it must never pause: a program a multiprocessor, whose rows are one
 stretch of memory. A warp of its own copies that in bulk to a ring in shared memory, as far ahead as there is
 room, from the first instruction on; meanwhile the others make integers of x, once, in shared memory.
@@ -67,14 +69,23 @@ def unsupported_reason(case: Case, config: Config) -> str | None:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size} are not 1, 1 and 64"
         )
-    if case.norm_eps is not None and case.k % 8:
-        return f"the sum before the norm is written in vectors, and K={case.k} is no multiple of 8"
     return case.unsupported_reason(config, lambda: _Writer(case, config).shared_bytes)
 
 
 def grid(case: Case, config: Config) -> tuple[int, int]:
     """Programs along N and M."""
     return min(config.programs, case.tiles), 1
+
+
+def squares(case: Case, config: Config) -> int:
+    """How many partial sums of squares a case with a residual leaves: those of each warp with outputs."""
+    warps = -(-_most_tiles(case, config) * TILE_ROWS // 32)
+    return grid(case, config)[0] * min(warps, config.warps)
+
+
+def _most_tiles(case: Case, config: Config) -> int:
+    """Tiles of a program, or one less."""
+    return -(-case.tiles // grid(case, config)[0])
 
 
 def source(case: Case, config: Config) -> str:
@@ -86,11 +97,11 @@ class _Writer:
     """Writes the PTX of one case; one method a part of the kernel."""
 
     def __init__(self, case: Case, config: Config) -> None:
-        self.case, self.ptx = case, Ptx()
+        self.case, self.config, self.ptx = case, config, Ptx()
         self.workers, self.programs = config.workers, grid(case, config)[0]
         self.decoder = decoding.decoder(self.ptx, 1, case.x_dtype, exact=True)
         self.block_scales = 8 * TILE_ROWS * jnp.dtype(case.scale_dtype).itemsize  # bytes
-        self.most_tiles = -(-case.tiles // self.programs)
+        self.most_tiles = _most_tiles(case, config)
         self.slot_bytes = self.workers * (_CODES + self.block_scales)
         # Shared memory: integers of x, noughts, scales and sums of x, codebooks, partial sums, then the ring.
         self.places, end = {}, 0
@@ -100,7 +111,7 @@ class _Writer:
             ("plane_sums", case.blocks * 2 * _PLANES * _SUMS),
             ("books", case.books * _BOOK),
             ("partial", self.most_tiles * self.workers * TILE_ROWS * 4),
-            ("squares", self.workers * 4),
+            ("squares", 4),
         ):
             self.places[name] = end
             end += -(-size // 128) * 128
@@ -110,15 +121,10 @@ class _Writer:
         room = (SHARED_BYTES - end) // (self.slot_bytes + _BARRIERS)
         self.slots = max(2, min(room, most))
         self.barriers = self.ring + self.slots * self.slot_bytes
-        # Operands behind the codebook.
-        names = [] if case.bias_dtype is None else ["bias"]
-        names += ["delta", "norm_scale", "y", "sum"] if self.normed else ["y"]
-        self.operands = {name: f"${i}" for i, name in enumerate(names, 5)}
-
-    @property
-    def normed(self) -> bool:
-        """Whether x is the norm of a sum."""
-        return self.case.norm_eps is not None
+        self.operands = {name: f"${i}" for i, name in enumerate(case.operands, 1)}
+        # Threads of a program that write an output, in turns if there are more rows.
+        self.threads = 32 * config.warps
+        self.turns = range(0, self.most_tiles * TILE_ROWS, self.threads)
 
     @property
     def shared_bytes(self) -> int:
@@ -129,6 +135,7 @@ class _Writer:
         ptx = self.ptx
         ptx.share(self.shared_bytes)
         self._locate()
+        self._load_residuals()
         ptx.do("bra", "fdk_prepare", when=f"!{self.copies}")
         self._start_ring()
         self._copy("first", self.slots, wait=False)
@@ -179,8 +186,10 @@ class _Writer:
             ptx.do("mbarrier.init.shared::cta.b64", empty, self.workers)
         ptx.do("fence.proxy.async.shared::cta")
         first = ptx.op("mul.lo.u32", self.first_tile, self.case.blocks)
-        self.codes_from = ptx.op("mad.wide.u32", first, _CODES, "$2", kind="b64")
-        self.scales_from = ptx.op("mad.wide.u32", first, self.block_scales, "$3", kind="b64")
+        self.codes_from = ptx.op("mad.wide.u32", first, _CODES, self.operands["packed"], kind="b64")
+        self.scales_from = ptx.op(
+            "mad.wide.u32", first, self.block_scales, self.operands["scales"], kind="b64"
+        )
         self.left = ptx.op("mov.u32", self.blocks)
         self._start_round()
 
@@ -252,75 +261,27 @@ class _Writer:
         # Planes 0 and 1 of a fourfold have the even bytes of an operand, planes 2 and 3 the odd ones.
         upper = ptx.op("setp.ne.u32", ptx.op("and.b32", self.row, 2), 0, kind="pred")
         self.bytes = ptx.op("selp.b32", "0xFF00FF00", "0x00FF00FF", upper)
-        offset = ptx.op("mul.lo.u32", self.warp, _X)
-        offset = ptx.op("mad.lo.u32", self.row, 2 * PLANE, offset)
-        self.x_offset = ptx.op("mad.lo.u32", self.quad, 16, offset)
-        arrays = ["$1"]
-        if self.normed:
-            arrays += [self.operands["delta"], self.operands["norm_scale"]]
-            self.squares = ptx.op("mov.f32", float_constant(0.0), kind="f32")
-        addresses = [ptx.op("mad.wide.u32", self.x_offset, 1, a, kind="b64") for a in arrays]
-        turns, together = -(-case.blocks // self.workers), 1 if self.normed else 3
-        for first in range(0, turns, together):
-            here = range(first, min(first + together, turns))
+        address = ptx.op("mad.wide.u32", self.warp, _X, self.operands["x"], kind="b64")
+        address = ptx.op("mad.wide.u32", self.row, 2 * PLANE, address, kind="b64")
+        address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
+        turns = -(-case.blocks // self.workers)
+        for first in range(0, turns, 3):
+            here = range(first, min(first + 3, turns))
             blocks = [ptx.op("add.u32", self.warp, turn * self.workers) for turn in here]
             there = [ptx.op("setp.lt.u32", b, case.blocks, kind="pred") for b in blocks]
-            loaded = [[ptx.registers("b32", 8) for _ in addresses] for _ in here]
-            for turn, rows, guard in zip(here, loaded, there, strict=True):
-                for address, registers in zip(addresses, rows, strict=True):
-                    for half in range(2):
-                        source = at(address, turn * self.workers * _X + half * PLANE)
-                        part = vector(registers[4 * half : 4 * half + 4])
-                        # What comes from memory would queue up behind the weight.
-                        opcode = "ld.global.nc.L2::cache_hint.v4.b32"
-                        ptx.do(opcode, part, source, ptx.policy("evict_last"), when=guard)
+            pairs = [ptx.registers("b32", 8) for _ in here]
+            for turn, registers, guard in zip(here, pairs, there, strict=True):
+                for half in range(2):
+                    source = at(address, turn * self.workers * _X + half * PLANE)
+                    part = vector(registers[4 * half : 4 * half + 4])
+                    ptx.do("ld.global.nc.v4.b32", part, source, when=guard)
             if not first:  # while x is on its way
                 self._prepare_others()
-            for turn, rows, block, guard in zip(here, loaded, blocks, there, strict=True):
+            for turn, registers, block, guard in zip(here, pairs, blocks, there, strict=True):
                 ptx.do("bra", f"fdk_no_x_{turn}", when=f"!{guard}")
-                x = self._add_and_scale(rows, turn) if self.normed else self._unpack(rows[0])
-                self._prepare_block(x, block, f"{turn}")
+                halves = (decoding.unpack(ptx, pair, case.x_dtype) for pair in registers)
+                self._prepare_block([x for half in halves for x in half], block, f"{turn}")
                 ptx.label(f"fdk_no_x_{turn}")
-        if self.normed:
-            self._store_squares()
-
-    def _unpack(self, pairs: list[str]) -> list[str]:
-        """The values of registers of two, float32."""
-        return [
-            value for pair in pairs for value in decoding.unpack(self.ptx, pair, self.case.x_dtype)
-        ]
-
-    def _add_and_scale(self, rows: list[list[str]], turn: int) -> list[str]:
-        """X plus delta, rounded, then times the scale; the first program writes the sum."""
-        ptx, sums, products = self.ptx, [], []
-        for pair, other, factors in zip(*rows, strict=True):
-            halves = zip(self._unpack([pair]), self._unpack([other]), strict=True)
-            sums.append(self.decoder.pack(*(ptx.op("add.f32", *h, kind="f32") for h in halves)))
-            for value, factor in zip(self._unpack(sums[-1:]), self._unpack([factors]), strict=True):
-                ptx.do("fma.rn.f32", self.squares, value, value, self.squares)
-                products.append(ptx.op("mul.f32", value, factor, kind="f32"))
-        first = ptx.op("setp.eq.u32", ptx.op("mov.u32", "%ctaid.x"), 0, kind="pred")
-        ptx.do("bra", f"fdk_no_sum_{turn}", when=f"!{first}")
-        out = ptx.op("mad.wide.u32", self.x_offset, 1, self.operands["sum"], kind="b64")
-        for half in range(2):
-            offset = turn * self.workers * _X + half * PLANE
-            place = ptx.op("add.u32", self.x_offset, offset)
-            there = ptx.op("setp.lt.u32", place, 2 * self.case.k, kind="pred")
-            part = vector(sums[4 * half : 4 * half + 4])
-            ptx.do("st.global.v4.b32", at(out, offset), part, when=there)
-        ptx.label(f"fdk_no_sum_{turn}")
-        return products
-
-    def _store_squares(self) -> None:
-        """Stores the warp's part of the sum of squares."""
-        ptx, total = self.ptx, self.squares
-        for distance in (1, 2, 4, 8, 16):
-            other = ptx.register("f32")
-            ptx.do("shfl.sync.bfly.b32", other, total, distance, 31, "0xffffffff")
-            total = ptx.op("add.f32", total, other, kind="f32")
-        place = ptx.op("mad.lo.u32", self.warp, 4, self.shared)
-        first = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
-        ptx.do("st.shared.f32", at(place, self.places["squares"]), total, when=first)
 
     def _prepare_others(self) -> None:
         """Fills what is in shared memory besides x."""
@@ -328,7 +289,36 @@ class _Writer:
         self._clear("noughts", min(threads, 2 * _INTEGERS // 16))
         if self.case.blocks < self.workers:  # a warp may have no block of a tile
             self._clear("partial", threads)
+        if self.case.norm_eps is not None:
+            self._add_squares()
         self._prepare_books()
+
+    def _add_squares(self) -> None:
+        """Adds the squares that the launch before this one has left: the last warp that multiplies does."""
+        ptx, count = self.ptx, self.case.squares
+        last = ptx.op("setp.eq.u32", self.warp, self.workers - 1, kind="pred")
+        ptx.do("bra", "fdk_no_squares", when=f"!{last}")
+        total = ptx.op("mov.f32", float_constant(0.0), kind="f32")
+        address = ptx.op("mad.wide.u32", self.lane, 4, self.operands["squares"], kind="b64")
+        parts = ptx.registers("f32", -(-count // 32))
+        for i, part in enumerate(parts):
+            ptx.do("mov.f32", part, float_constant(0.0))
+            there = ptx.op("setp.lt.u32", self.lane, min(count - 32 * i, 32), kind="pred")
+            ptx.do("ld.global.nc.f32", part, at(address, 128 * i), when=there)
+        for part in parts:
+            ptx.do("add.f32", total, total, part)
+        total = self._add_lanes(total)
+        first = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
+        ptx.do("st.shared.f32", at(self.shared, self.places["squares"]), total, when=first)
+        ptx.label("fdk_no_squares")
+
+    def _add_lanes(self, value: str) -> str:
+        """The sum of a warp's values."""
+        for distance in (1, 2, 4, 8, 16):
+            other = self.ptx.register("f32")
+            self.ptx.do("shfl.sync.bfly.b32", other, value, distance, 31, "0xffffffff")
+            value = self.ptx.op("add.f32", value, other, kind="f32")
+        return value
 
     def _clear(self, name: str, threads: int) -> None:
         """Writes noughts."""
@@ -350,7 +340,7 @@ class _Writer:
             book = ptx.op("add.u32", self.thread, start)
             none = ptx.op("setp.ge.u32", book, case.books, kind="pred")
             ptx.do("bra", f"fdk_no_book_{start}", when=none)
-            source = ptx.op("mad.wide.u32", book, 8, "$4", kind="b64")
+            source = ptx.op("mad.wide.u32", book, 8, self.operands["codebook"], kind="b64")
             _, first, second = self.decoder.first_two(source)
             step = ptx.op("sub.f32", second, first, kind="f32")
             place = ptx.op("mad.lo.u32", book, _BOOK, self.shared)
@@ -590,18 +580,31 @@ class _Writer:
 
     # The end
 
+    def _load_residuals(self) -> None:
+        """Starts loading what the outputs are added to and scaled by: at the end it would be waited for."""
+        ptx, case = self.ptx, self.case
+        self.residuals = []
+        for start in self.turns if case.residual else ():
+            row = ptx.op("mad.lo.u32", self.first_tile, TILE_ROWS, self.thread)
+            row = ptx.op("min.u32", ptx.op("add.u32", row, start), case.n - 1)
+            arrays = self.operands["residual"], self.operands["norm_scale"]
+            self.residuals.append([load_float(ptx, a, row, case.x_dtype) for a in arrays])
+
     def _write_outputs(self) -> None:
         """Adds the warps' sums, adds the bias, and writes the outputs."""
-        ptx, threads = self.ptx, 32 * (self.workers + 1)
+        ptx = self.ptx
         rows = ptx.op("mul.lo.u32", self.tiles, TILE_ROWS)
-        for start in range(0, self.most_tiles * TILE_ROWS, threads):
+        self.squares = ptx.op("mov.f32", float_constant(0.0), kind="f32")
+        for turn, start in enumerate(self.turns):
             index = ptx.op("add.u32", self.thread, start)
             none = ptx.op("setp.ge.u32", index, rows, kind="pred")
             ptx.do("bra", f"fdk_no_row_{start}", when=none)
-            self._write_output(index, f"fdk_no_row_{start}")
+            self._write_output(index, turn, f"fdk_no_row_{start}")
             ptx.label(f"fdk_no_row_{start}")
+        if self.case.residual:
+            self._write_squares()
 
-    def _write_output(self, index: str, behind: str) -> None:
+    def _write_output(self, index: str, turn: int, behind: str) -> None:
         """Writes the output of one of the program's rows, if the weight has it."""
         ptx, case = self.ptx, self.case
         n = ptx.op("mad.lo.u32", self.first_tile, TILE_ROWS, index)
@@ -618,21 +621,36 @@ class _Writer:
             part = at(place, self.places["partial"] + warp * 4 * TILE_ROWS)
             ptx.do("add.f32", total, total, ptx.op("ld.shared.f32", part, kind="f32"))
         if case.norm_eps is not None:
-            total = ptx.op("mul.f32", total, self._inverse_norm(case.norm_eps), kind="f32")
+            squares = at(self.shared, self.places["squares"])
+            squares = ptx.op("ld.shared.f32", squares, kind="f32")
+            constants = float_constant(1 / case.k), float_constant(case.norm_eps)
+            mean = ptx.op("fma.rn.f32", squares, *constants, kind="f32")
+            inverse = ptx.op("rsqrt.approx.f32", mean, kind="f32")
+            total = ptx.op("mul.f32", total, inverse, kind="f32")
         if case.bias_dtype is not None:
             bias = load_float(ptx, self.operands["bias"], n, case.bias_dtype)
             ptx.do("add.f32", total, total, bias)
-        size = jnp.dtype(case.out_dtype).itemsize
-        address = ptx.op("mad.wide.u32", n, size, self.operands["y"], kind="b64")
-        store_float(ptx, address, total, case.out_dtype)
+        if case.residual:
+            residual, scale = self.residuals[turn]
+            total = ptx.op("add.f32", total, residual, kind="f32")
+            total = decoding.unpack(ptx, self.decoder.pack(total, total), case.x_dtype)[0]
+            ptx.do("fma.rn.f32", self.squares, total, total, self.squares)
+            scaled = ptx.op("mul.f32", total, scale, kind="f32")
+            self._store(scaled, n, "scaled")
+        self._store(total, n, "sum" if case.residual else "y")
 
-    def _inverse_norm(self, eps: float) -> str:
-        """What the outputs of products with the sum, instead of its norm, have to be multiplied by."""
-        ptx = self.ptx
-        total = ptx.op("mov.f32", float_constant(0.0), kind="f32")
-        for warp in range(self.workers):
-            part = at(self.shared, self.places["squares"] + 4 * warp)
-            ptx.do("add.f32", total, total, ptx.op("ld.shared.f32", part, kind="f32"))
-        constants = float_constant(1 / self.case.k), float_constant(eps)
-        mean = ptx.op("fma.rn.f32", total, *constants, kind="f32")
-        return ptx.op("rsqrt.approx.f32", mean, kind="f32")
+    def _store(self, value: str, row: str, name: str) -> None:
+        size = jnp.dtype(self.case.out_dtype).itemsize
+        address = self.ptx.op("mad.wide.u32", row, size, self.operands[name], kind="b64")
+        store_float(self.ptx, address, value, self.case.out_dtype)
+
+    def _write_squares(self) -> None:
+        """Each warp with outputs writes the sum of their squares."""
+        ptx, warps = self.ptx, squares(self.case, self.config) // self.programs
+        total = self._add_lanes(self.squares)
+        place = ptx.op("mad.lo.u32", ptx.op("mov.u32", "%ctaid.x"), warps, self.warp)
+        address = ptx.op("mad.wide.u32", place, 4, self.operands["squares_out"], kind="b64")
+        first = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
+        writer = ptx.op("selp.b32", self.warp, warps, first)
+        there = ptx.op("setp.lt.u32", writer, warps, kind="pred")
+        ptx.do("st.global.f32", at(address), total, when=there)

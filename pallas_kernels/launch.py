@@ -1,13 +1,13 @@
 """Checks the arrays of a product and launches the kernel that its plan names."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import gather, integer, tuning
-from pallas_kernels.case import Arrays, Case, Norm
+from pallas_kernels.case import Arrays, Case
 
 
 def matmul(
@@ -53,7 +53,14 @@ def matmul(
     _check(x, packed, scales, codebook, bits, group_size, out_features)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     arrays = Arrays(x, packed, scales, codebook, bias)
-    case = _case(arrays, bits, group_size, out_features, uniform, out_dtype)
+    case = _case(
+        arrays,
+        bits=bits,
+        group_size=group_size,
+        out_features=out_features,
+        uniform=uniform,
+        out_dtype=out_dtype,
+    )
     chosen = tuning.choose(case) if config is None else _given(case, config)
     if interpret or chosen.kernel == "gather":
         return gather.matmul(
@@ -71,97 +78,111 @@ def matmul(
     return tuning.launch(case, chosen.kernel, chosen.config, arrays)
 
 
-def norm_plan(
-    x: Array,
-    packed: Array,
-    scales: Array,
-    codebook: Array,
-    *,
-    eps: float,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    uniform: bool,
-    bias: Array | None = None,
-) -> tuple[Case, integer.Config] | None:
-    """What `norm_matmul` of these arrays (or their shapes and dtypes) runs; None if no kernel does it."""
-    arrays = Arrays(x, packed, scales, codebook, bias)
-    case = _case(arrays, bits, group_size, out_features, uniform, jnp.dtype(x.dtype))
-    config = tuning.choose(case).config
-    case = dataclasses.replace(case, norm_eps=eps)
-    if not isinstance(config, integer.Config):
-        return None
-    return None if integer.unsupported_reason(case, config) else (case, config)
+class Scaled(NamedTuple):
+    """A residual sum on its way through a norm.
+
+    Attributes:
+        total: [1, D], the sum.
+        scaled: [1, D], the sum times the norm's scale, not yet divided by the root of the mean square.
+        squares: float32 [P], parts of the sum of the squares of `total`.
+    """
+
+    total: Array
+    scaled: Array
+    squares: Array
 
 
-def norm_matmul(
-    x: Array,
-    delta: Array,
-    norm_scale: Array,
-    packed: Array,
-    scales: Array,
-    codebook: Array,
-    *,
-    eps: float,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    uniform: bool,
-    bias: Array | None = None,
-) -> tuple[Array, Array]:
-    """A residual sum, its RMS norm and a product in one launch.
-
-        sum = x + delta;  y = matmul(norm_scale * sum / sqrt(mean(sum**2) + eps), ...)
+def residual_plan(w: Arrays, **facts: Any) -> integer.Config | None:
+    """The configuration with which `residual_matmul` multiplies; None if no kernel does it.
 
     Args:
-        x: bfloat16 or float16 [1, K].
-        delta: [1, K] of the same dtype.
-        norm_scale: [K] of the same dtype.
+        w: the arrays of the product, or their shapes and dtypes; `x` stands for `scaled` or x.
+        facts: bits, group_size, out_features and uniform, see `matmul`.
+    """
+    case = _case(w, out_dtype=w.x.dtype, **facts)
+    config = tuning.choose(case).config
+    return config if isinstance(config, integer.Config) else None
+
+
+def residual_matmul(
+    x: Array | Scaled,
+    packed: Array,
+    scales: Array,
+    codebook: Array,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    uniform: bool,
+    bias: Array | None = None,
+    eps: float = 0.0,
+    residual: Array | None = None,
+    norm_scale: Array | None = None,
+) -> Array | Scaled:
+    """A product with the norm before it, or with the residual sum behind it and half of the next norm.
+
+    A norm needs the mean over all of a sum, which no program of the launch that adds it knows; so the launch
+    leaves the parts of that mean, and the next one divides its outputs by the root.
+
+    Args:
+        x: bfloat16 or float16 [1, K]; or a `Scaled`, whose norm is multiplied.
         packed: See `matmul`.
         scales: See `matmul`.
         codebook: See `matmul`.
-        eps: Added to the mean.
         bits: See `matmul`.
         group_size: See `matmul`.
         out_features: N.
         uniform: See `matmul`.
         bias: See `matmul`.
+        eps: Added to the mean square, if x is a `Scaled`.
+        residual: [1, N] of the dtype of x, to which the product is added; or None.
+        norm_scale: [N] of the dtype of x, the scale of the norm behind the sum, if there is a residual.
 
     Returns:
-        (sum [1, K], y [1, N]), both in the dtype of x. What is multiplied is not rounded to that dtype.
+        [1, N] in the dtype of x; with a residual a `Scaled` of the sum.
 
     Raises:
-        ValueError: see `matmul`; or delta and norm_scale that do not fit x.
-        NotImplementedError: a case for which `norm_plan` has nothing.
+        ValueError: see `matmul`; or arrays that do not fit the product.
+        NotImplementedError: a case for which `residual_plan` has nothing.
     """
-    _check(x, packed, scales, codebook, bits, group_size, out_features)
-    for name, array, shape in (("delta", delta, x.shape), ("norm_scale", norm_scale, x.shape[1:])):
-        if array.shape != shape or array.dtype != x.dtype:
-            raise ValueError(f"{name} is {array.dtype}{array.shape}, must be {x.dtype}{shape}")
-    arrays = Arrays(x, packed, scales, codebook, bias)
+    rows, squares = (x.scaled, x.squares) if isinstance(x, Scaled) else (x, None)
+    _check(rows, packed, scales, codebook, bits, group_size, out_features)
+    others = () if squares is None else (squares,)
+    if residual is not None:
+        shapes = {"residual": (1, out_features), "norm_scale": (out_features,)}
+        for (name, shape), array in zip(shapes.items(), (residual, norm_scale), strict=True):
+            if array is None or array.shape != shape or array.dtype != rows.dtype:
+                found = None if array is None else f"{array.dtype}{array.shape}"
+                raise ValueError(f"{name} is {found}, must be {rows.dtype}{shape}")
+            others += (array,)
     facts: dict[str, Any] = dict(
         bits=bits, group_size=group_size, out_features=out_features, uniform=uniform
     )
-    plan = norm_plan(*arrays[:4], eps=eps, bias=bias, **facts)
-    if plan is None:
+    arrays = Arrays(rows, packed, scales, codebook, bias)
+    config = residual_plan(arrays, **facts)
+    if config is None:
         raise NotImplementedError(
-            f"no kernel normalises before this product: {x.dtype}{x.shape}, {facts}; add and"
-            " normalise first, then call matmul"
+            f"no kernel adds or normalises around this product: {rows.dtype}{rows.shape}, {facts};"
+            " do so apart, and call matmul"
         )
-    case, config = plan
-    y, total = case.launch(
+    case = _case(arrays, out_dtype=rows.dtype, **facts)
+    if squares is not None:
+        case = dataclasses.replace(case, norm_eps=eps, squares=squares.size)
+    case = dataclasses.replace(case, residual=residual is not None)
+    outputs = case.launch(
         integer.source(case, config),
         arrays,
         grid=integer.grid(case, config),
         warps=config.warps,
-        name="fdk_norm_integer",
-        norm=Norm(delta, norm_scale),
+        name="fdk_integer",
+        others=others,
+        squares=integer.squares(case, config),
     )
-    return total, y
+    return outputs[0] if residual is None else Scaled(*outputs)
 
 
 def _case(
-    arrays: Arrays, bits: int, group_size: int, out_features: int, uniform: bool, out_dtype: Any
+    arrays: Arrays, *, bits: int, group_size: int, out_features: int, uniform: bool, out_dtype: Any
 ) -> Case:
     return Case(
         m=arrays.x.shape[0],

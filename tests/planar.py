@@ -32,18 +32,39 @@ def product(rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0, uniform=F
 NORM_EPS = 1e-3
 
 
-def normed_product(rng, n, k, dtype, books=1):
-    """Arguments of `pallas_kernels.norm_matmul`; the sum and the product in float64."""
-    arrays, facts, _ = product(rng, 1, n, k, 1, 64, dtype, books)
-    x, packed, scales, codebook = arrays
-    delta = jnp.asarray(3 * rng.normal(size=(1, k)), dtype)
+def residual_product(rng, n, k, dtype, books=1, parts=5):
+    """A `Scaled` [1, K] and a residual [1, N] for `pallas_kernels.residual_matmul`, one bit a weight.
+
+    Returns:
+        (total, scaled, squares) of the input; (residual, scale); weight arrays; facts; in float64 the
+        norm's product and its size without cancellation.
+    """
+    (x, *weight), facts, _ = product(rng, 1, n, k, 1, 64, dtype, books)
+    packed, scales, codebook = weight
     factors = jnp.asarray(rng.uniform(0.5, 2, k), dtype)
-    exact = np.asarray((x + delta).astype(dtype), np.float64)
+    squares = np.zeros(parts, np.float32)
+    np.add.at(squares, np.arange(k) % parts, np.asarray(x, np.float32)[0] ** 2)
     interchange, plain = packing.from_planar(packed, scales, in_features=k, **facts)
     values = np.repeat(np.asarray(codebook.astype(dtype), np.float64), n // books, 0)
     codes = np.asarray(packing.unpack(interchange, 1, k)).astype(int)
-    weight = np.take_along_axis(values, codes, -1)
-    weight *= np.repeat(np.asarray(plain, np.float64), 64, -1)[:, :k]
+    matrix = np.take_along_axis(values, codes, -1)
+    matrix *= np.repeat(np.asarray(plain, np.float64), 64, -1)[:, :k]
+    exact = np.asarray(x, np.float64)
     normed = np.asarray(factors, np.float64) * exact / np.sqrt(np.mean(exact**2) + NORM_EPS)
-    expected = normed @ weight.T, np.sqrt(np.mean(normed**2 @ (weight**2).T))
-    return (x, delta, factors, packed, scales, codebook), facts, exact, expected
+    expected = normed @ matrix.T, np.sqrt(np.mean(normed**2 @ (matrix**2).T))
+    residual = jnp.asarray(3 * rng.normal(size=(1, n)), dtype)
+    behind = residual, jnp.asarray(rng.uniform(0.5, 2, n), dtype)
+    return (x, x * factors[None, :], jnp.asarray(squares)), behind, weight, facts, expected
+
+
+def check_residual(dtype, outputs, behind, expected, size):
+    """Compares (sum, scaled, squares) of a product with a residual to float64."""
+    total, scaled, squares = (np.asarray(a, np.float64) for a in outputs)
+    residual, scale = (np.asarray(a, np.float64) for a in behind)
+    error = total - (expected + residual)
+    bound = TOLERANCE[dtype] * (size + np.sqrt(np.mean(residual**2)))
+    assert np.sqrt(np.mean(error**2)) < bound
+    # What is scaled and squared is the sum as it was rounded.
+    unit = {"bfloat16": 2**-8, "float16": 2**-10}[dtype]
+    np.testing.assert_allclose(scaled, total * scale, rtol=unit)
+    np.testing.assert_allclose(squares.sum(), (total**2).sum(), rtol=1e-5)

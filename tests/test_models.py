@@ -538,6 +538,36 @@ def test_decode_attention_kernel(
     assert relative(np.asarray(found.astype(jnp.float32)).reshape(wanted.shape), wanted) < tolerance
 
 
+@pytest.mark.parametrize(
+    ("capacity", "splits", "head_dim", "group", "dtype"),
+    [
+        (128, 1, 128, 4, "bfloat16"),  # the first block ahead of the query
+        (256, 1, 64, 1, "float16"),
+        (64, 1, 32, 8, "bfloat16"),
+        (128, 1, 256, 2, "bfloat16"),  # not ahead: heads, dtype, slots, splits
+        (128, 1, 64, 3, "float32"),
+        (320, 1, 32, 2, "float16"),
+        (256, 3, 128, 2, "bfloat16"),
+    ],
+)
+def test_decode_attention_at_the_edges_of_blocks(rng, capacity, splits, head_dim, group, dtype):
+    lengths = jnp.array([0, 1, 63, 64, 65, 127, 128, 129, capacity - 1])
+    lengths = jnp.minimum(lengths, capacity - 1)
+    batch = len(lengths)
+    qkv = jnp.asarray(rng.normal(size=(batch, (group + 2) * head_dim)), dtype)
+    keys, values = (
+        jnp.asarray(rng.normal(size=(batch, 1, capacity, head_dim)), dtype) for _ in range(2)
+    )
+    cos, sin = jnp.ones((batch, head_dim // 2)), jnp.zeros((batch, head_dim // 2))
+    found, *cache = pallas_attention.decode(
+        qkv, cos, sin, lengths, keys, values, splits=splits, interpret=True
+    )
+    q = qkv.reshape(batch, group + 2, head_dim)[:, :group]
+    wide = [a.astype(jnp.float32) for a in (q, *cache)]
+    wanted = attention.over_cache(*wide, lengths + 1).reshape(found.shape)
+    assert relative(found.astype(jnp.float32), wanted) < (1e-5 if dtype == "float32" else 1e-2)
+
+
 @KERNELS
 def test_decode_attention_never_writes_past_a_full_cache(rng, kernel):
     qkv = jnp.asarray(rng.normal(size=(2, 4 * 32)), jnp.float32)
@@ -548,9 +578,10 @@ def test_decode_attention_never_writes_past_a_full_cache(rng, kernel):
     assert (np.asarray(keys)[:, :, :63] == 0).all() and (np.asarray(keys)[:, :, 63] != 0).any()
 
 
-def test_decode_attention_lowers_for_cuda():
+@pytest.mark.parametrize("capacity", [128, 1024])
+def test_decode_attention_lowers_for_cuda(capacity):
     struct = jax.ShapeDtypeStruct
-    cache = struct((1, 8, 1024, 128), jnp.bfloat16)
+    cache = struct((1, 8, capacity, 128), jnp.bfloat16)
     args = [struct((1, 48 * 128), jnp.bfloat16), *[struct((1, 64), jnp.float32)] * 2]
     args += [struct((1,), jnp.int32), cache, cache]
     with for_a_gpu():

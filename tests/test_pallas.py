@@ -1,6 +1,5 @@
 """The Pallas kernels without a GPU: values in the interpreter, lowering to CUDA, plans and errors."""
 
-import functools
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -14,7 +13,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_kernels
-from fdk_jax import codebooks, packing
+from fdk_jax import codebooks, models, packing
+from fdk_jax.models.cache import KVCache
+from fdk_jax.models.config import ModelConfig
 from pallas_kernels import dequantise, integer, matvec, triton_compat, tuning, wgmma
 from pallas_kernels.case import Arrays, Case
 
@@ -393,51 +394,85 @@ def test_integer_kernel_is_exact_for_integers(rng):
     ("n", "k", "books", "config"),
     [
         (33, 600, 1, integer.Config(2, 2)),
-        (64, 2064, 2, integer.Config(3, 3)),
+        (64, 2060, 2, integer.Config(3, 3)),
         (20, 1024, 1, integer.Config(16, 132)),
+        (400, 600, 1, integer.Config(1, 2)),  # outputs in more turns than one
     ],
 )
-def test_norm_before_the_integer_kernel(rng, n, k, books, config, dtype):
-    arrays, facts, exact, (expected, size) = planar.normed_product(rng, n, k, dtype, books)
-    half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
-    case = Case(1, n, k, 1, 64, books, half, half, half, single, norm_eps=planar.NORM_EPS)
-    assert integer.unsupported_reason(case, config) is None
-    x, delta, factors, *weight = (np.asarray(a) for a in arrays)
-    x, delta, factors = (
-        np.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, case.blocks * 512 - k),))
-        for a in (x, delta, factors)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_sums_and_norms_around_the_integer_kernel(
+    rng, n, k, books, config, dtype, normed, residual
+):
+    before, behind, weight, _, (expected, size) = planar.residual_product(
+        rng, n, k, dtype, books, parts=70
     )
+    half = jnp.dtype(dtype)
+    options = dict(norm_eps=planar.NORM_EPS, squares=70) if normed else {}
+    case = Case(1, n, k, 1, 64, books, half, half, half, half, residual=residual, **options)
+    assert integer.unsupported_reason(case, config) is None
     bias = rng.normal(size=n).astype(dtype)
-    outputs = np.full((1, n), np.nan, np.float32), np.full((1, k), np.nan, half)
+    _, x, squares = (np.asarray(a) for a in before)
+    if not normed:
+        mean = np.mean(np.asarray(before[0], np.float64) ** 2)
+        expected, size = (a * np.sqrt(mean + planar.NORM_EPS) for a in (expected, size))
+    operands = [np.pad(x, ((0, 0), (0, case.blocks * 512 - k))), *map(np.asarray, weight), bias]
+    operands += [squares] * normed + [np.asarray(a) for a in behind] * residual
+    row, count = np.full((1, n), np.nan, half), integer.squares(case, config)
+    outputs = (row, row.copy(), np.full(count, np.nan, np.float32)) if residual else (row,)
     ptx_machine.run(
         integer.source(case, config),
-        [x, *weight, bias, delta, factors, *outputs],
+        [*operands, *outputs],
         integer.grid(case, config),
         32 * config.warps,
     )
-    np.testing.assert_array_equal(outputs[1].astype(np.float64), exact)
-    error = outputs[0].astype(np.float64) - (expected + bias.astype(np.float64))
-    assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
-    with pytest.raises(ValueError, match="norm_scale"):
-        pallas_kernels.norm_matmul(
-            *arrays[:2], arrays[2][1:], *arrays[3:], eps=planar.NORM_EPS, **facts, uniform=False
+    expected = expected + bias.astype(np.float64)
+    if residual:
+        planar.check_residual(dtype, outputs, behind, expected, size)
+    else:
+        error = row.astype(np.float64) - expected
+        assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * (size + 1)
+
+
+def test_a_product_with_sum_and_norm_is_one_launch(rng, launches):
+    before, behind, weight, facts, _ = planar.residual_product(rng, 64, 1024, "bfloat16")
+    facts |= dict(uniform=False, eps=1e-5)
+
+    def run(x, weight, residual, scale):
+        return pallas_kernels.residual_matmul(
+            x, *weight, residual=residual, norm_scale=scale, **facts
         )
 
-
-def test_norm_before_a_product_lowers_to_one_launch(rng, launches):
-    half = jnp.dtype(jnp.bfloat16)
-    arrays, facts, *_ = planar.normed_product(rng, 64, 1024, half)
-    run = functools.partial(pallas_kernels.norm_matmul, eps=1e-5, **facts, uniform=False)
-    traced = jax.jit(run).trace(*arrays)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    scaled = pallas_kernels.Scaled(*before)
+    text = jax.jit(run).trace(scaled, weight, *behind).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call") == 1
     [(_, _, parameters)] = launches
-    assert parameters == 8
-    x, *rest = arrays
-    two = jnp.concatenate([x, x])
-    assert pallas_kernels.norm_plan(two, *rest[2:], eps=1e-5, **facts, uniform=False) is None
-    with pytest.raises(NotImplementedError, match="normalise first"):
-        run(two, jnp.concatenate([x, x]), *rest[1:])
+    assert parameters == 10
+    with pytest.raises(ValueError, match="norm_scale is None"):
+        run(scaled, weight, behind[0], None)
+    with pytest.raises(ValueError, match=r"residual is bfloat16\(1, 63\)"):
+        run(scaled, weight, behind[0][:, 1:], behind[1])
+    with pytest.raises(NotImplementedError, match="do so apart"):
+        run(before[0].astype(jnp.float32), weight, *(a.astype(jnp.float32) for a in behind))
+
+
+def test_a_decoding_step_has_four_products_a_layer_and_no_norms(launches):
+    config = ModelConfig(512, 64, 128, 2, 4, 2, 32)
+    cache = KVCache(
+        *[(jnp.zeros((1, 2, 64, 32), jnp.bfloat16),) * 2] * 2, jnp.asarray([3], jnp.int32)
+    )
+
+    def lowered(bits):
+        model = models.random_model(config, bits=bits, backend="pallas")
+        step = jax.jit(lambda token, cache: model.decode(token, cache)[0])
+        traced = step.trace(jnp.asarray([1]), cache)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    text = lowered(1)
+    assert "add_rms_norm" not in text
+    assert len(launches) == 8
+    assert "decode_attention" in text
+    assert "add_rms_norm" in lowered(4)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -37,10 +37,6 @@ class RMSNorm(nnx.Module):
         """(x + delta, its norm), both [B, size]."""
         return platforms.add_rms_norm(x, delta, self.scale[...], self.eps)
 
-    def into(self, linear: nnx.Module, x: Array, delta: Array) -> tuple[Array, Array]:
-        """(x + delta, `linear` of its norm), [B, size] and [B, N]."""
-        return platforms.add_norm_linear(x, delta, self.scale[...], self.eps, linear)
-
 
 class Linear(nnx.Linear):
     """`nnx.Linear` that reads its kernel at full speed for a few tokens."""
@@ -76,11 +72,16 @@ class Attention(nnx.Module):
         mixed = platforms.in_float32_on_cpu(attention.over_prompt, q, k, v)
         return self._out(mixed.reshape(*x.shape[:-1], -1)), k, v
 
-    def token(self, qkv, cos, sin, lengths, keys, values) -> tuple[Array, Array, Array]:
-        """Maps [B, qkv_features] of the tokens at `lengths` to (output [B, D], keys, values)."""
+    def token(self, x, cos, sin, lengths, keys, values) -> tuple[Array, Array, Array]:
+        """Maps x [B, D] of the tokens at `lengths` to (output [B, D], keys, values)."""
+        mixed, keys, values = self.mix(self.qkv(x), cos, sin, lengths, keys, values)
+        return self._out(mixed), keys, values
+
+    def mix(self, qkv, cos, sin, lengths, keys, values) -> tuple[Array, Array, Array]:
+        """What is between the projections: [B, qkv_features] to ([B, H * d], keys, values)."""
         supported = pallas_attention.supported(qkv.dtype, keys.shape, self.config.head_dim)
         no_library = cpu_backend.unavailable_reason()
-        mixed, keys, values = jax.lax.platform_dependent(
+        return jax.lax.platform_dependent(
             qkv,
             cos,
             sin,
@@ -91,7 +92,6 @@ class Attention(nnx.Module):
             cpu=self._token_jnp if no_library else self._fused(cpu_backend.attention),
             default=self._token_jnp,
         )
-        return self._out(mixed), keys, values
 
     def _fused(self, kernel: Callable) -> Callable:
         """One kernel for everything between the projections."""
@@ -131,13 +131,13 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps x [..., D] to [..., D]."""
-        return self.gated(self.gate_up(x))
-
-    def gated(self, gate_up: Array) -> Array:
-        """Maps what the first projection gave [..., 2 inner] to [..., D]."""
-        gate, up = jnp.split(gate_up, 2, axis=-1)
-        y = self.down(nnx.silu(gate) * up)
+        y = self.down(self.gate(self.gate_up(x)))
         return y if self.axis is None else jax.lax.psum(y, self.axis)
+
+    def gate(self, gate_up: Array) -> Array:
+        """What is between the projections: [..., 2 inner] to [..., inner]."""
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        return nnx.silu(gate) * up
 
 
 class Layer(nnx.Module):
@@ -170,10 +170,37 @@ class Layer(nnx.Module):
         Returns:
             (x, delta, keys, values), the cache arrays one token longer.
         """
-        x, qkv = self.attention_norm.into(self.attention.qkv, x, delta)
-        mixed, keys, values = self.attention.token(qkv, cos, sin, lengths, keys, values)
-        x, gate_up = self.mlp_norm.into(self.mlp.gate_up, x, mixed)
-        return x, self.mlp.gated(gate_up), keys, values
+        x, normed = self.attention_norm.after_add(x, delta)
+        mixed, keys, values = self.attention.token(normed, cos, sin, lengths, keys, values)
+        x, normed = self.mlp_norm.after_add(x, mixed)
+        return x, self.mlp(normed), keys, values
+
+    def residual_kernels(self, x: Array) -> list[Any]:
+        """GPU kernels that have sums and norms in the products of `token`; None for those that have not."""
+        linears = (self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down)
+        return [platforms.residual_kernel(linear, x) for linear in linears]
+
+    def token_in_four_products(self, at, scale, cos, sin, lengths, keys, values):
+        """`token` by `residual_kernels`: the sums and norms come with the products.
+
+        Args:
+            at: the residual stream on its way through this layer's first norm.
+            scale: [D], of the norm behind this layer.
+            cos: See `token`.
+            sin: See `token`.
+            lengths: See `token`.
+            keys: See `token`.
+            values: See `token`.
+
+        Returns:
+            (the stream on its way through the next norm, keys, values).
+        """
+        qkv, out, gate_up, down = self.residual_kernels(at.total)
+        projected = qkv(at, eps=self.attention_norm.eps)
+        mixed, keys, values = self.attention.mix(projected, cos, sin, lengths, keys, values)
+        at = out(mixed, residual=at.total, norm_scale=self.mlp_norm.scale[...])
+        gated = self.mlp.gate(gate_up(at, eps=self.mlp_norm.eps))
+        return down(gated, residual=at.total, norm_scale=scale), keys, values
 
 
 # The layers are alike: jit traces the first and reuses it, and XLA inlines the calls.
@@ -234,17 +261,39 @@ class Transformer(nnx.Module):
     def decode(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Reads one token a sequence: int [B] -> (logits float32 [B, V], the longer cache)."""
         x = self._embed(tokens)
+        turn = (*rope.cos_sin(self.config, cache.lengths), cache.lengths)
+        run, arrays = self._decode_layers, (x, turn, cache.keys, cache.values)
+        if self.parallel is None and all(
+            None not in layer.residual_kernels(x) for layer in self.layers
+        ):
+            fused = self._decode_in_products
+            run = functools.partial(jax.lax.platform_dependent, cuda=fused, default=run)
+        normed, keys, values = run(*arrays)
+        return self._logits(normed), KVCache(keys, values, cache.lengths + 1)
+
+    def _decode_layers(self, x, turn, cache_keys, cache_values):
+        """All layers and the last norm of one token a sequence."""
         delta = jnp.zeros_like(x)
-        turn = rope.cos_sin(self.config, cache.lengths)
         keys, values = [], []
-        for layer, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
-            x, delta, k, v = _run_layer(
-                "token", *nnx.split(layer), x, delta, *turn, cache.lengths, k, v
+        for layer, k, v in zip(self.layers, cache_keys, cache_values, strict=True):
+            x, delta, k, v = _run_layer("token", *nnx.split(layer), x, delta, *turn, k, v)
+            keys.append(k)
+            values.append(v)
+        return self.norm.after_add(x, delta)[1], tuple(keys), tuple(values)
+
+    def _decode_in_products(self, x, turn, cache_keys, cache_values):
+        """The same by kernels that have sums and norms in their products."""
+        norms = [layer.attention_norm for layer in self.layers] + [self.norm]
+        at = platforms.to_scaled(x, norms[0].scale[...])
+        keys, values = [], []
+        rows = zip(self.layers, norms[1:], cache_keys, cache_values, strict=True)
+        for layer, following, k, v in rows:
+            at, k, v = _run_layer(
+                "token_in_four_products", *nnx.split(layer), at, following.scale[...], *turn, k, v
             )
             keys.append(k)
             values.append(v)
-        normed = self.norm.after_add(x, delta)[1]
-        return self._logits(normed), KVCache(tuple(keys), tuple(values), cache.lengths + 1)
+        return platforms.from_scaled(at, self.norm.eps), tuple(keys), tuple(values)
 
     def _prompt(self, tokens: Array) -> tuple[Array, list[Array], list[Array]]:
         x = self._embed(tokens)

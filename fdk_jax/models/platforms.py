@@ -1,5 +1,6 @@
 """Operations whose best form depends on the platform that a program is lowered for."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import pallas_kernels
 from fdk_jax import cpu_backend
 from fdk_jax.linear import QuantisedLinear
 from pallas_kernels import dense, norm
+from pallas_kernels.case import Arrays
 
 
 def linear(x: Array, kernel: Array, out_dtype: Any) -> Array:
@@ -88,35 +90,43 @@ def add_rms_norm(x: Array, delta: Array, scale: Array, eps: float) -> tuple[Arra
     return jax.lax.platform_dependent(x, delta, scale, cuda=fused if good else plain, default=plain)
 
 
-def add_norm_linear(
-    x: Array, delta: Array, scale: Array, eps: float, linear: nnx.Module
-) -> tuple[Array, Array]:
-    """(x + delta, `linear` of its RMS norm times `scale`) of [B, D] each; one launch if a kernel does it."""
+def residual_kernel(linear: nnx.Module, x: Array) -> Callable | None:
+    """`pallas_kernels.residual_matmul` with the weight of a layer, for inputs like x [B, K].
 
-    def plain(x: Array, delta: Array, scale: Array) -> tuple[Array, Array]:
-        total, normed = add_rms_norm(x, delta, scale, eps)
-        return total, linear(normed)
-
-    fused = _norm_kernel(x, eps, linear)
-    if fused is None:
-        return plain(x, delta, scale)
-    return jax.lax.platform_dependent(x, delta, scale, cuda=fused, default=plain)
-
-
-def _norm_kernel(x: Array, eps: float, linear: nnx.Module) -> Callable | None:
-    """What normalises and multiplies on a GPU, a function of x, delta and scale; None if nothing does."""
+    None if no GPU kernel takes the norm before this product, and the residual sum behind it, with it.
+    """
     if not isinstance(linear, QuantisedLinear) or linear.axis is not None:
         return None
     w, bias = linear.weight.get_value(), linear.bias
     dtype = linear.dtype or jnp.promote_types(x.dtype, w.dtype)
     if w.layout != "planar" or linear.backend not in (None, "pallas") or dtype != x.dtype:
         return None
+    row: Any = jax.ShapeDtypeStruct((x.shape[0], w.in_features), x.dtype)
+    arrays = Arrays(row, w.packed, w.scales, w.codebook, None if bias is None else bias.get_value())
     facts = {name: value for name, value in w.facts.items() if name != "in_features"}
-    facts |= {"uniform": w.uniform, "eps": eps, "bias": None if bias is None else bias.get_value()}
-    arrays = w.packed, w.scales, w.codebook
-    if pallas_kernels.norm_plan(x, *arrays, **facts) is None:
+    facts["uniform"] = w.uniform
+    if pallas_kernels.residual_plan(arrays, **facts) is None:
         return None
-    return lambda x, delta, scale: pallas_kernels.norm_matmul(x, delta, scale, *arrays, **facts)
+    return functools.partial(
+        pallas_kernels.residual_matmul,
+        packed=w.packed,
+        scales=w.scales,
+        codebook=w.codebook,
+        bias=arrays.bias,
+        **facts,
+    )
+
+
+def to_scaled(x: Array, scale: Array) -> pallas_kernels.Scaled:
+    """A residual stream [1, D] on its way through a norm."""
+    squares = jnp.square(x.astype(jnp.float32)).sum(axis=1)
+    return pallas_kernels.Scaled(x, x * scale[None, :], squares)
+
+
+def from_scaled(x: pallas_kernels.Scaled, eps: float) -> Array:
+    """The norm of a sum, [1, D]."""
+    mean = x.squares.sum() / x.total.shape[1]
+    return (x.scaled.astype(jnp.float32) * jax.lax.rsqrt(mean + eps)).astype(x.scaled.dtype)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
