@@ -99,6 +99,10 @@ def residual_plan(w: Arrays, **facts: Any) -> integer.Config | None:
         w: the arrays of the product, or their shapes and dtypes; `x` stands for `scaled` or x.
         facts: bits, group_size, out_features and uniform, see `matmul`.
     """
+    if (
+        w.x.dtype != jnp.bfloat16
+    ):  # a sum times a scale, not yet divided, may be too large for float16
+        return None
     case = _case(w, out_dtype=w.x.dtype, **facts)
     config = tuning.choose(case).config
     return config if isinstance(config, integer.Config) else None
@@ -125,7 +129,7 @@ def residual_matmul(
     leaves the parts of that mean, and the next one divides its outputs by the root.
 
     Args:
-        x: bfloat16 or float16 [1, K]; or a `Scaled`, whose norm is multiplied.
+        x: bfloat16 [1, K]; or a `Scaled`, whose norm is multiplied.
         packed: See `matmul`.
         scales: See `matmul`.
         codebook: See `matmul`.
@@ -135,11 +139,11 @@ def residual_matmul(
         uniform: See `matmul`.
         bias: See `matmul`.
         eps: Added to the mean square, if x is a `Scaled`.
-        residual: [1, N] of the dtype of x, to which the product is added; or None.
-        norm_scale: [N] of the dtype of x, the scale of the norm behind the sum, if there is a residual.
+        residual: bfloat16 [1, N], to which the product is added; or None.
+        norm_scale: bfloat16 [N], the scale of the norm behind the sum, if there is a residual.
 
     Returns:
-        [1, N] in the dtype of x; with a residual a `Scaled` of the sum.
+        bfloat16 [1, N]; with a residual a `Scaled` of the sum.
 
     Raises:
         ValueError: see `matmul`; or arrays that do not fit the product.

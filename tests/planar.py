@@ -32,13 +32,14 @@ def product(rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0, uniform=F
 NORM_EPS = 1e-3
 
 
-def residual_product(rng, n, k, dtype, books=1, parts=5):
-    """A `Scaled` [1, K] and a residual [1, N] for `pallas_kernels.residual_matmul`, one bit a weight.
+def residual_product(rng, n, k, books=1, parts=5):
+    """A `Scaled` [1, K] and a residual [1, N] for `pallas_kernels.residual_matmul`, one bit, bfloat16.
 
     Returns:
         (total, scaled, squares) of the input; (residual, scale); weight arrays; facts; in float64 the
         norm's product and its size without cancellation.
     """
+    dtype = jnp.bfloat16
     (x, *weight), facts, _ = product(rng, 1, n, k, 1, 64, dtype, books)
     packed, scales, codebook = weight
     factors = jnp.asarray(rng.uniform(0.5, 2, k), dtype)
@@ -57,14 +58,13 @@ def residual_product(rng, n, k, dtype, books=1, parts=5):
     return (x, x * factors[None, :], jnp.asarray(squares)), behind, weight, facts, expected
 
 
-def check_residual(dtype, outputs, behind, expected, size):
+def check_residual(outputs, behind, expected, size):
     """Compares (sum, scaled, squares) of a product with a residual to float64."""
     total, scaled, squares = (np.asarray(a, np.float64) for a in outputs)
     residual, scale = (np.asarray(a, np.float64) for a in behind)
     error = total - (expected + residual)
-    bound = TOLERANCE[dtype] * (size + np.sqrt(np.mean(residual**2)))
+    bound = TOLERANCE["bfloat16"] * (size + np.sqrt(np.mean(residual**2)))
     assert np.sqrt(np.mean(error**2)) < bound
     # What is scaled and squared is the sum as it was rounded.
-    unit = {"bfloat16": 2**-8, "float16": 2**-10}[dtype]
-    np.testing.assert_allclose(scaled, total * scale, rtol=unit)
+    np.testing.assert_allclose(scaled, total * scale, rtol=2**-8)
     np.testing.assert_allclose(squares.sum(), (total**2).sum(), rtol=1e-5)
