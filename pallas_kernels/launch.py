@@ -99,9 +99,8 @@ def residual_plan(w: Arrays, **facts: Any) -> integer.Config | None:
         w: the arrays of the product, or their shapes and dtypes; `x` stands for `scaled` or x.
         facts: bits, group_size, out_features and uniform, see `matmul`.
     """
-    if (
-        w.x.dtype != jnp.bfloat16
-    ):  # a sum times a scale, not yet divided, may be too large for float16
+    # A sum times a scale, not yet divided, may be too large for float16.
+    if w.x.dtype != jnp.bfloat16:
         return None
     case = _case(w, out_dtype=w.x.dtype, **facts)
     config = tuning.choose(case).config
@@ -151,7 +150,11 @@ def residual_matmul(
     """
     rows, squares = (x.scaled, x.squares) if isinstance(x, Scaled) else (x, None)
     _check(rows, packed, scales, codebook, bits, group_size, out_features)
-    others = () if squares is None else (squares,)
+    others = ()
+    if squares is not None:
+        if squares.ndim != 1 or squares.size < 1 or squares.dtype != jnp.float32:
+            raise ValueError(f"squares is {squares.dtype}{squares.shape}, must be float32 [P]")
+        others += (squares,)
     if residual is not None:
         shapes = {"residual": (1, out_features), "norm_scale": (out_features,)}
         for (name, shape), array in zip(shapes.items(), (residual, norm_scale), strict=True):

@@ -448,6 +448,8 @@ def test_a_product_with_sum_and_norm_is_one_launch(rng, launches):
         run(scaled, weight, behind[0], None)
     with pytest.raises(ValueError, match=r"residual is bfloat16\(1, 63\)"):
         run(scaled, weight, behind[0][:, 1:], behind[1])
+    with pytest.raises(ValueError, match="squares is bfloat16"):
+        run(scaled._replace(squares=scaled.squares.astype(HALF)), weight, *behind)
     for dtype in (jnp.float32, jnp.float16):
         with pytest.raises(NotImplementedError, match="do so apart"):
             run(before[0].astype(dtype), weight, *(a.astype(dtype) for a in behind))
