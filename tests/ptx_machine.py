@@ -162,24 +162,10 @@ class _Program:
             # One rounding: products and sums of halves are exact, or nearly so, in float64.
             values = (_halves(self.read(o), half).astype(np.float64) for o in operands[1:])
             self.write(operands[0], _join(_FLOAT[name](*values).astype(half)), active)
-        elif name in ("max", "min") and kind[:-2] in _HALVES:
-            half = _HALVES[kind[:-2]]
-            a, b = (_halves(self.read(o), half).astype(np.float64) for o in operands[1:])
-            self.write(operands[0], _join(_extreme(opcode)(a, b).astype(half)), active)
         elif name == "shfl":
-            own = np.arange(self.threads)
-            if opcode[2] == "idx":
-                lanes = (own & ~31) + self.read(operands[2]).astype(int)
-            else:
-                lanes = own ^ int(operands[2])
-            lanes = np.where(active, lanes, own)
+            lanes = np.arange(self.threads) ^ int(operands[2])
             assert active[lanes[active]].all(), "from a lane that does not take part"
             self.write(operands[0], self.read(operands[1])[lanes], active)
-        elif name == "dp4a":
-            a, b, c = (self.read(o).astype(np.uint32) for o in operands[1:])
-            bytes_of = lambda v: v.view(np.int8).reshape(-1, 4).astype(np.int64)  # noqa: E731
-            total = (bytes_of(a) * bytes_of(b)).sum(1).astype(np.uint32) + c
-            self.write(operands[0], total, active)
         elif name == "vote":
             any_lane = self.read(operands[1]).reshape(-1, 32).any(axis=1)
             self.write(operands[0], np.repeat(any_lane, 32), active)
