@@ -10,7 +10,7 @@ import numpy as np
 import planar
 import ptx_machine
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from backends import ONLY_WITH_A_GPU, for_a_gpu
 
 import pallas_kernels
 from fdk_jax import codebooks, models, packing
@@ -77,8 +77,7 @@ def _lower(case, run):
         shape((case.books, 2**case.bits), jnp.float32),
         None if case.bias_dtype is None else shape((case.n,), case.bias_dtype),
     )
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+    with for_a_gpu():
         return jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -455,6 +454,7 @@ def test_a_product_with_sum_and_norm_is_one_launch(rng, launches):
             run(before[0].astype(dtype), weight, *(a.astype(dtype) for a in behind))
 
 
+@ONLY_WITH_A_GPU
 def test_a_decoding_step_has_four_products_a_layer_and_no_norms(launches):
     config = ModelConfig(512, 64, 128, 2, 4, 2, 32)
     cache = KVCache(
