@@ -111,9 +111,9 @@ class Case:
         return None
 
     def pad(self, x: Array) -> Array:
-        """X [..., K] with noughts behind K, to whole tiles."""
-        behind = self.blocks * self.span - x.shape[-1]
-        return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, behind),)) if behind else x
+        """X [M, K] with noughts behind K, to whole tiles."""
+        behind = self.blocks * self.span - x.shape[1]
+        return jnp.pad(x, ((0, 0), (0, behind))) if behind else x
 
     def launch(
         self,

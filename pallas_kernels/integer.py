@@ -31,7 +31,16 @@ import jax.numpy as jnp
 
 from pallas_kernels import decoding
 from pallas_kernels.case import PLANE, SHARED_BYTES, TILE_ROWS, Case
-from pallas_kernels.ptx import Ptx, at, float_constant, load_float, store_float, vector
+from pallas_kernels.ptx import (
+    Ptx,
+    Writer,
+    at,
+    float_constant,
+    load_float,
+    over_lanes,
+    store_float,
+    vector,
+)
 
 _PLANES = 4  # of a fourfold
 _CODES = 1024  # bytes of a block's codes
@@ -93,7 +102,7 @@ def source(case: Case, config: Config) -> str:
     return _Writer(case, config).write()
 
 
-class _Writer:
+class _Writer(Writer):
     """Writes the PTX of one case; one method a part of the kernel."""
 
     def __init__(self, case: Case, config: Config) -> None:
@@ -160,12 +169,8 @@ class _Writer:
     def _locate(self) -> None:
         """Registers for who this lane is and what its program has to do."""
         ptx, case = self.ptx, self.case
-        self.shared = ptx.op("mov.u32", "fdk_shared")
-        self.thread = ptx.op("mov.u32", "%tid.x")
-        self.lane = ptx.op("and.b32", self.thread, 31)
-        self.warp = ptx.op("shr.u32", self.thread, 5)
-        self.row = ptx.op("shr.u32", self.lane, 2)
-        self.quad = ptx.op("and.b32", self.lane, 3)
+        self._locate_lane()
+        self.is_first_lane = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
         self.is_copier = ptx.op("setp.eq.u32", self.warp, self.workers, kind="pred")
         self.copies = ptx.op("setp.eq.u32", self.thread, 32 * self.workers, kind="pred")
         program = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.x"), case.tiles)
@@ -307,18 +312,10 @@ class _Writer:
             ptx.do("ld.global.nc.f32", part, at(address, 128 * i), when=there)
         for part in parts:
             ptx.do("add.f32", total, total, part)
-        total = self._add_lanes(total)
-        first = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
-        ptx.do("st.shared.f32", at(self.shared, self.places["squares"]), total, when=first)
+        total = over_lanes(ptx, "add.f32", total)
+        place = at(self.shared, self.places["squares"])
+        ptx.do("st.shared.f32", place, total, when=self.is_first_lane)
         ptx.label("fdk_no_squares")
-
-    def _add_lanes(self, value: str) -> str:
-        """The sum of a warp's values."""
-        for distance in (1, 2, 4, 8, 16):
-            other = self.ptx.register("f32")
-            self.ptx.do("shfl.sync.bfly.b32", other, value, distance, 31, "0xffffffff")
-            value = self.ptx.op("add.f32", value, other, kind="f32")
-        return value
 
     def _clear(self, name: str, threads: int) -> None:
         """Writes noughts."""
@@ -382,10 +379,7 @@ class _Writer:
         sum_ = ptx.op("mad.lo.u32", sums[1], 4, sums[0])
         # Eight addends, and eight times four.
         sum_ = ptx.op("sub.u32", sum_, (8 + 8 * 4) * _MAGIC_BITS % 2**32)
-        for distance in (1, 2):
-            other = ptx.register("b32")
-            ptx.do("shfl.sync.bfly.b32", other, sum_, distance, 31, "0xffffffff")
-            sum_ = ptx.op("add.u32", sum_, other)
+        sum_ = over_lanes(ptx, "add.u32", sum_, (1, 2))
         whole = ptx.op("cvt.rn.f32.s32", sum_, kind="f32")
         place = ptx.op("mad.lo.u32", block, 2 * _PLANES * _SUMS, self.shared)
         place = ptx.op("mad.lo.u32", self.row, _SUMS, place)
@@ -401,10 +395,7 @@ class _Writer:
         ptx = self.ptx
         sizes = [ptx.op("abs.f32", value, kind="f32") for value in x]
         most = functools.reduce(lambda a, b: ptx.op("max.NaN.f32", a, b, kind="f32"), sizes)
-        for distance in (1, 2):
-            other = ptx.register("f32")
-            ptx.do("shfl.sync.bfly.b32", other, most, distance, 31, "0xffffffff")
-            most = ptx.op("max.NaN.f32", most, other, kind="f32")
+        most = over_lanes(ptx, "max.NaN.f32", most, (1, 2))
         scale = ptx.op("mul.f32", most, float_constant(1 / _LARGEST), kind="f32")
 
         ptx.do("setp.eq.f32", self.infinite, most, float_constant(jnp.inf))
@@ -473,7 +464,6 @@ class _Writer:
     def _locate_operands(self) -> None:
         """Where this lane's operands are, and constants of the lane."""
         ptx = self.ptx
-        self.is_first_lane = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
         # Lanes of planes 0 and 2 have x for the first codes of a byte and noughts for the others, those of
         # planes 1 and 3 the other way round.
         odd = ptx.op("setp.ne.u32", ptx.op("and.b32", self.row, 2), 0, kind="pred")
@@ -647,10 +637,9 @@ class _Writer:
     def _write_squares(self) -> None:
         """Each warp with outputs writes the sum of their squares."""
         ptx, warps = self.ptx, squares(self.case, self.config) // self.programs
-        total = self._add_lanes(self.squares)
+        total = over_lanes(ptx, "add.f32", self.squares)
         place = ptx.op("mad.lo.u32", ptx.op("mov.u32", "%ctaid.x"), warps, self.warp)
         address = ptx.op("mad.wide.u32", place, 4, self.operands["squares_out"], kind="b64")
-        first = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
-        writer = ptx.op("selp.b32", self.warp, warps, first)
+        writer = ptx.op("selp.b32", self.warp, warps, self.is_first_lane)
         there = ptx.op("setp.lt.u32", writer, warps, kind="pred")
         ptx.do("st.global.f32", at(address), total, when=there)

@@ -92,8 +92,8 @@ class Scaled(NamedTuple):
     squares: Array
 
 
-def residual_plan(w: Arrays, **facts: Any) -> integer.Config | None:
-    """The configuration with which `residual_matmul` multiplies; None if no kernel does it.
+def residual_plan(w: Arrays, **facts: Any) -> tuple[Case, integer.Config] | None:
+    """The product of `residual_matmul` without what is around it, and its configuration; None without kernel.
 
     Args:
         w: the arrays of the product, or their shapes and dtypes; `x` stands for `scaled` or x.
@@ -104,7 +104,7 @@ def residual_plan(w: Arrays, **facts: Any) -> integer.Config | None:
         return None
     case = _case(w, out_dtype=w.x.dtype, **facts)
     config = tuning.choose(case).config
-    return config if isinstance(config, integer.Config) else None
+    return (case, config) if isinstance(config, integer.Config) else None
 
 
 def residual_matmul(
@@ -166,13 +166,13 @@ def residual_matmul(
         bits=bits, group_size=group_size, out_features=out_features, uniform=uniform
     )
     arrays = Arrays(rows, packed, scales, codebook, bias)
-    config = residual_plan(arrays, **facts)
-    if config is None:
+    plan = residual_plan(arrays, **facts)
+    if plan is None:
         raise NotImplementedError(
             f"no kernel adds or normalises around this product: {rows.dtype}{rows.shape}, {facts};"
             " do so apart, and call matmul"
         )
-    case = _case(arrays, out_dtype=rows.dtype, **facts)
+    case, config = plan
     if squares is not None:
         case = dataclasses.replace(case, norm_eps=eps, squares=squares.size)
     case = dataclasses.replace(case, residual=residual is not None)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import decoding
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
-from pallas_kernels.ptx import Ptx, at, load_float, store_float, vector
+from pallas_kernels.ptx import Ptx, Writer, at, load_float, over_lanes, store_float, vector
 
 _STEPS = 4  # instructions a plane
 _TILE_BYTES = 1024
@@ -95,7 +95,7 @@ class Operands(NamedTuple):
     codebook: str = "$4"
 
 
-class _Writer:
+class _Writer(Writer):
     """Writes the PTX of one case; one method a part of the kernel."""
 
     operands = Operands()
@@ -159,12 +159,7 @@ class _Writer:
     def _locate(self) -> None:
         """Registers for who this lane is and where its operands start."""
         case, config, ptx = self.case, self.config, self.ptx
-        self.shared = ptx.op("mov.u32", "fdk_shared")
-        self.thread = ptx.op("mov.u32", "%tid.x")
-        self.lane = ptx.op("and.b32", self.thread, 31)
-        self.warp = ptx.op("shr.u32", self.thread, 5)
-        self.row = ptx.op("shr.u32", self.lane, 2)
-        self.quad = ptx.op("and.b32", self.lane, 3)
+        self._locate_lane()
         self._locate_program()
         # Which of the program's rows are this warp's, and which of its blocks along K.
         self.row_warp = ptx.op("rem.u32", self.warp, config.row_warps)
@@ -535,10 +530,7 @@ class _Writer:
         """Adds the totals of the four lanes of a row, each of which has those of two columns."""
         for [totals] in self.totals:
             for i in (0, 2):
-                for distance in (1, 2):
-                    other = self.ptx.register("f32")
-                    self.ptx.do("shfl.sync.bfly.b32", other, totals[i], distance, 31, "0xffffffff")
-                    self.ptx.do("add.f32", totals[i], totals[i], other)
+                totals[i] = over_lanes(self.ptx, "add.f32", totals[i], (1, 2))
 
     def _join_programs(self) -> None:
         """Waits for the program's other warps, or for those of the cluster."""

@@ -61,6 +61,21 @@ class Ptx:
         return "\n".join(["{", *shared, *registers, *policies, *self._lines, "}"])
 
 
+class Writer:
+    """What writers of kernels share: registers for who this lane is, among those of `mma.sync`."""
+
+    ptx: Ptx
+
+    def _locate_lane(self) -> None:
+        ptx = self.ptx
+        self.shared = ptx.op("mov.u32", "fdk_shared")
+        self.thread = ptx.op("mov.u32", "%tid.x")
+        self.lane = ptx.op("and.b32", self.thread, 31)
+        self.warp = ptx.op("shr.u32", self.thread, 5)
+        self.row = ptx.op("shr.u32", self.lane, 2)
+        self.quad = ptx.op("and.b32", self.lane, 3)
+
+
 def shared_declaration(size: int | str) -> str:
     """The declaration of a program's shared memory; its only one."""
     return f".shared .align 128 .b8 fdk_shared[{size}];"
@@ -102,3 +117,15 @@ def store_float(ptx: Ptx, address: str, value: str, dtype) -> None:
     kind = "bf16" if dtype == jnp.bfloat16 else "f16"
     half = ptx.op(f"cvt.rn.{kind}.f32", value, kind="b16")
     ptx.do("st.global.b16", at(address), half)
+
+
+def over_lanes(
+    ptx: Ptx, opcode: str, value: str, distances: tuple[int, ...] = (1, 2, 4, 8, 16)
+) -> str:
+    """What an operation makes of the values of the lanes at these distances: of a warp, or of (1, 2) a row."""
+    kind = "f32" if opcode.endswith("f32") else "b32"
+    for distance in distances:
+        other = ptx.register(kind)
+        ptx.do("shfl.sync.bfly.b32", other, value, distance, 31, "0xffffffff")
+        value = ptx.op(opcode, value, other, kind=kind)
+    return value

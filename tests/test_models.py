@@ -541,10 +541,10 @@ def test_decode_attention_kernel(
 @pytest.mark.parametrize(
     ("capacity", "splits", "head_dim", "group", "dtype"),
     [
-        (128, 1, 128, 4, "bfloat16"),  # the first block ahead of the query
+        (128, 1, 128, 4, "bfloat16"),
         (256, 1, 64, 1, "float16"),
         (64, 1, 32, 8, "bfloat16"),
-        (128, 1, 256, 2, "bfloat16"),  # not ahead: heads, dtype, slots, splits
+        (128, 1, 256, 2, "bfloat16"),
         (128, 1, 64, 3, "float32"),
         (320, 1, 32, 2, "float16"),
         (256, 3, 128, 2, "bfloat16"),
