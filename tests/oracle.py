@@ -33,11 +33,23 @@ def product(x: np.ndarray, w, bias: np.ndarray | None = None) -> np.ndarray:
     return y if bias is None else y + np.asarray(bias).astype(np.float64)
 
 
-def relative_rms(got: np.ndarray, expected: np.ndarray) -> float:
-    """||got - expected|| / ||expected||; NaN counts as infinite."""
+def relative_rms(got: np.ndarray, expected: np.ndarray, size: np.ndarray | None = None) -> float:
+    """||got - expected|| / ||expected||, or / ||size||; NaN counts as infinite."""
     got = np.asarray(got).astype(np.float64)
-    error = np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-300)
+    assert got.shape == np.shape(expected)
+    error = np.linalg.norm(got - expected)
+    error /= max(np.linalg.norm(expected if size is None else size), 1e-300)
     return float(error) if np.isfinite(error) else np.inf
+
+
+def product_error(got: np.ndarray, x: np.ndarray, w, bias: np.ndarray | None = None) -> float:
+    """||got - (x @ w.T + bias)|| relative to what the product measures without cancellation.
+
+    The terms of a single output may happen to cancel: its arithmetic is no worse for that.
+    """
+    x, w = np.asarray(x).astype(np.float64), weights(w)
+    bias = np.zeros(len(w)) if bias is None else np.asarray(bias).astype(np.float64)
+    return relative_rms(got, x @ w.T + bias, size=np.sqrt(x**2 @ (w**2).T + bias**2))
 
 
 def quantise(w: np.ndarray, bits: int, group: int, codebook: np.ndarray, kind: str):
