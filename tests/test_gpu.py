@@ -1,8 +1,6 @@
 """The Pallas kernels on a GPU: every tuned configuration, ragged shapes, extreme values.
 
-    XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer python -m pytest tests/test_gpu.py
-
-checks every access as well: with this allocator each array is an allocation of its own.
+`tests/gpu.sh` runs them as they are, and again under compute-sanitizer, each array an allocation of its own.
 """
 
 import gc
