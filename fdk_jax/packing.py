@@ -26,7 +26,7 @@ BITS = (1, 2, 4, 8)
 
 def codes_per_byte(bits: int) -> int:
     """E = 8 / bits, after checking that `bits` is a supported width."""
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:  # 4.0 == 4, but no shape takes it
         raise ValueError(f"{bits=} is not supported; use one of {BITS}")
     return 8 // bits
 

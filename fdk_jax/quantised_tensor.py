@@ -176,11 +176,11 @@ class QuantisedTensor:
 
 def _validate_static(w: QuantisedTensor) -> None:
     packing.codes_per_byte(w.bits)
-    if not isinstance(w.group_size, int) or w.group_size < 1:
+    if type(w.group_size) is not int or w.group_size < 1:
         raise ValueError(f"group_size must be a positive integer, got {w.group_size!r}")
     if not isinstance(w.uniform, bool):
         raise TypeError(f"uniform must be a bool, got {w.uniform!r}")
-    if not all(isinstance(d, int) and d >= 0 for d in w.shape):
+    if not all(type(d) is int and d >= 0 for d in w.shape):
         raise ValueError(f"shape must hold non-negative integers, got {w.shape}")
     if len(w.axes) != len(w.shape) or set(w.axes) != {"k", "n"}:
         raise ValueError(f'axes={w.axes!r} must have a "k" or "n" for each axis of shape={w.shape}')

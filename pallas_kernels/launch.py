@@ -214,7 +214,7 @@ def _given(case: Case, config: tuning.Config) -> tuning.Plan:
 
 
 def _check(x, packed, scales, codebook, bits, group_size, out_features) -> None:
-    if bits not in (1, 2, 4, 8):
+    if type(bits) is not int or bits not in (1, 2, 4, 8):
         raise ValueError(f"{bits=} is not supported; use 1, 2, 4 or 8")
     if x.ndim != 2 or x.shape[0] < 1:
         raise ValueError(f"{x.shape=} must be [M, K] with M >= 1")
