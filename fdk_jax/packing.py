@@ -31,6 +31,13 @@ def codes_per_byte(bits: int) -> int:
     return 8 // bits
 
 
+def check_widths(bits: int, group_size: int) -> None:
+    """Raises ValueError for a width of codes or of groups that is not supported."""
+    codes_per_byte(bits)
+    if type(group_size) is not int or group_size < 1:
+        raise ValueError(f"group_size must be a positive integer, got {group_size!r}")
+
+
 def pack(codes: ArrayLike, bits: int) -> Array:
     """Packs codes into bytes, first element in the highest bits.
 

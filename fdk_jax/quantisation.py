@@ -111,9 +111,7 @@ def resolve_codebook(
 
 def check_options(bits: int, group_size: int, codebook: Any, scale: str) -> None:
     """Raises ValueError for an option that is out of range."""
-    packing.codes_per_byte(bits)
-    if type(group_size) is not int or group_size < 1:
-        raise ValueError(f"group_size must be a positive integer, got {group_size!r}")
+    packing.check_widths(bits, group_size)
     resolve_scale(scale, bits)
     if isinstance(codebook, str):
         if codebook not in CODEBOOKS:

@@ -175,9 +175,7 @@ class QuantisedTensor:
 
 
 def _validate_static(w: QuantisedTensor) -> None:
-    packing.codes_per_byte(w.bits)
-    if type(w.group_size) is not int or w.group_size < 1:
-        raise ValueError(f"group_size must be a positive integer, got {w.group_size!r}")
+    packing.check_widths(w.bits, w.group_size)
     if not isinstance(w.uniform, bool):
         raise TypeError(f"uniform must be a bool, got {w.uniform!r}")
     if not all(type(d) is int and d >= 0 for d in w.shape):

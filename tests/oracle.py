@@ -29,8 +29,14 @@ def weights(w) -> np.ndarray:
 
 def product(x: np.ndarray, w, bias: np.ndarray | None = None) -> np.ndarray:
     """float64 x @ w.T + bias."""
-    y = np.asarray(x).astype(np.float64) @ weights(w).T
-    return y if bias is None else y + np.asarray(bias).astype(np.float64)
+    return _product_and_size(x, w, bias)[0]
+
+
+def _product_and_size(x, w, bias) -> tuple[np.ndarray, np.ndarray]:
+    """The product in float64, and what it would measure if its terms did not cancel."""
+    x, w = np.asarray(x).astype(np.float64), weights(w)
+    bias = np.zeros(len(w)) if bias is None else np.asarray(bias).astype(np.float64)
+    return x @ w.T + bias, np.sqrt(x**2 @ (w**2).T + bias**2)
 
 
 def relative_rms(got: np.ndarray, expected: np.ndarray, size: np.ndarray | None = None) -> float:
@@ -47,9 +53,7 @@ def product_error(got: np.ndarray, x: np.ndarray, w, bias: np.ndarray | None = N
 
     The terms of a single output may happen to cancel: its arithmetic is no worse for that.
     """
-    x, w = np.asarray(x).astype(np.float64), weights(w)
-    bias = np.zeros(len(w)) if bias is None else np.asarray(bias).astype(np.float64)
-    return relative_rms(got, x @ w.T + bias, size=np.sqrt(x**2 @ (w**2).T + bias**2))
+    return relative_rms(got, *_product_and_size(x, w, bias))
 
 
 def quantise(w: np.ndarray, bits: int, group: int, codebook: np.ndarray, kind: str):
