@@ -31,9 +31,9 @@ class Case:
 
     Attributes:
         uniform: the values of each codebook are evenly spaced, see `fdk_jax.QuantisedTensor`.
-        norm_eps: x is to be divided by its root mean square, with this added to the mean; None if not. What
-            the squares add up to, the launch before has left in `squares` parts.
-        squares: see `norm_eps`.
+        squares: if not nought, x is to be divided by its root mean square; the launch before has left the sum
+            of the squares in so many parts.
+        norm_eps: what is added to that mean.
         residual: the product is added to a residual, and leaves what the next one's norm needs.
     """
 
@@ -48,19 +48,24 @@ class Case:
     bias_dtype: Any
     out_dtype: Any
     uniform: bool = False
-    norm_eps: float | None = None
     squares: int = 0
+    norm_eps: float = 0.0
     residual: bool = False
 
     @property
     def operands(self) -> tuple[str, ...]:
         """Names of the operands of a kernel's PTX, then of its results, in order from $1."""
         bias = ("bias",) * (self.bias_dtype is not None)
-        squares = ("squares",) * (self.norm_eps is not None)
+        squares = ("squares",) * (self.squares > 0)
         arrays = ("x", "packed", "scales", "codebook", *bias, *squares)
         if self.residual:
             return (*arrays, "residual", "norm_scale", "sum", "scaled", "squares_out")
         return (*arrays, "y")
+
+    @property
+    def out_bytes(self) -> int:
+        """Bytes of a result."""
+        return jnp.dtype(self.out_dtype).itemsize
 
     @property
     def planes(self) -> int:

@@ -44,14 +44,12 @@ def dequantise(case: Case, packed: Array, scales: Array, codebook: Array) -> Arr
 
 
 def source(case: Case) -> str:
-    """The kernel's PTX. Operands: $1 packed, $2 scales, $3 codebook, $4 the weight."""
+    """The kernel's PTX."""
     return _Writer(case, _CONFIG).write()
 
 
 class _Writer(matvec._Writer):
     """Writes the PTX of one case."""
-
-    operands = matvec.Operands(packed="$1", scales="$2", codebook="$3")
 
     def write(self) -> str:
         config, ptx = self.config, self.ptx
@@ -59,7 +57,7 @@ class _Writer(matvec._Writer):
         self._locate()
         row_bytes = 2 * self.case.blocks * self.case.span
         row = ptx.op("add.u32", self.program_row, self.row)
-        address = ptx.op("mad.wide.u32", row, row_bytes, "$4", kind="b64")
+        address = ptx.op("mad.wide.u32", row, row_bytes, self.operands["weight"], kind="b64")
         address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
         upper = ptx.op("mad.wide.u32", self.k_warp, 2 * self.case.span, address, kind="b64")
         self.x = [upper, ptx.op("add.u64", upper, 8 * row_bytes, kind="b64")]
@@ -69,6 +67,9 @@ class _Writer(matvec._Writer):
         self._set_up_decoder()
         self._loop(buffers)
         return ptx.text()
+
+    def _names(self) -> tuple[str, ...]:
+        return "packed", "scales", "codebook", "weight"
 
     def _decoder(self) -> decoding.Decoder:
         return decoding.decoder(self.ptx, self.case.bits, self.case.x_dtype, exact=True)

@@ -31,14 +31,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import decoding
 from pallas_kernels.case import PLANE, SHARED_BYTES, TILE_ROWS, Case
+from pallas_kernels.outputs import OutputWriter, parts_of_squares
 from pallas_kernels.ptx import (
-    Ptx,
-    Writer,
     at,
     float_constant,
-    load_float,
     over_lanes,
-    store_float,
     vector,
 )
 
@@ -87,9 +84,9 @@ def grid(case: Case, config: Config) -> tuple[int, int]:
 
 
 def squares(case: Case, config: Config) -> int:
-    """How many partial sums of squares a case with a residual leaves: those of each warp with outputs."""
-    warps = -(-_most_tiles(case, config) * TILE_ROWS // 32)
-    return grid(case, config)[0] * min(warps, config.warps)
+    """How many partial sums of squares a case with a residual leaves."""
+    rows = _most_tiles(case, config) * TILE_ROWS
+    return parts_of_squares(grid(case, config)[0], rows, config.warps)
 
 
 def _most_tiles(case: Case, config: Config) -> int:
@@ -102,11 +99,12 @@ def source(case: Case, config: Config) -> str:
     return _Writer(case, config).write()
 
 
-class _Writer(Writer):
+class _Writer(OutputWriter):
     """Writes the PTX of one case; one method a part of the kernel."""
 
     def __init__(self, case: Case, config: Config) -> None:
-        self.case, self.config, self.ptx = case, config, Ptx()
+        super().__init__(case)
+        self.config = config
         self.workers, self.programs = config.workers, grid(case, config)[0]
         self.decoder = decoding.decoder(self.ptx, 1, case.x_dtype, exact=True)
         self.block_scales = 8 * TILE_ROWS * jnp.dtype(case.scale_dtype).itemsize  # bytes
@@ -130,7 +128,6 @@ class _Writer(Writer):
         room = (SHARED_BYTES - end) // (self.slot_bytes + _BARRIERS)
         self.slots = max(2, min(room, most))
         self.barriers = self.ring + self.slots * self.slot_bytes
-        self.operands = {name: f"${i}" for i, name in enumerate(case.operands, 1)}
         # Threads of a program that write an output, in turns if there are more rows.
         self.threads = 32 * config.warps
         self.turns = range(0, self.most_tiles * TILE_ROWS, self.threads)
@@ -294,28 +291,9 @@ class _Writer(Writer):
         self._clear("noughts", min(threads, 2 * _INTEGERS // 16))
         if self.case.blocks < self.workers:  # a warp may have no block of a tile
             self._clear("partial", threads)
-        if self.case.norm_eps is not None:
-            self._add_squares()
+        if self.case.squares:
+            self._add_squares(self.workers - 1, self.places["squares"])
         self._prepare_books()
-
-    def _add_squares(self) -> None:
-        """Adds the squares that the launch before this one has left: the last warp that multiplies does."""
-        ptx, count = self.ptx, self.case.squares
-        last = ptx.op("setp.eq.u32", self.warp, self.workers - 1, kind="pred")
-        ptx.do("bra", "fdk_no_squares", when=f"!{last}")
-        total = ptx.op("mov.f32", float_constant(0.0), kind="f32")
-        address = ptx.op("mad.wide.u32", self.lane, 4, self.operands["squares"], kind="b64")
-        parts = ptx.registers("f32", -(-count // 32))
-        for i, part in enumerate(parts):
-            ptx.do("mov.f32", part, float_constant(0.0))
-            there = ptx.op("setp.lt.u32", self.lane, min(count - 32 * i, 32), kind="pred")
-            ptx.do("ld.global.nc.f32", part, at(address, 128 * i), when=there)
-        for part in parts:
-            ptx.do("add.f32", total, total, part)
-        total = over_lanes(ptx, "add.f32", total)
-        place = at(self.shared, self.places["squares"])
-        ptx.do("st.shared.f32", place, total, when=self.is_first_lane)
-        ptx.label("fdk_no_squares")
 
     def _clear(self, name: str, threads: int) -> None:
         """Writes noughts."""
@@ -576,9 +554,7 @@ class _Writer(Writer):
         self.residuals = []
         for start in self.turns if case.residual else ():
             row = ptx.op("mad.lo.u32", self.first_tile, TILE_ROWS, self.thread)
-            row = ptx.op("min.u32", ptx.op("add.u32", row, start), case.n - 1)
-            arrays = self.operands["residual"], self.operands["norm_scale"]
-            self.residuals.append([load_float(ptx, a, row, case.x_dtype) for a in arrays])
+            self.residuals.append(self._load_residual(ptx.op("add.u32", row, start)))
 
     def _write_outputs(self) -> None:
         """Adds the warps' sums, adds the bias, and writes the outputs."""
@@ -592,7 +568,7 @@ class _Writer(Writer):
             self._write_output(index, turn, f"fdk_no_row_{start}")
             ptx.label(f"fdk_no_row_{start}")
         if self.case.residual:
-            self._write_squares()
+            self._store_squares(self.squares, squares(self.case, self.config) // self.programs)
 
     def _write_output(self, index: str, turn: int, behind: str) -> None:
         """Writes the output of one of the program's rows, if the weight has it."""
@@ -610,36 +586,11 @@ class _Writer(Writer):
         for warp in range(self.workers):
             part = at(place, self.places["partial"] + warp * 4 * TILE_ROWS)
             ptx.do("add.f32", total, total, ptx.op("ld.shared.f32", part, kind="f32"))
-        if case.norm_eps is not None:
-            squares = at(self.shared, self.places["squares"])
-            squares = ptx.op("ld.shared.f32", squares, kind="f32")
-            constants = float_constant(1 / case.k), float_constant(case.norm_eps)
-            mean = ptx.op("fma.rn.f32", squares, *constants, kind="f32")
-            inverse = ptx.op("rsqrt.approx.f32", mean, kind="f32")
-            total = ptx.op("mul.f32", total, inverse, kind="f32")
+        if case.squares:
+            total = self._normalise(total, self.places["squares"])
         if case.bias_dtype is not None:
-            bias = load_float(ptx, self.operands["bias"], n, case.bias_dtype)
-            ptx.do("add.f32", total, total, bias)
+            self._add_bias(total, n)
         if case.residual:
-            residual, scale = self.residuals[turn]
-            total = ptx.op("add.f32", total, residual, kind="f32")
-            total = decoding.unpack(ptx, self.decoder.pack(total, total), case.x_dtype)[0]
-            ptx.do("fma.rn.f32", self.squares, total, total, self.squares)
-            scaled = ptx.op("mul.f32", total, scale, kind="f32")
-            self._store(scaled, n, "scaled")
-        self._store(total, n, "sum" if case.residual else "y")
-
-    def _store(self, value: str, row: str, name: str) -> None:
-        size = jnp.dtype(self.case.out_dtype).itemsize
-        address = self.ptx.op("mad.wide.u32", row, size, self.operands[name], kind="b64")
-        store_float(self.ptx, address, value, self.case.out_dtype)
-
-    def _write_squares(self) -> None:
-        """Each warp with outputs writes the sum of their squares."""
-        ptx, warps = self.ptx, squares(self.case, self.config) // self.programs
-        total = over_lanes(ptx, "add.f32", self.squares)
-        place = ptx.op("mad.lo.u32", ptx.op("mov.u32", "%ctaid.x"), warps, self.warp)
-        address = ptx.op("mad.wide.u32", place, 4, self.operands["squares_out"], kind="b64")
-        writer = ptx.op("selp.b32", self.warp, warps, self.is_first_lane)
-        there = ptx.op("setp.lt.u32", writer, warps, kind="pred")
-        ptx.do("st.global.f32", at(address), total, when=there)
+            self._store_sum(total, n, self.residuals[turn], self.squares)
+        else:
+            self._store(total, n, "y")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import gather, integer, tuning
+from pallas_kernels import gather, integer, matvec, tuning
 from pallas_kernels.case import Arrays, Case
 
 
@@ -75,7 +75,7 @@ def matmul(
             out_dtype=out_dtype,
             interpret=interpret,
         )
-    return tuning.launch(case, chosen.kernel, chosen.config, arrays)
+    return tuning.launch(case, chosen.kernel, chosen.config, arrays)[0]
 
 
 class Scaled(NamedTuple):
@@ -92,8 +92,8 @@ class Scaled(NamedTuple):
     squares: Array
 
 
-def residual_plan(w: Arrays, **facts: Any) -> tuple[Case, integer.Config] | None:
-    """The product of `residual_matmul` without what is around it, and its configuration; None without kernel.
+def residual_plan(w: Arrays, **facts: Any) -> tuple[Case, tuning.Plan] | None:
+    """The product of `residual_matmul` without what is around it, and its kernel; None without one.
 
     Args:
         w: the arrays of the product, or their shapes and dtypes; `x` stands for `scaled` or x.
@@ -103,8 +103,11 @@ def residual_plan(w: Arrays, **facts: Any) -> tuple[Case, integer.Config] | None
     if w.x.dtype != jnp.bfloat16:
         return None
     case = _case(w, out_dtype=w.x.dtype, **facts)
-    config = tuning.choose(case).config
-    return (case, config) if isinstance(config, integer.Config) else None
+    plan = tuning.choose(case)
+    config, around = plan.config, dataclasses.replace(case, squares=1, residual=True)
+    if case.m > 1 or not isinstance(config, integer.Config | matvec.Config) or config.cluster > 1:
+        return None
+    return None if tuning.unsupported_reason(around, config) else (case, plan)
 
 
 def residual_matmul(
@@ -166,25 +169,17 @@ def residual_matmul(
         bits=bits, group_size=group_size, out_features=out_features, uniform=uniform
     )
     arrays = Arrays(rows, packed, scales, codebook, bias)
-    plan = residual_plan(arrays, **facts)
-    if plan is None:
+    found = residual_plan(arrays, **facts)
+    if found is None:
         raise NotImplementedError(
             f"no kernel adds or normalises around this product: {rows.dtype}{rows.shape}, {facts};"
             " do so apart, and call matmul"
         )
-    case, config = plan
+    case, plan = found
     if squares is not None:
-        case = dataclasses.replace(case, norm_eps=eps, squares=squares.size)
+        case = dataclasses.replace(case, squares=squares.size, norm_eps=eps)
     case = dataclasses.replace(case, residual=residual is not None)
-    outputs = case.launch(
-        integer.source(case, config),
-        arrays,
-        grid=integer.grid(case, config),
-        warps=config.warps,
-        name="fdk_integer",
-        others=others,
-        squares=integer.squares(case, config),
-    )
+    outputs = tuning.launch(case, plan.kernel, plan.config, arrays, others)
     return outputs[0] if residual is None else Scaled(*outputs)
 
 

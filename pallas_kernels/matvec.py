@@ -23,13 +23,13 @@ instruction; see `fdk_jax.packing`. A block is a tile of each of the R.
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from pallas_kernels import decoding
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
-from pallas_kernels.ptx import Ptx, Writer, at, load_float, over_lanes, store_float, vector
+from pallas_kernels.outputs import OutputWriter, parts_of_squares
+from pallas_kernels.ptx import at, over_lanes, vector
 
 _STEPS = 4  # instructions a plane
 _TILE_BYTES = 1024
@@ -86,22 +86,17 @@ def source(case: Case, config: Config) -> str:
     return _Writer(case, config).write()
 
 
-class Operands(NamedTuple):
-    """Registers with the addresses of the operands."""
-
-    x: str = "$1"
-    packed: str = "$2"
-    scales: str = "$3"
-    codebook: str = "$4"
+def squares(case: Case, config: Config) -> int:
+    """How many partial sums of squares a case with a residual leaves."""
+    return parts_of_squares(grid(case, config)[0], config.rows, config.warps)
 
 
-class _Writer(Writer):
+class _Writer(OutputWriter):
     """Writes the PTX of one case; one method a part of the kernel."""
 
-    operands = Operands()
-
     def __init__(self, case: Case, config: Config) -> None:
-        self.case, self.config, self.ptx = case, config, Ptx()
+        super().__init__(case)
+        self.config = config
         self.scale_bytes = jnp.dtype(case.scale_dtype).itemsize
         self.scale_mode = _scale_mode(case, config)
         self.scale_runs = _scale_runs(case, self.scale_mode)
@@ -117,6 +112,11 @@ class _Writer(Writer):
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
+        return self._squares_place + 4 * (self.case.squares > 0)
+
+    @property
+    def _squares_place(self) -> int:
+        """Where the sum of the squares of x is, behind everything else."""
         sums = self.config.k_warps_here * self.sum_tokens * self.sum_stride * 4
         return max(self.decoder.shared_bytes + self.ring_bytes, sums)
 
@@ -136,7 +136,10 @@ class _Writer(Writer):
         for stage, buffer in enumerate(buffers):
             self._load(buffer, stage)
         self._load_x(0, 0, 0)
+        self._load_residuals()
         self._set_up_decoder()
+        if self.case.squares:
+            self._add_squares(config.warps - 1, self._squares_place)
         self._loop(buffers)
         self._reduce()
         return ptx.text()
@@ -150,7 +153,7 @@ class _Writer(Writer):
 
     def _codebook(self) -> str:
         """The address of the codebook of the program's rows."""
-        ptx, case, book = self.ptx, self.case, self.operands.codebook
+        ptx, case, book = self.ptx, self.case, self.operands["codebook"]
         if case.books > 1:
             number = ptx.op("div.u32", self.program_row, case.n // case.books)
             book = ptx.op("mad.wide.u32", number, 4 * 2**case.bits, book, kind="b64")
@@ -178,11 +181,13 @@ class _Writer(Writer):
         for r in range(config.tiles):
             tile = ptx.op("min.u32", ptx.op("add.u32", first_tile, r), case.tiles - 1)
             index = ptx.op("mad.lo.u32", tile, case.blocks, self.k_warp)
-            address = ptx.op("mad.wide.u32", index, _TILE_BYTES, self.operands.packed, kind="b64")
+            address = ptx.op(
+                "mad.wide.u32", index, _TILE_BYTES, self.operands["packed"], kind="b64"
+            )
             self.packed.append(ptx.op("mad.wide.u32", self.lane, 16, address, kind="b64"))
             index = ptx.op("mul.lo.u32", tile, case.quads)
             address = ptx.op(
-                "mad.wide.u32", index, 64 * self.scale_bytes, self.operands.scales, kind="b64"
+                "mad.wide.u32", index, 64 * self.scale_bytes, self.operands["scales"], kind="b64"
             )
             address = ptx.op("mad.wide.u32", self.row, 8 * self.scale_bytes, address, kind="b64")
             if self.scale_mode == "vector":
@@ -211,7 +216,7 @@ class _Writer(Writer):
         for j in range(config.columns):
             token = ptx.op("add.u32", self.first_token, self.row)
             token = ptx.op("min.u32", ptx.op("add.u32", token, 8 * j), case.m - 1)
-            address = ptx.op("mad.wide.u32", token, row_bytes, "$1", kind="b64")
+            address = ptx.op("mad.wide.u32", token, row_bytes, self.operands["x"], kind="b64")
             address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
             self.x.append(ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64"))
         if self.config.diagonal:
@@ -546,17 +551,30 @@ class _Writer(Writer):
             self.ptx.do("barrier.cluster.arrive.relaxed")
             self.ptx.do("barrier.cluster.wait")
 
+    def _load_residuals(self) -> None:
+        """Starts loading what this thread's outputs are added to and scaled by."""
+        ptx, rows = self.ptx, self.config.rows
+        self.residuals = []
+        for start in range(0, rows, 32 * self.config.warps) if self.case.residual else ():
+            row = ptx.op("min.u32", ptx.op("add.u32", self.thread, start), rows - 1)
+            self.residuals.append(self._load_residual(ptx.op("add.u32", self.program_row, row)))
+
     def _write_outputs(self, tokens: int, per_warp: int, name: str = "") -> None:
         """Adds the sums of so many tokens, and writes them: each program of a cluster its part."""
         ptx, config = self.ptx, self.config
         worker, workers = self.thread, 32 * config.warps * config.cluster
         if config.cluster > 1:
             worker = ptx.op("mad.lo.u32", self.rank, 32 * config.warps, worker)
-        for start in range(0, config.rows * tokens, workers):
+        if self.case.residual:
+            self.squares = ptx.op("mov.f32", "0f00000000", kind="f32")
+        for turn, start in enumerate(range(0, config.rows * tokens, workers)):
             index = ptx.op("add.u32", worker, start)
-            self._write_output(index, tokens, per_warp, f"fdk_next{name}{start}")
+            self._write_output(index, turn, tokens, per_warp, f"fdk_next{name}{start}")
+        if self.case.residual:
+            warps = squares(self.case, config) // grid(self.case, config)[0]
+            self._store_squares(self.squares, warps)
 
-    def _write_output(self, index: str, tokens: int, per_warp: int, behind: str) -> None:
+    def _write_output(self, index: str, turn: int, tokens: int, per_warp: int, behind: str) -> None:
         ptx, case = self.ptx, self.case
         token = ptx.op("div.u32", index, self.config.rows)
         row = ptx.op("rem.u32", index, self.config.rows)
@@ -577,15 +595,14 @@ class _Writer(Writer):
             ptx.do("add.f32", total, total, part)
         if self.decoder.factor is not None:
             ptx.do("mul.f32", total, total, self.decoder.factor)
-        out = "$5"
+        if case.squares:
+            total = self._normalise(total, self._squares_place)
         if case.bias_dtype is not None:
-            out = "$6"
-            ptx.do("add.f32", total, total, load_float(ptx, "$5", n, case.bias_dtype))
-        index = ptx.op("mul.wide.u32", m, case.n, kind="b64")
-        size = jnp.dtype(case.out_dtype).itemsize
-        address = ptx.op("mad.lo.u64", index, size, out, kind="b64")
-        address = ptx.op("mad.wide.u32", n, size, address, kind="b64")
-        store_float(ptx, address, total, case.out_dtype)
+            self._add_bias(total, n)
+        if case.residual:
+            self._store_sum(total, n, self.residuals[turn], self.squares)
+        else:
+            self._store(total, n, "y", m)
         ptx.label(behind)
 
 

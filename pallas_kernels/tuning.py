@@ -259,20 +259,23 @@ def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
     return list(best.values())
 
 
-def launch(case: Case, kernel: str, config: Any, arrays: Arrays) -> Array:
-    """Runs a product with a given kernel (not "gather") and configuration."""
+def launch(
+    case: Case, kernel: str, config: Any, arrays: Arrays, others: tuple[Array, ...] = ()
+) -> tuple[Array, ...]:
+    """Runs a product with a given kernel (not "gather") and configuration; see `Case.launch`."""
     if kernel == "dequantise":
-        return dequantise.matmul(case, arrays)
+        return (dequantise.matmul(case, arrays),)
     module = KERNELS[kernel]
-    [y] = case.launch(
+    return case.launch(
         module.source(case, config),
         arrays,
         grid=module.grid(case, config),
         warps=config.warps,
         cluster=config.cluster,
         name=f"fdk_{kernel}",
+        others=others,
+        squares=module.squares(case, config) if case.residual else 0,
     )
-    return y
 
 
 _TRIPS = 32  # so many that the host's work at the start of a program does not count
@@ -286,7 +289,7 @@ def _compile(case: Case, kernel: str, config: Any, weights: list) -> Any:
         def body(_, carry):
             x, _ = carry
             results = [
-                product(Arrays(x, packed, scales, codebook, None)) for packed, scales in weights
+                product(Arrays(x, packed, scales, codebook, None))[0] for packed, scales in weights
             ]
             # Every result is carried on, and every trip's x depends on them: nothing is left out or hoisted.
             return jax.lax.optimization_barrier((x, results))

@@ -155,7 +155,7 @@ class _Writer(matvec._Writer):
             token = ptx.op("add.u32", place, self.first_token)
             token = ptx.op("min.u32", token, case.m - 1)
             row_bytes = case.blocks * case.span * 2
-            address = ptx.op("mad.wide.u32", token, row_bytes, "$1", kind="b64")
+            address = ptx.op("mad.wide.u32", token, row_bytes, self.operands["x"], kind="b64")
             address = ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64")
             self.x.append(ptx.op("mad.wide.u32", eighth, 16, address, kind="b64"))
             target = ptx.op("mad.lo.u32", half, self._half_bytes, team)

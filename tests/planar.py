@@ -32,22 +32,22 @@ def product(rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0, uniform=F
 NORM_EPS = 1e-3
 
 
-def residual_product(rng, n, k, books=1, parts=5):
-    """A `Scaled` [1, K] and a residual [1, N] for `pallas_kernels.residual_matmul`, one bit, bfloat16.
+def residual_product(rng, n, k, books=1, parts=5, bits=1, uniform=False):
+    """A `Scaled` [1, K] and a residual [1, N] for `pallas_kernels.residual_matmul`, bfloat16.
 
     Returns:
         (total, scaled, squares) of the input; (residual, scale); weight arrays; facts; in float64 the
         norm's product and its size without cancellation.
     """
     dtype = jnp.bfloat16
-    (x, *weight), facts, _ = product(rng, 1, n, k, 1, 64, dtype, books)
+    (x, *weight), facts, _ = product(rng, 1, n, k, bits, 64, dtype, books, uniform=uniform)
     packed, scales, codebook = weight
     factors = jnp.asarray(rng.uniform(0.5, 2, k), dtype)
     squares = np.zeros(parts, np.float32)
     np.add.at(squares, np.arange(k) % parts, np.asarray(x, np.float32)[0] ** 2)
     interchange, plain = packing.from_planar(packed, scales, in_features=k, **facts)
     values = np.repeat(np.asarray(codebook.astype(dtype), np.float64), n // books, 0)
-    codes = np.asarray(packing.unpack(interchange, 1, k)).astype(int)
+    codes = np.asarray(packing.unpack(interchange, bits, k)).astype(int)
     matrix = np.take_along_axis(values, codes, -1)
     matrix *= np.repeat(np.asarray(plain, np.float64), 64, -1)[:, :k]
     exact = np.asarray(x, np.float64)

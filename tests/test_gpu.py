@@ -98,9 +98,12 @@ def test_large_and_tiny_scales(rng, bits, uniform, m, dtype, scale):
     _check(rng, m, 40, 1024, bits, uniform, 64, dtype, bias=False, scale=scale)
 
 
+@pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize(("n", "k", "books"), [(33, 600, 1), (6144, 4096, 3), (128, 21512, 2)])
-def test_sums_and_norms_around_a_product(rng, n, k, books):
-    before, behind, weight, facts, (expected, size) = planar.residual_product(rng, n, k, books)
+def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books):
+    before, behind, weight, facts, (expected, size) = planar.residual_product(
+        rng, n, k, books, bits=bits, uniform=uniform
+    )
     residual, norm_scale = behind
     outputs = pallas_kernels.residual_matmul(
         pallas_kernels.Scaled(*before),
@@ -109,15 +112,16 @@ def test_sums_and_norms_around_a_product(rng, n, k, books):
         residual=residual,
         norm_scale=norm_scale,
         **facts,
-        uniform=False,
+        uniform=uniform,
     )
     planar.check_residual(outputs, behind, expected, size)
 
 
+@pytest.mark.parametrize("bits", [1, 4])
 @pytest.mark.parametrize("options", [{}, dict(output_bias=True, qkv_bias=True, mlp_bias=True)])
-def test_sums_and_norms_in_the_products_of_a_model(options, monkeypatch):
+def test_sums_and_norms_in_the_products_of_a_model(bits, options, monkeypatch):
     config = ModelConfig(512, 512, 1024, 3, 4, 2, 128, **options)
-    model = models.random_model(config, bits=1, codebook="kmeans", backend="pallas")
+    model = models.random_model(config, bits=bits, codebook="kmeans", backend="pallas")
     tokens = jnp.asarray([[3, 1, 4, 1, 5]])
     _, cache = model.prefill(tokens, jnp.asarray([5]), 128)
 

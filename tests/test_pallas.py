@@ -389,36 +389,48 @@ def test_integer_kernel_is_exact_for_integers(rng):
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "books", "config"),
+    ("bits", "uniform", "n", "k", "books", "config"),
     [
-        (33, 600, 1, integer.Config(2, 2)),
-        (64, 2060, 2, integer.Config(3, 3)),
-        (20, 1024, 1, integer.Config(16, 132)),
-        (400, 600, 1, integer.Config(1, 2)),  # outputs in more turns than one
+        (1, False, 33, 600, 1, integer.Config(2, 2)),
+        (1, False, 64, 2060, 2, integer.Config(3, 3)),
+        (1, False, 20, 1024, 1, integer.Config(16, 132)),
+        (1, False, 400, 600, 1, integer.Config(1, 2)),  # outputs in more turns than one
+        (1, False, 70, 1100, 1, matvec.Config(1, 8, 1, 1, 1, True)),
+        (2, False, 96, 520, 3, matvec.Config(1, 8, 2, 1, 2)),
+        (4, False, 33, 600, 1, matvec.Config(2, 4, 1, 1)),
+        (4, False, 40, 1100, 1, matvec.Config(1, 8, 4, 1, 1, True)),
+        (4, True, 70, 700, 1, matvec.Config(4, 1, 1, 1)),  # outputs in more turns than one
+        (8, False, 20, 300, 1, matvec.Config(1, 16, 1, 1, 2)),
+        (8, True, 100, 300, 1, matvec.Config(2, 8, 1, 1)),
     ],
 )
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_sums_and_norms_around_the_integer_kernel(rng, n, k, books, config, normed, residual):
+def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books, config, normed, residual):
     before, behind, weight, _, (expected, size) = planar.residual_product(
-        rng, n, k, books, parts=70
+        rng, n, k, books, 70, bits, uniform
     )
     options = dict(norm_eps=planar.NORM_EPS, squares=70) if normed else {}
-    case = Case(1, n, k, 1, 64, books, HALF, HALF, HALF, HALF, residual=residual, **options)
-    assert integer.unsupported_reason(case, config) is None
+    case = Case(
+        *(1, n, k, bits, 64, books, HALF, HALF, HALF, HALF, uniform), residual=residual, **options
+    )
+    assert tuning.unsupported_reason(case, config) is None
     bias = rng.normal(size=n).astype(HALF)
     _, x, squares = (np.asarray(a) for a in before)
     if not normed:
         mean = np.mean(np.asarray(before[0], np.float64) ** 2)
         expected, size = (a * np.sqrt(mean + planar.NORM_EPS) for a in (expected, size))
-    operands = [np.pad(x, ((0, 0), (0, case.blocks * 512 - k))), *map(np.asarray, weight), bias]
+    operands = [np.asarray(case.pad(x)), *map(np.asarray, weight), bias]
     operands += [squares] * normed + [np.asarray(a) for a in behind] * residual
-    row, count = np.full((1, n), np.nan, HALF), integer.squares(case, config)
-    outputs = (row, row.copy(), np.full(count, np.nan, np.float32)) if residual else (row,)
+    kernel = tuning.KERNELS[tuning.kernel_of(config)]
+    row, outputs = np.full((1, n), np.nan, HALF), ()
+    if residual:
+        outputs = (row.copy(), np.full(kernel.squares(case, config), np.nan, np.float32))
+    outputs = (row, *outputs)
     ptx_machine.run(
-        integer.source(case, config),
+        kernel.source(case, config),
         [*operands, *outputs],
-        integer.grid(case, config),
+        kernel.grid(case, config),
         32 * config.warps,
     )
     expected = expected + bias.astype(np.float64)
@@ -455,23 +467,19 @@ def test_a_product_with_sum_and_norm_is_one_launch(rng, launches):
 
 
 @ONLY_WITH_A_GPU
-def test_a_decoding_step_has_four_products_a_layer_and_no_norms(launches):
+@pytest.mark.parametrize("bits", [1, 4])
+def test_a_decoding_step_has_four_products_a_layer_and_no_norms(launches, bits):
     config = ModelConfig(512, 64, 128, 2, 4, 2, 32)
     cache = KVCache(
         *[(jnp.zeros((1, 2, 64, 32), jnp.bfloat16),) * 2] * 2, jnp.asarray([3], jnp.int32)
     )
-
-    def lowered(bits):
-        model = models.random_model(config, bits=bits, backend="pallas")
-        step = jax.jit(lambda token, cache: model.decode(token, cache)[0])
-        traced = step.trace(jnp.asarray([1]), cache)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-    text = lowered(1)
+    model = models.random_model(config, bits=bits, backend="pallas")
+    step = jax.jit(lambda token, cache: model.decode(token, cache)[0])
+    traced = step.trace(jnp.asarray([1]), cache)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "add_rms_norm" not in text
-    assert len(launches) == 8
     assert "decode_attention" in text
-    assert "add_rms_norm" in lowered(4)
+    assert len(launches) == (8 if bits == 1 else 0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
