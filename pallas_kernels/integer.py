@@ -170,10 +170,12 @@ class _Writer(OutputWriter):
         self.is_first_lane = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
         self.is_copier = ptx.op("setp.eq.u32", self.warp, self.workers, kind="pred")
         self.copies = ptx.op("setp.eq.u32", self.thread, 32 * self.workers, kind="pred")
-        program = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.x"), case.tiles)
-        self.first_tile = ptx.op("div.u32", program, self.programs)
-        end = ptx.op("div.u32", ptx.op("add.u32", program, case.tiles), self.programs)
-        self.tiles = ptx.op("sub.u32", end, self.first_tile)
+        # The first programs have one tile more, if they do not all have as many.
+        program, (each, more) = ptx.op("mov.u32", "%ctaid.x"), divmod(case.tiles, self.programs)
+        before = ptx.op("min.u32", program, more)
+        self.first_tile = ptx.op("mad.lo.u32", program, each, before)
+        has_more = ptx.op("setp.lt.u32", program, more, kind="pred")
+        self.tiles = ptx.op("selp.b32", each + 1, each, has_more)
         self.blocks = ptx.op("mul.lo.u32", self.tiles, case.blocks)
 
     # The warp that copies
@@ -405,7 +407,7 @@ class _Writer(OutputWriter):
         ptx.label("fdk_loop")
         done = ptx.op("setp.ge.u32", block, self.blocks, kind="pred")
         ptx.do("bra", "fdk_done", when=done)
-        current = ptx.op("div.u32", block, case.blocks)
+        current = ptx.quotient(block, case.blocks)
         same = ptx.op("setp.eq.u32", current, tile, kind="pred")
         ptx.do("bra", "fdk_same_tile", when=same)
         self._store_totals(totals, tile)
@@ -415,8 +417,7 @@ class _Writer(OutputWriter):
         if case.books > 1:
             self._load_book(tile, first, steps)
         ptx.label("fdk_same_tile")
-        before = ptx.op("mul.lo.u32", tile, case.blocks)
-        x = ptx.op("sub.u32", block, before)
+        x = ptx.op("mad.lo.u32", tile, -case.blocks % 2**32, block)
         places = [ptx.op("mad.lo.u32", x, stride, start) for start, stride in self.integers]
         sums = ptx.op("mad.lo.u32", x, 2 * _PLANES * _SUMS, self.plane_sums)
         self._wait(at(self.barrier), "full")
@@ -477,7 +478,7 @@ class _Writer(OutputWriter):
         place = self.shared
         if case.books > 1:
             row = ptx.op("mul.lo.u32", ptx.op("add.u32", self.first_tile, tile), TILE_ROWS)
-            book = ptx.op("div.u32", row, case.n // case.books)
+            book = ptx.quotient(row, case.n // case.books)
             book = ptx.op("min.u32", book, case.books - 1)
             place = ptx.op("mad.lo.u32", book, _BOOK, self.shared)
         ptx.do("ld.shared.v2.b32", vector([first, steps[0]]), at(place, self.places["books"]))

@@ -155,7 +155,7 @@ class _Writer(OutputWriter):
         """The address of the codebook of the program's rows."""
         ptx, case, book = self.ptx, self.case, self.operands["codebook"]
         if case.books > 1:
-            number = ptx.op("div.u32", self.program_row, case.n // case.books)
+            number = ptx.quotient(self.program_row, case.n // case.books)
             book = ptx.op("mad.wide.u32", number, 4 * 2**case.bits, book, kind="b64")
         return book
 
@@ -165,15 +165,15 @@ class _Writer(OutputWriter):
         self._locate_lane()
         self._locate_program()
         # Which of the program's rows are this warp's, and which of its blocks along K.
-        self.row_warp = ptx.op("rem.u32", self.warp, config.row_warps)
-        self.k_warp_here = ptx.op("div.u32", self.warp, config.row_warps)
+        self.row_warp = ptx.remainder(self.warp, config.row_warps)
+        self.k_warp_here = ptx.quotient(self.warp, config.row_warps)
         self.k_warp = self.k_warp_here
         if config.cluster > 1:
             first = ptx.op("mul.lo.u32", self.rank, config.k_warps_here)
             self.k_warp = ptx.op("add.u32", first, self.k_warp_here)
         self.block = ptx.op("mov.u32", self.k_warp)
         self.left = ptx.op("sub.u32", case.blocks + config.k_warps - 1, self.k_warp)
-        self.left = ptx.op("div.u32", self.left, config.k_warps)
+        self.left = ptx.quotient(self.left, config.k_warps)
 
         first_tile = ptx.op("shr.u32", self.program_row, 4)
         first_tile = ptx.op("mad.lo.u32", self.row_warp, config.tiles, first_tile)
@@ -199,8 +199,8 @@ class _Writer(OutputWriter):
         ptx, cluster = self.ptx, self.config.cluster
         place = ptx.op("mov.u32", "%ctaid.x")
         if cluster > 1:
-            self.rank = ptx.op("rem.u32", place, cluster)
-            place = ptx.op("div.u32", place, cluster)
+            self.rank = ptx.remainder(place, cluster)
+            place = ptx.quotient(place, cluster)
         return place
 
     def _locate_program(self) -> None:
@@ -220,10 +220,10 @@ class _Writer(OutputWriter):
             address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
             self.x.append(ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64"))
         if self.config.diagonal:
-            self.x_block = ptx.op("div.u32", self.row, case.planes)
+            self.x_block = ptx.quotient(self.row, case.planes)
             step = config.k_warps * case.span * 2
             address = ptx.op("mad.wide.u32", self.x_block, step, self.x[0], kind="b64")
-            plane = ptx.op("rem.u32", self.row, case.planes)
+            plane = ptx.remainder(self.row, case.planes)
             self.x = [ptx.op("mad.wide.u32", plane, 2 * PLANE, address, kind="b64")]
             self.mine = [ptx.op("setp.eq.u32", self.quad, i, kind="pred") for i in range(4)]
         zero = ptx.op("mov.f32", "0f00000000", kind="f32")
@@ -338,13 +338,13 @@ class _Writer(OutputWriter):
         """The group of a run in a block (scale modes "single", "plane" and "lane")."""
         ptx, case = self.ptx, self.case
         if self.scale_mode == "single":
-            return ptx.op("div.u32", block, case.group_size // case.span)
+            return ptx.quotient(block, case.group_size // case.span)
         if self.scale_mode == "plane":
             plane = ptx.op("mad.lo.u32", block, case.planes, run)
-            return ptx.op("div.u32", plane, case.group_size // PLANE)
+            return ptx.quotient(plane, case.group_size // PLANE)
         eighth = ptx.op("mad.lo.u32", block, case.span // 8, 4 * run)
         eighth = ptx.op("add.u32", eighth, self.quad)
-        return ptx.op("div.u32", eighth, case.group_size // 8)
+        return ptx.quotient(eighth, case.group_size // 8)
 
     def _load_scale_vectors(self, buffer, ahead: int, there: str) -> None:
         case, config = self.case, self.config
@@ -576,8 +576,8 @@ class _Writer(OutputWriter):
 
     def _write_output(self, index: str, turn: int, tokens: int, per_warp: int, behind: str) -> None:
         ptx, case = self.ptx, self.case
-        token = ptx.op("div.u32", index, self.config.rows)
-        row = ptx.op("rem.u32", index, self.config.rows)
+        token = ptx.quotient(index, self.config.rows)
+        row = ptx.remainder(index, self.config.rows)
         address = ptx.op("mad.lo.u32", token, self.sum_stride, row)
         address = ptx.op("mad.lo.u32", address, 4, self.shared)
         n = ptx.op("add.u32", self.program_row, row)

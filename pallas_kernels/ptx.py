@@ -35,6 +35,24 @@ class Ptx:
         self.do(opcode, result, *operands)
         return result
 
+    def quotient(self, value: str, divisor: int) -> str:
+        """Value // divisor, for values below 2**30.
+
+        `ptxas` divides by a constant as by any number: a reciprocal in floats, a hundred cycles.
+        """
+        shift = divisor.bit_length() - 1
+        if divisor == 1 << shift:
+            return self.op("shr.u32", value, shift)
+        # Too large by less than 1 / divisor, so that the part before the point is right.
+        product = self.op("mul.hi.u32", value, -(-(1 << 31 + shift) // divisor))
+        return self.op("shr.u32", product, shift - 1)
+
+    def remainder(self, value: str, divisor: int) -> str:
+        """The remainder of value / divisor, for values below 2**30."""
+        if divisor.bit_count() == 1:
+            return self.op("and.b32", value, divisor - 1)
+        return self.op("mad.lo.u32", self.quotient(value, divisor), -divisor % 2**32, value)
+
     def policy(self, priority: str) -> str:
         """A cache policy for loads with `.L2::cache_hint`: "evict_first" or "evict_last"."""
         if priority not in self._policies:

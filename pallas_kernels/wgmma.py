@@ -136,7 +136,7 @@ class _Writer(matvec._Writer):
     def _locate_x(self) -> None:
         """Where this thread loads x, where it stores it, and the descriptors of both buffers."""
         ptx, case, config = self.ptx, self.case, self.launch
-        within = ptx.op("rem.u32", self.warp, 4 * config.row_groups)
+        within = ptx.remainder(self.warp, 4 * config.row_groups)
         team_bytes = 2 * self.x_bytes
         team = ptx.op("mad.lo.u32", self.k_warp_here, team_bytes, self.shared)
         team = ptx.op("add.u32", team, self.decoder.shared_bytes)

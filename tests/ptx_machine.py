@@ -455,10 +455,8 @@ def _integer(name, opcode, v):
         "shr": lambda: v[0] >> v[1],
         "add": lambda: v[0] + v[1],
         "sub": lambda: v[0] - v[1],
-        "mul": lambda: v[0] * v[1],
+        "mul": lambda: v[0] * v[1] >> np.uint64(32 if "hi" in opcode else 0),
         "mad": lambda: v[0] * v[1] + v[2],
-        "div": lambda: v[0] // v[1],
-        "rem": lambda: v[0] % v[1],
         "min": lambda: np.minimum(v[0], v[1]),
     }
     return simple[name]()

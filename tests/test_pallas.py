@@ -18,6 +18,7 @@ from fdk_jax.models.cache import KVCache
 from fdk_jax.models.config import ModelConfig
 from pallas_kernels import dequantise, integer, matvec, triton_compat, tuning, wgmma
 from pallas_kernels.case import Arrays, Case
+from pallas_kernels.ptx import Ptx, at
 
 HALF = jnp.dtype(jnp.bfloat16)
 # Widths of codes, and whether the values are evenly spaced: every decoder.
@@ -225,6 +226,27 @@ def test_a_cache_file_wins_over_the_package(tmp_path, monkeypatch):
         assert sum(r["device"] == "here" for r in tuning._table()) == 1
     finally:
         tuning._table.cache_clear()
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 12, 16, 42, 131, 132, 4096, 42752, 2**29 + 1])
+def test_quotients_and_remainders(rng, divisor):
+    """Around multiples of the divisor, where a rounded reciprocal would show, to the largest values."""
+    near = rng.integers(0, 2**30 // divisor, 60, endpoint=True) * divisor
+    values = np.concatenate([near - 1, near, near + 1, [0, 2**30 - 1], rng.integers(0, 2**30, 10)])
+    values = np.clip(values, 0, 2**30 - 1).astype(np.uint32)
+    ptx, threads = Ptx(), len(values)
+    ptx.share(16)
+    place = ptx.op("mad.wide.u32", ptx.op("mov.u32", "%tid.x"), 4, "$1", kind="b64")
+    value = ptx.op("ld.global.nc.b32", at(place))
+    for target, result in (
+        ("$2", ptx.quotient(value, divisor)),
+        ("$3", ptx.remainder(value, divisor)),
+    ):
+        place = ptx.op("mad.wide.u32", ptx.op("mov.u32", "%tid.x"), 4, target, kind="b64")
+        ptx.do("st.global.b32", at(place), result)
+    found = np.full((2, threads), 2**32 - 1, np.uint32)
+    ptx_machine.run(ptx.text(), [values, *found], (1, 1), threads)
+    np.testing.assert_array_equal(found, np.divmod(values, np.uint32(divisor)))
 
 
 def _run_ptx(case, config, arrays, bias):
