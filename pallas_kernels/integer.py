@@ -6,8 +6,9 @@ by the largest of 64 neighbours, as a high and a low byte. With two values any c
 
     sum x w = scale (first * sum x + (second - first) * sum of the x whose code is set)
 
-The eight columns of the instruction are the high and low bytes of four planes of x; a weight's product with
-the other planes is nought, as these have noughts in its place. A mask leaves a code at one bit of its byte, the
+The eight columns of the instruction are the high and low bytes of four planes of x. Codes of two planes are in
+one operand, a byte each in turns, where the columns of the other have noughts; and the columns of the two
+planes whose codes it has not hold sums that nobody reads. A mask leaves a code at one bit of its byte, the
 same for all codes of a register: what that makes of the sums is divided out again, in x for the registers of
 upper and lower halves of a step, and at the end for upper and lower rows and for planes. An infinity in x makes
 the scale infinite and itself the only integer that is not nought.
@@ -110,11 +111,10 @@ class _Writer(OutputWriter):
         self.block_scales = 8 * TILE_ROWS * jnp.dtype(case.scale_dtype).itemsize  # bytes
         self.most_tiles = _most_tiles(case, config)
         self.slot_bytes = self.workers * (_CODES + self.block_scales)
-        # Shared memory: integers of x, noughts, scales and sums of x, codebooks, partial sums, then the ring.
+        # Shared memory: integers of x, scales and sums of x, codebooks, partial sums, then the ring.
         self.places, end = {}, 0
         for name, size in (
             ("integers", case.blocks * 2 * _INTEGERS),
-            ("noughts", 2 * _INTEGERS),
             ("plane_sums", case.blocks * 2 * _PLANES * _SUMS),
             ("books", case.books * _BOOK),
             ("partial", self.most_tiles * self.workers * TILE_ROWS * 4),
@@ -290,7 +290,6 @@ class _Writer(OutputWriter):
     def _prepare_others(self) -> None:
         """Fills what is in shared memory besides x."""
         threads = 32 * self.workers
-        self._clear("noughts", min(threads, 2 * _INTEGERS // 16))
         if self.case.blocks < self.workers:  # a warp may have no block of a tile
             self._clear("partial", threads)
         if self.case.squares:
@@ -418,7 +417,7 @@ class _Writer(OutputWriter):
             self._load_book(tile, first, steps)
         ptx.label("fdk_same_tile")
         x = ptx.op("mad.lo.u32", tile, -case.blocks % 2**32, block)
-        places = [ptx.op("mad.lo.u32", x, stride, start) for start, stride in self.integers]
+        integers = ptx.op("mad.lo.u32", x, 2 * _INTEGERS, self.integers)
         sums = ptx.op("mad.lo.u32", x, 2 * _PLANES * _SUMS, self.plane_sums)
         self._wait(at(self.barrier), "full")
         words, factors = self._load_block()
@@ -431,7 +430,7 @@ class _Writer(OutputWriter):
             plane_sums = ptx.registers("b32", 2)
             place = at(sums, self.places["plane_sums"] + half * _PLANES * _SUMS)
             ptx.do("ld.shared.v2.b32", vector(plane_sums), place)
-            x = [self._load_integers(place, half) for place in places]
+            x = self._load_integers(integers, half)
             pair = factors[2 * half : 2 * half + 2]
             self._multiply(words[part], pair, x, plane_sums, (first, steps), totals)
         ptx.do("add.u32", block, block, self.workers)
@@ -443,30 +442,18 @@ class _Writer(OutputWriter):
     def _locate_operands(self) -> None:
         """Where this lane's operands are, and constants of the lane."""
         ptx = self.ptx
-        # Lanes of planes 0 and 2 have x for the first codes of a byte and noughts for the others, those of
-        # planes 1 and 3 the other way round.
-        odd = ptx.op("setp.ne.u32", ptx.op("and.b32", self.row, 2), 0, kind="pred")
-        here = ptx.op("mad.lo.u32", self.lane, 16, self.shared)
-        here = ptx.op("add.u32", here, self.places["integers"])
-        nought = ptx.op("add.u32", self.shared, self.places["noughts"])
-        stride = 2 * _INTEGERS
-        self.integers = [
-            (ptx.op("selp.b32", nought, here, odd), ptx.op("selp.b32", 0, stride, odd)),
-            (ptx.op("selp.b32", here, nought, odd), ptx.op("selp.b32", stride, 0, odd)),
-        ]
+        self.integers = ptx.op("mad.lo.u32", self.lane, 16, self.shared)
         self.plane_sums = ptx.op("mad.lo.u32", self.quad, _SUMS, self.shared)
         codes = ptx.op("mul.lo.u32", self.warp, _CODES)
         self.codes = ptx.op("mad.lo.u32", self.lane, 16, codes)
         scales = ptx.op("mul.lo.u32", self.warp, self.block_scales)
         self.scales = ptx.op("mad.lo.u32", self.lane, self.block_scales // 64, scales)
-        # The codes of planes 1 and 3 stand four bits higher.
-        higher = ptx.op("setp.ne.u32", ptx.op("and.b32", self.quad, 1), 0, kind="pred")
+        # The lane's columns are those of a plane; the codes of planes 1 and 3 stand four bits higher.
+        self.higher = ptx.op("setp.ne.u32", ptx.op("and.b32", self.quad, 1), 0, kind="pred")
         self.unit = ptx.op(
-            "selp.f32", float_constant(1 / 16), float_constant(1.0), higher, kind="f32"
+            "selp.f32", float_constant(1 / 16), float_constant(1.0), self.higher, kind="f32"
         )
         self.zero = ptx.op("mov.u32", 0)
-        # Of the four lanes of a row, which keep the sums of the lower one.
-        self.keeps_lower = higher
         place = ptx.op("mad.lo.u32", self.warp, 4 * TILE_ROWS, self.shared)
         place = ptx.op("mad.lo.u32", self.row, 8, place)
         self.partial = ptx.op("mad.lo.u32", self.quad, 4, place)
@@ -487,10 +474,10 @@ class _Writer(OutputWriter):
         ptx.do("mul.f32", steps[1], steps[0], float_constant(0.5))
 
     def _load_integers(self, place: str, half: int) -> list[str]:
-        """The integers of a fourfold of x, from one of the lane's two places."""
+        """The integers of a fourfold of x."""
         words = self.ptx.registers("b32", 8)
         for i in range(2):
-            part = at(place, half * _INTEGERS + i * _INTEGERS // 2)
+            part = at(place, self.places["integers"] + half * _INTEGERS + i * _INTEGERS // 2)
             self.ptx.do("ld.shared.v4.b32", vector(words[4 * i : 4 * i + 4]), part)
         return words
 
@@ -513,21 +500,22 @@ class _Writer(OutputWriter):
     def _multiply(self, words, factors, x, plane_sums, book, totals) -> None:
         """Adds a fourfold's part to the sums of its rows."""
         ptx, (scale, whole), (first, steps) = self.ptx, plane_sums, book
-        sums = ptx.registers("b32", 4)
+        sums = [ptx.registers("b32", 4) for _ in range(2)]
         for i, word in enumerate(words):
-            for part, integers in enumerate(x):
+            for part in range(2):
                 masks = (0x01010101 << 4 * part + bit for bit in range(4))
                 ptx.do(
                     "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32",
-                    vector(sums),
+                    vector(sums[part]),
                     vector([ptx.op("and.b32", word, f"0x{mask:08x}") for mask in masks]),
-                    vector(integers[2 * i : 2 * i + 2]),
-                    vector(sums if i or part else [self.zero] * 4),
+                    vector(x[2 * i : 2 * i + 2]),
+                    vector(sums[part] if i else [self.zero] * 4),
                 )
         base = ptx.op("mul.f32", whole, first, kind="f32")
         for row in range(2):
-            high, low = sums[2 * row : 2 * row + 2]
-            sum_ = ptx.op("mad.lo.u32", high, 256, low)
+            both = (part[2 * row : 2 * row + 2] for part in sums)
+            both = [ptx.op("mad.lo.u32", high, 256, low) for high, low in both]
+            sum_ = ptx.op("selp.b32", both[1], both[0], self.higher)
             value = ptx.op("cvt.rn.f32.s32", sum_, kind="f32")
             value = ptx.op("fma.rn.f32", steps[row], value, base, kind="f32")
             factor = ptx.op("mul.f32", factors[row], scale, kind="f32")
@@ -538,8 +526,9 @@ class _Writer(OutputWriter):
         ptx = self.ptx
         upper, lower = totals
         other, rest = ptx.registers("f32", 2)
-        given = ptx.op("selp.f32", upper, lower, self.keeps_lower, kind="f32")
-        kept = ptx.op("selp.f32", lower, upper, self.keeps_lower, kind="f32")
+        # Of the four lanes of a row, two keep the sums of the lower one.
+        given = ptx.op("selp.f32", upper, lower, self.higher, kind="f32")
+        kept = ptx.op("selp.f32", lower, upper, self.higher, kind="f32")
         ptx.do("shfl.sync.bfly.b32", other, given, 1, 31, "0xffffffff")
         kept = ptx.op("add.f32", kept, other, kind="f32")
         ptx.do("shfl.sync.bfly.b32", rest, kept, 2, 31, "0xffffffff")
