@@ -419,20 +419,21 @@ class _Writer(OutputWriter):
         x = ptx.op("mad.lo.u32", tile, -case.blocks % 2**32, block)
         integers = ptx.op("mad.lo.u32", x, 2 * _INTEGERS, self.integers)
         sums = ptx.op("mad.lo.u32", x, 2 * _PLANES * _SUMS, self.plane_sums)
+        operands = []
+        for half in range(2):
+            plane_sums = ptx.registers("b32", 2)
+            place = at(sums, self.places["plane_sums"] + half * _PLANES * _SUMS)
+            ptx.do("ld.shared.v2.b32", vector(plane_sums), place)
+            operands.append((self._load_integers(integers, half), plane_sums))
         self._wait(at(self.barrier), "full")
         words, factors = self._load_block()
         # The warp has what it needs; another block may take the place.
         ptx.do("bar.warp.sync", "0xffffffff")
         empty = at(self.barrier, 8)
         ptx.do("mbarrier.arrive.shared::cta.b64", "_", empty, when=self.is_first_lane)
-        for half in range(2):
-            part = slice(4 * half, 4 * half + 4)
-            plane_sums = ptx.registers("b32", 2)
-            place = at(sums, self.places["plane_sums"] + half * _PLANES * _SUMS)
-            ptx.do("ld.shared.v2.b32", vector(plane_sums), place)
-            x = self._load_integers(integers, half)
-            pair = factors[2 * half : 2 * half + 2]
-            self._multiply(words[part], pair, x, plane_sums, (first, steps), totals)
+        for half, (x, plane_sums) in enumerate(operands):
+            part, pair = words[4 * half : 4 * half + 4], factors[2 * half : 2 * half + 2]
+            self._multiply(part, pair, x, plane_sums, (first, steps), totals)
         ptx.do("add.u32", block, block, self.workers)
         self._next_slot()
         ptx.do("bra", "fdk_loop")
