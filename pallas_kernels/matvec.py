@@ -212,10 +212,16 @@ class _Writer(OutputWriter):
         """Where this lane's x starts, and registers for it and for the sums."""
         case, config, ptx = self.case, self.config, self.ptx
         self.x = []
+        # Lanes of columns without a token load nothing: what is in these columns nobody reads.
+        self.has_token = []
         row_bytes = case.blocks * case.span * 2
         for j in range(config.columns):
             token = ptx.op("add.u32", self.first_token, self.row)
-            token = ptx.op("min.u32", ptx.op("add.u32", token, 8 * j), case.m - 1)
+            token = ptx.op("add.u32", token, 8 * j)
+            if case.m % (8 * config.columns) and not config.diagonal:
+                self.has_token.append(ptx.op("setp.lt.u32", token, case.m, kind="pred"))
+            else:
+                token = ptx.op("min.u32", token, case.m - 1)
             address = ptx.op("mad.wide.u32", token, row_bytes, self.operands["x"], kind="b64")
             address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
             self.x.append(ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64"))
@@ -426,12 +432,14 @@ class _Writer(OutputWriter):
         """Starts the loads of a plane's x: for each lane the two pairs of each step."""
         ptx, case = self.ptx, self.case
         block = ptx.op("add.u32", self.x_block, ahead) if self.config.diagonal else ahead
-        there = ptx.op("setp.gt.u32", self.left, block, kind="pred")
+        there = [ptx.op("setp.gt.u32", self.left, block, kind="pred")] * len(self.x)
+        if self.has_token:
+            there = [ptx.op("and.pred", t, there[0], kind="pred") for t in self.has_token]
         offset = (ahead * self.config.k_warps * case.span + plane * PLANE) * 2
-        for address, values in zip(self.x, self.x_buffers[buffer], strict=True):
+        for address, values, guard in zip(self.x, self.x_buffers[buffer], there, strict=True):
             for half in range(2):
                 part = vector(values[4 * half : 4 * half + 4])
-                ptx.do("ld.global.nc.v4.b32", part, at(address, offset + PLANE * half), when=there)
+                ptx.do("ld.global.nc.v4.b32", part, at(address, offset + PLANE * half), when=guard)
 
     def _paired(self, values: list[str]) -> list[str]:
         """Registers of neighbours of x with the pairs that the decoder's have."""
