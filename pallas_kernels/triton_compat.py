@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import warnings
-import zlib
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ from jax import Array
 from jax._src import core as jax_core
 from jax._src import state
 from jax._src.interpreters import mlir
-from jax._src.lib import gpu_triton
 from jax._src.lib.mlir import ir
 from jax._src.lib.triton import dialect as tt_dialect
 from jax._src.pallas import core as pallas_core
@@ -108,32 +106,28 @@ class _DirectParams(_triton.CompilerParams):
 
 
 def _direct_lowering(ctx, *in_nodes, jaxpr, grid_mapping, compiler_params, name, **_):
-    if not hasattr(gpu_triton, "TritonKernel"):
-        raise NotImplementedError(
-            "this kernel's launch needs JAX's CUDA plugin: pip install 'jax[cuda12]'"
-        )
     [source] = [e.params["source"] for e in jaxpr.eqns if e.primitive is _inline_ptx]
     avals = (*ctx.avals_in, *ctx.avals_out)
     name = mlir.sanitize_name(name)
-    threads = 32 * compiler_params.num_warps
-    text = entry(source, name, operands=len(avals), threads=threads)
-    shared, cluster = shared_bytes(source), compiler_params.cluster
-    kernel = gpu_triton.TritonKernel(name, compiler_params.num_warps, cluster, shared, text, "", 90)
-    grid = (*grid_mapping.grid, 1, 1)[:3]
-    pointers = [gpu_triton.create_array_parameter(0, 16)] * len(avals)
-    call = gpu_triton.TritonKernelCall(kernel, *grid, pointers)
+    threads, cluster = 32 * compiler_params.num_warps, compiler_params.cluster
+    x, y, z = (*grid_mapping.grid, 1, 1)[:3]
+    launch = {
+        "name": name,
+        "kernel_type": "ptx",
+        "kernel_data": entry(source, name, operands=len(avals), threads=threads, cluster=cluster),
+        **{"grid_x": x * cluster, "grid_y": y, "grid_z": z},
+        **{"block_x": threads, "block_y": 1, "block_z": 1},
+        "shared_mem_bytes": shared_bytes(source),
+    }
 
     def layouts(avals):
         return [tuple(reversed(range(aval.ndim))) for aval in avals]
 
     return mlir.custom_call(
-        call_target_name="triton_kernel_call_ffi",
+        call_target_name="__gpu$xla.gpu.ptx",
         result_types=[mlir.aval_to_ir_type(ctx.module_context, a) for a in ctx.avals_out],
         operands=in_nodes,
-        backend_config={
-            "name": ir.StringAttr.get(name),
-            "opaque": ir.StringAttr.get(zlib.compress(call.to_proto(name, b""))),
-        },
+        backend_config={key: mlir.ir_attribute(value) for key, value in launch.items()},
         operand_layouts=layouts(ctx.avals_in),
         result_layouts=layouts(ctx.avals_out),
     ).results
@@ -148,7 +142,7 @@ def shared_bytes(source: str) -> int:
     return int(size[1]) if size else 0
 
 
-def entry(source: str, name: str, *, operands: int, threads: int) -> str:
+def entry(source: str, name: str, *, operands: int, threads: int, cluster: int = 1) -> str:
     """A whole kernel from a block of PTX; its launch gives it the shared memory."""
     source = source.replace(shared_declaration(shared_bytes(source)), "", 1)
     lines = [
@@ -157,7 +151,9 @@ def entry(source: str, name: str, *, operands: int, threads: int) -> str:
         ".address_size 64",
         ".extern " + shared_declaration(""),
         f".visible .entry {name}({', '.join(f'.param .u64 p{i}' for i in range(1, operands + 1))})",
-        f".reqntid {threads}, 1, 1 {{",
+        f".reqntid {threads}, 1, 1",
+        *([f".explicitcluster .reqnctapercluster {cluster}, 1, 1"] if cluster > 1 else []),
+        "{",
         f".reg .b64 operand_<{operands + 1}>;",
         *(f"ld.param.u64 operand_{i}, [p{i}];" for i in range(1, operands + 1)),
         *(f"cvta.to.global.u64 operand_{i}, operand_{i};" for i in range(1, operands + 1)),
