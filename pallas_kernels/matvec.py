@@ -16,7 +16,8 @@ others share their K; R tiles of 16 rows a warp (`Config.tiles`), D blocks in fl
 (`Config.stages`), J groups of 8 tokens (`Config.columns`). C programs are a cluster (`Config.cluster`): they
 have the same rows and share K, and read each other's sums at the end. One token leaves seven columns of the
 instruction free; `Config.diagonal` gives them to eight planes of x: a lane loads an eighth as much, and plane
-p finds its products in column p. A tile holds E = 8 / bits planes of 64 weights a row, each of 4 steps of the
+p finds its products in column p. With many rows P programs (`Config.programs`) take them in turns: the decoder's
+table is made once, and the next turn's loads are under way during the sums. A tile holds E = 8 / bits planes of 64 weights a row, each of 4 steps of the
 instruction; see `fdk_jax.packing`. A block is a tile of each of the R.
 """
 
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 from pallas_kernels import decoding
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
 from pallas_kernels.outputs import OutputWriter, parts_of_squares
-from pallas_kernels.ptx import at, over_lanes, vector
+from pallas_kernels.ptx import at, float_constant, over_lanes, vector
 
 _STEPS = 4  # instructions a plane
 _TILE_BYTES = 1024
@@ -37,11 +38,12 @@ _TILE_BYTES = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Launch configuration: R, W, D, J, V and C of the module's glossary.
+    """Launch configuration: R, W, D, J, V, C and P of the module's glossary.
 
     Attributes:
         diagonal: whether eight planes of x take the columns of one token.
         ring: whether blocks in flight are in shared memory instead of registers.
+        programs: nought for as many as there are rows for; a product with a residual has always as many.
     """
 
     tiles: int = 2
@@ -52,6 +54,7 @@ class Config:
     diagonal: bool = False
     cluster: int = 1
     ring: bool = False
+    programs: int = 0
 
     @property
     def k_warps_here(self) -> int:
@@ -73,12 +76,23 @@ def unsupported_reason(case: Case, config: Config) -> str | None:
     """Why the kernel does not take a case, or None."""
     if config.diagonal and (case.m > 1 or config.stages * case.planes % 8):
         return f"{case.m} tokens, {config.stages} stages of {case.planes} planes are not diagonal"
+    if config.programs and (case.m > 1 or config.cluster > 1 or config.ring):
+        return f"{config} takes no turns: it has {case.m} tokens, a cluster or a ring"
     return case.unsupported_reason(config, lambda: _Writer(case, config).shared_bytes)
 
 
 def grid(case: Case, config: Config) -> tuple[int, int]:
     """Programs along N and M."""
-    return -(-case.n // config.rows), -(-case.m // (8 * config.columns))
+    programs = -(-case.n // config.rows)
+    if config.programs and not case.residual:  # as many for each codebook
+        each = min(max(config.programs // case.books, 1), programs // case.books)
+        programs = each * case.books
+    return programs, -(-case.m // (8 * config.columns))
+
+
+def takes_turns(case: Case, config: Config) -> bool:
+    """Whether a program has more than `Config.rows` rows, and takes them in turns."""
+    return grid(case, config)[0] < -(-case.n // config.rows)
 
 
 def source(case: Case, config: Config) -> str:
@@ -108,6 +122,10 @@ class _Writer(OutputWriter):
         self.single = case.m == 1
         self.sum_tokens = 1 if self.single else 8 * config.columns
         self.x_planes = 8 if config.diagonal else 1
+        # Of each codebook: times `Config.rows` rows, and programs that take them.
+        self.shares = -(-case.n // config.rows) // case.books
+        self.programs = grid(case, config)[0] // case.books
+        self.in_turns = takes_turns(case, config)
 
     @property
     def shared_bytes(self) -> int:
@@ -117,8 +135,14 @@ class _Writer(OutputWriter):
     @property
     def _squares_place(self) -> int:
         """Where the sum of the squares of x is, behind everything else."""
-        sums = self.config.k_warps_here * self.sum_tokens * self.sum_stride * 4
-        return max(self.decoder.shared_bytes + self.ring_bytes, sums)
+        if self.in_turns:
+            return self.decoder.shared_bytes + 2 * self._sums_bytes
+        return max(self.decoder.shared_bytes + self.ring_bytes, self._sums_bytes)
+
+    @property
+    def _sums_bytes(self) -> int:
+        """Shared memory of the warps' sums. In turns two of them lie behind the table, else one on it."""
+        return self.config.k_warps_here * self.sum_tokens * self.sum_stride * 4
 
     @property
     def ring_bytes(self) -> int:
@@ -140,9 +164,37 @@ class _Writer(OutputWriter):
         self._set_up_decoder()
         if self.case.squares:
             self._add_squares(config.warps - 1, self._squares_place)
+        if not self.in_turns:
+            self._loop(buffers)
+            self._reduce()
+            return ptx.text()
+        ptx.label("fdk_turn")
         self._loop(buffers)
+        more = self._start_turn(buffers)
+        totals = [total for [totals] in self.totals for total in totals]
         self._reduce()
+        for total in totals:
+            ptx.do("mov.f32", total, float_constant(0.0))
+        ptx.do("bra", "fdk_turn", when=more)
         return ptx.text()
+
+    def _start_turn(self, buffers) -> str:
+        """Starts the loads of the next turn; whether there is one."""
+        ptx = self.ptx
+        ptx.do("mov.u32", self.output_row, self.program_row)
+        ptx.do("add.u32", self.program_row, self.program_row, self.programs * self.config.rows)
+        ptx.do("add.u32", self.share, self.share, self.programs)
+        more = ptx.op("setp.lt.u32", self.share, self.shares, kind="pred")
+        packed, scales = self._row_addresses()
+        starts = *packed, *scales, *self._x_addresses()
+        for address, start in zip((*self.packed, *self.scales, *self.x), starts, strict=True):
+            ptx.do("mov.b64", address, start)
+        ptx.do("mov.u32", self.block, self.k_warp)
+        ptx.do("selp.b32", self.left, self._blocks_of_warp(), 0, more)
+        for stage, buffer in enumerate(buffers):
+            self._load(buffer, stage)
+        self._load_x(0, 0, 0)
+        return more
 
     def _decoder(self) -> decoding.Decoder:
         case = self.case
@@ -164,6 +216,10 @@ class _Writer(OutputWriter):
         case, config, ptx = self.case, self.config, self.ptx
         self._locate_lane()
         self._locate_program()
+        self.sums, self.output_row = self.shared, self.program_row
+        if self.in_turns:
+            self.sums = ptx.op("add.u32", self.shared, self.decoder.shared_bytes)
+            self.output_row = ptx.register("b32")
         # Which of the program's rows are this warp's, and which of its blocks along K.
         self.row_warp = ptx.remainder(self.warp, config.row_warps)
         self.k_warp_here = ptx.quotient(self.warp, config.row_warps)
@@ -172,19 +228,28 @@ class _Writer(OutputWriter):
             first = ptx.op("mul.lo.u32", self.rank, config.k_warps_here)
             self.k_warp = ptx.op("add.u32", first, self.k_warp_here)
         self.block = ptx.op("mov.u32", self.k_warp)
-        self.left = ptx.op("sub.u32", case.blocks + config.k_warps - 1, self.k_warp)
-        self.left = ptx.quotient(self.left, config.k_warps)
+        self.left = self._blocks_of_warp()
+        self.packed, self.scales = self._row_addresses()
 
+    def _blocks_of_warp(self) -> str:
+        """How many blocks along K this warp has."""
+        ptx, k_warps = self.ptx, self.config.k_warps
+        left = ptx.op("sub.u32", self.case.blocks + k_warps - 1, self.k_warp)
+        return ptx.quotient(left, k_warps)
+
+    def _row_addresses(self) -> tuple[list[str], list[str]]:
+        """Where this lane's codes and scales of the program's rows start, for each tile."""
+        case, config, ptx = self.case, self.config, self.ptx
         first_tile = ptx.op("shr.u32", self.program_row, 4)
         first_tile = ptx.op("mad.lo.u32", self.row_warp, config.tiles, first_tile)
-        self.packed, self.scales = [], []
+        codes, factors = [], []
         for r in range(config.tiles):
             tile = ptx.op("min.u32", ptx.op("add.u32", first_tile, r), case.tiles - 1)
             index = ptx.op("mad.lo.u32", tile, case.blocks, self.k_warp)
             address = ptx.op(
                 "mad.wide.u32", index, _TILE_BYTES, self.operands["packed"], kind="b64"
             )
-            self.packed.append(ptx.op("mad.wide.u32", self.lane, 16, address, kind="b64"))
+            codes.append(ptx.op("mad.wide.u32", self.lane, 16, address, kind="b64"))
             index = ptx.op("mul.lo.u32", tile, case.quads)
             address = ptx.op(
                 "mad.wide.u32", index, 64 * self.scale_bytes, self.operands["scales"], kind="b64"
@@ -192,7 +257,8 @@ class _Writer(OutputWriter):
             address = ptx.op("mad.wide.u32", self.row, 8 * self.scale_bytes, address, kind="b64")
             if self.scale_mode == "vector":
                 address = self._advance_to_warp(address)
-            self.scales.append(address)
+            factors.append(address)
+        return codes, factors
 
     def _place_along_x(self) -> str:
         """The program's place along the first axis of the grid, where a cluster is one program."""
@@ -204,34 +270,28 @@ class _Writer(OutputWriter):
         return place
 
     def _locate_program(self) -> None:
-        ptx, config = self.ptx, self.config
-        self.program_row = ptx.op("mul.lo.u32", self._place_along_x(), config.rows)
+        ptx, config, place = self.ptx, self.config, self._place_along_x()
+        if self.in_turns:
+            book = ptx.quotient(place, self.programs)
+            self.share = ptx.remainder(place, self.programs)
+            place = ptx.op("mad.lo.u32", book, self.shares, self.share)
+        self.program_row = ptx.op("mul.lo.u32", place, config.rows)
         self.first_token = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.y"), 8 * config.columns)
 
     def _locate_x(self) -> None:
         """Where this lane's x starts, and registers for it and for the sums."""
         case, config, ptx = self.case, self.config, self.ptx
-        self.x = []
         # Lanes of columns without a token load nothing: what is in these columns nobody reads.
         self.has_token = []
-        row_bytes = case.blocks * case.span * 2
-        for j in range(config.columns):
-            token = ptx.op("add.u32", self.first_token, self.row)
-            token = ptx.op("add.u32", token, 8 * j)
-            if case.m % (8 * config.columns) and not config.diagonal:
+        if case.m % (8 * config.columns) and not config.diagonal:
+            for j in range(config.columns):
+                token = ptx.op("add.u32", self.first_token, self.row)
+                token = ptx.op("add.u32", token, 8 * j)
                 self.has_token.append(ptx.op("setp.lt.u32", token, case.m, kind="pred"))
-            else:
-                token = ptx.op("min.u32", token, case.m - 1)
-            address = ptx.op("mad.wide.u32", token, row_bytes, self.operands["x"], kind="b64")
-            address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
-            self.x.append(ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64"))
-        if self.config.diagonal:
-            self.x_block = ptx.quotient(self.row, case.planes)
-            step = config.k_warps * case.span * 2
-            address = ptx.op("mad.wide.u32", self.x_block, step, self.x[0], kind="b64")
-            plane = ptx.remainder(self.row, case.planes)
-            self.x = [ptx.op("mad.wide.u32", plane, 2 * PLANE, address, kind="b64")]
+        if config.diagonal:
             self.mine = [ptx.op("setp.eq.u32", self.quad, i, kind="pred") for i in range(4)]
+            self.x_block = ptx.quotient(self.row, case.planes)
+        self.x = self._x_addresses()
         zero = ptx.op("mov.f32", "0f00000000", kind="f32")
         self.zeros = [zero] * 4
         self.totals = [
@@ -239,6 +299,25 @@ class _Writer(OutputWriter):
             for _ in self.packed
         ]
         self.x_buffers = [[ptx.registers("b32", 8) for _ in self.x] for _ in range(2)]
+
+    def _x_addresses(self) -> list[str]:
+        """Where this lane's x starts, for each 8 tokens; where it has no token, nobody reads there."""
+        case, config, ptx, addresses = self.case, self.config, self.ptx, []
+        for j in range(config.columns):
+            token = ptx.op("add.u32", self.first_token, self.row)
+            token = ptx.op("add.u32", token, 8 * j)
+            token = ptx.op("min.u32", token, case.m - 1)
+            row_bytes = case.blocks * case.span * 2
+            address = ptx.op("mad.wide.u32", token, row_bytes, self.operands["x"], kind="b64")
+            address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
+            address = ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64")
+            addresses.append(address)
+        if config.diagonal:
+            step = config.k_warps * case.span * 2
+            address = ptx.op("mad.wide.u32", self.x_block, step, addresses[0], kind="b64")
+            plane = ptx.remainder(self.row, case.planes)
+            addresses = [ptx.op("mad.wide.u32", plane, 2 * PLANE, address, kind="b64")]
+        return addresses
 
     def _advance_to_warp(self, address: str) -> str:
         """The scales of the warp's first block, where a block holds one or more whole groups."""
@@ -517,11 +596,18 @@ class _Writer(OutputWriter):
         """Adds the warps' totals, adds the bias, and writes the outputs."""
         ptx, case, config = self.ptx, self.case, self.config
         tokens = min(case.m, 8 * config.columns)
+        if case.residual:  # few programs, whose end is worth hiding: those of the next launch may come
+            ptx.do("griddepcontrol.launch_dependents")
         if self.config.diagonal:
             self._add_lanes()
-        ptx.do("bar.sync", 0)
+        if self.in_turns:  # a warp may still read the sums of the last turn, and nobody those before
+            offsets = 2 * self.decoder.shared_bytes + self._sums_bytes
+            both = ptx.op("mad.lo.u32", self.shared, 2, offsets)
+            ptx.do("sub.u32", self.sums, both, self.sums)
+        else:
+            ptx.do("bar.sync", 0)
         per_warp = self.sum_tokens * self.sum_stride * 4
-        address = ptx.op("mad.lo.u32", self.k_warp_here, per_warp, self.shared)
+        address = ptx.op("mad.lo.u32", self.k_warp_here, per_warp, self.sums)
         row = ptx.op("mad.lo.u32", self.row_warp, config.tiles * TILE_ROWS, self.row)
         address = ptx.op("mad.lo.u32", row, 4, address)
         mine = None
@@ -587,8 +673,8 @@ class _Writer(OutputWriter):
         token = ptx.quotient(index, self.config.rows)
         row = ptx.remainder(index, self.config.rows)
         address = ptx.op("mad.lo.u32", token, self.sum_stride, row)
-        address = ptx.op("mad.lo.u32", address, 4, self.shared)
-        n = ptx.op("add.u32", self.program_row, row)
+        address = ptx.op("mad.lo.u32", address, 4, self.sums)
+        n = ptx.op("add.u32", self.output_row, row)
         m = ptx.op("add.u32", self.first_token, token)
         for value, bound in ((token, tokens), (m, case.m), (n, case.n)):
             outside = ptx.op("setp.ge.u32", value, bound, kind="pred")

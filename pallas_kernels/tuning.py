@@ -123,8 +123,8 @@ def fit(case: Case, config: Any) -> Any:
     """A configuration with what follows from the number of tokens."""
     if isinstance(config, matvec.Config):
         columns = 1 if case.m <= _FEW // 2 else _FEW // 8
-        diagonal = config.diagonal and case.m == 1
-        return dataclasses.replace(config, columns=columns, diagonal=diagonal)
+        diagonal, programs = (config.diagonal, config.programs) if case.m == 1 else (False, 0)
+        return dataclasses.replace(config, columns=columns, diagonal=diagonal, programs=programs)
     return config
 
 
@@ -177,7 +177,10 @@ def _is_even(row: dict) -> bool:
 # The search
 
 # What was ever the fastest, by what limits it: (tiles, warps, stages, row_warps) of `matvec`.
-_ONE_TOKEN = ((1, 8, 1, 1), (1, 16, 1, 1), (1, 16, 1, 2), (1, 8, 2, 1), (2, 8, 1, 1))
+_ONE_TOKEN = (
+    *((1, 8, 1, 1), (1, 16, 1, 1), (1, 16, 1, 2), (1, 4, 2, 1), (1, 8, 2, 1), (1, 16, 2, 1)),
+    *((1, 8, 4, 1), (2, 8, 1, 1), (2, 16, 1, 1), (2, 8, 2, 1)),
+)
 _DIAGONAL = {
     1: ((1, 4, 1, 1), (1, 8, 1, 1), (1, 8, 2, 1), (1, 16, 1, 2), (2, 8, 1, 1)),
     2: ((1, 4, 2, 1), (1, 8, 2, 1), (1, 8, 2, 2), (2, 8, 2, 2)),
@@ -187,6 +190,11 @@ _DIAGONAL = {
 _TOKENS = (
     *((1, 8, 1, 1), (1, 8, 2, 1), (1, 16, 1, 2), (1, 16, 2, 2)),
     *((2, 8, 1, 1), (2, 8, 1, 2), (2, 16, 1, 1), (2, 16, 1, 2)),
+)
+# With `matvec`'s programs, each of which takes rows in turns.
+_TURNS = (
+    *((1, 8, 1, 1, 396), (1, 8, 1, 1, 528), (1, 8, 2, 1, 396), (1, 16, 1, 1, 264)),
+    *((1, 16, 1, 2, 264), (1, 16, 2, 1, 132), (2, 8, 1, 1, 264), (2, 8, 1, 1, 396)),
 )
 _INTEGER = ((8, 132), (12, 132), (16, 132), (24, 132), (8, 264), (12, 264))  # (workers, programs)
 # (tokens, row_groups, k_groups, stages, cluster, ring) of `wgmma` for at least so many tokens.
@@ -218,6 +226,10 @@ def candidates(case: Case) -> Iterator[tuple[str, Any]]:
             yield "matvec", matvec.Config(*facts[:3], row_warps=facts[3], diagonal=True)
         for facts in _INTEGER if case.bits == 1 else ():
             yield "integer", integer.Config(*facts)
+        for *facts, row_warps, programs in _TURNS:
+            config = matvec.Config(*facts, row_warps=row_warps, programs=programs)
+            if matvec.takes_turns(case, config):
+                yield "matvec", config
     if case.m <= 2 * _FEW:
         for facts in _ONE_TOKEN if case.m == 1 else _TOKENS:
             yield "matvec", fit(case, matvec.Config(*facts[:3], row_warps=facts[3]))

@@ -118,7 +118,7 @@ class _Program:
             self.copy_bulk(operands, active)
         elif name == "cp":
             self.copy(opcode, operands, active)
-        elif name in ("bar", "barrier", "fence"):
+        elif name in ("bar", "barrier", "fence", "griddepcontrol"):
             return
         elif name == "mapa":
             window = np.uint64(int(operands[2]) * _WINDOW)

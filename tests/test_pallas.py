@@ -273,6 +273,10 @@ def _run_ptx(case, config, arrays, bias):
         (1, 33, 2100, 64, 1, "bfloat16", matvec.Config(2, 4, 4, ring=True)),
         (3, 48, 700, 32, 3, "float16", matvec.Config(1, 4, 2, 1, ring=True)),
         (9, 20, 1100, 128, 1, "bfloat16", matvec.Config(1, 4, 3, 2, ring=True)),
+        (1, 100, 600, 64, 1, "bfloat16", matvec.Config(1, 4, 1, 1, programs=3)),
+        (1, 96, 1100, 64, 3, "float16", matvec.Config(1, 4, 3, 1, programs=5)),
+        (1, 130, 1100, 32, 1, "bfloat16", matvec.Config(2, 4, 8, 1, 2, True, programs=2)),
+        (1, 70, 300, 64, 1, "bfloat16", matvec.Config(1, 4, 1, 1, programs=64)),
         (35, 70, 2100, 64, 1, "bfloat16", wgmma.Config(32, 1, 2, 4, 2, ring=True)),
         (5, 64, 1100, 16, 1, "float16", wgmma.Config(16, 1, 1, 4, ring=True)),
         (70, 130, 1100, 64, 1, "float16", wgmma.Config(64, 2, 1, 2, cluster=4)),
@@ -410,6 +414,7 @@ def test_integer_kernel_is_exact_for_integers(rng):
         (4, True, 70, 700, 1, matvec.Config(4, 1, 1, 1)),  # outputs in more turns than one
         (8, False, 20, 300, 1, matvec.Config(1, 16, 1, 1, 2)),
         (8, True, 100, 300, 1, matvec.Config(2, 8, 1, 1)),
+        (4, False, 96, 600, 2, matvec.Config(1, 4, 1, 1, programs=4)),
     ],
 )
 @pytest.mark.parametrize("normed", [False, True])
