@@ -16,9 +16,10 @@ others share their K; R tiles of 16 rows a warp (`Config.tiles`), D blocks in fl
 (`Config.stages`), J groups of 8 tokens (`Config.columns`). C programs are a cluster (`Config.cluster`): they
 have the same rows and share K, and read each other's sums at the end. One token leaves seven columns of the
 instruction free; `Config.diagonal` gives them to eight planes of x: a lane loads an eighth as much, and plane
-p finds its products in column p. With many rows P programs (`Config.programs`) take them in turns: the decoder's
-table is made once, and the next turn's loads are under way during the sums. A tile holds E = 8 / bits planes of 64 weights a row, each of 4 steps of the
-instruction; see `fdk_jax.packing`. A block is a tile of each of the R.
+p finds its products in column p. Of many rows P programs (`Config.programs`) take some in turns: the decoder's
+table is made once a program, and the loads of the next turn are under way during the sums. A tile holds
+E = 8 / bits planes of 64 weights a row, each of 4 steps of the instruction; see `fdk_jax.packing`. A block is
+a tile of each of the R.
 """
 
 import dataclasses
@@ -213,7 +214,7 @@ class _Writer(OutputWriter):
 
     def _locate(self) -> None:
         """Registers for who this lane is and where its operands start."""
-        case, config, ptx = self.case, self.config, self.ptx
+        config, ptx = self.config, self.ptx
         self._locate_lane()
         self._locate_program()
         self.sums, self.output_row = self.shared, self.program_row
@@ -596,11 +597,15 @@ class _Writer(OutputWriter):
         """Adds the warps' totals, adds the bias, and writes the outputs."""
         ptx, case, config = self.ptx, self.case, self.config
         tokens = min(case.m, 8 * config.columns)
-        if case.residual:  # few programs, whose end is worth hiding: those of the next launch may come
+        if (
+            case.residual
+        ):  # few programs, whose end is worth hiding: those of the next launch may come
             ptx.do("griddepcontrol.launch_dependents")
         if self.config.diagonal:
             self._add_lanes()
-        if self.in_turns:  # a warp may still read the sums of the last turn, and nobody those before
+        if (
+            self.in_turns
+        ):  # a warp may still read the sums of the last turn, and nobody those before
             offsets = 2 * self.decoder.shared_bytes + self._sums_bytes
             both = ptx.op("mad.lo.u32", self.shared, 2, offsets)
             ptx.do("sub.u32", self.sums, both, self.sums)
