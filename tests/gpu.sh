@@ -11,7 +11,8 @@ processes=${2:-$(($(nproc) < 12 ? $(nproc) : 12))}
 logs=build/gpu
 rm -rf "$logs" && mkdir -p "$logs"
 export PYTHONPATH=$PWD
-pytest=(-m pytest -q -p no:cacheprovider -o addopts=)
+# pytest-benchmark, where it is installed, warns of xdist, and warnings are errors.
+pytest=(-m pytest -q -p no:cacheprovider -p no:benchmark -o addopts=)
 failed=0
 
 XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" "${pytest[@]}" -n "$processes" -rf tests/test_gpu.py \
@@ -22,9 +23,10 @@ tail -n 12 "$logs/plain.log"
 "$python" "${pytest[@]}" --collect-only tests/test_gpu.py 2>"$logs/collect.log" | grep :: |
   split -e -n "r/$processes" - "$logs/part."
 compgen -G "$logs/part.??" >/dev/null || { echo "no tests were found: they need an NVIDIA GPU" && exit 1; }
-for part in "$logs"/part.??; do
+port=49152
+for part in "$logs"/part.??; do  # each with ports of its own: more than ten at the same ones crash
   XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "$python" "${pytest[@]}" "@$part" >"$part.log" 2>&1 &
+    --base-port $((port += 100)) "$python" "${pytest[@]}" "@$part" >"$part.log" 2>&1 &
 done
 wait
 for part in "$logs"/part.??; do
