@@ -96,8 +96,8 @@ def _inline_ptx_lowering(ctx, *pointers, source, outputs):
 
 
 # A block in a Triton kernel may declare 48 KiB of shared memory, its warps are a power of two, and Pallas'
-# Triton knows no clusters. The call by which JAX launches compiled Triton kernels has none of these limits:
-# what needs more leaves out the compiler.
+# Triton knows no clusters. XLA's call for the PTX of a whole kernel has none of these limits: what needs more
+# leaves out the compiler. The others keep it, as XLA starts what it compiled itself earlier, by up to 0.8 us.
 
 
 @dataclasses.dataclass(frozen=True)
