@@ -197,6 +197,9 @@ def test_errors_name_the_remedy(rng):
         pallas_kernels.matmul(x, packed, scales, codebook[:, :3], **facts, uniform=False)
     with pytest.raises(NotImplementedError, match="diagonal"):
         pallas_kernels.matmul(*arrays, **facts, uniform=False, config=matvec.Config(diagonal=True))
+    with pytest.raises(NotImplementedError, match="takes no turns"):
+        config = matvec.Config(programs=4, ring=True)
+        pallas_kernels.matmul(*arrays, **facts, uniform=False, config=config)
 
 
 def test_a_cache_file_wins_over_the_package(tmp_path, monkeypatch):
