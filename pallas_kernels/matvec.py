@@ -123,7 +123,7 @@ class _Writer(OutputWriter):
         self.single = case.m == 1
         self.sum_tokens = 1 if self.single else 8 * config.columns
         self.x_planes = 8 if config.diagonal else 1
-        # Of each codebook: times `Config.rows` rows, and programs that take them.
+        # Of each codebook: shares of `Config.rows` rows, and programs that take them.
         self.shares = -(-case.n // config.rows) // case.books
         self.programs = grid(case, config)[0] // case.books
         self.in_turns = takes_turns(case, config)
@@ -597,15 +597,13 @@ class _Writer(OutputWriter):
         """Adds the warps' totals, adds the bias, and writes the outputs."""
         ptx, case, config = self.ptx, self.case, self.config
         tokens = min(case.m, 8 * config.columns)
-        if (
-            case.residual
-        ):  # few programs, whose end is worth hiding: those of the next launch may come
+        # Such products have few programs, whose end is worth hiding: those of the next launch may come.
+        if case.residual:
             ptx.do("griddepcontrol.launch_dependents")
         if self.config.diagonal:
             self._add_lanes()
-        if (
-            self.in_turns
-        ):  # a warp may still read the sums of the last turn, and nobody those before
+        # In turns a warp may still read the sums of the last one, but those before it nobody.
+        if self.in_turns:
             offsets = 2 * self.decoder.shared_bytes + self._sums_bytes
             both = ptx.op("mad.lo.u32", self.shared, 2, offsets)
             ptx.do("sub.u32", self.sums, both, self.sums)

@@ -177,10 +177,7 @@ def _is_even(row: dict) -> bool:
 # The search
 
 # What was ever the fastest, by what limits it: (tiles, warps, stages, row_warps) of `matvec`.
-_ONE_TOKEN = (
-    *((1, 8, 1, 1), (1, 16, 1, 1), (1, 16, 1, 2), (1, 4, 2, 1), (1, 8, 2, 1), (1, 16, 2, 1)),
-    *((1, 8, 4, 1), (2, 8, 1, 1), (2, 16, 1, 1), (2, 8, 2, 1)),
-)
+_ONE_TOKEN = ((1, 8, 1, 1), (1, 16, 1, 1), (1, 16, 1, 2), (1, 8, 2, 1), (1, 16, 2, 1), (2, 8, 1, 1))
 _DIAGONAL = {
     1: ((1, 4, 1, 1), (1, 8, 1, 1), (1, 8, 2, 1), (1, 16, 1, 2), (2, 8, 1, 1)),
     2: ((1, 4, 2, 1), (1, 8, 2, 1), (1, 8, 2, 2), (2, 8, 2, 2)),
@@ -191,11 +188,8 @@ _TOKENS = (
     *((1, 8, 1, 1), (1, 8, 2, 1), (1, 16, 1, 2), (1, 16, 2, 2)),
     *((2, 8, 1, 1), (2, 8, 1, 2), (2, 16, 1, 1), (2, 16, 1, 2)),
 )
-# With `matvec`'s programs, each of which takes rows in turns.
-_TURNS = (
-    *((1, 8, 1, 1, 396), (1, 8, 1, 1, 528), (1, 8, 2, 1, 396), (1, 16, 1, 1, 264)),
-    *((1, 16, 1, 2, 264), (1, 16, 2, 1, 132), (2, 8, 1, 1, 264), (2, 8, 1, 1, 396)),
-)
+# The same, with its programs, which take rows in turns.
+_TURNS = ((1, 8, 1, 1, 528), (1, 16, 1, 1, 264), (1, 16, 1, 2, 264))
 _INTEGER = ((8, 132), (12, 132), (16, 132), (24, 132), (8, 264), (12, 264))  # (workers, programs)
 # (tokens, row_groups, k_groups, stages, cluster, ring) of `wgmma` for at least so many tokens.
 _WGMMA = {
