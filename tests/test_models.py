@@ -327,18 +327,26 @@ def test_add_rms_norm_kernel(rng, features, dtype):
 
 
 @ONLY_WITH_A_GPU
-def test_a_decoding_step_lowers_for_cuda_with_one_copy_of_a_layer():
+@pytest.mark.parametrize(
+    ("batch", "launches"),
+    [
+        # Four products and attention a layer; the first and the last are not like the others. The head.
+        (1, 3 * (4 + 1) + 1),
+        # Two norms more in the layer that all share; a norm and the head behind it.
+        (2, 4 + 1 + 2 + 2),
+    ],
+)
+def test_a_decoding_step_lowers_for_cuda_with_one_copy_of_a_layer(batch, launches):
     config = ModelConfig(1024, 512, 1024, 7, 4, 2, 128)
     graph, state = nnx.split(models.random_model(config, bits=4, backend="pallas"))
-    shape = (1, config.num_kv_heads, 64, config.head_dim)
+    shape = (batch, config.num_kv_heads, 64, config.head_dim)
     arrays = (jnp.zeros(shape, config.dtype),) * config.num_layers
-    cache = models.KVCache(arrays, arrays, jnp.zeros(1, jnp.int32))
+    cache = models.KVCache(arrays, arrays, jnp.zeros(batch, jnp.int32))
     program = jax.jit(lambda s, t, c: nnx.merge(graph, s).decode(t, c))
-    traced = program.trace(state, jnp.zeros(1, jnp.int32), cache)
+    traced = program.trace(state, jnp.zeros(batch, jnp.int32), cache)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("call @_run_layer") == 7
-    # Four products and attention in a layer; the first and the last are not like those between them. The head.
-    assert text.count("custom_call @__gpu$xla.gpu.triton") == 3 * (4 + 1) + 1
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == launches
 
 
 # --- random models ----------------------------------------------------------------------------
