@@ -33,12 +33,7 @@ import jax.numpy as jnp
 from pallas_kernels import decoding
 from pallas_kernels.case import PLANE, SHARED_BYTES, TILE_ROWS, Case
 from pallas_kernels.outputs import OutputWriter, parts_of_squares
-from pallas_kernels.ptx import (
-    at,
-    float_constant,
-    over_lanes,
-    vector,
-)
+from pallas_kernels.ptx import at, float_constant, over_lanes, vector
 
 _PLANES = 4  # of a fourfold
 _CODES = 1024  # bytes of a block's codes

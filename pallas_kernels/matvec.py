@@ -158,9 +158,7 @@ class _Writer(OutputWriter):
         self._locate_x()
         self._locate_ring(self.decoder.shared_bytes)
         buffers = [self._buffer(i) for i in range(config.stages)]
-        for stage, buffer in enumerate(buffers):
-            self._load(buffer, stage)
-        self._load_x(0, 0, 0)
+        self._start_loads(buffers)
         self._load_residuals()
         self._set_up_decoder()
         if self.case.squares:
@@ -192,10 +190,14 @@ class _Writer(OutputWriter):
             ptx.do("mov.b64", address, start)
         ptx.do("mov.u32", self.block, self.k_warp)
         ptx.do("selp.b32", self.left, self._blocks_of_warp(), 0, more)
+        self._start_loads(buffers)
+        return more
+
+    def _start_loads(self, buffers) -> None:
+        """Starts the loads of the first blocks and of the first plane's x."""
         for stage, buffer in enumerate(buffers):
             self._load(buffer, stage)
         self._load_x(0, 0, 0)
-        return more
 
     def _decoder(self) -> decoding.Decoder:
         case = self.case
@@ -286,28 +288,29 @@ class _Writer(OutputWriter):
         self.has_token = []
         if case.m % (8 * config.columns) and not config.diagonal:
             for j in range(config.columns):
-                token = ptx.op("add.u32", self.first_token, self.row)
-                token = ptx.op("add.u32", token, 8 * j)
-                self.has_token.append(ptx.op("setp.lt.u32", token, case.m, kind="pred"))
+                self.has_token.append(ptx.op("setp.lt.u32", self._token(j), case.m, kind="pred"))
         if config.diagonal:
             self.mine = [ptx.op("setp.eq.u32", self.quad, i, kind="pred") for i in range(4)]
             self.x_block = ptx.quotient(self.row, case.planes)
         self.x = self._x_addresses()
-        zero = ptx.op("mov.f32", "0f00000000", kind="f32")
+        zero = ptx.op("mov.f32", float_constant(0.0), kind="f32")
         self.zeros = [zero] * 4
         self.totals = [
-            [[ptx.op("mov.f32", "0f00000000", kind="f32") for _ in range(4)] for _ in self.x]
+            [[ptx.op("mov.f32", float_constant(0.0), kind="f32") for _ in range(4)] for _ in self.x]
             for _ in self.packed
         ]
         self.x_buffers = [[ptx.registers("b32", 8) for _ in self.x] for _ in range(2)]
+
+    def _token(self, j: int) -> str:
+        """The token of this lane's column among the program's j-th 8; beyond the last one, if there is none."""
+        token = self.ptx.op("add.u32", self.first_token, self.row)
+        return self.ptx.op("add.u32", token, 8 * j)
 
     def _x_addresses(self) -> list[str]:
         """Where this lane's x starts, for each 8 tokens; where it has no token, nobody reads there."""
         case, config, ptx, addresses = self.case, self.config, self.ptx, []
         for j in range(config.columns):
-            token = ptx.op("add.u32", self.first_token, self.row)
-            token = ptx.op("add.u32", token, 8 * j)
-            token = ptx.op("min.u32", token, case.m - 1)
+            token = ptx.op("min.u32", self._token(j), case.m - 1)
             row_bytes = case.blocks * case.span * 2
             address = ptx.op("mad.wide.u32", token, row_bytes, self.operands["x"], kind="b64")
             address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
@@ -663,7 +666,7 @@ class _Writer(OutputWriter):
         if config.cluster > 1:
             worker = ptx.op("mad.lo.u32", self.rank, 32 * config.warps, worker)
         if self.case.residual:
-            self.squares = ptx.op("mov.f32", "0f00000000", kind="f32")
+            self.squares = ptx.op("mov.f32", float_constant(0.0), kind="f32")
         for turn, start in enumerate(range(0, config.rows * tokens, workers)):
             index = ptx.op("add.u32", worker, start)
             self._write_output(index, turn, tokens, per_warp, f"fdk_next{name}{start}")
@@ -682,7 +685,7 @@ class _Writer(OutputWriter):
         for value, bound in ((token, tokens), (m, case.m), (n, case.n)):
             outside = ptx.op("setp.ge.u32", value, bound, kind="pred")
             ptx.do("bra", behind, when=outside)
-        total = ptx.op("mov.f32", "0f00000000", kind="f32")
+        total = ptx.op("mov.f32", float_constant(0.0), kind="f32")
         space, places = "shared", [address]
         if self.config.cluster > 1:
             space, ranks = "shared::cluster", range(self.config.cluster)
