@@ -42,12 +42,14 @@ class Decoder(abc.ABC):
     """Writes the instructions that decode.
 
     Attributes:
-        shared_bytes: shared memory that it needs, at the start of `fdk_shared`.
+        shared_bytes: shared memory that it needs.
+        place: where in `fdk_shared` that is.
         factor: register that the sums of products have to be multiplied by, or None.
         apart: whether the registers hold weights 0, 2 and 1, 3 of four neighbours instead of 0, 1 and 2, 3.
     """
 
     shared_bytes = 0
+    place = 0
     factor: str | None = None
     apart = False
 
@@ -58,7 +60,10 @@ class Decoder(abc.ABC):
 
     @abc.abstractmethod
     def set_up(self, codebook: str, thread: str, threads: int) -> None:
-        """What comes before the loop: `codebook` holds the address of 2**bits float32 values."""
+        """What comes before the loop: `codebook` holds the address of 2**bits float32 values.
+
+        Threads have to meet behind it, if there is shared memory.
+        """
 
     @abc.abstractmethod
     def operands(self, words: list[str], plane: int, step: int) -> list[str]:
@@ -67,6 +72,14 @@ class Decoder(abc.ABC):
     def pack(self, low: str, high: str) -> str:
         """A register with two values."""
         return self.ptx.op(f"cvt.rn.{self.kind}x2.f32", high, low)
+
+    def paired(self, values: list[str]) -> list[str]:
+        """Registers of neighbours of x with the pairs that the operands have."""
+        if not self.apart:
+            return values
+        fours = zip(values[::2], values[1::2], strict=True)
+        halves = ("0x5410", "0x7632")
+        return [self.ptx.op("prmt.b32", *four, half) for four in fours for half in halves]
 
     def first_two(self, codebook: str) -> list[str]:
         """The first two values of a codebook as `dtype` rounds them: a pair, and each in float32."""
@@ -102,11 +115,13 @@ class _Table(Decoder):
         """Writes the values of every byte into shared memory, a copy for each lane's banks."""
         ptx = self.ptx
         self.table = ptx.op("mov.u32", "fdk_shared")
+        if self.place:
+            self.table = ptx.op("add.u32", self.table, self.place)
         lane_copy = ptx.op("and.b32", thread, _TABLE_ROW // self.entry_bytes - 1)
         self.lane_offset = ptx.op("mul.lo.u32", lane_copy, self.entry_bytes)
         for i in range(-(-256 // threads)):
             byte = ptx.op("add.u32", thread, i * threads)
-            mine = ptx.op("setp.lt.u32", byte, 256, kind="pred") if threads > 256 else None
+            mine = ptx.op("setp.lt.u32", byte, 256, kind="pred") if 256 % threads else None
             pattern = self._pattern(byte, codebook, mine)
             row = ptx.op("mad.lo.u32", byte, _TABLE_ROW, self.table)
             for turn in range(_TABLE_ROW // 16):
@@ -115,7 +130,6 @@ class _Table(Decoder):
                 column = ptx.op("and.b32", column, _TABLE_ROW // 16 - 1)
                 address = ptx.op("mad.lo.u32", column, 16, row)
                 ptx.do("st.shared.v4.b32", at(address), vector(pattern), when=mine)
-        ptx.do("bar.sync", 0)
 
     def _pattern(self, byte: str, codebook: str, mine: str | None) -> list[str]:
         """16 bytes of a table row: the values of `byte`, repeated."""

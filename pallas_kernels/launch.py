@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import gather, integer, matvec, tuning
+from pallas_kernels import gather, matvec, ring, tuning
 from pallas_kernels.case import Arrays, Case
 
 
@@ -105,7 +105,8 @@ def residual_plan(w: Arrays, **facts: Any) -> tuple[Case, tuning.Plan] | None:
     case = _case(w, out_dtype=w.x.dtype, **facts)
     plan = tuning.choose(case)
     config, around = plan.config, dataclasses.replace(case, squares=1, residual=True)
-    if case.m > 1 or not isinstance(config, integer.Config | matvec.Config) or config.cluster > 1:
+    takes = isinstance(config, ring.Config | matvec.Config)
+    if case.m > 1 or not takes or config.cluster > 1:
         return None
     return None if tuning.unsupported_reason(around, config) else (case, plan)
 

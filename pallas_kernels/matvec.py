@@ -205,6 +205,8 @@ class _Writer(OutputWriter):
 
     def _set_up_decoder(self) -> None:
         self.decoder.set_up(self._codebook(), self.thread, 32 * self.config.warps)
+        if self.decoder.shared_bytes:
+            self.ptx.do("bar.sync", 0)
 
     def _codebook(self) -> str:
         """The address of the codebook of the program's rows."""
@@ -496,7 +498,7 @@ class _Writer(OutputWriter):
             flat = stage * case.planes + plane
             current = flat // self.x_planes % 2
             if flat % self.x_planes == 0:
-                self.x_in_use = [self._paired(values) for values in self.x_buffers[current]]
+                self.x_in_use = [self.decoder.paired(values) for values in self.x_buffers[current]]
                 self._load_x(1 - current, *divmod(flat + self.x_planes, case.planes))
             factors = [self._plane_factors(s, plane) for s in buffer["scales"]]
             if self.scale_mode == "lane":
@@ -523,14 +525,6 @@ class _Writer(OutputWriter):
             for half in range(2):
                 part = vector(values[4 * half : 4 * half + 4])
                 ptx.do("ld.global.nc.v4.b32", part, at(address, offset + PLANE * half), when=guard)
-
-    def _paired(self, values: list[str]) -> list[str]:
-        """Registers of neighbours of x with the pairs that the decoder's have."""
-        if not self.decoder.apart:
-            return values
-        fours = zip(values[::2], values[1::2], strict=True)
-        halves = ("0x5410", "0x7632")
-        return [self.ptx.op("prmt.b32", *four, half) for four in fours for half in halves]
 
     def _turn_x(self, loads: int) -> None:
         """Makes the buffer of x after some loads the first one."""

@@ -26,10 +26,13 @@ class OutputWriter(Writer):
     """Writes what the kernels share: a program's threads take its outputs in turns."""
 
     decoder: decoding.Decoder
+    load = "ld.global.nc"  # what another launch has left
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.ptx = case, Ptx()
-        self.operands = {name: f"${i}" for i, name in enumerate(self._names(), 1)}
+    def __init__(
+        self, case: Case, ptx: Ptx | None = None, operands: dict[str, str] | None = None
+    ) -> None:
+        self.case, self.ptx = case, ptx or Ptx()
+        self.operands = operands or {name: f"${i}" for i, name in enumerate(self._names(), 1)}
 
     def _names(self) -> tuple[str, ...]:
         """Names of the kernel's operands and results, in order."""
@@ -46,7 +49,7 @@ class OutputWriter(Writer):
         for i, part in enumerate(parts):
             ptx.do("mov.f32", part, float_constant(0.0))
             there = ptx.op("setp.lt.u32", self.lane, min(count - 32 * i, 32), kind="pred")
-            ptx.do("ld.global.nc.f32", part, at(address, 128 * i), when=there)
+            ptx.do(f"{self.load}.f32", part, at(address, 128 * i), when=there)
         for part in parts:
             ptx.do("add.f32", total, total, part)
         total = over_lanes(ptx, "add.f32", total)
@@ -59,7 +62,7 @@ class OutputWriter(Writer):
         ptx, case = self.ptx, self.case
         row = ptx.op("min.u32", row, case.n - 1)
         arrays = self.operands["residual"], self.operands["norm_scale"]
-        return [load_float(ptx, array, row, case.x_dtype) for array in arrays]
+        return [load_float(ptx, array, row, case.x_dtype, opcode=self.load) for array in arrays]
 
     def _normalise(self, total: str, place: int) -> str:
         """Divides a result by the root of the mean of the squares, whose sum is in a place in shared memory."""

@@ -5,7 +5,13 @@ import numpy as np
 
 
 class Ptx:
-    """A block of PTX under construction; its text goes into a kernel as inline assembly."""
+    """A block of PTX under construction; its text goes into a kernel as inline assembly.
+
+    Attributes:
+        prefix: what stands before the names of labels, so that a part can be written more than once.
+    """
+
+    prefix = ""
 
     def __init__(self) -> None:
         """Starts an empty block."""
@@ -27,6 +33,8 @@ class Ptx:
     def do(self, opcode: str, *operands: object, when: str | None = None) -> None:
         """Appends an instruction, under a predicate (`p` or `!p`) if `when` names one."""
         guard = f"@{when} " if when else ""
+        if opcode == "bra":
+            operands = (f"{self.prefix}{operands[0]}",)
         self._lines.append(f"{guard}{opcode} {', '.join(map(str, operands))};")
 
     def op(self, opcode: str, *operands: object, kind: str = "b32") -> str:
@@ -61,7 +69,7 @@ class Ptx:
 
     def label(self, name: str) -> None:
         """Places a label."""
-        self._lines.append(f"{name}:")
+        self._lines.append(f"{self.prefix}{name}:")
 
     def share(self, size: int) -> None:
         """Declares `fdk_shared`, the program's shared memory, of so many bytes."""
@@ -114,13 +122,13 @@ def float_constant(value: float) -> str:
     return f"0f{int(np.float32(value).view(np.uint32)):08X}"
 
 
-def load_float(ptx: Ptx, base: str, index: str, dtype) -> str:
+def load_float(ptx: Ptx, base: str, index: str, dtype, *, opcode: str = "ld.global.nc") -> str:
     """An element of a float array in memory as float32."""
     size = jnp.dtype(dtype).itemsize
     address = ptx.op("mad.wide.u32", index, size, base, kind="b64")
     if dtype == jnp.float32:
-        return ptx.op("ld.global.nc.f32", at(address), kind="f32")
-    half = ptx.op("ld.global.nc.b16", at(address), kind="b16")
+        return ptx.op(f"{opcode}.f32", at(address), kind="f32")
+    half = ptx.op(f"{opcode}.b16", at(address), kind="b16")
     if dtype == jnp.float16:
         return ptx.op("cvt.f32.f16", half, kind="f32")
     zero = ptx.op("mov.b16", 0, kind="b16")

@@ -203,7 +203,7 @@ class _Writer(matvec._Writer):
         ptx = self.ptx
         values_of_plane = self.x_registers[flat % self.x_depth]
         for target, values in zip(self.x_targets, values_of_plane, strict=True):
-            for i, value in enumerate(self._paired(values)):
+            for i, value in enumerate(self.decoder.paired(values)):
                 offset = flat % 2 * self.x_bytes + i * self.cores * _CORE_BYTES
                 ptx.do("st.shared.b32", at(target, offset), value)
 

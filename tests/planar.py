@@ -29,6 +29,16 @@ def product(rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0, uniform=F
     return (x, packed, planar, jnp.asarray(codebook)), facts, (exact @ weight.T, size)
 
 
+def matrix(weight, facts, n, k, books):
+    """A planar weight [N, K] in float64, its values as the kernels round them."""
+    packed, scales, codebook = weight
+    interchange, plain = packing.from_planar(packed, scales, in_features=k, **facts)
+    values = np.repeat(np.asarray(codebook.astype(scales.dtype), np.float64), n // books, 0)
+    codes = np.asarray(packing.unpack(interchange, facts["bits"], k)).astype(int)
+    factors = np.repeat(np.asarray(plain, np.float64), facts["group_size"], -1)[:, :k]
+    return np.take_along_axis(values, codes, -1) * factors
+
+
 NORM_EPS = 1e-3
 
 
@@ -41,18 +51,13 @@ def residual_product(rng, n, k, books=1, parts=5, bits=1, uniform=False):
     """
     dtype = jnp.bfloat16
     (x, *weight), facts, _ = product(rng, 1, n, k, bits, 64, dtype, books, uniform=uniform)
-    packed, scales, codebook = weight
     factors = jnp.asarray(rng.uniform(0.5, 2, k), dtype)
     squares = np.zeros(parts, np.float32)
     np.add.at(squares, np.arange(k) % parts, np.asarray(x, np.float32)[0] ** 2)
-    interchange, plain = packing.from_planar(packed, scales, in_features=k, **facts)
-    values = np.repeat(np.asarray(codebook.astype(dtype), np.float64), n // books, 0)
-    codes = np.asarray(packing.unpack(interchange, bits, k)).astype(int)
-    matrix = np.take_along_axis(values, codes, -1)
-    matrix *= np.repeat(np.asarray(plain, np.float64), 64, -1)[:, :k]
+    exact_weight = matrix(weight, facts, n, k, books)
     exact = np.asarray(x, np.float64)
     normed = np.asarray(factors, np.float64) * exact / np.sqrt(np.mean(exact**2) + NORM_EPS)
-    expected = normed @ matrix.T, np.sqrt(np.mean(normed**2 @ (matrix**2).T))
+    expected = normed @ exact_weight.T, np.sqrt(np.mean(normed**2 @ (exact_weight**2).T))
     residual = jnp.asarray(3 * rng.normal(size=(1, n)), dtype)
     behind = residual, jnp.asarray(rng.uniform(0.5, 2, n), dtype)
     return (x, x * factors[None, :], jnp.asarray(squares)), behind, weight, facts, expected

@@ -19,6 +19,7 @@ _FLOAT = {
     "mul": np.multiply,
     "div": np.divide,
     "rcp": np.reciprocal,
+    "ex2": np.exp2,
     "rsqrt": lambda a: 1 / np.sqrt(a),
     "abs": np.abs,
     "fma": lambda a, b, c: a * b + c,
@@ -42,6 +43,7 @@ class _Program:
         self.threads, self.registers, self.labels, self.code = threads * cluster, {}, {}, []
         self.memory, starts = _Memory(), []
         self.copies, self.groups = [], []
+        self.acquired = np.full(self.threads, -1)
         self.barriers, self.bulk = {}, []
         self.chance = np.random.default_rng(place[0])
         for operand in operands:
@@ -79,7 +81,7 @@ class _Program:
             at = counter[ready].min()
             guard, opcode, operands = self.code[at]
             active = ready & (counter == at)
-            if opcode == "barrier.sync" and self.barriers and not self.meet(active):
+            if opcode == "barrier.sync" and self.barriers and not self.meet(active, operands[1:]):
                 continue
             counter[active] += 1
             if guard:
@@ -120,6 +122,8 @@ class _Program:
             self.copy(opcode, operands, active)
         elif name in ("bar", "barrier", "fence", "griddepcontrol"):
             return
+        elif name in ("red", "atom"):
+            self.add_atomically(name, operands, active)
         elif name == "mapa":
             window = np.uint64(int(operands[2]) * _WINDOW)
             self.write(operands[0], self.read(operands[1]) + window, active)
@@ -174,7 +178,7 @@ class _Program:
             self.write(operands[0], _integer(name, opcode, values) & mask, active)
 
     def access(self, opcode, operands, active):
-        memory = self.memory if opcode[1] == "global" else self.shared
+        memory = self.memory if "global" in opcode else self.shared
         size = {"b16": 2}.get(opcode[-1], 4)
         operands = operands[:2]  # without a cache policy
         registers, (base, offset) = operands if opcode[0] == "ld" else operands[::-1]
@@ -189,8 +193,24 @@ class _Program:
                 value = np.zeros(self.threads, np.uint64)
                 value[active] = memory.load(where, size)
                 self.write(register, value, active)
+                if opcode[1] == "acquire":  # nothing new: until somebody adds to it
+                    self.still |= active & (value.astype(np.int64) == self.acquired)
+                    self.acquired[active] = value[active]
             else:
                 memory.store(where, size, self.read(register)[active])
+
+    def add_atomically(self, name, operands, active):
+        """Adds to memory, a thread at a time, and lets everybody look again."""
+        (base, offset), value = operands[-2:]
+        for thread in np.flatnonzero(active):
+            place = self.read(base).astype(np.int64)[[thread]] + offset
+            before = self.memory.load(place, 4)
+            self.memory.store(place, 4, before + self.read(value)[[thread]])
+            if name == "atom":
+                self.write(
+                    operands[0], np.full(self.threads, before), np.arange(self.threads) == thread
+                )
+        self.still[:] = False
 
     def copy(self, opcode, operands, active):
         """Asynchronous copies: they arrive when a thread waits for them, not before."""
@@ -210,21 +230,28 @@ class _Program:
             for i in range(0, size, 4):
                 self.copies.append((target + i, self.memory.load(source + i, 4)))
 
-    def meet(self, active):
-        """Whether all threads that still run have met; the others let those that are here stand still."""
-        running = self.counter < len(self.code)
+    def meet(self, active, count):
+        """Which threads have met: all that still run, or so many of a program; the others stand still."""
         here = self.counter == self.counter[active][0]
-        if (here == running).all():
-            active |= here
-            self.still[here] = False
-            return True
+        if count:
+            programs = self.window // _WINDOW
+            met = (
+                here
+                & (np.bincount(programs[here], minlength=programs[-1] + 1) == int(count[0]))[
+                    programs
+                ]
+            )
+        else:
+            met = here & (here == (self.counter < len(self.code))).all()
         self.still[active] = True
-        return False
+        self.still[met] = False
+        active[:] = met
+        return met.any()
 
     def barrier(self, opcode, operands, active):
         """Barriers in shared memory: [arrivals a phase, those missing, bytes missing, phase]."""
         name = operands[0] if opcode[1] == "init" else operands[1]
-        places = self.read(name[0]).astype(np.int64) + name[1]
+        places = self.read(name[0]).astype(np.int64) + name[1] + self.window
         if opcode[1] == "init":
             for place in places[active]:
                 assert place % 8 == 0
@@ -257,15 +284,19 @@ class _Program:
             self.still[:] = False
 
     def copy_bulk(self, operands, active):
-        [thread] = np.flatnonzero(active)
         (to, to_offset), (base, offset), size, (barrier, barrier_offset), _ = operands
-        value = lambda name: int(self.read(name)[thread])  # noqa: E731
-        target, source, size = value(to) + to_offset, value(base) + offset, value(size)
-        assert target % 16 == source % 16 == size % 16 == 0 and size
-        steps = np.arange(0, size, 4)
-        self.bulk.append((target + steps, source + steps, value(barrier) + barrier_offset))
-        if self.chance.random() < 0.5:
-            self.arrive(*self.bulk.pop())
+        for thread in np.flatnonzero(active):
+            target, source, count, full = (
+                int(self.read(name)[thread]) for name in (to, base, size, barrier)
+            )
+            window = self.window[thread]
+            target, source = target + to_offset, source + offset
+            assert target % 16 == source % 16 == count % 16 == 0 and count
+            steps = np.arange(0, count, 4)
+            places = target + window + steps, source + steps, full + barrier_offset + window
+            self.bulk.append(places)
+            if self.chance.random() < 0.5:
+                self.arrive(*self.bulk.pop())
 
     def arrive(self, target, source, barrier):
         self.shared.store(target, 4, self.memory.load(source, 4))

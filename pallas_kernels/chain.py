@@ -1,0 +1,165 @@
+"""Products one behind the other in one launch: from a token's attention to the next layer's queries.
+
+    total = residual + out x                          scaled = total * norm_scale
+    inner = silu(gate scaled / rms(total)) * (up scaled / rms(total))
+    total' = total + down inner                       scaled' = total' * norm_scale'
+    y = qkv scaled' / rms(total')
+
+As launches of their own each would start with an empty pipe and end with an idle one; here the warps that copy
+never stop, see `ring`. What the products leave to each other goes through memory, that is, through L2.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import integer, ring, stream, triton_compat
+from pallas_kernels.case import SHARED_BYTES, Arrays, Case
+from pallas_kernels.ptx import Ptx
+
+_GATED = 1  # the place of gate and up
+_RESIDUAL = (0, 2)  # the places of the products whose outputs are added to the residual stream
+
+
+class Outputs(NamedTuple):
+    """What a chain leaves: a `Scaled` in parts, and the product behind it, if there is one."""
+
+    total: Array
+    scaled: Array
+    squares: Array
+    y: Array | None
+
+
+def cases(products: Sequence[Case], eps: Sequence[float], config: ring.Config) -> list[Case]:
+    """The products (out; gate and up; down; and the next qkv, or not) with what is around them.
+
+    Args:
+        products: as `residual_plan` has them.
+        eps: of the norms behind the two sums.
+        config: W and P.
+    """
+    found: list[Case] = []
+    for place, case in enumerate(products):
+        around: dict[str, Any] = dict(residual=place in _RESIDUAL)
+        if place - 1 in _RESIDUAL:
+            before = _product(found[-1], config, place - 1)
+            around |= dict(squares=config.programs * before.parts, norm_eps=eps[place // 2])
+        found.append(dataclasses.replace(case, **around))
+    return found
+
+
+def unsupported_reason(products: Sequence[Case], config: ring.Config) -> str | None:
+    """Why the kernel does not take a chain of products, or None."""
+    first = products[0]
+    for place, case in enumerate(products):
+        if (case.bits, case.scale_dtype) != (first.bits, first.scale_dtype):
+            return "the products have codes or scales of several kinds"
+        if case.n % 16 or case.k % case.span:
+            return f"{case.n} x {case.k} is not of whole tiles"
+        if case.x_dtype != jnp.bfloat16 or case.out_dtype != jnp.bfloat16:
+            return f"{case.x_dtype} and {case.out_dtype} are not bfloat16"
+        runs = 2 if place == _GATED else 1
+        if case.n // runs % 16 or (
+            case.books > 1 and (case.books % runs or case.n // case.books % 16)
+        ):
+            return f"{case.books} codebooks and {runs} runs of {case.n} rows are not of whole tiles"
+        reason = (
+            integer.unsupported_product(case)
+            if case.bits == 1
+            else stream.unsupported_product(case, config.workers, config.programs)
+        )
+        if reason is not None:
+            return reason
+    if _writer(cases(products, (0.0, 0.0), config), config).shared_bytes > SHARED_BYTES:
+        return f"{config} needs more than {SHARED_BYTES} bytes of shared memory"
+    return None
+
+
+def matmul(
+    products: Sequence[Case],
+    weights: Sequence[Arrays],
+    x: Array,
+    residual: Array,
+    norm_scales: Sequence[Array],
+    config: ring.Config,
+) -> Outputs:
+    """Runs a chain.
+
+    Args:
+        products: from `cases`.
+        weights: of the products; their `x` is not read.
+        x: [1, K] of the first one.
+        residual: [1, D].
+        norm_scales: [D] of the norms behind the two sums.
+        config: W and P. P programs have to fit on the device at once, or they never end.
+    """
+    arrays = {"x": x, "residual": residual, "counters": jnp.zeros(len(products), jnp.int32)}
+    for place, weight in enumerate(weights):
+        names = dict(packed=weight.packed, scales=weight.scales, codebook=weight.codebook)
+        if weight.bias is not None:
+            names["bias"] = weight.bias
+        if place in _RESIDUAL:
+            names["norm_scale"] = norm_scales[place // 2]
+        arrays |= {f"{name}{place}": array for name, array in names.items()}
+    outputs = _outputs(products, config)
+    results = triton_compat.ptx_call(
+        _writer(products, config).write(),
+        tuple(arrays.values()),
+        tuple(outputs.values()),
+        grid=(config.programs,),
+        num_warps=config.warps,
+        name="fdk_chain",
+    )
+    found = dict(zip(outputs, results, strict=True))
+    return Outputs(found["sum2"], found["scaled2"], found["squares_out2"], found.get("y3"))
+
+
+def _outputs(products: Sequence[Case], config: ring.Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names of the kernel's results and what they are, in order."""
+    found = {}
+    for place, case in enumerate(products):
+        width = case.n // 2 if place == _GATED else case.n
+        row = jax.ShapeDtypeStruct((1, width), case.out_dtype)
+        if not case.residual:
+            found[f"y{place}"] = row
+            continue
+        parts = config.programs * _product(case, config, place).parts
+        found[f"sum{place}"] = found[f"scaled{place}"] = row
+        found[f"squares_out{place}"] = jax.ShapeDtypeStruct((parts,), jnp.float32)
+    return found
+
+
+def _operands(products: Sequence[Case], config: ring.Config) -> dict[str, str]:
+    """What the block of PTX calls the kernel's operands and results."""
+    names = ["x", "residual", "counters"]
+    for place, case in enumerate(products):
+        kinds = ("packed", "scales", "codebook", "bias", "norm_scale")
+        names += [f"{name}{place}" for name in kinds if name in case.operands]
+    names += _outputs(products, config)
+    return {name: f"${i}" for i, name in enumerate(names, 1)}
+
+
+def _product(case: Case, config: ring.Config, place: int, **options: Any) -> ring.Product:
+    kind = integer.Product if case.bits == 1 else stream.Product
+    return kind(case, config.workers, config.programs, gated=place == _GATED, **options)
+
+
+def _writer(products: Sequence[Case], config: ring.Config) -> ring.Launch:
+    ptx, operands = Ptx(), _operands(products, config)
+    # Each reads what the one before it has left, and the second sum is of the first one.
+    inputs = [
+        dict(x=operands["x"], residual=operands["residual"]),
+        dict(x=operands["scaled0"], squares=operands["squares_out0"]),
+        dict(x=operands["y1"], residual=operands["sum0"]),
+        dict(x=operands.get("scaled2"), squares=operands.get("squares_out2")),
+    ]
+    writers = []
+    for place, case in enumerate(products):
+        own = {name: operands.get(f"{name}{place}") for name in case.operands}
+        found = {name: register for name, register in own.items() if register} | inputs[place]
+        writers.append(_product(case, config, place, ptx=ptx, operands=found))
+    return ring.Launch(writers, operands["counters"])
