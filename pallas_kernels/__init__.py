@@ -1,6 +1,22 @@
 """Pallas kernels for GPUs: products with weights that stay packed. They take plain arrays."""
 
-from pallas_kernels.launch import Scaled, matmul, residual_matmul, residual_plan
+from pallas_kernels.launch import (
+    Scaled,
+    chain_matmul,
+    chain_plan,
+    matmul,
+    residual_matmul,
+    residual_plan,
+)
 from pallas_kernels.tuning import Plan, plan
 
-__all__ = ["Plan", "Scaled", "matmul", "plan", "residual_matmul", "residual_plan"]
+__all__ = [
+    "Plan",
+    "Scaled",
+    "chain_matmul",
+    "chain_plan",
+    "matmul",
+    "plan",
+    "residual_matmul",
+    "residual_plan",
+]

@@ -25,6 +25,17 @@ _GATED = 1  # the place of gate and up
 _RESIDUAL = (0, 2)  # the places of the products whose outputs are added to the residual stream
 
 
+_WORKERS = {1: 24, 2: 16, 4: 16, 8: 16}  # by bits
+
+
+def config(bits: int) -> ring.Config | None:
+    """W and P for the GPU at hand, of which each multiprocessor has a program; None without one."""
+    device = jax.devices()[0]
+    if device.platform not in ("gpu", "cuda"):
+        return None
+    return ring.Config(_WORKERS[bits], device.core_count)
+
+
 class Outputs(NamedTuple):
     """What a chain leaves: a `Scaled` in parts, and the product behind it, if there is one."""
 

@@ -1,12 +1,13 @@
 """Checks the arrays of a product and launches the kernel that its plan names."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import gather, matvec, ring, tuning
+from pallas_kernels import chain, gather, matvec, ring, tuning
 from pallas_kernels.case import Arrays, Case
 
 
@@ -182,6 +183,57 @@ def residual_matmul(
     case = dataclasses.replace(case, residual=residual is not None)
     outputs = tuning.launch(case, plan.kernel, plan.config, arrays, others)
     return outputs[0] if residual is None else Scaled(*outputs)
+
+
+def chain_plan(
+    weights: Sequence[tuple[Arrays, dict[str, Any]]],
+) -> tuple[list[Case], ring.Config] | None:
+    """The products of `chain_matmul` without what is around them, and its launch; None without a kernel.
+
+    Args:
+        weights: of each product its arrays, or their shapes and dtypes, with `x` for what it multiplies, and
+            the facts of `residual_plan`.
+    """
+    config = chain.config(weights[0][1]["bits"])
+    if config is None or any(arrays.x.shape[0] > 1 for arrays, _ in weights):
+        return None
+    products = [_case(arrays, out_dtype=arrays.x.dtype, **facts) for arrays, facts in weights]
+    return None if chain.unsupported_reason(products, config) else (products, config)
+
+
+def chain_matmul(
+    x: Array,
+    residual: Array,
+    weights: Sequence[tuple[Arrays, dict[str, Any]]],
+    norm_scales: Sequence[Array],
+    eps: Sequence[float],
+) -> tuple[Scaled, Array | None]:
+    """The products from a token's attention to the next layer's queries in one launch; see `chain`.
+
+    Args:
+        x: bfloat16 [1, K].
+        residual: bfloat16 [1, D].
+        weights: of the product back from attention, of gate and up in one, of the product back from them and,
+            if there is a next layer, of its queries, keys and values; see `chain_plan`.
+        norm_scales: bfloat16 [D], of the norms behind the two residual sums.
+        eps: Of these norms.
+
+    Returns:
+        The residual stream on its way through the second norm; the last product or None.
+
+    Raises:
+        NotImplementedError: products for which `chain_plan` has nothing.
+    """
+    found = chain_plan(weights)
+    if found is None:
+        raise NotImplementedError(
+            "no kernel runs these products one behind the other; run them apart"
+        )
+    products, config = found
+    arrays = [arrays for arrays, _ in weights]
+    around = chain.cases(products, eps, config)
+    *scaled, y = chain.matmul(around, arrays, x, residual, norm_scales, config)
+    return Scaled(*scaled), y
 
 
 def _case(

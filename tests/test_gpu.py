@@ -118,9 +118,10 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books):
     planar.check_residual(outputs, behind, expected, size)
 
 
-@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("options", [{}, dict(output_bias=True, qkv_bias=True, mlp_bias=True)])
-def test_sums_and_norms_in_the_products_of_a_model(bits, options, monkeypatch):
+def test_a_models_step_in_fewer_launches(bits, options, monkeypatch):
+    """In chains, with sums and norms in the products, and with every operation by itself."""
     config = ModelConfig(512, 512, 1024, 3, 4, 2, 128, **options)
     model = models.random_model(config, bits=bits, codebook="kmeans", backend="pallas")
     tokens = jnp.asarray([[3, 1, 4, 1, 5]])
@@ -130,11 +131,16 @@ def test_sums_and_norms_in_the_products_of_a_model(bits, options, monkeypatch):
         logits, after = jax.jit(model.decode)(jnp.asarray([9]), cache)
         return [np.asarray(a, np.float64) for a in (logits, after.keys[-1], after.values[-1])]
 
-    found = step()
+    assert model._has_chains(jnp.zeros((1, 512), config.dtype))
+    found = [step()]
+    monkeypatch.setattr(modules.Layer, "chain_kernel", lambda layer, following, x: None)
+    jax.clear_caches()
+    found.append(step())
     monkeypatch.setattr(modules.Layer, "residual_kernels", lambda layer, x: [None])
     jax.clear_caches()
-    for ours, apart in zip(found, step(), strict=True):
-        assert np.sqrt(np.mean((ours - apart) ** 2)) < 2e-2 * np.sqrt(np.mean(apart**2))
+    for *ours, apart in zip(*found, step(), strict=True):
+        for fewer in ours:
+            assert np.sqrt(np.mean((fewer - apart) ** 2)) < 2e-2 * np.sqrt(np.mean(apart**2))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -202,11 +202,50 @@ class Layer(nnx.Module):
         gated = self.mlp.gate(gate_up(at, eps=self.mlp_norm.eps))
         return down(gated, residual=at.total, norm_scale=scale), keys, values
 
+    def chain_kernel(self, following: nnx.Module | None, x: Array) -> Callable | None:
+        """The GPU kernel that has the products from attention to the next layer's queries in one launch."""
+        linears = (self.attention.out, self.mlp.gate_up, self.mlp.down)
+        return platforms.chain_kernel(linears if following is None else (*linears, following), x)
+
+    def token_in_a_chain(self, projected, total, following, norm, cos, sin, lengths, keys, values):
+        """`token` by `chain_kernel`.
+
+        Args:
+            projected: [1, qkv_features], this layer's queries, keys and values.
+            total: [1, D], the residual stream before this layer.
+            following: the next layer's projection to queries, keys and values, or None.
+            norm: the norm behind this layer.
+            cos: See `token`.
+            sin: See `token`.
+            lengths: See `token`.
+            keys: See `token`.
+            values: See `token`.
+
+        Returns:
+            (the stream on its way through that norm, the next `projected` or None, keys, values).
+        """
+        mixed, keys, values = self.attention.mix(projected, cos, sin, lengths, keys, values)
+        norms, kernel = (self.mlp_norm, norm), self.chain_kernel(following, total)
+        assert kernel is not None
+        at, projected = kernel(
+            mixed,
+            total,
+            norm_scales=[n.scale[...] for n in norms],
+            eps=[n.eps for n in norms],
+        )
+        return at, projected, keys, values
+
 
 # The layers are alike: jit traces the first and reuses it, and XLA inlines the calls.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_layer(method: str, graphdef: nnx.GraphDef, state: nnx.State, *args: Array):
     return getattr(nnx.merge(graphdef, state), method)(*args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_chain(graphdef: nnx.GraphDef, state: nnx.State, projected, total, *args: Array):
+    layer, following, norm = nnx.merge(graphdef, state)
+    return layer.token_in_a_chain(projected, total, following, norm, *args)
 
 
 class Transformer(nnx.Module):
@@ -266,7 +305,7 @@ class Transformer(nnx.Module):
         if self.parallel is None and all(
             None not in layer.residual_kernels(x) for layer in self.layers
         ):
-            fused = self._decode_in_products
+            fused = self._decode_in_chains if self._has_chains(x) else self._decode_in_products
             run = functools.partial(jax.lax.platform_dependent, cuda=fused, default=run)
         normed, keys, values = run(*arrays)
         return self._logits(normed), KVCache(keys, values, cache.lengths + 1)
@@ -290,6 +329,31 @@ class Transformer(nnx.Module):
         for layer, following, k, v in rows:
             at, k, v = _run_layer(
                 "token_in_four_products", *nnx.split(layer), at, following.scale[...], *turn, k, v
+            )
+            keys.append(k)
+            values.append(v)
+        return platforms.from_scaled(at, self.norm.eps), tuple(keys), tuple(values)
+
+    @property
+    def _behind_layers(self) -> list[tuple[nnx.Module | None, RMSNorm]]:
+        """What is behind each layer: the next one's projection, if there is a next one, and the norm."""
+        following = [(layer.attention.qkv, layer.attention_norm) for layer in self.layers[1:]]
+        return [*following, (None, self.norm)]
+
+    def _has_chains(self, x: Array) -> bool:
+        behind = zip(self.layers, self._behind_layers, strict=True)
+        return all(layer.chain_kernel(qkv, x) is not None for layer, (qkv, _) in behind)
+
+    def _decode_in_chains(self, x, turn, cache_keys, cache_values):
+        """The same by kernels that have all products between two attentions in one launch."""
+        first = self.layers[0]
+        at = platforms.to_scaled(x, first.attention_norm.scale[...])
+        projected = first.residual_kernels(x)[0](at, eps=first.attention_norm.eps)
+        keys, values = [], []
+        rows = zip(self.layers, self._behind_layers, cache_keys, cache_values, strict=True)
+        for layer, (qkv, norm), k, v in rows:
+            at, projected, k, v = _run_chain(
+                *nnx.split((layer, qkv, norm)), projected, at.total, *turn, k, v
             )
             keys.append(k)
             values.append(v)

@@ -1,7 +1,7 @@
 """Operations whose best form depends on the platform that a program is lowered for."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -95,6 +95,28 @@ def residual_kernel(linear: nnx.Module, x: Array) -> Callable | None:
 
     None if no GPU kernel takes the norm before this product, and the residual sum behind it, with it.
     """
+    found = _planar(linear, x)
+    if found is None or pallas_kernels.residual_plan(found[0], **found[1]) is None:
+        return None
+    arrays, facts = found
+    weight = {name: array for name, array in arrays._asdict().items() if name != "x"}
+    return functools.partial(pallas_kernels.residual_matmul, **weight, **facts)
+
+
+def chain_kernel(linears: Sequence[nnx.Module], x: Array) -> Callable | None:
+    """`pallas_kernels.chain_matmul` with the weights of layers, for inputs like x [B, K].
+
+    None if no GPU kernel takes them in one launch.
+    """
+    found = [_planar(linear, x) for linear in linears]
+    weights = [weight for weight in found if weight is not None]
+    if len(weights) < len(found) or pallas_kernels.chain_plan(weights) is None:
+        return None
+    return functools.partial(pallas_kernels.chain_matmul, weights=weights)
+
+
+def _planar(linear: nnx.Module, x: Array) -> tuple[Arrays, dict[str, Any]] | None:
+    """The weight of a layer as `residual_plan` takes it, for inputs like x [B, K]; None if it is another's."""
     if not isinstance(linear, QuantisedLinear) or linear.axis is not None:
         return None
     w, bias = linear.weight.get_value(), linear.bias
@@ -104,17 +126,7 @@ def residual_kernel(linear: nnx.Module, x: Array) -> Callable | None:
     row: Any = jax.ShapeDtypeStruct((x.shape[0], w.in_features), x.dtype)
     arrays = Arrays(row, w.packed, w.scales, w.codebook, None if bias is None else bias.get_value())
     facts = {name: value for name, value in w.facts.items() if name != "in_features"}
-    facts["uniform"] = w.uniform
-    if pallas_kernels.residual_plan(arrays, **facts) is None:
-        return None
-    return functools.partial(
-        pallas_kernels.residual_matmul,
-        packed=w.packed,
-        scales=w.scales,
-        codebook=w.codebook,
-        bias=arrays.bias,
-        **facts,
-    )
+    return arrays, facts | {"uniform": w.uniform}
 
 
 def to_scaled(x: Array, scale: Array) -> pallas_kernels.Scaled:
