@@ -520,8 +520,9 @@ class Launch(Writer):
             self._meet()
             product.write_outputs()
             if number < last:
-                self._meet()
                 self._count(number)
+                if product.case.blocks < self.workers:
+                    self._meet()
         self.ptx.prefix = ""
 
     def _meet(self) -> None:
@@ -532,10 +533,14 @@ class Launch(Writer):
         return self.ptx.op("setp.eq.u32", self.thread, 0, kind="pred")
 
     def _count(self, number: int) -> None:
-        """Says to the other programs that this one's outputs are in memory."""
-        first = self._first_thread()
-        self.ptx.do("fence.acq_rel.gpu", when=first)
-        self.ptx.do("red.release.gpu.global.add.u32", at(self.counters, 4 * number), 1, when=first)
+        """Each warp with outputs says to the other programs that they are in memory."""
+        ptx = self.ptx
+        ptx.do("bar.warp.sync", "0xffffffff")
+        first = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
+        writer = ptx.op("selp.b32", self.warp, self.workers, first)
+        writes = ptx.op("setp.lt.u32", writer, self.products[number].parts, kind="pred")
+        counter = at(self.counters, 4 * number)
+        ptx.do("red.release.gpu.global.add.u32", counter, 1, when=writes)
 
     def _wait_for_programs(self, number: int) -> None:
         """Waits until the outputs of all programs are in memory."""
@@ -543,7 +548,8 @@ class Launch(Writer):
         ptx.do("bra", "fdk_others_are_ready", when=f"!{self._first_thread()}")
         ptx.label("fdk_others")
         ready = ptx.op("ld.acquire.gpu.global.b32", at(self.counters, 4 * number))
-        missing = ptx.op("setp.lt.u32", ready, self.programs, kind="pred")
+        expected = self.programs * self.products[number].parts
+        missing = ptx.op("setp.lt.u32", ready, expected, kind="pred")
         ptx.do("bra", "fdk_others", when=missing)
         ptx.label("fdk_others_are_ready")
         self._meet()
