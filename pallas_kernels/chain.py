@@ -156,7 +156,9 @@ def _operands(products: Sequence[Case], config: ring.Config) -> dict[str, str]:
 
 def _product(case: Case, config: ring.Config, place: int, **options: Any) -> ring.Product:
     kind = integer.Product if case.bits == 1 else stream.Product
-    return kind(case, config.workers, config.programs, gated=place == _GATED, **options)
+    return kind(
+        case, config.workers, config.programs, position=place, gated=place == _GATED, **options
+    )
 
 
 def _writer(products: Sequence[Case], config: ring.Config) -> ring.Launch:

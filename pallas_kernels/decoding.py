@@ -44,12 +44,14 @@ class Decoder(abc.ABC):
     Attributes:
         shared_bytes: shared memory that it needs.
         place: where in `fdk_shared` that is.
+        space: where the codebook is, "global" or "shared".
         factor: register that the sums of products have to be multiplied by, or None.
         apart: whether the registers hold weights 0, 2 and 1, 3 of four neighbours instead of 0, 1 and 2, 3.
     """
 
     shared_bytes = 0
     place = 0
+    space = "global"
     factor: str | None = None
     apart = False
 
@@ -60,7 +62,7 @@ class Decoder(abc.ABC):
 
     @abc.abstractmethod
     def set_up(self, codebook: str, thread: str, threads: int) -> None:
-        """What comes before the loop: `codebook` holds the address of 2**bits float32 values.
+        """What comes before the loop: `codebook` holds the address of 2**bits float32 values in `space`.
 
         Threads have to meet behind it, if there is shared memory.
         """
@@ -83,13 +85,20 @@ class Decoder(abc.ABC):
 
     def first_two(self, codebook: str) -> list[str]:
         """The first two values of a codebook as `dtype` rounds them: a pair, and each in float32."""
-        pair = self.pack(*(self._value(codebook, code) for code in range(2)))
+        return self.rounded(*(self.value(codebook, code) for code in range(2)))
+
+    def rounded(self, low: str, high: str) -> list[str]:
+        """Two values as `dtype` rounds them: a pair, and each in float32."""
+        pair = self.pack(low, high)
         return [pair, *unpack(self.ptx, pair, self.dtype)]
 
-    def _value(self, codebook: str, code: str | int, when: str | None = None) -> str:
+    def value(self, codebook: str, code: str | int, when: str | None = None) -> str:
         """A value of the codebook, float32. It stays in L2: from memory it would queue up behind the weight."""
-        ptx = self.ptx
-        value = ptx.register("f32")
+        ptx, value = self.ptx, self.ptx.register("f32")
+        if self.space == "shared":
+            address = ptx.op("mad.lo.u32", code, 4, codebook)
+            ptx.do("ld.shared.f32", value, at(address), when=when)
+            return value
         address = ptx.op("mad.wide.u32", code, 4, codebook, kind="b64")
         opcode = "ld.global.nc.L2::cache_hint.f32"
         ptx.do(opcode, value, at(address), ptx.policy("evict_last"), when=when)
@@ -137,7 +146,7 @@ class _Table(Decoder):
         values = []
         for i in range(8 // bits):
             code = ptx.op("and.b32", ptx.op("shr.u32", byte, bits * i), 2**bits - 1)
-            values.append(self._value(codebook, code, mine))
+            values.append(self.value(codebook, code, mine))
         if bits == 8:
             values *= 2
         pairs = [self.pack(values[i], values[i + 1]) for i in range(0, len(values), 2)]
@@ -176,7 +185,7 @@ class _Evenly(Decoder):
     def _measure(self, codebook: str) -> str:
         """Computes `factor`; returns the place of the nought among the codes, float32, a multiple of a half."""
         ptx, last_code = self.ptx, 2**self.bits - 1
-        first, last = (self._value(codebook, code) for code in (0, last_code))
+        first, last = (self.value(codebook, code) for code in (0, last_code))
         span = ptx.op("sub.f32", last, first, kind="f32")
         unit = float_constant(2**self.bits / last_code)
         self.factor = ptx.op("mul.f32", span, unit, kind="f32")

@@ -83,7 +83,7 @@ class Product(ring.Product):
         return {
             "integers": case.blocks * 2 * _INTEGERS,
             "plane_sums": case.blocks * 2 * _PLANES * _SUMS,
-            "books": case.books * _BOOK,
+            self.books_name: case.books * _BOOK,
         }
 
     # Before the loop: x
@@ -117,20 +117,25 @@ class Product(ring.Product):
                 self._prepare_block([x for half in halves for x in half], block, f"{turn}")
                 ptx.label(f"fdk_no_x_{turn}")
 
-    def prepare_constants(self) -> None:
-        """Stores the first value of each codebook and the step to the second one."""
-        ptx, case = self.ptx, self.case
+    def load_books(self) -> Callable[[], None]:
+        """Loads of each codebook the first value and the step to the second one."""
+        ptx, case, decoder = self.ptx, self.case, self.decoder
+        loads = []
         for start in range(0, case.books, 32 * self.workers):
             book = ptx.op("add.u32", self.thread, start)
-            none = ptx.op("setp.ge.u32", book, case.books, kind="pred")
-            ptx.do("bra", f"fdk_no_book_{start}", when=none)
+            there = ptx.op("setp.lt.u32", book, case.books, kind="pred")
             source = ptx.op("mad.wide.u32", book, 8, self.operands["codebook"], kind="b64")
-            _, first, second = self.decoder.first_two(source)
-            step = ptx.op("sub.f32", second, first, kind="f32")
-            place = ptx.op("mad.lo.u32", book, _BOOK, self.shared)
-            target = at(place, self.places["books"])
-            ptx.do("st.shared.v2.b32", target, vector([first, step]))
-            ptx.label(f"fdk_no_book_{start}")
+            values = [decoder.value(source, code, there) for code in range(2)]
+            loads.append((ptx.op("mad.lo.u32", book, _BOOK, self.shared), values, there))
+
+        def store() -> None:
+            for place, values, there in loads:
+                _, first, second = decoder.rounded(*values)
+                step = ptx.op("sub.f32", second, first, kind="f32")
+                target = at(place, self.books_place)
+                ptx.do("st.shared.v2.b32", target, vector([first, step]), when=there)
+
+        return store
 
     def _prepare_block(self, x: list[str], block: str, name: str) -> None:
         """Stores the integers of a block of x, and the scale and the sum of each of its planes.
@@ -236,7 +241,7 @@ class Product(ring.Product):
             book = ptx.quotient(row, case.n // case.books)
             book = ptx.op("min.u32", book, case.books - 1)
             place = ptx.op("mad.lo.u32", book, _BOOK, self.shared)
-        ptx.do("ld.shared.v2.b32", vector([self.first, steps[0]]), at(place, self.places["books"]))
+        ptx.do("ld.shared.v2.b32", vector([self.first, steps[0]]), at(place, self.books_place))
         ptx.do("mul.f32", steps[0], steps[0], self.unit)
         # A lower row's codes stand one bit higher.
         ptx.do("mul.f32", steps[1], steps[0], float_constant(0.5))

@@ -65,6 +65,7 @@ class Product(OutputWriter, abc.ABC):
         programs: P.
         ptx: what it is written to, or None for a block of its own.
         operands: what the block calls them, if it is not its own.
+        position: its place among the launch's products.
         gated: whether an output is the product of a row of the second half and of the SiLU of the first's.
     """
 
@@ -76,9 +77,12 @@ class Product(OutputWriter, abc.ABC):
         *,
         ptx: Ptx | None = None,
         operands: dict[str, str] | None = None,
+        position: int = 0,
         gated: bool = False,
     ) -> None:
         super().__init__(case, ptx, operands)
+        # The codebooks of all products are fetched at the start: later they would queue up behind the weights.
+        self.books_name = f"books{position}"
         self.workers, self.programs, self.gated = workers, programs, gated
         self.runs = 2 if gated else 1
         self.run_tiles = case.tiles // self.runs
@@ -93,6 +97,11 @@ class Product(OutputWriter, abc.ABC):
         return -(-self.run_tiles // self.programs)
 
     @property
+    def books_place(self) -> int:
+        """Where in shared memory its codebooks are."""
+        return self.places[self.books_name]
+
+    @property
     def parts(self) -> int:
         """How many partial sums of squares a program leaves."""
         return parts_of_squares(1, self.most_tiles * TILE_ROWS, self.workers)
@@ -104,8 +113,11 @@ class Product(OutputWriter, abc.ABC):
         """Names and bytes of what it has in shared memory besides "partial" and "squares"."""
 
     @abc.abstractmethod
+    def load_books(self) -> Callable[[], None]:
+        """Starts loading the codebooks, and returns what stores them in shared memory."""
+
     def prepare_constants(self) -> None:
-        """Fills what is in shared memory and does not depend on x."""
+        """Fills what else is in shared memory and does not depend on x."""
 
     @abc.abstractmethod
     def prepare_x(self, meanwhile: Callable[[], object]) -> None:
@@ -446,7 +458,7 @@ class Launch(Writer):
         self._copy(first, stretch, place, "start", ring.slots)
         ptx.label("fdk_prepare")
         ptx.do("bra", "fdk_prepared", when=is_copier)
-        first.prepare_x(lambda: (first.constants(), first.beside_x()))
+        first.prepare_x(self._prepare_others)
         ptx.label("fdk_prepared")
         ptx.do("barrier.sync", 0)
         ptx.do("bra", "fdk_multiply", when=f"!{is_copier}")
@@ -458,6 +470,18 @@ class Launch(Writer):
         self._multiply()
         ptx.label("fdk_end")
         return ptx.text()
+
+    def _prepare_others(self) -> None:
+        """What is to be done while the first x is on its way."""
+        first, *others = self.products
+        for product in others:
+            product.locate(self)
+        stores = [product.load_books() for product in self.products]
+        first.beside_x()
+        for store in stores:
+            store()
+        self._meet()
+        first.constants()
 
     # The warp that copies
 

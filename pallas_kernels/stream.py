@@ -77,7 +77,8 @@ class Product(ring.Product):
         for decoder in self.decoders:
             decoder.place = tables
             tables += decoder.shared_bytes
-        return {"tables": tables, "x": case.blocks * case.span * 2}
+        books = len(self.decoders) * 4 * 2**case.bits
+        return {"tables": tables, "x": case.blocks * case.span * 2, self.books_name: books}
 
     def _share(self, program: str) -> tuple[str, str]:
         if self.run_books == 1:
@@ -94,17 +95,36 @@ class Product(ring.Product):
 
     # Before the loop
 
+    def load_books(self) -> Callable[[], None]:
+        """Loads the codebook of the program's rows of each run."""
+        ptx, threads, values = self.ptx, 32 * self.workers, 2**self.case.bits
+        codebook, loads = self.operands["codebook"], []
+        if self.book is not None:
+            last = ptx.op("min.u32", self.book, self.run_books - 1)
+            codebook = ptx.op("mad.wide.u32", last, 4 * values, codebook, kind="b64")
+        for run, decoder in enumerate(self.decoders):
+            decoder.space = "global"
+            source = ptx.op("add.u64", codebook, run * self.run_books * 4 * values, kind="b64")
+            for start in range(0, values, threads):
+                index = ptx.op("add.u32", self.thread, start)
+                there = ptx.op("setp.lt.u32", index, values, kind="pred")
+                place = ptx.op("mad.lo.u32", index, 4, self.shared)
+                value = decoder.value(source, index, there)
+                loads.append((at(place, self.books_place + run * 4 * values), value, there))
+            decoder.space = "shared"
+
+        def store() -> None:
+            for target, value, there in loads:
+                ptx.do("st.shared.f32", target, value, when=there)
+
+        return store
+
     def prepare_constants(self) -> None:
         """Makes the decoders' tables."""
-        ptx, threads = self.ptx, 32 * self.workers
         for run, decoder in enumerate(self.decoders):
-            codebook, book_bytes = self.operands["codebook"], 4 * 2**self.case.bits
-            if self.book is not None:
-                last = ptx.op("min.u32", self.book, self.run_books - 1)
-                codebook = ptx.op("mad.wide.u32", last, book_bytes, codebook, kind="b64")
-            if run:
-                codebook = ptx.op("add.u64", codebook, self.run_books * book_bytes, kind="b64")
-            decoder.set_up(codebook, self.thread, threads)
+            place = self.books_place + run * 4 * 2**self.case.bits
+            codebook = self.ptx.op("add.u32", self.shared, place)
+            decoder.set_up(codebook, self.thread, 32 * self.workers)
 
     def prepare_x(self, meanwhile: Callable[[], object]) -> None:
         """Copies x."""
