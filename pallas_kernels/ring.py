@@ -218,7 +218,6 @@ class Product(OutputWriter, abc.ABC):
         self.start_run(run)
         self.start_tile(tile, run)
         ptx.label(f"fdk_loop_{run}")
-        # A warp without a block in the run's last slot still says that it does not need it.
         done = ptx.op("setp.ge.u32", slot_end, self.blocks, kind="pred")
         ptx.do("bra", f"fdk_done_{run}", when=done)
         none = ptx.op("setp.ge.u32", block, self.blocks, kind="pred")
