@@ -39,8 +39,7 @@ _FINITE = 2.0**127
 _TINY = 2.0**-112  # smaller x are not told apart from nought, if there are no others
 
 
-class Config(ring.Config):
-    """Launch configuration of `ring`."""
+Config = ring.Config
 
 
 def unsupported_reason(case: Case, config: Config) -> str | None:

@@ -106,8 +106,7 @@ def residual_plan(w: Arrays, **facts: Any) -> tuple[Case, tuning.Plan] | None:
     case = _case(w, out_dtype=w.x.dtype, **facts)
     plan = tuning.choose(case)
     config, around = plan.config, dataclasses.replace(case, squares=1, residual=True)
-    takes = isinstance(config, ring.Config | matvec.Config)
-    if case.m > 1 or not takes or config.cluster > 1:
+    if case.m > 1 or not isinstance(config, ring.Config | matvec.Config) or config.cluster > 1:
         return None
     return None if tuning.unsupported_reason(around, config) else (case, plan)
 
@@ -222,8 +221,10 @@ def chain_matmul(
         The residual stream on its way through the second norm; the last product or None.
 
     Raises:
+        ValueError: arrays that are not planar weights of the given facts, or that do not fit each other.
         NotImplementedError: products for which `chain_plan` has nothing.
     """
+    _check_chain(x, residual, weights, norm_scales)
     found = chain_plan(weights)
     if found is None:
         raise NotImplementedError(
@@ -259,6 +260,26 @@ def _given(case: Case, config: tuning.Config) -> tuning.Plan:
     if reason is not None:
         raise NotImplementedError(f"{config} does not run this product: {reason}")
     return tuning.Plan(tuning.kernel_of(config), config, "given by the caller")
+
+
+def _check_chain(x, residual, weights, norm_scales) -> None:
+    if len(weights) not in (3, 4) or len(norm_scales) != 2:
+        raise ValueError(
+            f"{len(weights)} weights and {len(norm_scales)} norms, must be 3 or 4, and 2"
+        )
+    for arrays, facts in weights:
+        facts = [facts[name] for name in ("bits", "group_size", "out_features")]
+        _check(arrays.x, arrays.packed, arrays.scales, arrays.codebook, *facts)
+    sizes = [(facts["out_features"], arrays.x.shape[1]) for arrays, facts in weights]
+    (hidden, width), (twice, _), *_ = sizes
+    wanted = [(hidden, width), (twice, hidden), (hidden, twice // 2), (sizes[-1][0], hidden)]
+    if sizes != wanted[: len(sizes)] or twice % 2:
+        raise ValueError(f"weights of {sizes} (N, K) do not follow one another; must be {wanted}")
+    rows = {"x": (x, (1, width)), "residual": (residual, (1, hidden))}
+    rows |= {f"norm_scales[{i}]": (scale, (hidden,)) for i, scale in enumerate(norm_scales)}
+    for name, (array, shape) in rows.items():
+        if array.shape != shape or array.dtype != jnp.bfloat16:
+            raise ValueError(f"{name} is {array.dtype}{array.shape}, must be bfloat16{shape}")
 
 
 def _check(x, packed, scales, codebook, bits, group_size, out_features) -> None:

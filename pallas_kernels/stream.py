@@ -1,8 +1,8 @@
-"""The kernel for one token and codes of 2, 4 and 8 bits: a program a multiprocessor that never pauses reading.
+"""Products of one token with codes of 2, 4 and 8 bits in the program of `ring`.
 
-The program is that of `ring`; what it multiplies is what `matvec` does, with x and the weight from shared
-memory. Each program has rows of one codebook (of two, if its outputs are gated), for which it makes the
-decoder's table once.
+What it multiplies is what `matvec` does, with x and the weight from shared memory. Each program has rows of one
+codebook (of two, if its outputs are gated), for which it makes the decoder's table once. By itself such a
+product is no faster than `matvec`'s; `chain` has several in a launch.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,6 @@ _STEPS = 4  # instructions a plane
 _AT_ONCE = 8  # vectors of x that a thread has on their way
 
 
-class Config(ring.Config):
-    """Launch configuration of `ring`."""
-
-
-def unsupported_reason(case: Case, config: Config) -> str | None:
-    """Why the kernel does not take a case, or None."""
-    reason = unsupported_product(case, config.workers, config.programs)
-    return reason or ring.unsupported_reason(case, config, Product)
-
-
 def unsupported_product(case: Case, workers: int, programs: int) -> str | None:
     """Why the arithmetic does not take a case, or None."""
     if case.bits == 1 or case.m != 1 or case.group_size != PLANE:
@@ -39,19 +29,6 @@ def unsupported_product(case: Case, workers: int, programs: int) -> str | None:
     if case.books > min(programs, case.tiles):
         return f"{case.books} codebooks are more than {programs} programs or {case.tiles} tiles"
     return None
-
-
-grid = ring.grid
-
-
-def squares(case: Case, config: Config) -> int:
-    """How many partial sums of squares a case with a residual leaves."""
-    return ring.squares(case, config, Product)
-
-
-def source(case: Case, config: Config) -> str:
-    """The kernel's PTX."""
-    return ring.source(case, config, Product)
 
 
 class Product(ring.Product):

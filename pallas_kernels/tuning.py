@@ -27,11 +27,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import dequantise, integer, matvec, stream, wgmma
+from pallas_kernels import dequantise, integer, matvec, wgmma
 from pallas_kernels.case import Arrays, Case
 
-KERNELS = {"matvec": matvec, "integer": integer, "stream": stream, "wgmma": wgmma}
-Config = matvec.Config | integer.Config | stream.Config | wgmma.Config
+KERNELS = {"matvec": matvec, "integer": integer, "wgmma": wgmma}
+Config = matvec.Config | integer.Config | wgmma.Config
 _SHIPPED = Path(__file__).with_name("tuned.json")
 _FEW = 16  # most rows of x a program of `matvec` takes
 # A row of another device, or of another kind of codebook, counts like one of a shape twice as large.
@@ -191,7 +191,6 @@ _TOKENS = (
 # The same, with its programs, which take rows in turns.
 _TURNS = ((1, 8, 1, 1, 528), (1, 16, 1, 1, 264), (1, 16, 1, 2, 264))
 _INTEGER = ((8, 132), (12, 132), (16, 132), (24, 132), (8, 264), (12, 264))  # (workers, programs)
-_STREAM = ((12, 132), (16, 132), (24, 132), (28, 132))
 # (tokens, row_groups, k_groups, stages, cluster, ring) of `wgmma` for at least so many tokens.
 _WGMMA = {
     16: ((16, 1, 4, 2, 1, False), (16, 1, 2, 2, 1, False), (16, 1, 2, 4, 2, False)),
@@ -221,8 +220,6 @@ def candidates(case: Case) -> Iterator[tuple[str, Any]]:
             yield "matvec", matvec.Config(*facts[:3], row_warps=facts[3], diagonal=True)
         for facts in _INTEGER if case.bits == 1 else ():
             yield "integer", integer.Config(*facts)
-        for facts in _STREAM if case.bits > 1 else ():
-            yield "stream", stream.Config(*facts)
         for *facts, row_warps, programs in _TURNS:
             config = matvec.Config(*facts, row_warps=row_warps, programs=programs)
             if matvec.takes_turns(case, config):

@@ -1,103 +1,161 @@
-"""Several products in one launch: values against float64, on the emulator of PTX, and what is refused."""
+"""Products in the program of `ring`, alone and several in one launch: without a GPU."""
 
+import dataclasses
+import shutil
+import subprocess
+
+import chains
+import jax
 import jax.numpy as jnp
 import numpy as np
 import planar
 import ptx_machine
 import pytest
 
-from pallas_kernels import chain, ring
-from pallas_kernels.case import Arrays, Case
+import pallas_kernels
+from pallas_kernels import chain, ring, stream, triton_compat
+from pallas_kernels.case import Case
 
-HALF = jnp.dtype(jnp.bfloat16)
-EPS = (1e-3, 2e-3)
-
-
-def _weight(rng, n, k, bits, books, uniform, bias):
-    """(case, arrays, matrix in float64, bias in float64) of a product."""
-    (_, *arrays), facts, _ = planar.product(
-        rng, 1, n, k, bits, 64, "bfloat16", books, k**-0.5, uniform
-    )
-    matrix = planar.matrix(arrays, facts, n, k, books)
-    added = jnp.asarray(rng.normal(size=n), HALF) if bias else None
-    case = Case(1, n, k, bits, 64, books, HALF, HALF, HALF if bias else None, HALF, uniform)
-    exact = np.zeros(n) if added is None else np.asarray(added, np.float64)
-    return case, Arrays(None, *arrays, added), matrix, exact
-
-
-def _expected(weights, x, residual, scales):
-    """The chain in float64, intermediate results rounded as the kernels leave them."""
-
-    def rounded(a):
-        return np.asarray(jnp.asarray(a, HALF), np.float64)
-
-    def product(place, x):
-        return x @ weights[place][2].T + weights[place][3]
-
-    total = rounded(residual + product(0, x))
-    inverse = 1 / np.sqrt(np.mean(total**2) + EPS[0])
-    scaled = rounded(total * scales[0])
-    bias = weights[1][3]
-    gate, value = np.split((product(1, scaled) - bias) * inverse + bias, 2, axis=-1)
-    inner = rounded(gate / (1 + np.exp(-gate)) * value)
-    total = rounded(total + product(2, inner))
-    scaled = rounded(total * scales[1])
-    y = None
-    if len(weights) > 3:
-        bias = weights[3][3]
-        y = (product(3, scaled) - bias) / np.sqrt(np.mean(total**2) + EPS[1]) + bias
-    return total, scaled, y
-
-
-def _run(cases, weights, x, residual, scales, config):
-    """The kernel on the emulator, its outputs poisoned before: by name."""
-    counters = np.zeros(len(cases), np.int32)
-    arrays = [np.asarray(x), np.asarray(residual), counters]
-    for place, (_, weight, *_) in enumerate(weights):
-        own = [weight.packed, weight.scales, weight.codebook]
-        own += [weight.bias] * (weight.bias is not None)
-        own += [scales[place // 2]] * (place in (0, 2))
-        arrays += [np.asarray(a) for a in own]
-    outputs = {
-        name: np.full(o.shape, np.nan, o.dtype) for name, o in chain._outputs(cases, config).items()
-    }
-    source = chain._writer(cases, config).write()
-    operands = [*arrays, *outputs.values()]
-    ptx_machine.run(source, operands, (1, 1), 32 * config.warps, cluster=config.programs)
-    assert not counters.any(), "the next launch finds counters in use"
-    return outputs
+# Hidden and inner size 512.
+SHAPES = [(512, 512), (1024, 512), (512, 512), (96, 512)]
 
 
 @pytest.mark.parametrize(
-    ("bits", "uniform", "books", "config", "last", "bias"),
+    ("bits", "uniform"), [(2, False), (4, False), (4, True), (8, False), (8, True)]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("n", "k", "books", "config"),
     [
-        (1, False, (1, 2, 1, 3), ring.Config(2, 3), True, False),
-        (1, False, (1, 1, 1, 1), ring.Config(3, 5), False, True),
-        (4, False, (1, 2, 1, 3), ring.Config(2, 7), True, False),
-        (4, True, (1, 1, 1, 1), ring.Config(4, 2), True, True),
-        (2, False, (1, 4, 1, 1), ring.Config(3, 4), False, False),
-        (8, True, (1, 2, 1, 3), ring.Config(4, 3), True, False),
-        (8, False, (1, 1, 1, 1), ring.Config(4, 5), True, False),
+        (33, 512, 1, ring.Config(4, 2)),
+        (96, 1000, 3, ring.Config(8, 7)),
+        (16, 2040, 1, ring.Config(4, 132)),
+        (64, 512, 1, ring.Config(12, 1)),
+        (400, 4096, 1, ring.Config(16, 1)),  # more than the ring holds
     ],
 )
-def test_values_of_a_chain(rng, bits, uniform, books, config, last, bias):
-    shapes = [(512, 512), (1024, 512), (512, 512), (96, 512)][: 4 if last else 3]
-    weights = [
-        _weight(rng, n, k, bits, b, uniform, bias) for (n, k), b in zip(shapes, books, strict=False)
-    ]
+def test_a_streamed_product(rng, bits, uniform, n, k, books, config, dtype):
+    (x, *arrays), _, (expected, size) = planar.product(
+        rng, 1, n, k, bits, 64, dtype, books, uniform=uniform
+    )
+    half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
+    case = Case(1, n, k, bits, 64, books, half, half, single, single, uniform)
+    assert stream.unsupported_product(case, config.workers, config.programs) is None
+    bias, y = rng.normal(size=n).astype(np.float32), np.full((1, n), np.nan, np.float32)
+    ptx_machine.run(
+        ring.source(case, config, stream.Product),
+        [np.asarray(a) for a in (case.pad(x), *arrays, bias, y)],
+        ring.grid(case, config),
+        32 * config.warps,
+    )
+    error = y.astype(np.float64) - (expected + bias)
+    assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
+
+
+@pytest.mark.parametrize(
+    ("bits", "uniform", "books", "config", "count", "bias"),
+    [
+        (1, False, (1, 2, 1, 3), ring.Config(2, 3), 4, False),
+        (1, False, (1, 1, 1, 1), ring.Config(3, 5), 3, True),
+        (4, False, (1, 2, 1, 3), ring.Config(2, 7), 4, False),
+        (4, True, (1, 1, 1, 1), ring.Config(4, 2), 4, True),
+        (2, False, (1, 4, 1, 1), ring.Config(3, 4), 3, False),
+        (8, True, (1, 2, 1, 3), ring.Config(4, 3), 4, False),
+        (8, False, (1, 1, 1, 1), ring.Config(4, 5), 4, True),
+    ],
+)
+def test_values_of_a_chain(rng, bits, uniform, books, config, count, bias):
+    weights = chains.weights(rng, SHAPES[:count], bits, books, uniform, bias)
     products = [case for case, *_ in weights]
     assert chain.unsupported_reason(products, config) is None
-    cases = chain.cases(products, EPS, config)
-    x, residual = (jnp.asarray(rng.normal(size=(1, 512)), HALF) for _ in range(2))
-    scales = [jnp.asarray(rng.uniform(0.5, 2, 512), HALF) for _ in range(2)]
-    found = _run(cases, weights, x, residual, scales, config)
-    exact = [np.asarray(a, np.float64) for a in (x, residual)]
-    total, scaled, y = _expected(weights, *exact, [np.asarray(s, np.float64) for s in scales])
-    for name, value in (("sum2", total), ("scaled2", scaled), ("y3", y)):
-        if value is not None:
-            error = np.asarray(found[name], np.float64) - value
-            assert np.sqrt(np.mean(error**2)) < 1e-2 * np.sqrt(np.mean(value**2)), name
-    squares = np.asarray(found["squares_out2"], np.float64).sum()
-    np.testing.assert_allclose(
-        squares, np.sum(np.asarray(found["sum2"], np.float64) ** 2), rtol=1e-5
+    cases = chain.cases(products, chains.EPS, config)
+    x, residual, scales = chains.inputs(rng, 512, 512)
+    counters = np.zeros(count, np.int32)
+    operands = [x, residual, counters]
+    for place, (_, arrays, *_) in enumerate(weights):
+        operands += [a for a in arrays[1:] if a is not None]
+        operands += [scales[place // 2]] * (place in (0, 2))
+    shapes = chain.outputs(cases, config)
+    found = {name: np.full(a.shape, np.nan, a.dtype) for name, a in shapes.items()}
+    ptx_machine.run(
+        chain.source(cases, config),
+        [np.asarray(a) for a in (*operands, *found.values())],
+        (1, 1),
+        32 * config.warps,
+        cluster=config.programs,
     )
+    assert not counters.any(), "the next launch finds counters in use"
+    found = [found.get(name) for name in ("sum2", "scaled2", "squares_out2", "y3")]
+    chains.check(found, chains.expected(weights, x, residual, scales))
+
+
+def _products(bits, hidden, inner, qkv, books=(1, 2, 1, 3)):
+    half = jnp.dtype(jnp.bfloat16)
+    shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (qkv, hidden)]
+    return [
+        Case(1, n, k, bits, 64, b, half, half, None, half)
+        for (n, k), b in zip(shapes, books, strict=True)
+    ]
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs the CUDA toolkit's ptxas")
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_chains_assemble(tmp_path, bits):
+    config = ring.Config(chain._WORKERS[bits], 132)
+    cases = chain.cases(_products(bits, 4096, 14336, 6144), (1e-5, 1e-5), config)
+    count = 3 + sum(len(c.operands) for c in cases)  # at least
+    source = chain.source(cases, config)
+    file = tmp_path / "chain.ptx"
+    threads = 32 * config.warps
+    file.write_text(triton_compat.entry(source, "chain", operands=count, threads=threads))
+    command = ["ptxas", "-arch=sm_90a", str(file), "-o", str(file.with_suffix(".cubin"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda cases: [*cases[:2], dataclasses.replace(cases[2], bits=4)], "several kinds"),
+        (lambda cases: [dataclasses.replace(cases[0], n=1000), *cases[1:]], "whole tiles"),
+        (lambda cases: [dataclasses.replace(cases[0], group_size=128), *cases[1:]], "128"),
+        (lambda cases: [cases[0], dataclasses.replace(cases[1], books=3), *cases[2:]], "codebooks"),
+        (lambda cases: _products(8, 1024, 128 * 1024, 1536), "shared memory"),
+    ],
+)
+def test_what_no_chain_takes(change, reason):
+    cases = _products(2, 1024, 2048, 1536)
+    config = ring.Config(16, 132)
+    assert chain.unsupported_reason(cases, config) is None
+    assert reason in chain.unsupported_reason(change(cases), config)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is one")
+def test_there_is_no_chain_without_a_gpu_at_hand(rng):
+    """Programs that the device does not run at once would wait for each other for ever."""
+    weights = chains.weights(rng, SHAPES[:3], 1, (1, 2, 1), False, False)
+    facts = dict(bits=1, group_size=64, uniform=False)
+    found = [(arrays, facts | {"out_features": case.n}) for case, arrays, *_ in weights]
+    assert pallas_kernels.chain_plan(found) is None
+    x, residual, scales = chains.inputs(rng, 512, 512)
+    with pytest.raises(NotImplementedError, match="run them apart"):
+        pallas_kernels.chain_matmul(x, residual, found, scales, chains.EPS)
+
+
+def test_bad_chains_are_refused(rng):
+    weights = chains.weights(rng, SHAPES, 1, (1, 2, 1, 1), False, False)
+    facts = dict(bits=1, group_size=64, uniform=False)
+    found = [(arrays, facts | {"out_features": case.n}) for case, arrays, *_ in weights]
+    x, residual, scales = chains.inputs(rng, 512, 512)
+    for change, message in (
+        (dict(weights=found[:2]), "2 weights"),
+        (dict(norm_scales=scales[:1]), "1 norms"),
+        (dict(weights=[found[0], found[0], *found[2:]]), "do not follow"),
+        (dict(x=x[:, :500]), r"x is bfloat16\(1, 500\)"),
+        (dict(residual=residual.astype(jnp.float32)), "residual is float32"),
+        (dict(norm_scales=[scales[0], scales[1][:5]]), r"norm_scales\[1\]"),
+        (dict(weights=[(found[0][0], found[0][1] | {"bits": 2}), *found[1:]]), "packed is"),
+    ):
+        arguments = dict(x=x, residual=residual, weights=found, norm_scales=scales, eps=chains.EPS)
+        with pytest.raises(ValueError, match=message):
+            pallas_kernels.chain_matmul(**(arguments | change))

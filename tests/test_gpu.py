@@ -6,6 +6,7 @@
 import gc
 import os
 
+import chains
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,6 +117,33 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books):
         uniform=uniform,
     )
     planar.check_residual(outputs, behind, expected, size)
+
+
+@pytest.mark.parametrize(("bits", "uniform"), DECODERS)
+@pytest.mark.parametrize(
+    ("hidden", "inner", "count"), [(512, 1024, 4), (3072, 5632, 4), (1024, 512, 3)]
+)
+def test_chains(rng, bits, uniform, hidden, inner, count):
+    """Again and again, as the programs of a launch meet at counters that the one before it has left."""
+    shapes = [(hidden, 512), (2 * inner, hidden), (hidden, inner), (1536, hidden)][:count]
+    weights = chains.weights(rng, shapes, bits, (1, 2, 1, 3), uniform, bias=True)
+    x, residual, scales = chains.inputs(rng, 512, hidden)
+    facts = dict(bits=bits, group_size=64, uniform=uniform)
+    arguments = [(arrays, facts | {"out_features": case.n}) for case, arrays, *_ in weights]
+
+    @jax.jit
+    def repeated(x, residual, arrays):
+        def run(_, __):
+            pairs = [(a, facts) for a, (_, facts) in zip(arrays, arguments, strict=True)]
+            scaled, y = pallas_kernels.chain_matmul(x, residual, pairs, scales, chains.EPS)
+            return None, (*scaled, y)
+
+        return jax.lax.scan(run, None, length=20)[1]
+
+    found = repeated(x, residual, [arrays for arrays, *_ in weights])
+    wanted = chains.expected(weights, x, residual, scales)
+    for i in range(20):
+        chains.check([None if a is None else a[i] for a in found], wanted)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -21,7 +21,7 @@ from fdk_jax.models import attention, platforms, rope
 from fdk_jax.models.cache import append
 from fdk_jax.models.config import ModelConfig, custom_llama, read_config
 from pallas_kernels import attention as pallas_attention
-from pallas_kernels import dense, norm
+from pallas_kernels import chain, dense, norm, ring
 
 DATA = Path(__file__).parent / "data" / "models"
 FOLDERS = sorted(path.name for path in DATA.iterdir())
@@ -347,6 +347,22 @@ def test_a_decoding_step_lowers_for_cuda_with_one_copy_of_a_layer(batch, launche
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("call @_run_layer") == 7
     assert text.count("custom_call @__gpu$xla.gpu.triton") == launches
+
+
+@ONLY_WITH_A_GPU
+@pytest.mark.parametrize("bits", [1, 4])
+def test_a_decoding_step_of_chains_is_two_launches_a_layer(bits, monkeypatch):
+    monkeypatch.setattr(chain, "config", lambda bits: ring.Config(8, 132))
+    config = ModelConfig(1024, 512, 1024, 7, 4, 2, 128)
+    graph, state = nnx.split(models.random_model(config, bits=bits, backend="pallas"))
+    arrays = (jnp.zeros((1, config.num_kv_heads, 64, config.head_dim), config.dtype),) * 7
+    cache = models.KVCache(arrays, arrays, jnp.zeros(1, jnp.int32))
+    program = jax.jit(lambda s, t, c: nnx.merge(graph, s).decode(t, c))
+    traced = program.trace(state, jnp.zeros(1, jnp.int32), cache)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("call @_run_chain") == 7
+    # The last layer, with no next one, is not like the others.
+    assert text.count('name = "fdk_chain"') == text.count('name = "decode_attention"') == 2
 
 
 # --- random models ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pallas_kernels
 from fdk_jax import codebooks, models, packing
 from fdk_jax.models.cache import KVCache
 from fdk_jax.models.config import ModelConfig
-from pallas_kernels import dequantise, integer, matvec, stream, triton_compat, tuning, wgmma
+from pallas_kernels import dequantise, integer, matvec, triton_compat, tuning, wgmma
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.ptx import Ptx, at
 
@@ -321,30 +321,6 @@ def test_integer_kernel(rng, n, k, books, config, dtype, wide_scales):
     assert tuning.unsupported_reason(case, config) is None
     bias = rng.normal(size=n).astype(np.float32)
     arrays = (x, packed, scales.astype(scale_dtype), codebook)
-    error = _run_ptx(case, config, arrays, bias).astype(np.float64) - (expected + bias)
-    assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
-
-
-@pytest.mark.parametrize(("bits", "uniform"), [d for d in DECODERS if d[0] > 1])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    ("n", "k", "books", "config"),
-    [
-        (33, 512, 1, stream.Config(4, 2)),
-        (96, 1000, 3, stream.Config(8, 7)),
-        (16, 2040, 1, stream.Config(4, 132)),
-        (64, 512, 1, stream.Config(12, 1)),
-        (400, 4096, 1, stream.Config(16, 1)),  # more than the ring holds
-    ],
-)
-def test_stream_kernel(rng, bits, uniform, n, k, books, config, dtype):
-    arrays, _, (expected, size) = planar.product(
-        rng, 1, n, k, bits, 64, dtype, books, uniform=uniform
-    )
-    half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
-    case = Case(1, n, k, bits, 64, books, half, half, single, single, uniform)
-    assert tuning.unsupported_reason(case, config) is None
-    bias = rng.normal(size=n).astype(np.float32)
     error = _run_ptx(case, config, arrays, bias).astype(np.float64) - (expected + bias)
     assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
 

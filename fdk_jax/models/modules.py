@@ -202,8 +202,8 @@ class Layer(nnx.Module):
         gated = self.mlp.gate(gate_up(at, eps=self.mlp_norm.eps))
         return down(gated, residual=at.total, norm_scale=scale), keys, values
 
-    def chain_kernel(self, following: nnx.Module | None, x: Array) -> Callable | None:
-        """The GPU kernel that has the products from attention to the next layer's queries in one launch."""
+    def chain_kernel(self, following: nnx.Module | None, x: Array) -> Any:
+        """The GPU kernel of all products from attention to the next layer's projection; None without one."""
         linears = (self.attention.out, self.mlp.gate_up, self.mlp.down)
         return platforms.chain_kernel(linears if following is None else (*linears, following), x)
 
@@ -225,9 +225,8 @@ class Layer(nnx.Module):
             (the stream on its way through that norm, the next `projected` or None, keys, values).
         """
         mixed, keys, values = self.attention.mix(projected, cos, sin, lengths, keys, values)
-        norms, kernel = (self.mlp_norm, norm), self.chain_kernel(following, total)
-        assert kernel is not None
-        at, projected = kernel(
+        norms = self.mlp_norm, norm
+        at, projected = self.chain_kernel(following, total)(
             mixed,
             total,
             norm_scales=[n.scale[...] for n in norms],
