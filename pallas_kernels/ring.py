@@ -238,7 +238,9 @@ class Product(OutputWriter, abc.ABC):
         ptx.do("mbarrier.arrive.shared::cta.b64", "_", empty, when=ring.is_first_lane)
         self.multiply()
         ptx.do("bra", f"fdk_behind_{run}")
+        # A warp without a block in the run's last slot says so, but not before it is this round's.
         ptx.label(f"fdk_next_{run}")
+        ring.wait(at(place.barrier), place, f"unused_{run}")
         ptx.do(
             "mbarrier.arrive.shared::cta.b64", "_", at(place.barrier, 8), when=ring.is_first_lane
         )
@@ -544,8 +546,7 @@ class Launch(Writer):
             product.write_outputs()
             if number < last:
                 self._count(number)
-                if product.case.blocks < self.workers:
-                    self._meet()
+                self._meet()  # the next product's constants take the places of the sums
         self.ptx.prefix = ""
 
     def _meet(self) -> None:

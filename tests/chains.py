@@ -34,32 +34,42 @@ def inputs(rng, k, hidden):
     return x, residual, [jnp.asarray(rng.uniform(0.5, 2, hidden), HALF) for _ in range(2)]
 
 
-def expected(weights, x, residual, scales):
-    """(total, scaled, y or None) in float64, what is in between rounded as the kernels leave it."""
+def _exact(a):
+    return np.asarray(a, np.float64)
+
+
+def _product(weights, place, x, inverse=1.0):
+    return x @ weights[place][2].T * inverse + weights[place][3]
+
+
+def _inverse(total, place):
+    return 1 / np.sqrt(np.mean(total**2) + EPS[place])
+
+
+def check(found, weights, x, residual, scales):
+    """Compares what a chain leaves (total, scaled, squares, y or None) with float64.
+
+    What is in between is rounded as the kernels leave it; y is compared with the product of what they left.
+    """
 
     def rounded(a):
-        return np.asarray(jnp.asarray(a, HALF), np.float64)
+        return _exact(jnp.asarray(a, HALF))
 
-    def product(place, x, inverse=1.0):
-        return x @ weights[place][2].T * inverse + weights[place][3]
-
-    x, residual, *scales = (np.asarray(a, np.float64) for a in (x, residual, *scales))
-    total = rounded(residual + product(0, x))
-    inverse = 1 / np.sqrt(np.mean(total**2) + EPS[0])
-    gate, value = np.split(product(1, rounded(total * scales[0]), inverse), 2, axis=-1)
-    total = rounded(total + product(2, rounded(gate / (1 + np.exp(-gate)) * value)))
-    scaled = rounded(total * scales[1])
-    if len(weights) < 4:
-        return total, scaled, None
-    return total, scaled, product(3, scaled, 1 / np.sqrt(np.mean(total**2) + EPS[1]))
-
-
-def check(found, wanted):
-    """Compares (total, scaled, squares, y) with (total, scaled, y)."""
-    total, scaled, squares, y = (None if a is None else np.asarray(a, np.float64) for a in found)
-    for ours, exact in zip((total, scaled, y), wanted, strict=True):
-        assert (ours is None) == (exact is None)
-        if exact is not None:
-            error = np.sqrt(np.mean((ours - exact) ** 2))
-            assert error < planar.TOLERANCE["bfloat16"] * np.sqrt(np.mean(exact**2))
+    tolerance = planar.TOLERANCE["bfloat16"]
+    first, second = map(_exact, scales)
+    total = rounded(_exact(residual) + _product(weights, 0, _exact(x)))
+    scaled, inverse = rounded(total * first), _inverse(total, 0)
+    gate, value = np.split(_product(weights, 1, scaled, inverse), 2, axis=-1)
+    inner = rounded(gate / (1 + np.exp(-gate)) * value)
+    wanted = total + _product(weights, 2, inner)
+    total, scaled, squares = map(_exact, found[:3])
+    assert np.sqrt(np.mean((total - wanted) ** 2)) < tolerance * np.sqrt(np.mean(wanted**2))
+    np.testing.assert_allclose(scaled, total * second, rtol=2**-8)
     np.testing.assert_allclose(squares.sum(), (total**2).sum(), rtol=1e-5)
+    assert (found[3] is None) == (len(weights) < 4)
+    if len(weights) > 3:
+        inverse = _inverse(total, 1)
+        wanted = _product(weights, 3, scaled, inverse)
+        size = np.sqrt(np.mean(scaled**2 @ (weights[3][2] ** 2).T)) * inverse
+        error = np.sqrt(np.mean((_exact(found[3]) - wanted) ** 2))
+        assert error < tolerance * (size + np.sqrt(np.mean(wanted**2)))

@@ -3,6 +3,7 @@
 Threads run in lockstep over the least program counter, which joins branches again by itself and makes
 barriers order what they should. Threads that wait for a barrier in memory, or in such a program for others
 of theirs, stand still meanwhile; bulk copies arrive now and then at once, else when nobody can go on.
+Or warps run by turns as chance has it, each for a while, so that only what the program orders is in order.
 Registers hold raw bits; an access outside of an operand, or a misaligned one, raises. Only what the kernels
 use is known.
 """
@@ -30,12 +31,30 @@ _POISON = 0x7FFF7FFF  # NaN in every type
 
 
 def run(
-    source: str, operands: list[np.ndarray], grid: tuple[int, int], threads: int, cluster: int = 1
+    source: str,
+    operands: list[np.ndarray],
+    grid: tuple[int, int],
+    threads: int,
+    cluster: int = 1,
+    chance: np.random.Generator | None = None,
 ) -> None:
-    """Runs all programs of a kernel, `cluster` of them a place of the grid; the last operand is written."""
+    """Runs all programs of a kernel, `cluster` of them a place of the grid; the last operand is written.
+
+    Args:
+        source: the PTX.
+        operands: of the kernel, then its results.
+        grid: programs, or clusters of them.
+        threads: threads a program.
+        cluster: programs that run at the same time.
+        chance: picks the warps that go on; None for lockstep.
+    """
     for y in range(grid[1]):
         for x in range(grid[0]):
-            _Program(source, operands, (x, y), threads, cluster).run()
+            program = _Program(source, operands, (x, y), threads, cluster)
+            if chance is None:
+                program.run()
+            else:
+                program.run_by_chance(chance)
 
 
 class _Program:
@@ -43,7 +62,7 @@ class _Program:
         self.threads, self.registers, self.labels, self.code = threads * cluster, {}, {}, []
         self.memory, starts = _Memory(), []
         self.copies, self.groups = [], []
-        self.acquired = np.full(self.threads, -1)
+        self.acquired = np.full((self.threads, 2), -1)
         self.barriers, self.bulk = {}, []
         self.chance = np.random.default_rng(place[0])
         for operand in operands:
@@ -79,17 +98,58 @@ class _Program:
                 self.arrive(*self.bulk.pop(0))
                 continue
             at = counter[ready].min()
-            guard, opcode, operands = self.code[at]
+            _, opcode, operands = self.code[at]
             active = ready & (counter == at)
             if opcode == "barrier.sync" and self.barriers and not self.meet(active, operands[1:]):
                 continue
-            counter[active] += 1
-            if guard:
-                active &= (self.registers[guard.lstrip("!")] != 0) != guard.startswith("!")
-            if opcode == "bra":
-                counter[active] = self.labels[operands[0]]
-            elif active.any():
-                self.step(opcode.split("."), operands, active)
+            self.go_on(active)
+
+    def run_by_chance(self, chance):
+        """The same, a warp at a time; all that meet do so by the barrier's number."""
+        self.chance = chance
+        self.counter = np.zeros(self.threads, np.int64)
+        self.still, self.waiting = np.zeros(self.threads, bool), {}
+        warps, warp, left = np.arange(self.threads) // 32, 0, 0
+        while (self.counter < len(self.code)).any():
+            ready = ~self.still & (self.counter < len(self.code))
+            if self.bulk and (not ready.any() or chance.random() < 0.01):
+                self.arrive(*self.bulk.pop(chance.integers(len(self.bulk))))
+                continue
+            assert ready.any(), "a deadlock"
+            if not left or not ready[warps == warp].any():
+                warp, left = chance.choice(np.unique(warps[ready])), chance.integers(1, 300)
+            left -= 1
+            mine = ready & (warps == warp)
+            active = mine & (self.counter == self.counter[mine].min())
+            _, opcode, operands = self.code[self.counter[active][0]]
+            if opcode in ("barrier.sync", "bar.sync"):
+                self.meet_by_number(active, operands)
+            else:
+                self.go_on(active)
+
+    def meet_by_number(self, active, operands):
+        """Lets threads wait until so many of their program, or all that still run, are at the barrier."""
+        waiting = self.waiting.setdefault(operands[0], np.zeros(self.threads, bool))
+        waiting |= active
+        self.still |= active
+        mine = self.window == self.window[active][0]
+        here = waiting & mine
+        running = mine & (self.counter < len(self.code))
+        if here.sum() == (int(operands[1]) if len(operands) > 1 else running.sum()):
+            self.counter[here] += 1
+            self.still[here] = waiting[here] = False
+
+    def go_on(self, active):
+        """An instruction of the threads that are at it."""
+        counter = self.counter
+        guard, opcode, operands = self.code[counter[active][0]]
+        counter[active] += 1
+        if guard:
+            active &= (self.registers[guard.lstrip("!")] != 0) != guard.startswith("!")
+        if opcode == "bra":
+            counter[active] = self.labels[operands[0]]
+        elif active.any():
+            self.step(opcode.split("."), operands, active)
 
     def read(self, name):
         if name in self.registers:
@@ -194,8 +254,9 @@ class _Program:
                 value[active] = memory.load(where, size)
                 self.write(register, value, active)
                 if opcode[1] == "acquire":  # nothing new: until somebody adds to it
-                    self.still |= active & (value.astype(np.int64) == self.acquired)
-                    self.acquired[active] = value[active]
+                    found = np.stack([addresses, value.astype(np.int64)], axis=1)
+                    self.still |= active & (found == self.acquired).all(axis=1)
+                    self.acquired[active] = found[active]
             else:
                 memory.store(where, size, self.read(register)[active])
 
