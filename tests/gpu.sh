@@ -20,12 +20,12 @@ XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" "${pytest[@]}" -n "$processes" -rf
 tail -n 12 "$logs/plain.log"
 
 "$python" "${pytest[@]}" --collect-only tests/test_gpu.py 2>"$logs/collect.log" | grep :: |
-  split -a 3 -l 10 - "$logs/part."
+  split -a 3 -l 4 - "$logs/part."
 compgen -G "$logs/part.???" >/dev/null || { echo "no tests were found: they need an NVIDIA GPU" && exit 1; }
 
-# With others at its side compute-sanitizer itself crashes now and then, without a report: then once more.
+# compute-sanitizer itself crashes now and then, the more the longer it runs, without a report: then once more.
 check() {
-  for _ in 1 2 3 4; do
+  for _ in {1..12}; do
     XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool memcheck --error-exitcode 9 --port "$2" \
       "$python" "${pytest[@]}" "@$1" >"$1.log" 2>&1
     grep -q 'ERROR SUMMARY' "$1.log" && return
