@@ -141,7 +141,8 @@ def _models(rows: Rows):
                 [r["tokens_per_s"] for r in line],
                 width, label=f"{bits} bit {backend}", color=_COLOURS.get(bits),
             )  # fmt: skip
-        names = [Path(size.removeprefix("custom-")).name for size in sizes]
+        # Long names stand side by side.
+        names = [Path(size.removeprefix("custom-")).name.replace("-", "\n") for size in sizes]
         ax.set_xticks(range(len(sizes)), names, fontsize=7)
         ax.set_ylabel("tokens/s")
         ax.set_title(f"{_where(device, threads)}: batch {batch}", fontsize=9)
