@@ -308,7 +308,7 @@ def _check_memory(case: ModelCase, device: jax.Device) -> None:
     need += case.batch * (slots * _cache_bytes(config) + 3 * 4 * config.vocab_size)
     limit = environment.memory_bytes(device)
     if limit is not None and need > 0.95 * limit:
-        raise NotImplementedError(
-            f"needs {need / 1e9:.1f} GB and a twentieth of the {limit / 1e9:.1f} GB to spare that"
-            " JAX takes of the device; XLA_PYTHON_CLIENT_MEM_FRACTION sets how much of it"
-        )
+        reason = f"needs {need / 1e9:.1f} of {limit / 1e9:.1f} GB, of which a twentieth stays free"
+        if device.platform != "cpu":
+            reason += "; XLA_PYTHON_CLIENT_MEM_FRACTION sets what JAX takes of the device"
+        raise NotImplementedError(reason)
