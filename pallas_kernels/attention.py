@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels import triton_compat
+from pallas_kernels import short_attention, triton_compat
 
 _BLOCK = 64  # keys a loop step reads
 _SPLIT = 512  # cache slots behind which another program pays (H200, 2026-11-23)
@@ -63,6 +63,11 @@ def decode(
     heads = qkv.shape[1] // dim - 2 * kv_heads
     if splits is None:
         splits = max(1, min(16, capacity // _SPLIT))
+    case = short_attention.Case(
+        heads, kv_heads, dim, capacity, keys.dtype, norm_eps if norms else None
+    )
+    if splits == 1 and not interpret and case.supported(batch):
+        return short_attention.decode(case, qkv, cos, sin, lengths, keys, values, norms or ())
     kernel = functools.partial(
         _kernel, group=heads // kv_heads, kv_heads=kv_heads, eps=norm_eps, normed=bool(norms)
     )

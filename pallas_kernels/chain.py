@@ -25,7 +25,7 @@ _GATED = 1  # the place of gate and up
 _RESIDUAL = (0, 2)  # the places of the products whose outputs are added to the residual stream
 
 
-_WORKERS = {1: 20, 2: 16, 4: 24, 8: 24}  # by bits; on an H100
+_WORKERS = {1: 22, 2: 16, 4: 24, 8: 24}  # by bits; on an H100
 
 
 def config(bits: int) -> ring.Config | None:

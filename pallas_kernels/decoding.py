@@ -123,16 +123,16 @@ class _Table(Decoder):
     def set_up(self, codebook: str, thread: str, threads: int) -> None:
         """Writes the values of every byte into shared memory, a copy for each lane's banks."""
         ptx = self.ptx
-        self.table = ptx.op("mov.u32", "fdk_shared")
+        table = ptx.op("mov.u32", "fdk_shared")
         if self.place:
-            self.table = ptx.op("add.u32", self.table, self.place)
+            table = ptx.op("add.u32", table, self.place)
         lane_copy = ptx.op("and.b32", thread, _TABLE_ROW // self.entry_bytes - 1)
-        self.lane_offset = ptx.op("mul.lo.u32", lane_copy, self.entry_bytes)
+        self.copy = ptx.op("mad.lo.u32", lane_copy, self.entry_bytes, table)
         for i in range(-(-256 // threads)):
             byte = ptx.op("add.u32", thread, i * threads)
             mine = ptx.op("setp.lt.u32", byte, 256, kind="pred") if 256 % threads else None
             pattern = self._pattern(byte, codebook, mine)
-            row = ptx.op("mad.lo.u32", byte, _TABLE_ROW, self.table)
+            row = ptx.op("mad.lo.u32", byte, _TABLE_ROW, table)
             for turn in range(_TABLE_ROW // 16):
                 # Lanes start at different columns: otherwise all would write to the same banks.
                 column = ptx.op("add.u32", thread, turn)
@@ -164,11 +164,9 @@ class _Table(Decoder):
     def _look_up(self, word: str, byte: int) -> list[str]:
         """The pairs of values of a byte of a word."""
         ptx = self.ptx
-        place = _TABLE_ROW.bit_length() - 1
-        opcode, distance = ("shl.b32", place) if byte == 0 else ("shr.u32", 8 * byte - place)
-        address = ptx.op(opcode, word, distance)
-        address = ptx.op("lop3.b32", address, 255 * _TABLE_ROW, self.lane_offset, "0xEA")
-        address = ptx.op("add.u32", address, self.table)
+        # The dot product of a word's bytes with one row's size and three noughts is an address.
+        row = f"0x{_TABLE_ROW << 8 * byte:08x}"
+        address = ptx.op("dp4a.u32.u32", word, row, self.copy)
         pairs = ptx.registers("b32", self.entry_bytes // 4)
         width = f".v{len(pairs)}" if len(pairs) > 1 else ""
         ptx.do(f"ld.shared{width}.b32", vector(pairs) if width else pairs[0], at(address))

@@ -23,12 +23,13 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from pallas_kernels.case import SHARED_BYTES, TILE_ROWS, Case
-from pallas_kernels.outputs import OutputWriter, parts_of_squares
-from pallas_kernels.ptx import Ptx, Writer, at, float_constant
+from pallas_kernels.outputs import OutputWriter
+from pallas_kernels.ptx import Ptx, Writer, at, float_constant, over_lanes
 
 _CODES = 1024  # bytes of a block's codes
 _BARRIERS = 16  # bytes of a slot's two barriers
 _WORKERS = 1  # the barrier at which those that multiply meet
+_AHEAD = 2  # slots of the next product that are under way before the outputs of one are
 _LOG2_E = 1.4426950408889634
 
 
@@ -103,8 +104,8 @@ class Product(OutputWriter, abc.ABC):
 
     @property
     def parts(self) -> int:
-        """How many partial sums of squares a program leaves."""
-        return parts_of_squares(1, self.most_tiles * TILE_ROWS, self.workers)
+        """How many partial sums of squares a program leaves: those of each warp with outputs, a tile's."""
+        return min(self.workers, self.most_tiles)
 
     # What depends on the arithmetic
 
@@ -230,7 +231,7 @@ class Product(OutputWriter, abc.ABC):
         self.start_tile(tile, run)
         ptx.label(f"fdk_same_tile_{run}")
         self.load_x(ptx.op("mad.lo.u32", tile, -case.blocks % 2**32, block))
-        ring.wait(at(place.barrier), place, f"full_{run}")
+        ring.wait(at(place.barrier), place.parity, f"full_{run}")
         self.load_block(place.slot)
         # The warp has what it needs; another block may take the place.
         ptx.do("bar.warp.sync", "0xffffffff")
@@ -240,7 +241,7 @@ class Product(OutputWriter, abc.ABC):
         ptx.do("bra", f"fdk_behind_{run}")
         # A warp without a block in the run's last slot says so, but not before it is this round's.
         ptx.label(f"fdk_next_{run}")
-        ring.wait(at(place.barrier), place, f"unused_{run}")
+        ring.wait(at(place.barrier), place.parity, f"unused_{run}")
         ptx.do(
             "mbarrier.arrive.shared::cta.b64", "_", at(place.barrier, 8), when=ring.is_first_lane
         )
@@ -265,14 +266,15 @@ class Product(OutputWriter, abc.ABC):
 
     @property
     def _turns(self) -> range:
-        """The first of the rows that the program's threads take at a time."""
-        return range(0, self.most_tiles * TILE_ROWS, 32 * self.workers)
+        """The first of the rows that the program's threads take at a time, two threads a row."""
+        return range(0, self.most_tiles * TILE_ROWS, TILE_ROWS * self.workers)
 
     def _load_residuals(self) -> None:
         """Starts loading what the outputs are added to and scaled by: at the end it would be waited for."""
         ptx, case = self.ptx, self.case
         for start in self._turns if case.residual else ():
-            row = ptx.op("mad.lo.u32", self.first_tile, TILE_ROWS, self.thread)
+            row = ptx.op("shr.u32", self.thread, 1)
+            row = ptx.op("mad.lo.u32", self.first_tile, TILE_ROWS, row)
             self.residuals.append(self._load_residual(ptx.op("add.u32", row, start)))
 
     def write_outputs(self) -> None:
@@ -280,8 +282,10 @@ class Product(OutputWriter, abc.ABC):
         ptx, case = self.ptx, self.case
         rows = ptx.op("mul.lo.u32", self.tiles, TILE_ROWS)
         self.squares = ptx.op("mov.f32", float_constant(0.0), kind="f32")
+        # One thread of a row sums up what the even warps have stored, the other one what the odd ones have.
+        self.odd = ptx.op("and.b32", self.thread, 1)
         for turn, start in enumerate(self._turns):
-            index = ptx.op("add.u32", self.thread, start)
+            index = ptx.op("add.u32", ptx.op("shr.u32", self.thread, 1), start)
             none = ptx.op("setp.ge.u32", index, rows, kind="pred")
             ptx.do("bra", f"fdk_no_row_{start}", when=none)
             self._write_output(index, turn, f"fdk_no_row_{start}")
@@ -293,34 +297,48 @@ class Product(OutputWriter, abc.ABC):
         """Writes the output of one of the program's rows, if the weight has it."""
         ptx, case = self.ptx, self.case
         n = ptx.op("mad.lo.u32", self.first_tile, TILE_ROWS, index)
+        totals = [self._total(index, run) for run in range(self.runs)]
         outside = ptx.op("setp.ge.u32", n, case.n // self.runs, kind="pred")
-        ptx.do("bra", behind, when=outside)
-        # Rows r and r + 8 are neighbours among the sums.
-        tile, row = ptx.op("shr.u32", index, 4), ptx.op("and.b32", index, 7)
-        lower = ptx.op("and.b32", ptx.op("shr.u32", index, 3), 1)
-        totals = []
-        for run in range(self.runs):
-            if run:
-                tile = ptx.op("add.u32", tile, self.tiles)
-            place = ptx.op("mad.lo.u32", tile, self.workers * 4 * TILE_ROWS, self.shared)
-            place = ptx.op("mad.lo.u32", row, 8, place)
-            place = ptx.op("mad.lo.u32", lower, 4, place)
-            total = ptx.op("mov.f32", float_constant(0.0), kind="f32")
-            for warp in range(self.workers):
-                part = at(place, self.places["partial"] + warp * 4 * TILE_ROWS)
-                ptx.do("add.f32", total, total, ptx.op("ld.shared.f32", part, kind="f32"))
+        outside = ptx.op("selp.b32", 1, self.odd, outside)
+        ptx.do("bra", behind, when=ptx.op("setp.ne.u32", outside, 0, kind="pred"))
+        for run, total in enumerate(totals):
             total = self.finish(total, run)
             if case.squares:
                 total = self._normalise(total, self.places["squares"])
             if case.bias_dtype is not None:
                 self._add_bias(total, ptx.op("add.u32", n, run * case.n // self.runs))
-            totals.append(total)
+            totals[run] = total
         if self.gated:
             self._store(self._gate(*totals), n, "y")
         elif case.residual:
             self._store_sum(totals[0], n, self.residuals[turn], self.squares)
         else:
             self._store(totals[0], n, "y")
+
+    def _total(self, index: str, run: int) -> str:
+        """The sum of what the warps have stored of one of the program's rows."""
+        ptx = self.ptx
+        # Rows r and r + 8 are neighbours among the sums.
+        tile, row = ptx.op("shr.u32", index, 4), ptx.op("and.b32", index, 7)
+        lower = ptx.op("and.b32", ptx.op("shr.u32", index, 3), 1)
+        if run:
+            tile = ptx.op("mad.lo.u32", self.tiles, run, tile)
+        place = ptx.op("mad.lo.u32", tile, self.workers * 4 * TILE_ROWS, self.shared)
+        place = ptx.op("mad.lo.u32", self.odd, 4 * TILE_ROWS, place)
+        place = ptx.op("mad.lo.u32", row, 8, place)
+        place = ptx.op("mad.lo.u32", lower, 4, place)
+        parts = ptx.registers("f32", -(-self.workers // 2))
+        for i, part in enumerate(parts):
+            there = None
+            if 2 * i + 1 == self.workers:
+                ptx.do("mov.f32", part, float_constant(0.0))
+                there = ptx.op("setp.eq.u32", self.odd, 0, kind="pred")
+            source = at(place, self.places["partial"] + 2 * i * 4 * TILE_ROWS)
+            ptx.do("ld.shared.f32", part, source, when=there)
+        total = parts[0]
+        for part in parts[1:]:
+            total = ptx.op("add.f32", total, part, kind="f32")
+        return over_lanes(ptx, "add.f32", total, (1,))
 
     def finish(self, total: str, run: int) -> str:
         """A row's sum, from what `store_totals` has stored."""
@@ -333,7 +351,8 @@ class Product(OutputWriter, abc.ABC):
         power = ptx.op("mul.f32", gate, float_constant(-_LOG2_E), kind="f32")
         power = ptx.op("ex2.approx.f32", power, kind="f32")
         power = ptx.op("add.f32", power, float_constant(1.0), kind="f32")
-        share = ptx.op("div.rn.f32", gate, power, kind="f32")
+        share = ptx.op("rcp.approx.f32", power, kind="f32")
+        share = ptx.op("mul.f32", gate, share, kind="f32")
         return ptx.op("mul.f32", share, value, kind="f32")
 
 
@@ -371,9 +390,10 @@ class Ring:
         self.barriers = start + slots * slot_bytes
         self.is_first_lane = ""
 
-    def make(self, shared: str) -> None:
+    def make(self, shared: str, said: str) -> None:
         """Makes the barriers: a slot is full when its bytes are there, empty when each warp says so."""
         ptx = self.ptx
+        ptx.do("mbarrier.init.shared::cta.b64", said, 1)
         for slot in range(self.slots):
             full = at(shared, self.barriers + slot * _BARRIERS)
             empty = at(shared, self.barriers + slot * _BARRIERS + 8)
@@ -400,12 +420,12 @@ class Ring:
         ptx.do("mov.u32", place.barrier, self.first_barrier, when=wrap)
         ptx.do("xor.b32", place.parity, place.parity, 1, when=wrap)
 
-    def wait(self, barrier: str, place: _Place, name: str) -> None:
-        """Waits until a barrier has completed the phase of the parity."""
+    def wait(self, barrier: str, parity: str | int, name: str) -> None:
+        """Waits until a barrier has completed the phase of a parity."""
         ptx = self.ptx
         ptx.label(f"fdk_wait_{name}")
         done = ptx.register("pred")
-        ptx.do("mbarrier.try_wait.parity.shared::cta.b64", done, barrier, place.parity)
+        ptx.do("mbarrier.try_wait.parity.shared::cta.b64", done, barrier, parity)
         ptx.do("bra", f"fdk_wait_{name}", when=f"!{done}")
 
 
@@ -436,13 +456,18 @@ class Launch(Writer):
                 product.load = "ld.global"
         # As many slots as there is room for, at most what a program has; two at least.
         most = sum(p.runs * -(-p.most_tiles * p.case.blocks // p.workers) for p in products)
-        room = (SHARED_BYTES - end) // (first.slot_bytes + _BARRIERS)
+        room = (SHARED_BYTES - end - 8) // (first.slot_bytes + _BARRIERS)
         self.ring = Ring(self.ptx, self.workers, end, max(2, min(room, most)), first.slot_bytes)
+
+    @property
+    def said(self) -> int:
+        """Where the barrier is at which the copies wait for a product's outputs."""
+        return self.ring.barriers + self.ring.slots * _BARRIERS
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
-        return self.ring.barriers + self.ring.slots * _BARRIERS
+        return self.said + 8
 
     def write(self) -> str:
         """The kernel's PTX."""
@@ -454,7 +479,7 @@ class Launch(Writer):
         copies = ptx.op("setp.eq.u32", self.thread, 32 * self.workers, kind="pred")
         first.locate(self)
         ptx.do("bra", "fdk_prepare", when=f"!{copies}")
-        ring.make(self.shared)
+        ring.make(self.shared, at(self.shared, self.said))
         place, stretch = ring.locate(self.shared, 1), first.stretch(0)
         self._copy(first, stretch, place, "start", ring.slots)
         ptx.label("fdk_prepare")
@@ -492,7 +517,13 @@ class Launch(Writer):
             if number:
                 product.locate(self)
             for run in range(0 if number else 1, product.runs):
-                self._copy(product, product.stretch(run), place, f"{number}_{run}")
+                stretch = product.stretch(run)
+                if number and not run:
+                    # Outputs queue up behind copies, and what needs them waits for longer than memory may rest.
+                    self._copy(product, stretch, place, f"{number}_ahead", _AHEAD)
+                    said = at(self.shared, self.said)
+                    self.ring.wait(said, (number - 1) % 2, f"said_{number}")
+                self._copy(product, stretch, place, f"{number}_{run}")
 
     def _copy(self, product, stretch, place: _Place, name: str, slots: int | None = None) -> None:
         """Starts the copies of so many slots of a stretch, or of all that are left, when they are empty."""
@@ -505,8 +536,8 @@ class Launch(Writer):
             enough = ptx.op("setp.eq.u32", count, slots, kind="pred")
             ptx.do("bra", f"fdk_copied_{name}", when=enough)
             ptx.do("add.u32", count, count, 1)
-        else:
-            self.ring.wait(at(place.barrier, 8), place, name)
+        if name != "start":
+            self.ring.wait(at(place.barrier, 8), place.parity, name)
         blocks = ptx.op("min.u32", left, workers)
         codes = ptx.op("mul.lo.u32", blocks, _CODES)
         scales = ptx.op("mul.lo.u32", blocks, product.block_scales)
@@ -545,8 +576,8 @@ class Launch(Writer):
             self._meet()
             product.write_outputs()
             if number < last:
-                self._count(number)
-                self._meet()  # the next product's constants take the places of the sums
+                self._meet()  # and the next product's constants take the places of the sums
+                self._say_outputs(number)
         self.ptx.prefix = ""
 
     def _meet(self) -> None:
@@ -556,15 +587,13 @@ class Launch(Writer):
     def _first_thread(self) -> str:
         return self.ptx.op("setp.eq.u32", self.thread, 0, kind="pred")
 
-    def _count(self, number: int) -> None:
-        """Each warp with outputs says to the other programs that they are in memory."""
-        ptx = self.ptx
-        ptx.do("bar.warp.sync", "0xffffffff")
-        first = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
-        writer = ptx.op("selp.b32", self.warp, self.workers, first)
-        writes = ptx.op("setp.lt.u32", writer, self.products[number].parts, kind="pred")
+    def _say_outputs(self, number: int) -> None:
+        """Says that the program's outputs are in memory: to the other programs, and to the warp that copies."""
+        first = self._first_thread()
         counter = at(self.counters, 4 * number)
-        ptx.do("red.release.gpu.global.add.u32", counter, 1, when=writes)
+        self.ptx.do("red.release.gpu.global.add.u32", counter, 1, when=first)
+        said = at(self.shared, self.said)
+        self.ptx.do("mbarrier.arrive.shared::cta.b64", "_", said, when=first)
 
     def _wait_for_programs(self, number: int) -> None:
         """Waits until the outputs of all programs are in memory."""
@@ -572,8 +601,7 @@ class Launch(Writer):
         ptx.do("bra", "fdk_others_are_ready", when=f"!{self._first_thread()}")
         ptx.label("fdk_others")
         ready = ptx.op("ld.acquire.gpu.global.b32", at(self.counters, 4 * number))
-        expected = self.programs * self.products[number].parts
-        missing = ptx.op("setp.lt.u32", ready, expected, kind="pred")
+        missing = ptx.op("setp.lt.u32", ready, self.programs, kind="pred")
         ptx.do("bra", "fdk_others", when=missing)
         ptx.label("fdk_others_are_ready")
         self._meet()

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ def ptx_call(
     num_warps: int,
     name: str,
     cluster: int = 1,
+    aliases: Mapping[int, int] | None = None,
 ) -> tuple[Array, ...]:
     """Launches a kernel whose body is one block of PTX.
 
@@ -56,6 +58,7 @@ def ptx_call(
         name: of the kernel.
         cluster: programs of a thread block cluster. The first axis of `%ctaid` counts each place of the
             grid so often.
+        aliases: operands that are updated in place, each with the number of its result.
     """
 
     def kernel(*refs):
@@ -64,7 +67,14 @@ def ptx_call(
     params = compiler_params(num_warps=num_warps, num_stages=1)
     if cluster > 1 or shared_bytes(source) > 48 * 1024 or num_warps.bit_count() > 1:
         params = _DirectParams(num_warps=num_warps, num_stages=1, cluster=cluster)
-    call = pl.pallas_call(kernel, out_shape=outputs, grid=grid, compiler_params=params, name=name)
+    call = pl.pallas_call(
+        kernel,
+        out_shape=outputs,
+        grid=grid,
+        input_output_aliases=aliases or {},
+        compiler_params=params,
+        name=name,
+    )
     return call(*operands)
 
 
@@ -105,7 +115,9 @@ class _DirectParams(_triton.CompilerParams):
     cluster: int = 1
 
 
-def _direct_lowering(ctx, *in_nodes, jaxpr, grid_mapping, compiler_params, name, **_):
+def _direct_lowering(
+    ctx, *in_nodes, jaxpr, grid_mapping, compiler_params, name, input_output_aliases, **_
+):
     [source] = [e.params["source"] for e in jaxpr.eqns if e.primitive is _inline_ptx]
     avals = (*ctx.avals_in, *ctx.avals_out)
     name = mlir.sanitize_name(name)
@@ -130,6 +142,7 @@ def _direct_lowering(ctx, *in_nodes, jaxpr, grid_mapping, compiler_params, name,
         backend_config={key: mlir.ir_attribute(value) for key, value in launch.items()},
         operand_layouts=layouts(ctx.avals_in),
         result_layouts=layouts(ctx.avals_out),
+        operand_output_aliases=dict(input_output_aliases),
     ).results
 
 

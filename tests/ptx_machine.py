@@ -531,6 +531,9 @@ def _permute_bytes(source, selectors):
 def _integer(name, opcode, v):
     if name == "prmt":
         return _permute_bytes(v[0] & np.uint64(0xFFFFFFFF) | v[1] << np.uint64(32), v[2])
+    if name == "dp4a":
+        bytes_ = (x >> np.arange(0, 32, 8, dtype=np.uint64)[:, None] & np.uint64(0xFF) for x in v)
+        return (next(bytes_) * next(bytes_)).sum(0) + v[2]
     if name == "lop3":
         table, result = int(v[3][0]), np.zeros_like(v[0])
         for i in range(8):

@@ -47,10 +47,12 @@ def test_streaming_gives_the_same_tokens(generator, every, sampling):
     assert not any(whole.stopped)
 
 
-@pytest.mark.parametrize("run", [1, 4, 16])
+@pytest.mark.parametrize("run", [1, 4, 16, 32])
 def test_stop_tokens_end_each_sequence(generator, monkeypatch, run):
-    monkeypatch.setattr("fdk_jax.models.generation._look_every", lambda: run)
+    wanted = generator.generate(PROMPTS, max_tokens=20).tokens
+    monkeypatch.setattr("fdk_jax.models.generation._look_every", lambda steps, may_stop: run)
     free = generator.generate(PROMPTS, max_tokens=20).tokens
+    assert free == wanted
     stops = [free[0][7], free[1][2]]
     out = generator.generate(PROMPTS, max_tokens=20, stop_tokens=stops)
     for row, wanted, stopped in zip(out.tokens, free, out.stopped, strict=True):

@@ -3,10 +3,12 @@
 `tests/gpu.sh` runs them as they are, and again under compute-sanitizer, each array an allocation of its own.
 """
 
+import functools
 import gc
 import os
 
 import chains
+import decode_attention
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ import pallas_kernels
 from fdk_jax import models, packing
 from fdk_jax.models import modules
 from fdk_jax.models.config import ModelConfig
-from pallas_kernels import integer, matvec, tuning, wgmma
+from pallas_kernels import attention, integer, matvec, tuning, wgmma
 from pallas_kernels.case import Case
 
 if jax.default_backend() != "gpu":
@@ -169,6 +171,33 @@ def test_a_models_step_in_fewer_launches(bits, options, monkeypatch):
     for *ours, apart in zip(*found, step(), strict=True):
         for fewer in ours:
             assert np.sqrt(np.mean((fewer - apart) ** 2)) < 2e-2 * np.sqrt(np.mean(apart**2))
+
+
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "group", "head_dim", "capacity", "length"),
+    [
+        (1, 8, 6, 128, 128, 33),
+        (1, 8, 4, 64, 512, 300),
+        (3, 2, 5, 256, 192, None),
+        (1, 1, 1, 128, 64, 0),
+        (1, 2, 3, 128, 128, 1000),
+        (40, 2, 4, 128, 128, None),
+        (2, 1, 17, 32, 64, None),
+        (1, 8, 6, 128, 2048, 1500),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("normed", [False, True])
+def test_attention(rng, batch, kv_heads, group, head_dim, capacity, length, dtype, normed):
+    sizes = batch, kv_heads, group, head_dim, capacity
+    lengths = None if length is None else [min(length, capacity - 1)] * batch
+    arguments, norms = decode_attention.inputs(rng, *sizes, dtype, normed, lengths)
+    *others, at, keys, values = arguments
+    if length is not None:
+        at = jnp.full_like(at, length)  # a cache may be full
+    run = jax.jit(functools.partial(attention.decode, norms=norms), donate_argnums=(4, 5))
+    found = run(*others, at, jnp.copy(keys), jnp.copy(values))
+    decode_attention.check(found, arguments, norms)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

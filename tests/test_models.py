@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import decode_attention
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ptx_machine
 import pytest
 from backends import ONLY_WITH_A_GPU, for_a_gpu
 from flax import nnx
@@ -21,7 +23,7 @@ from fdk_jax.models import attention, platforms, rope
 from fdk_jax.models.cache import append
 from fdk_jax.models.config import ModelConfig, custom_llama, read_config
 from pallas_kernels import attention as pallas_attention
-from pallas_kernels import chain, dense, norm, ring
+from pallas_kernels import chain, dense, norm, ring, short_attention
 
 DATA = Path(__file__).parent / "data" / "models"
 FOLDERS = sorted(path.name for path in DATA.iterdir())
@@ -478,88 +480,76 @@ def test_tensor_parallel_refuses_what_does_not_divide(tmp_path):
 # --- decode attention -------------------------------------------------------------------------
 
 
-def decode_attention(kernel: str, *args, splits=None, **options):
+def run_attention(kernel: str, *args, splits=None, norms=None):
     """One of the kernels for a token's attention; the C++ one inside jit, its cache copied."""
     if kernel == "pallas":
-        return pallas_attention.decode(*args, splits=splits, interpret=True, **options)
+        return pallas_attention.decode(*args, splits=splits, norms=norms, interpret=True)
+    if kernel == "ptx":
+        return run_short_attention(*args, norms=norms)
     if (reason := cpu_backend.unavailable_reason()) is not None:
         pytest.skip(reason)
-    return jax.jit(functools.partial(cpu_backend.attention, **options))(*args)
+    return jax.jit(functools.partial(cpu_backend.attention, norms=norms))(*args)
 
 
-KERNELS = pytest.mark.parametrize("kernel", ["pallas", "cpu"])
+def run_short_attention(qkv, cos, sin, lengths, keys, values, norms, chance=None):
+    """The kernel for short caches on the emulator, its result poisoned before."""
+    batch, kv_heads, capacity, dim = keys.shape
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    eps = None if norms is None else 1e-6
+    case = short_attention.Case(heads, kv_heads, dim, capacity, keys.dtype, eps)
+    if not case.supported(batch):
+        pytest.skip("the kernel does not take this case")
+    keys, values = np.array(keys), np.array(values)
+    mixed = np.full((batch, heads * dim), np.nan, keys.dtype)
+    ptx_machine.run(
+        short_attention.source(case),
+        [np.asarray(a) for a in (qkv, cos, sin, lengths)]
+        + [keys, values, *map(np.asarray, norms or ()), mixed, keys, values],
+        (heads, batch),
+        32 * short_attention._WARPS,
+        chance=chance,
+    )
+    return mixed, keys, values
+
+
+KERNELS = pytest.mark.parametrize("kernel", ["pallas", "cpu", "ptx"])
 
 
 @pytest.mark.parametrize(
     ("batch", "kv_heads", "group", "head_dim", "capacity", "splits"),
-    [(2, 2, 3, 32, 128, 1), (3, 1, 4, 64, 192, 3), (1, 2, 1, 128, 128, 2), (2, 1, 17, 32, 64, 1)],
+    [
+        (2, 2, 3, 32, 128, 1),
+        (3, 1, 4, 64, 192, 3),
+        (1, 2, 1, 128, 128, 2),
+        (2, 1, 17, 32, 64, 1),
+        (1, 1, 2, 256, 64, 1),
+    ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("normed", [False, True])
 @KERNELS
 def test_decode_attention_kernel(
     rng, batch, kv_heads, group, head_dim, capacity, splits, dtype, normed, kernel
 ):
-    heads = kv_heads * group
+    sizes = batch, kv_heads, group, head_dim, capacity
+    arguments, norms = decode_attention.inputs(rng, *sizes, dtype, normed)
+    found = run_attention(kernel, *arguments, norms=norms, splits=splits)
+    decode_attention.check(found, arguments, norms)
 
-    def random(*shape):
-        return jnp.asarray(rng.normal(size=shape), dtype)
 
-    qkv = random(batch, (heads + 2 * kv_heads) * head_dim)
-    cache = (batch, kv_heads, capacity, head_dim)
-    keys, values = random(*cache), random(*cache)
-    lengths = jnp.asarray(rng.integers(0, capacity, size=batch), jnp.int32)
-    angles = rng.normal(size=(batch, head_dim // 2)).astype(np.float32)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    norms = (random(head_dim), random(head_dim)) if normed else None
-    # What lies behind the tokens of a sequence must not matter.
-    behind = jnp.arange(capacity)[None, None, :, None] >= lengths[:, None, None, None]
-    dirty = [jnp.where(behind, jnp.asarray(1e4, dtype), a) for a in (keys, values)]
-    found, new_keys, new_values = decode_attention(
-        kernel, qkv, cos, sin, lengths, *dirty, norms=norms, splits=splits
-    )
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 127, 128, 129, 191])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (128, "bfloat16")])
+def test_short_attention_at_the_edges_of_blocks(rng, length, head_dim, dtype):
+    arguments, norms = decode_attention.inputs(rng, 1, 1, 2, head_dim, 192, dtype, True, [length])
+    found = run_short_attention(*arguments, norms, chance=rng)
+    decode_attention.check(found, arguments, norms)
 
-    wide = np.asarray(qkv.astype(jnp.float32), np.float64).reshape(batch, -1, head_dim)
-    q, k, v = np.split(wide, (heads, heads + kv_heads), axis=1)
-    if norms is not None:
-        q, k = (
-            a
-            / np.sqrt((a * a).mean(-1, keepdims=True) + 1e-6)
-            * np.asarray(n.astype(jnp.float32), np.float64)
-            for a, n in zip((q, k), norms, strict=True)
-        )
-    turn = np.exp(1j * angles.astype(np.float64))[:, None]
-    half = head_dim // 2
 
-    def turned(a):
-        pairs = (a[..., :half] + 1j * a[..., half:]) * turn
-        return np.concatenate([pairs.real, pairs.imag], -1)
-
-    q, k = turned(q), turned(k)
-    tolerance = 1e-5 if dtype == "float32" else 1e-2
-    wanted = np.zeros((batch, heads, head_dim))
-    for b, length in enumerate(np.asarray(lengths)):
-        for h in range(heads):
-            old_k, old_v = (
-                np.asarray(a[b, h // group, :length].astype(jnp.float32), np.float64)
-                for a in (keys, values)
-            )
-            all_k = np.concatenate([old_k, k[b, h // group][None]])
-            all_v = np.concatenate([old_v, v[b, h // group][None]])
-            scores = all_k @ q[b, h] / np.sqrt(head_dim)
-            weights = np.exp(scores - scores.max())
-            wanted[b, h] = weights @ all_v / weights.sum()
-        written = np.asarray(new_keys[b, :, length].astype(jnp.float32))
-        assert relative(written, k[b]) < tolerance
-        np.testing.assert_array_equal(
-            np.asarray(new_values[b, :, length].astype(jnp.float32)), v[b]
-        )
-        kept = np.arange(capacity) != length
-        np.testing.assert_array_equal(
-            np.asarray(new_keys.astype(jnp.float32))[b][:, kept],
-            np.asarray(dirty[0].astype(jnp.float32))[b][:, kept],
-        )
-    assert relative(np.asarray(found.astype(jnp.float32)).reshape(wanted.shape), wanted) < tolerance
+def test_short_attention_passes_a_nan_on(rng):
+    (qkv, *rest), _ = decode_attention.inputs(rng, 1, 1, 2, 64, 64, "bfloat16", False, [9])
+    mixed, *_ = run_short_attention(qkv.at[0, 5].set(jnp.nan), *rest, None)
+    assert np.isnan(mixed[0, :64].astype(np.float32)).all()
+    assert np.isfinite(mixed[0, 64:].astype(np.float32)).all()
 
 
 @pytest.mark.parametrize(
@@ -598,7 +588,7 @@ def test_decode_attention_never_writes_past_a_full_cache(rng, kernel):
     cache = jnp.zeros((2, 1, 64, 32), jnp.float32)
     turn = jnp.ones((2, 16), jnp.float32)
     lengths = jnp.array([64, 1000], jnp.int32)
-    _, keys, _ = decode_attention(kernel, qkv, turn, turn, lengths, cache, cache)
+    _, keys, _ = run_attention(kernel, qkv, turn, turn, lengths, cache, cache)
     assert (np.asarray(keys)[:, :, :63] == 0).all() and (np.asarray(keys)[:, :, 63] != 0).any()
 
 

@@ -1,5 +1,6 @@
 """Text from a model: prompts are read once, then all tokens come from one compiled loop."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import time
@@ -59,6 +60,26 @@ class Generation:
     def tokens_per_second(self) -> float:
         """Decoding speed of the whole batch, stopped sequences counted as running."""
         return self.decode_steps * len(self.tokens) / max(self.decode_seconds, 1e-9)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What is static about a program that decodes.
+
+    Attributes:
+        run: tokens between two looks at whether all sequences are done.
+        room: most tokens of a program.
+        once: whether the first run is all, so that nobody looks.
+    """
+
+    run: int
+    room: int
+    once: bool
+
+
+def _stretch(tokens: int) -> _Loop:
+    """The loop of a program that decodes just so many tokens."""
+    return _Loop(tokens, tokens, True)
 
 
 class Generator:
@@ -136,19 +157,23 @@ class Generator:
                 no room for `max_tokens` in the context.
         """
         batch = self._batch(prompts, max_tokens, sampling, stop_tokens)
-        run = _look_every()
-        batch.compile(run, batch.capacity)
+        loop = batch.loop(max_tokens - 1)
+        batch.compile(loop)
         begin = time.perf_counter()
-        cache, progress = jax.block_until_ready(batch.prefill())
-        rows, steps = np.asarray(progress.token)[:, None], 0
-        middle = time.perf_counter()
-        if max_tokens > 1:
-            _, progress, new = batch.decode(cache, progress, max_tokens - 1, run, batch.capacity)
-            steps = int(progress.step) - 1
-            rows = np.concatenate([rows, np.asarray(new)[:, : min(steps, max_tokens - 1)]], axis=1)
+        cache, progress = batch.prefill()
+        columns, steps = [progress.token], 0
+        # The decoding is handed over while the prompts are read, and where the program looks, that call returns
+        # with the last token: so another thread sees the first one come.
+        with concurrent.futures.ThreadPoolExecutor(1) as clock:
+            middle = clock.submit(_time_of, progress.token)
+            if max_tokens > 1:
+                decoded = batch.decode(cache, progress, max_tokens - 1, loop)
+                step, new = jax.device_get((decoded[1].step, decoded[2]))
+                steps = int(step) - 1
+                columns.append(new[:, : min(steps, max_tokens - 1)])
         end = time.perf_counter()
-        tokens, stopped = _cut(rows, stop_tokens)
-        return Generation(tokens, stopped, middle - begin, end - middle, steps)
+        tokens, stopped = _cut(np.column_stack(columns), stop_tokens)
+        return Generation(tokens, stopped, middle.result() - begin, end - middle.result(), steps)
 
     def stream(
         self,
@@ -174,18 +199,18 @@ class Generator:
             ended; the iteration ends with the last sequence.
         """
         batch = self._batch(prompts, max_tokens, sampling, stop_tokens)
-        every = every or _hand_over_every()
+        loop = _stretch(every or _hand_over_every())
         cache, progress = batch.prefill()
         waiting, done, left = progress.token[:, None], progress.done, max_tokens - 1
         while left > 0:
             # Queued before the tokens in hand are read: the device does not wait for the reader. At the
             # end this computes a few tokens that nobody reads.
-            cache, progress, following = batch.decode(cache, progress, every, every, every)
+            cache, progress, following = batch.decode(cache, progress, loop.run, loop)
             yield np.asarray(waiting)
             if np.asarray(done).all():
                 return
             waiting, done = following[:, :left], progress.done
-            left -= every
+            left -= loop.run
         yield np.asarray(waiting)
 
     def compile(
@@ -199,10 +224,7 @@ class Generator:
     ) -> None:
         """Compiles what `generate` (or `stream`) of these arguments needs, and runs nothing."""
         batch = self._batch(prompts, max_tokens, sampling, stop_tokens)
-        if streaming:
-            batch.compile(_hand_over_every(), _hand_over_every())
-        else:
-            batch.compile(_look_every(), batch.capacity)
+        batch.compile(_stretch(_hand_over_every()) if streaming else batch.loop(max_tokens - 1))
 
     def _batch(self, prompts, max_tokens, sampling, stop_tokens) -> "_Batch":
         lengths = check_prompts(self.config, prompts, max_tokens, self.max_context)
@@ -286,18 +308,24 @@ class _Batch:
         """Reads the prompts and chooses the first new token of each."""
         return self._prefill_program()(self.generator._leaves, *self.prompts, *self.options)
 
+    def loop(self, steps: int) -> _Loop:
+        """The loop of a program that decodes at most so many tokens."""
+        may_stop = bool(self.options[-1].size)
+        run = _look_every(steps, may_stop)
+        return _Loop(run, self.capacity, run >= steps and not may_stop)
+
     def decode(
-        self, cache: KVCache, progress: Progress, steps: int, run: int, room: int
+        self, cache: KVCache, progress: Progress, steps: int, loop: _Loop
     ) -> tuple[KVCache, Progress, Array]:
-        """At most `steps` more tokens, rounded up to a multiple of `run`: int32 [B, room]."""
+        """At most `steps` more tokens, rounded up to a multiple of `loop.run`: int32 [B, loop.room]."""
         steps = self.generator._everywhere(jnp.int32(steps))
-        program = self._decode_program(cache, progress, run, room)
+        program = self._decode_program(cache, progress, loop)
         return program(self.generator._leaves, cache, progress, steps, *self.options)
 
-    def compile(self, run: int, room: int) -> None:
+    def compile(self, loop: _Loop) -> None:
         """Compiles both programs without running them."""
         self._prefill_program()
-        self._decode_program(*self._abstract(), run, room)
+        self._decode_program(*self._abstract(), loop)
 
     @property
     def _key(self) -> tuple:
@@ -314,14 +342,12 @@ class _Batch:
         name = ("prefill", self.prompts[0].shape[1], *self._key)
         return self.generator._program(name, run, specs, *self.prompts, *self.options)
 
-    def _decode_program(self, cache: KVCache, progress: Progress, run: int, room: int) -> Callable:
-        loop = functools.partial(
-            _decode_loop, self.generator._model, method=self.method, run=run, room=room
-        )
+    def _decode_program(self, cache: KVCache, progress: Progress, loop: _Loop) -> Callable:
+        run = functools.partial(_decode_loop, self.generator._model, method=self.method, loop=loop)
         specs = self.generator._specs(KVCache, Progress, Array)
-        name = ("decode", run, room, *self._key)
+        name = ("decode", loop, *self._key)
         steps = self.generator._everywhere(jnp.int32(0))
-        return self.generator._program(name, loop, specs, cache, progress, steps, *self.options)
+        return self.generator._program(name, run, specs, cache, progress, steps, *self.options)
 
     def _abstract(self) -> tuple[KVCache, Progress]:
         """Shapes (and shardings) of what `prefill` returns."""
@@ -381,12 +407,19 @@ def check_prompts(
     return lengths
 
 
-def _look_every() -> int:
+def _look_every(steps: int, may_stop: bool) -> int:
     """Tokens between two looks at whether all sequences are done.
 
-    On a GPU a look is a wait for the device, on a CPU a surplus token is dear.
+    On a GPU a look is a wait for the device, on a CPU a surplus token is dear. Where no stop token ends a
+    sequence early, looks are as rare as they can be without more surplus tokens.
     """
-    return 1 if jax.default_backend() == "cpu" else 16
+    if jax.default_backend() == "cpu":
+        return 1
+    run = 16
+    rounded = -(-steps // run) * run
+    while not may_stop and run < 128 and rounded and rounded % (2 * run) == 0:
+        run *= 2
+    return run
 
 
 def _hand_over_every() -> int:
@@ -404,6 +437,12 @@ def cache_bucket(tokens: int) -> int:
     if tokens <= 1024:
         return max(128, 1 << (tokens - 1).bit_length())
     return -(-tokens // 1024) * 1024
+
+
+def _time_of(array: Array) -> float:
+    """When an array has come."""
+    jax.block_until_ready(array)
+    return time.perf_counter()
 
 
 def _cut(rows: np.ndarray, stop_tokens: Sequence[int]) -> tuple[list[list[int]], list[bool]]:
@@ -432,13 +471,12 @@ def _decode_loop(
     stops: Array,
     *,
     method: Method,
-    run: int,
-    room: int,
+    loop: _Loop,
 ) -> tuple[KVCache, Progress, Array]:
-    """Chooses tokens until all sequences are done or there are `steps` of them.
+    """Chooses tokens until all sequences are done or there are `steps` of them; or `loop.run` of them.
 
     A loop of a known length needs no host on a GPU, one that may end early waits for the device each
-    time round: so the inner loop has `run` tokens, and only the outer one looks.
+    time round: so the inner loop has `loop.run` tokens, and only the outer one, if there is one, looks.
 
     Returns:
         (cache, progress, tokens int32 [B, room]). A sequence that is done repeats its last token.
@@ -459,7 +497,7 @@ def _decode_loop(
         return ~at.done.all() & (at.step - begin < steps)
 
     def several(carry):
-        return jax.lax.fori_loop(0, run, step, carry) if run > 1 else step(0, carry)
+        return jax.lax.fori_loop(0, loop.run, step, carry) if loop.run > 1 else step(0, carry)
 
-    out = jnp.zeros((progress.token.shape[0], room), jnp.int32)
-    return jax.lax.while_loop(unfinished, several, (cache, progress, out))
+    carry = (cache, progress, jnp.zeros((progress.token.shape[0], loop.room), jnp.int32))
+    return several(carry) if loop.once else jax.lax.while_loop(unfinished, several, carry)

@@ -1,0 +1,71 @@
+"""One token's attention over a cache for the tests of its kernels, with the float64 oracle."""
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+def inputs(rng, batch, kv_heads, group, head_dim, capacity, dtype, normed, lengths=None):
+    """(qkv, cos, sin, lengths, keys, values) and the norms' scales, or None."""
+
+    def random(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    qkv = random(batch, (group + 2) * kv_heads * head_dim)
+    cache = (batch, kv_heads, capacity, head_dim)
+    keys, values = random(*cache), random(*cache)
+    if lengths is None:
+        lengths = rng.integers(0, capacity, size=batch)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    angles = rng.normal(size=(batch, head_dim // 2))
+    turn = (jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
+    norms = (random(head_dim), random(head_dim)) if normed else None
+    # What lies behind the tokens of a sequence must not matter.
+    behind = jnp.arange(capacity)[None, None, :, None] >= lengths[:, None, None, None]
+    keys, values = (jnp.where(behind, jnp.asarray(1e4, dtype), a) for a in (keys, values))
+    return (qkv, *turn, lengths, keys, values), norms
+
+
+def _exact(a):
+    return np.asarray(a).astype(np.float64)
+
+
+def check(found, arguments, norms, eps=1e-6):
+    """Compares what a kernel leaves (mixed, keys, values) with float64."""
+    mixed, new_keys, new_values = map(_exact, found)
+    qkv, cos, sin, lengths, keys, values = map(_exact, arguments)
+    batch, kv_heads, capacity, dim = keys.shape
+    tolerance, lengths = TOLERANCE[str(arguments[0].dtype)], lengths.astype(int)
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    q, k, v = np.split(qkv.reshape(batch, -1, dim), (heads, heads + kv_heads), axis=1)
+    if norms is not None:
+        q, k = (
+            a / np.sqrt((a * a).mean(-1, keepdims=True) + eps) * _exact(scale)
+            for a, scale in zip((q, k), norms, strict=True)
+        )
+    turn, half = (cos + 1j * sin)[:, None], dim // 2
+
+    def turned(a):
+        pairs = (a[..., :half] + 1j * a[..., half:]) * turn
+        return np.concatenate([pairs.real, pairs.imag], -1)
+
+    q, k = turned(q), turned(k)
+    wanted = np.zeros((batch, heads, dim))
+    for b, length in enumerate(lengths):
+        for h in range(heads):
+            kv = h // (heads // kv_heads)
+            all_k, all_v = (
+                np.concatenate([old[b, kv, :length], new[b, kv][None]])
+                for old, new in ((keys, k), (values, v))
+            )
+            scores = all_k @ q[b, h] / np.sqrt(dim)
+            weights = np.exp(scores - scores.max())
+            wanted[b, h] = weights @ all_v / weights.sum()
+        assert oracle.relative_rms(new_keys[b, :, length], k[b]) < tolerance
+        np.testing.assert_array_equal(new_values[b, :, length], v[b])
+        kept = np.arange(capacity) != length
+        np.testing.assert_array_equal(new_keys[b][:, kept], keys[b][:, kept])
+        np.testing.assert_array_equal(new_values[b][:, kept], values[b][:, kept])
+    assert oracle.relative_rms(mixed.reshape(wanted.shape), wanted) < tolerance
