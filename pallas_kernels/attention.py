@@ -66,7 +66,8 @@ def decode(
     case = short_attention.Case(
         heads, kv_heads, dim, capacity, keys.dtype, norm_eps if norms else None
     )
-    if splits == 1 and not interpret and case.supported(batch):
+    alike = all(a.dtype == keys.dtype for a in (qkv, values, *(norms or ())))
+    if splits == 1 and alike and not interpret and case.supported(batch):
         return short_attention.decode(case, qkv, cos, sin, lengths, keys, values, norms or ())
     kernel = functools.partial(
         _kernel, group=heads // kv_heads, kv_heads=kv_heads, eps=norm_eps, normed=bool(norms)

@@ -16,7 +16,7 @@ import abc
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ptx import Ptx, at, float_constant, vector
+from pallas_kernels.ptx import Ptx, at, float_constant, vector, wide
 
 _TABLE_ROW = 128  # bytes of the table for one byte of codes: copies for all lanes together
 
@@ -168,8 +168,8 @@ class _Table(Decoder):
         row = f"0x{_TABLE_ROW << 8 * byte:08x}"
         address = ptx.op("dp4a.u32.u32", word, row, self.copy)
         pairs = ptx.registers("b32", self.entry_bytes // 4)
-        width = f".v{len(pairs)}" if len(pairs) > 1 else ""
-        ptx.do(f"ld.shared{width}.b32", vector(pairs) if width else pairs[0], at(address))
+        width, target = wide(pairs)
+        ptx.do(f"ld.shared{width}.b32", target, at(address))
         return pairs
 
 

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from pallas_kernels import decoding
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
 from pallas_kernels.outputs import OutputWriter, parts_of_squares
-from pallas_kernels.ptx import at, float_constant, over_lanes, vector
+from pallas_kernels.ptx import at, float_constant, over_lanes, vector, wide
 
 _STEPS = 4  # instructions a plane
 _TILE_BYTES = 1024
@@ -459,8 +459,7 @@ class _Writer(OutputWriter):
     ) -> None:
         for i in range(0, len(registers), 4):
             part = registers[i : i + 4]
-            width = f".v{len(part)}" if len(part) > 1 else ""
-            values = vector(part) if width else part[0]
+            width, values = wide(part)
             self.ptx.do(f"ld.{space}{width}.b32", values, at(address, offset + 4 * i), when=there)
 
     # The loop over K

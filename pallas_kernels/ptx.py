@@ -112,6 +112,13 @@ def vector(registers: list[str]) -> str:
     return "{" + ", ".join(registers) + "}"
 
 
+def wide(registers: list[str]) -> tuple[str, str]:
+    """What a load or store of one or more registers adds to its opcode, and its operand."""
+    if len(registers) == 1:
+        return "", registers[0]
+    return f".v{len(registers)}", vector(registers)
+
+
 def at(address: str, offset: int = 0) -> str:
     """A memory operand."""
     return f"[{address}+{offset}]"

@@ -6,9 +6,9 @@ is room, from the first instruction on; the others prepare x, once a program, an
 `integer` for codes of one bit and `stream` for the others.
 
 A launch may have several products, each with the outputs of the one before it as its x. Between two of them all
-programs of the grid meet at a counter in memory, while the copies of what comes next go on. Those are as many
-programs as the device runs at once: fewer would never meet. The first launch finds the counters at nought, and
-each leaves them so.
+programs of the grid meet at a counter in memory, while the copies of what comes next go on; but stores queue up
+behind copies, so that all but a few of those wait for the program's outputs. There are as many programs as the
+device runs at once: more would never meet. The first launch finds the counters at nought, and each leaves them so.
 
 Glossary: W warps that multiply (`Config.workers`), P programs (`Config.programs`). A tile has 16 rows, a block
 of it `Case.span` weights a row. A slot of the ring holds a block for each of the W warps. A run is a stretch of
@@ -29,7 +29,9 @@ from pallas_kernels.ptx import Ptx, Writer, at, float_constant, over_lanes
 _CODES = 1024  # bytes of a block's codes
 _BARRIERS = 16  # bytes of a slot's two barriers
 _WORKERS = 1  # the barrier at which those that multiply meet
-_AHEAD = 2  # slots of the next product that are under way before the outputs of one are
+_AHEAD = (
+    2  # slots of a product that are copied before the outputs of the one before it are in memory
+)
 _LOG2_E = 1.4426950408889634
 
 
@@ -519,7 +521,6 @@ class Launch(Writer):
             for run in range(0 if number else 1, product.runs):
                 stretch = product.stretch(run)
                 if number and not run:
-                    # Outputs queue up behind copies, and what needs them waits for longer than memory may rest.
                     self._copy(product, stretch, place, f"{number}_ahead", _AHEAD)
                     said = at(self.shared, self.said)
                     self.ring.wait(said, (number - 1) % 2, f"said_{number}")
@@ -576,7 +577,8 @@ class Launch(Writer):
             self._meet()
             product.write_outputs()
             if number < last:
-                self._meet()  # and the next product's constants take the places of the sums
+                # All have stored theirs, and the next product's constants may take the places of the sums.
+                self._meet()
                 self._say_outputs(number)
         self.ptx.prefix = ""
 

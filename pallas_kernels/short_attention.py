@@ -16,7 +16,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import decoding, triton_compat
-from pallas_kernels.ptx import Ptx, Writer, at, float_constant, over_lanes, store_float, vector
+from pallas_kernels.ptx import (
+    Ptx,
+    Writer,
+    at,
+    float_constant,
+    over_lanes,
+    store_float,
+    vector,
+    wide,
+)
 
 _WARPS = 8
 _BLOCK = 64  # slots that a program reads at a time
@@ -125,8 +134,7 @@ class _Kernel(Writer):
     def _load(self, address: str, offset: int = 0, when: str | None = None) -> list[str]:
         """Words of a lane's neighbours. The cache is written in this launch, so not as read-only data."""
         words = self.ptx.registers("b32", self.each // 2)
-        width = f".v{len(words)}" if len(words) > 1 else ""
-        target = vector(words) if width else words[0]
+        width, target = wide(words)
         self.ptx.do(f"ld.global{width}.b32", target, at(address, offset), when=when)
         return words
 
@@ -140,28 +148,17 @@ class _Kernel(Writer):
     def _unpack(self, words: list[str]) -> list[str]:
         return [f for word in words for f in decoding.unpack(self.ptx, word, self.case.dtype)]
 
+    def _pack(self, low: str, high: str) -> str:
+        kind = "bf16" if self.case.dtype == jnp.bfloat16 else "f16"
+        return self.ptx.op(f"cvt.rn.{kind}x2.f32", high, low)
+
     # The new token
 
     def _new_token(self) -> list[str]:
         """Keeps the new key and value, begins this warp's sums, and returns the query."""
         ptx, case = self.ptx, self.case
-        other = ptx.op("xor.b32", self.lane, 16)
-        features = (case.heads + 2 * case.kv_heads) * case.dim
-        token = ptx.op("mul.wide.u32", self.sequence, 2 * features, kind="b64")
-        token = ptx.op("add.u64", token, self.operands["qkv"], kind="b64")
-        q_head = ptx.op("mad.wide.u32", self.head, self.row_bytes, token, kind="b64")
-        k_head = ptx.op("mad.wide.u32", self.kv_head, self.row_bytes, token, kind="b64")
-        lanes = (self.lane, other)
-        places = [
-            [ptx.op("mad.wide.u32", lane, 2 * self.each, head, kind="b64") for lane in lanes]
-            for head in (q_head, k_head)
-        ]
-        offsets = (0, case.heads * self.row_bytes)
-        heads = [
-            [self._load(lane, offset) for lane in lanes]
-            for lanes, offset in zip(places, offsets, strict=True)
-        ]
-        value = self._load(places[1][0], (case.heads + case.kv_heads) * self.row_bytes)
+        lanes = self.lane, ptx.op("xor.b32", self.lane, 16)
+        heads, value = self._load_token(lanes)
         cos, sin = (self._load_turn(name) for name in ("cos", "sin"))
         norms = [self._load_norm(name, lanes) for name in self.operands if name.endswith("_norm")]
         length = ptx.op("mad.wide.u32", self.sequence, 4, self.operands["lengths"], kind="b64")
@@ -169,24 +166,23 @@ class _Kernel(Writer):
         # A full cache loses its last token.
         self.length = ptx.op("min.u32", length, case.capacity - 1)
 
-        heads = [[self._unpack(words) for words in head] for head in heads]
+        values = [[self._unpack(words) for words in head] for head in heads]
         if norms:
-            heads = [self._norm(*pair) for pair in zip(heads, norms, strict=True)]
+            values = [self._norm(*pair) for pair in zip(values, norms, strict=True)]
         # The first half of a pair: x cos - other sin, the second one: x cos + other sin.
         upper = ptx.op("setp.ge.u32", self.lane, 16, kind="pred")
         sign = ptx.op("selp.b32", 0, "0x80000000", upper)
         sin = [ptx.op("xor.b32", s, sign, kind="f32") for s in sin]
         query, key = (
             [self._turn(*x) for x in zip(own, others, cos, sin, strict=True)]
-            for own, others in heads
+            for own, others in values
         )
         scale = float_constant(case.dim**-0.5 * _LOG2_E)
         query = [ptx.op("mul.f32", q, scale, kind="f32") for q in query]
-        kind = "bf16" if case.dtype == jnp.bfloat16 else "f16"
-        pairs = zip(key[::2], key[1::2], strict=True)
-        key = [ptx.op(f"cvt.rn.{kind}x2.f32", high, low) for low, high in pairs]
+        key = [self._pack(*pair) for pair in zip(key[::2], key[1::2], strict=True)]
         self._keep(key, value)
 
+        # The new token is the first that the first warp has seen; the others have seen none.
         own = over_lanes(ptx, "add.f32", self._dot(query, self._unpack(key)))
         first = ptx.op("setp.eq.u32", self.warp, 0, kind="pred")
         begin = [(own, _NEVER), (float_constant(1.0), 0.0)]
@@ -196,6 +192,24 @@ class _Kernel(Writer):
             for mine, none in begin
         )
         return query
+
+    def _load_token(self, lanes: tuple[str, str]) -> tuple[list[list[list[str]]], list[str]]:
+        """Query and key, each with the other halves of the lane's pairs, and the value."""
+        ptx, case, row = self.ptx, self.case, self.row_bytes
+        features = case.heads + 2 * case.kv_heads
+        token = ptx.op("mul.wide.u32", self.sequence, features * row, kind="b64")
+        token = ptx.op("add.u64", token, self.operands["qkv"], kind="b64")
+        heads = [
+            ptx.op("mad.wide.u32", head, row, token, kind="b64")
+            for head in (self.head, self.kv_head)
+        ]
+        places = [
+            [ptx.op("mad.wide.u32", lane, 2 * self.each, head, kind="b64") for lane in lanes]
+            for head in heads
+        ]
+        query = [self._load(place) for place in places[0]]
+        key = [self._load(place, case.heads * row) for place in places[1]]
+        return [query, key], self._load(places[1][0], (case.heads + case.kv_heads) * row)
 
     def _load_turn(self, name: str) -> list[str]:
         """Cosines or sines of the lane's pairs."""
@@ -224,11 +238,10 @@ class _Kernel(Writer):
         constants = float_constant(1 / case.dim), float_constant(case.norm_eps or 0.0)
         mean = ptx.op("fma.rn.f32", square, *constants, kind="f32")
         inverse = ptx.op("rsqrt.approx.f32", mean, kind="f32")
-        kind = "bf16" if case.dtype == jnp.bfloat16 else "f16"
 
         def scaled(x: str, scale: str) -> str:
             x = ptx.op("mul.f32", x, inverse, kind="f32")
-            x = decoding.unpack(ptx, ptx.op(f"cvt.rn.{kind}x2.f32", x, x), case.dtype)[0]
+            x = self._unpack([self._pack(x, x)])[0]
             return ptx.op("mul.f32", x, scale, kind="f32")
 
         return [
@@ -253,10 +266,9 @@ class _Kernel(Writer):
         rank = ptx.op("mad.lo.u32", self.kv_head, -(case.heads // case.kv_heads) % 2**32, self.head)
         rank = ptx.op("mad.lo.u32", rank, _WARPS, self.warp)
         keeps = ptx.op("setp.eq.u32", rank, 1, kind="pred")
-        width = f".v{len(key)}" if len(key) > 1 else ""
         for name, words in (("keys_out", key), ("values_out", value)):
             address = self._cache(name, self.length)
-            part = vector(words) if width else words[0]
+            width, part = wide(words)
             ptx.do(f"st.global{width}.b32", at(address), part, when=keeps)
 
     # The tokens before it

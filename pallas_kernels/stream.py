@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import decoding, ring
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
-from pallas_kernels.ptx import at, float_constant, vector
+from pallas_kernels.ptx import at, float_constant, vector, wide
 
 _CODES = 1024  # bytes of a block's codes
 _STEPS = 4  # instructions a plane
@@ -169,8 +169,7 @@ class Product(ring.Product):
         for half in range(2):
             part = vector(self.words[4 * half : 4 * half + 4])
             ptx.do("ld.shared.v4.b32", part, at(codes, half * _CODES // 2))
-        width = f".v{planes}" if planes > 1 else ""
-        pairs = vector(self.scale_pairs) if width else self.scale_pairs[0]
+        width, pairs = wide(self.scale_pairs)
         ptx.do(f"ld.shared{width}.b32", pairs, at(scales, self.workers * _CODES))
 
     def multiply(self) -> None:
