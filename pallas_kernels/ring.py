@@ -8,7 +8,8 @@ is room, from the first instruction on; the others prepare x, once a program, an
 A launch may have several products, each with the outputs of the one before it as its x. Between two of them all
 programs of the grid meet at a counter in memory, while the copies of what comes next go on; but stores queue up
 behind copies, so that all but a few of those wait for the program's outputs. There are as many programs as the
-device runs at once: more would never meet. The first launch finds the counters at nought, and each leaves them so.
+device runs at once: more would never meet. The first launch finds the counters at nought, and each leaves them
+so.
 
 Glossary: W warps that multiply (`Config.workers`), P programs (`Config.programs`). A tile has 16 rows, a block
 of it `Case.span` weights a row. A slot of the ring holds a block for each of the W warps. A run is a stretch of
