@@ -17,11 +17,6 @@ from pallas_kernels.ptx import (
 )
 
 
-def parts_of_squares(programs: int, rows: int, warps: int) -> int:
-    """How many partial sums of squares a product with a residual leaves: those of each warp with outputs."""
-    return programs * min(warps, -(-rows // 32))
-
-
 class OutputWriter(Writer):
     """Writes what the kernels share: a program's threads take its outputs in turns."""
 
