@@ -4,7 +4,7 @@ Three ways, by the width of a code and the kind of codebook:
 
 - 2, 4 and 8 bits: a byte of codes is an index into a table of its 8 / bits values in shared memory. Every
   lane (or pair of lanes, or four, for wider entries) has a copy of the table in banks of its own: no bank
-  conflicts, about one integer instruction a weight at 4 bits, and any codebook costs the same.
+  conflicts, half an integer instruction a weight at 4 bits, and any codebook costs the same.
 - 4 and 8 bits with evenly spaced values: a code among the digits of a float is a number, from which a
   subtraction makes the value; no table. At 2 bits the table is less work.
 - 1 bit: a code that stands alone among a bfloat16's bits is a power of two or zero, and two multiply-adds
@@ -73,7 +73,7 @@ class Decoder(abc.ABC):
 
     def pack(self, low: str, high: str) -> str:
         """A register with two values."""
-        return self.ptx.op(f"cvt.rn.{self.kind}x2.f32", high, low)
+        return pack(self.ptx, low, high, self.dtype)
 
     def paired(self, values: list[str]) -> list[str]:
         """Registers of neighbours of x with the pairs that the operands have."""
@@ -103,6 +103,12 @@ class Decoder(abc.ABC):
         opcode = "ld.global.nc.L2::cache_hint.f32"
         ptx.do(opcode, value, at(address), ptx.policy("evict_last"), when=when)
         return value
+
+
+def pack(ptx: Ptx, low: str, high: str, dtype) -> str:
+    """A register of bfloat16 or float16 with two float32 values."""
+    kind = "bf16" if dtype == jnp.bfloat16 else "f16"
+    return ptx.op(f"cvt.rn.{kind}x2.f32", high, low)
 
 
 def unpack(ptx: Ptx, pair: str, dtype) -> list[str]:

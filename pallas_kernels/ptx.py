@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
+LOG2_E = 1.4426950408889634  # powers are those of two
+
 
 class Ptx:
     """A block of PTX under construction; its text goes into a kernel as inline assembly.

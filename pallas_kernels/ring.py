@@ -25,15 +25,15 @@ import jax.numpy as jnp
 
 from pallas_kernels.case import SHARED_BYTES, TILE_ROWS, Case
 from pallas_kernels.outputs import OutputWriter
-from pallas_kernels.ptx import Ptx, Writer, at, float_constant, over_lanes
+from pallas_kernels.ptx import LOG2_E, Ptx, Writer, at, float_constant, over_lanes
 
 _CODES = 1024  # bytes of a block's codes
-_BARRIERS = 16  # bytes of a slot's two barriers
+_BARRIER = 8  # bytes of a barrier
+_BARRIERS = 2 * _BARRIER  # those of a slot
 _WORKERS = 1  # the barrier at which those that multiply meet
 _AHEAD = (
     2  # slots of a product that are copied before the outputs of the one before it are in memory
 )
-_LOG2_E = 1.4426950408889634
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,7 +351,7 @@ class Product(OutputWriter, abc.ABC):
     def _gate(self, gate: str, value: str) -> str:
         """The SiLU of the one times the other."""
         ptx = self.ptx
-        power = ptx.op("mul.f32", gate, float_constant(-_LOG2_E), kind="f32")
+        power = ptx.op("mul.f32", gate, float_constant(-LOG2_E), kind="f32")
         power = ptx.op("ex2.approx.f32", power, kind="f32")
         power = ptx.op("add.f32", power, float_constant(1.0), kind="f32")
         share = ptx.op("rcp.approx.f32", power, kind="f32")
@@ -391,12 +391,14 @@ class Ring:
         self.ptx, self.workers, self.start = ptx, workers, start
         self.slots, self.slot_bytes = slots, slot_bytes
         self.barriers = start + slots * slot_bytes
+        self.said = self.barriers + slots * _BARRIERS  # where copies wait for a product's outputs
+        self.end = self.said + _BARRIER
         self.is_first_lane = ""
 
-    def make(self, shared: str, said: str) -> None:
+    def make(self, shared: str) -> None:
         """Makes the barriers: a slot is full when its bytes are there, empty when each warp says so."""
         ptx = self.ptx
-        ptx.do("mbarrier.init.shared::cta.b64", said, 1)
+        ptx.do("mbarrier.init.shared::cta.b64", at(shared, self.said), 1)
         for slot in range(self.slots):
             full = at(shared, self.barriers + slot * _BARRIERS)
             empty = at(shared, self.barriers + slot * _BARRIERS + 8)
@@ -459,18 +461,13 @@ class Launch(Writer):
                 product.load = "ld.global"
         # As many slots as there is room for, at most what a program has; two at least.
         most = sum(p.runs * -(-p.most_tiles * p.case.blocks // p.workers) for p in products)
-        room = (SHARED_BYTES - end - 8) // (first.slot_bytes + _BARRIERS)
+        room = (SHARED_BYTES - end - _BARRIER) // (first.slot_bytes + _BARRIERS)
         self.ring = Ring(self.ptx, self.workers, end, max(2, min(room, most)), first.slot_bytes)
-
-    @property
-    def said(self) -> int:
-        """Where the barrier is at which the copies wait for a product's outputs."""
-        return self.ring.barriers + self.ring.slots * _BARRIERS
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
-        return self.said + 8
+        return self.ring.end
 
     def write(self) -> str:
         """The kernel's PTX."""
@@ -482,9 +479,9 @@ class Launch(Writer):
         copies = ptx.op("setp.eq.u32", self.thread, 32 * self.workers, kind="pred")
         first.locate(self)
         ptx.do("bra", "fdk_prepare", when=f"!{copies}")
-        ring.make(self.shared, at(self.shared, self.said))
+        ring.make(self.shared)
         place, stretch = ring.locate(self.shared, 1), first.stretch(0)
-        self._copy(first, stretch, place, "start", ring.slots)
+        self._copy(first, stretch, place, "start", ring.slots, empty=True)
         ptx.label("fdk_prepare")
         ptx.do("bra", "fdk_prepared", when=is_copier)
         first.prepare_x(self._prepare_others)
@@ -523,12 +520,23 @@ class Launch(Writer):
                 stretch = product.stretch(run)
                 if number and not run:
                     self._copy(product, stretch, place, f"{number}_ahead", _AHEAD)
-                    said = at(self.shared, self.said)
+                    said = at(self.shared, self.ring.said)
                     self.ring.wait(said, (number - 1) % 2, f"said_{number}")
                 self._copy(product, stretch, place, f"{number}_{run}")
 
-    def _copy(self, product, stretch, place: _Place, name: str, slots: int | None = None) -> None:
-        """Starts the copies of so many slots of a stretch, or of all that are left, when they are empty."""
+    def _copy(
+        self,
+        product: Product,
+        stretch: tuple[str, str, str],
+        place: _Place,
+        name: str,
+        slots: int | None = None,
+        empty: bool = False,
+    ) -> None:
+        """Starts the copies of so many slots of a stretch, or of all that are left, when they are empty.
+
+        With `empty` they are known to be.
+        """
         ptx, workers, (codes_from, scales_from, left) = self.ptx, self.workers, stretch
         count = ptx.op("mov.u32", 0)
         ptx.label(f"fdk_copy_{name}")
@@ -538,7 +546,7 @@ class Launch(Writer):
             enough = ptx.op("setp.eq.u32", count, slots, kind="pred")
             ptx.do("bra", f"fdk_copied_{name}", when=enough)
             ptx.do("add.u32", count, count, 1)
-        if name != "start":
+        if not empty:
             self.ring.wait(at(place.barrier, 8), place.parity, name)
         blocks = ptx.op("min.u32", left, workers)
         codes = ptx.op("mul.lo.u32", blocks, _CODES)
@@ -595,7 +603,7 @@ class Launch(Writer):
         first = self._first_thread()
         counter = at(self.counters, 4 * number)
         self.ptx.do("red.release.gpu.global.add.u32", counter, 1, when=first)
-        said = at(self.shared, self.said)
+        said = at(self.shared, self.ring.said)
         self.ptx.do("mbarrier.arrive.shared::cta.b64", "_", said, when=first)
 
     def _wait_for_programs(self, number: int) -> None:

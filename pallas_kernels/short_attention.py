@@ -17,6 +17,7 @@ from jax import Array
 
 from pallas_kernels import decoding, triton_compat
 from pallas_kernels.ptx import (
+    LOG2_E,
     Ptx,
     Writer,
     at,
@@ -32,7 +33,6 @@ _BLOCK = 64  # slots that a program reads at a time
 _SLOTS = _BLOCK // _WARPS
 _PROGRAMS = 132  # that surely run at once
 _NEVER = -1e30  # a score whose power is nought
-_LOG2_E = 1.4426950408889634
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +149,7 @@ class _Kernel(Writer):
         return [f for word in words for f in decoding.unpack(self.ptx, word, self.case.dtype)]
 
     def _pack(self, low: str, high: str) -> str:
-        kind = "bf16" if self.case.dtype == jnp.bfloat16 else "f16"
-        return self.ptx.op(f"cvt.rn.{kind}x2.f32", high, low)
+        return decoding.pack(self.ptx, low, high, self.case.dtype)
 
     # The new token
 
@@ -177,7 +176,7 @@ class _Kernel(Writer):
             [self._turn(*x) for x in zip(own, others, cos, sin, strict=True)]
             for own, others in values
         )
-        scale = float_constant(case.dim**-0.5 * _LOG2_E)
+        scale = float_constant(case.dim**-0.5 * LOG2_E)
         query = [ptx.op("mul.f32", q, scale, kind="f32") for q in query]
         key = [self._pack(*pair) for pair in zip(key[::2], key[1::2], strict=True)]
         self._keep(key, value)
@@ -219,10 +218,9 @@ class _Kernel(Writer):
         pair = ptx.op("and.b32", self.lane, 15)
         address = ptx.op("mad.wide.u32", pair, 4 * self.each, row, kind="b64")
         found = ptx.registers("f32", self.each)
-        width = min(self.each, 4)
-        for i in range(0, self.each, width):
-            part = vector(found[i : i + width])
-            ptx.do(f"ld.global.nc.v{width}.b32", part, at(address, 4 * i))
+        for i in range(0, self.each, 4):
+            width, part = wide(found[i : i + 4])
+            ptx.do(f"ld.global.nc{width}.b32", part, at(address, 4 * i))
         return found
 
     def _load_norm(self, name: str, lanes: tuple[str, str]) -> list[list[str]]:
@@ -330,10 +328,9 @@ class _Kernel(Writer):
         ptx, case, row = self.ptx, self.case, 4 * self.case.dim
         place = ptx.op("mad.lo.u32", self.warp, row, self.shared)
         place = ptx.op("mad.lo.u32", self.lane, 4 * self.each, place)
-        width = min(self.each, 4)
-        for i in range(0, self.each, width):
-            part = vector(self.sums[i : i + width])
-            ptx.do(f"st.shared.v{width}.b32", at(place, 4 * i), part)
+        for i in range(0, self.each, 4):
+            width, part = wide(self.sums[i : i + 4])
+            ptx.do(f"st.shared{width}.b32", at(place, 4 * i), part)
         place = ptx.op("mad.lo.u32", self.warp, 8, self.shared)
         first = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
         facts = vector([self.peak, self.total])

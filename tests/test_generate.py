@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fdk_jax import generate, models
+from fdk_jax.models import generation
 from fdk_jax.models.generation import cache_bucket, prompt_bucket
 from fdk_jax.models.sampling import Sampling, choose
 from fdk_jax.models.tokenizer import TextStream, Tokenizer
@@ -64,6 +65,16 @@ def test_stop_tokens_end_each_sequence(generator, monkeypatch, run):
     streamed = np.concatenate(list(generator.stream(PROMPTS, max_tokens=20, stop_tokens=stops)), 1)
     for row, wanted in zip(streamed.tolist(), out.tokens, strict=True):
         assert row[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("steps", "run"), [(0, 16), (1, 16), (16, 16), (30, 32), (33, 16), (64, 64), (255, 128)]
+)
+def test_looks_are_rare_where_nothing_stops_early(monkeypatch, steps, run):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert generation._look_every(steps, False) == run
+    assert generation._look_every(steps, True) == 16
+    assert -(-steps // run) * run == -(-steps // 16) * 16, "more surplus tokens"
 
 
 def test_one_token_and_the_last_slot(generator):

@@ -21,6 +21,9 @@ from fdk_jax.models.modules import Transformer
 from fdk_jax.models.sampling import Method, Sampling, choose
 from fdk_jax.trees import prepare
 
+_RUN = 16  # tokens on a GPU before it looks whether all sequences are done
+_LONGEST_RUN = 128
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -415,11 +418,10 @@ def _look_every(steps: int, may_stop: bool) -> int:
     """
     if jax.default_backend() == "cpu":
         return 1
-    run = 16
-    rounded = -(-steps // run) * run
-    while not may_stop and run < 128 and rounded and rounded % (2 * run) == 0:
-        run *= 2
-    return run
+    if may_stop:
+        return _RUN
+    rounded = -(-steps // _RUN) * _RUN
+    return max(_RUN, min(_LONGEST_RUN, rounded & -rounded))  # the power of two in it
 
 
 def _hand_over_every() -> int:
