@@ -209,3 +209,19 @@ def test_more_copies_than_caches_hold():
     held = kernels.copies_for(work) * work.weight_bytes
     assert held >= 2 * environment.cache_bytes(work.device) or kernels.copies_for(work) == 96
     assert held <= max(300 << 20, environment.memory_bytes(work.device) // 15)
+
+
+@pytest.mark.parametrize(("seconds_a_pass", "wanted"), [(1e-3, 50), (2.4e-3, 21), (2.6e-3, 10)])
+def test_a_sample_that_was_too_short_gets_more_passes(seconds_a_pass, wanted, monkeypatch):
+    built = []
+
+    def build(work, copies, loops):
+        built.append(loops)
+        return lambda: loops * seconds_a_pass
+
+    monkeypatch.setattr(kernels, "build", build)
+    monkeypatch.setattr(kernels, "_SAMPLE", {"cpu": 0.05})
+    work = kernels.prepare(KernelCase("xla", 1, 64, 64, 32, dtype="float32"))
+    loops, run = kernels._long_enough(work, 1, 10)
+    assert loops == built[-1] == wanted
+    assert run() == wanted * seconds_a_pass

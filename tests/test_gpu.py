@@ -123,10 +123,11 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books):
 
 @pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize(
-    ("hidden", "inner", "count"), [(512, 1024, 4), (3072, 5632, 4), (1024, 512, 3)]
+    ("hidden", "inner", "count"),
+    [(512, 1024, 4), (3072, 5632, 4), (512, 12800, 4), (1024, 512, 3)],
 )
 def test_chains(rng, bits, uniform, hidden, inner, count):
-    """Again and again, as the programs of a launch meet at counters that the one before it has left."""
+    """Again and again, to the bit: programs of a launch meet at counters that the one before it has left."""
     shapes = [(hidden, 512), (2 * inner, hidden), (hidden, inner), (1536, hidden)][:count]
     weights = chains.weights(rng, shapes, bits, (1, 2, 1, 3), uniform, bias=True)
     x, residual, scales = chains.inputs(rng, 512, hidden)
@@ -140,12 +141,13 @@ def test_chains(rng, bits, uniform, hidden, inner, count):
             scaled, y = pallas_kernels.chain_matmul(x, residual, pairs, scales, chains.EPS)
             return None, (*scaled, y)
 
-        return jax.lax.scan(run, None, length=20)[1]
+        return jax.lax.scan(run, None, length=200)[1]
 
     found = repeated(x, residual, [arrays for _, arrays, *_ in weights])
-    for i in range(20):
-        left = [None if a is None else a[i] for a in found]
-        chains.check(left, weights, x, residual, scales)
+    chains.check([None if a is None else a[0] for a in found], weights, x, residual, scales)
+    for a in filter(lambda a: a is not None, found):
+        bits_of = np.asarray(a).view(f"u{a.dtype.itemsize}")
+        np.testing.assert_array_equal(bits_of, np.broadcast_to(bits_of[:1], bits_of.shape))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
