@@ -14,10 +14,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import short_attention, triton_compat
+from pallas_kernels.short_attention import NEVER
 
 _BLOCK = 64  # keys a loop step reads
 _SPLIT = 512  # cache slots behind which another program pays (H200, 2026-11-23)
-_NEVER = -1e30  # a score that exp() turns into zero
 
 
 def supported(dtype: jax.typing.DTypeLike, cache_shape: tuple[int, ...], head_dim: int) -> bool:
@@ -135,7 +135,7 @@ def _kernel(qkv, cos, sin, lengths, keys, values, *refs, group, kv_heads, eps, n
     )
     first = split == 0
     state = (
-        jnp.where(first, own, _NEVER),
+        jnp.where(first, own, NEVER),
         jnp.where(first, jnp.ones(rows, jnp.float32), 0.0),
         jnp.where(first, jnp.broadcast_to(value.astype(jnp.float32)[None, :], (rows, dim)), 0.0),
     )
@@ -156,7 +156,7 @@ def _kernel(qkv, cos, sin, lengths, keys, values, *refs, group, kv_heads, eps, n
         scores = sum(
             dot(q, k, (((1,), (1,)), ((), ()))) for q, k in zip(query, halves, strict=True)
         )
-        scores = jnp.where((slot < length)[None, :], scores, _NEVER)
+        scores = jnp.where((slot < length)[None, :], scores, NEVER)
         higher = jnp.maximum(peak, scores.max(axis=1))
         shrink, weights = jnp.exp(peak - higher), jnp.exp(scores - higher[:, None])
         value = values[b, h, slot[:, None], whole[None, :]]

@@ -16,7 +16,7 @@ import abc
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ptx import Ptx, at, float_constant, vector, wide
+from pallas_kernels.ptx import Ptx, at, float_constant, half_kind, vector, wide
 
 _TABLE_ROW = 128  # bytes of the table for one byte of codes: copies for all lanes together
 
@@ -58,7 +58,7 @@ class Decoder(abc.ABC):
     def __init__(self, ptx: Ptx, bits: int, dtype) -> None:
         """Writes nothing yet."""
         self.ptx, self.bits, self.dtype = ptx, bits, jnp.dtype(dtype)
-        self.kind = "bf16" if self.dtype == jnp.bfloat16 else "f16"
+        self.kind = half_kind(self.dtype)
 
     @abc.abstractmethod
     def set_up(self, codebook: str, thread: str, threads: int) -> None:
@@ -107,8 +107,7 @@ class Decoder(abc.ABC):
 
 def pack(ptx: Ptx, low: str, high: str, dtype) -> str:
     """A register of bfloat16 or float16 with two float32 values."""
-    kind = "bf16" if dtype == jnp.bfloat16 else "f16"
-    return ptx.op(f"cvt.rn.{kind}x2.f32", high, low)
+    return ptx.op(f"cvt.rn.{half_kind(dtype)}x2.f32", high, low)
 
 
 def unpack(ptx: Ptx, pair: str, dtype) -> list[str]:

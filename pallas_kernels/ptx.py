@@ -131,6 +131,11 @@ def float_constant(value: float) -> str:
     return f"0f{int(np.float32(value).view(np.uint32)):08X}"
 
 
+def half_kind(dtype) -> str:
+    """What PTX calls bfloat16 or float16."""
+    return "bf16" if dtype == jnp.bfloat16 else "f16"
+
+
 def load_float(ptx: Ptx, base: str, index: str, dtype, *, opcode: str = "ld.global.nc") -> str:
     """An element of a float array in memory as float32."""
     size = jnp.dtype(dtype).itemsize
@@ -149,8 +154,7 @@ def store_float(ptx: Ptx, address: str, value: str, dtype) -> None:
     if dtype == jnp.float32:
         ptx.do("st.global.f32", at(address), value)
         return
-    kind = "bf16" if dtype == jnp.bfloat16 else "f16"
-    half = ptx.op(f"cvt.rn.{kind}.f32", value, kind="b16")
+    half = ptx.op(f"cvt.rn.{half_kind(dtype)}.f32", value, kind="b16")
     ptx.do("st.global.b16", at(address), half)
 
 

@@ -31,9 +31,7 @@ _CODES = 1024  # bytes of a block's codes
 _BARRIER = 8  # bytes of a barrier
 _BARRIERS = 2 * _BARRIER  # those of a slot
 _WORKERS = 1  # the barrier at which those that multiply meet
-_AHEAD = (
-    2  # slots of a product that are copied before the outputs of the one before it are in memory
-)
+_AHEAD = 2  # slots copied of a product before the outputs of the one before it are in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +236,7 @@ class Product(OutputWriter, abc.ABC):
         self.load_block(place.slot)
         # The warp has what it needs; another block may take the place.
         ptx.do("bar.warp.sync", "0xffffffff")
-        empty = at(place.barrier, 8)
+        empty = at(place.barrier, _BARRIER)
         ptx.do("mbarrier.arrive.shared::cta.b64", "_", empty, when=ring.is_first_lane)
         self.multiply()
         ptx.do("bra", f"fdk_behind_{run}")
@@ -246,7 +244,10 @@ class Product(OutputWriter, abc.ABC):
         ptx.label(f"fdk_next_{run}")
         ring.wait(at(place.barrier), place.parity, f"unused_{run}")
         ptx.do(
-            "mbarrier.arrive.shared::cta.b64", "_", at(place.barrier, 8), when=ring.is_first_lane
+            "mbarrier.arrive.shared::cta.b64",
+            "_",
+            at(place.barrier, _BARRIER),
+            when=ring.is_first_lane,
         )
         ptx.label(f"fdk_behind_{run}")
         ptx.do("add.u32", block, block, self.workers)
@@ -401,7 +402,7 @@ class Ring:
         ptx.do("mbarrier.init.shared::cta.b64", at(shared, self.said), 1)
         for slot in range(self.slots):
             full = at(shared, self.barriers + slot * _BARRIERS)
-            empty = at(shared, self.barriers + slot * _BARRIERS + 8)
+            empty = at(shared, self.barriers + slot * _BARRIERS + _BARRIER)
             ptx.do("mbarrier.init.shared::cta.b64", full, 1)
             ptx.do("mbarrier.init.shared::cta.b64", empty, self.workers)
         ptx.do("fence.proxy.async.shared::cta")
@@ -547,7 +548,7 @@ class Launch(Writer):
             ptx.do("bra", f"fdk_copied_{name}", when=enough)
             ptx.do("add.u32", count, count, 1)
         if not empty:
-            self.ring.wait(at(place.barrier, 8), place.parity, name)
+            self.ring.wait(at(place.barrier, _BARRIER), place.parity, name)
         blocks = ptx.op("min.u32", left, workers)
         codes = ptx.op("mul.lo.u32", blocks, _CODES)
         scales = ptx.op("mul.lo.u32", blocks, product.block_scales)

@@ -32,7 +32,7 @@ _WARPS = 8
 _BLOCK = 64  # slots that a program reads at a time
 _SLOTS = _BLOCK // _WARPS
 _PROGRAMS = 132  # that surely run at once
-_NEVER = -1e30  # a score whose power is nought
+NEVER = -1e30  # a score whose power is nought
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ class _Kernel(Writer):
         # The new token is the first that the first warp has seen; the others have seen none.
         own = over_lanes(ptx, "add.f32", self._dot(query, self._unpack(key)))
         first = ptx.op("setp.eq.u32", self.warp, 0, kind="pred")
-        begin = [(own, _NEVER), (float_constant(1.0), 0.0)]
+        begin = [(own, NEVER), (float_constant(1.0), 0.0)]
         begin += [(v, 0.0) for v in self._unpack(value)]
         self.peak, self.total, *self.sums = (
             ptx.op("selp.f32", mine, float_constant(none), first, kind="f32")
@@ -302,7 +302,7 @@ class _Kernel(Writer):
         ptx = self.ptx
         scores = [self._dot(query, self._unpack(words)) for words in keys]
         scores = [over_lanes(ptx, "add.f32", score) for score in scores]
-        never = float_constant(_NEVER)
+        never = float_constant(NEVER)
         peak = self.peak
         for score, is_there in zip(scores, there, strict=True):
             seen = ptx.op("selp.f32", score, never, is_there, kind="f32")

@@ -15,8 +15,6 @@ BACKENDS = [
     "pallas",
     pytest.param("cpu", marks=pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))),
 ]
-# Relative RMS of the arithmetic, for activations of each dtype.
-TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 
 ONLY_WITH_A_GPU = pytest.mark.skipif(
     jax.__version_info__ >= (0, 11),

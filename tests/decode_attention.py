@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import oracle
-
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+import planar
 
 
 def inputs(rng, batch, kv_heads, group, head_dim, capacity, dtype, normed, lengths=None):
@@ -37,7 +36,7 @@ def check(found, arguments, norms, eps=1e-6):
     mixed, new_keys, new_values = map(_exact, found)
     qkv, cos, sin, lengths, keys, values = map(_exact, arguments)
     batch, kv_heads, capacity, dim = keys.shape
-    tolerance, lengths = TOLERANCE[str(arguments[0].dtype)], lengths.astype(int)
+    tolerance, lengths = planar.TOLERANCE[str(arguments[0].dtype)], lengths.astype(int)
     heads = qkv.shape[1] // dim - 2 * kv_heads
     q, k, v = np.split(qkv.reshape(batch, -1, dim), (heads, heads + kv_heads), axis=1)
     if norms is not None:

@@ -5,6 +5,7 @@ import numpy as np
 
 from fdk_jax import packing
 
+# Relative RMS of the arithmetic, for activations of each dtype.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 
 

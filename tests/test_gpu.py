@@ -144,8 +144,8 @@ def test_chains(rng, bits, uniform, hidden, inner, count):
         return jax.lax.scan(run, None, length=200)[1]
 
     found = repeated(x, residual, [arrays for _, arrays, *_ in weights])
-    chains.check([None if a is None else a[0] for a in found], weights, x, residual, scales)
-    for a in filter(lambda a: a is not None, found):
+    chains.check(jax.tree.map(lambda a: a[0], found), weights, x, residual, scales)
+    for a in jax.tree.leaves(found):
         bits_of = np.asarray(a).view(f"u{a.dtype.itemsize}")
         np.testing.assert_array_equal(bits_of, np.broadcast_to(bits_of[:1], bits_of.shape))
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from backends import BACKENDS, ONLY_WITH_A_GPU, TOLERANCE, running
+from backends import BACKENDS, ONLY_WITH_A_GPU, running
+from planar import TOLERANCE
 
 import fdk_jax
 

@@ -15,9 +15,10 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from backends import BACKENDS, TOLERANCE, running
+from backends import BACKENDS, running
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from planar import TOLERANCE
 
 import fdk_jax
 from fdk_jax import checkpoint, packing

@@ -321,14 +321,15 @@ class _Batch:
         self, cache: KVCache, progress: Progress, steps: int, loop: _Loop
     ) -> tuple[KVCache, Progress, Array]:
         """At most `steps` more tokens, rounded up to a multiple of `loop.run`: int32 [B, loop.room]."""
-        steps = self.generator._everywhere(jnp.int32(steps))
-        program = self._decode_program(cache, progress, loop)
-        return program(self.generator._leaves, cache, progress, steps, *self.options)
+        most = self.generator._everywhere(jnp.int32(steps))
+        program = self._decode_program(cache, progress, most, loop)
+        return program(self.generator._leaves, cache, progress, most, *self.options)
 
     def compile(self, loop: _Loop) -> None:
         """Compiles both programs without running them."""
         self._prefill_program()
-        self._decode_program(*self._abstract(), loop)
+        cache, progress = self._abstract()
+        self._decode_program(cache, progress, progress.step, loop)  # steps are like `step`
 
     @property
     def _key(self) -> tuple:
@@ -345,11 +346,12 @@ class _Batch:
         name = ("prefill", self.prompts[0].shape[1], *self._key)
         return self.generator._program(name, run, specs, *self.prompts, *self.options)
 
-    def _decode_program(self, cache: KVCache, progress: Progress, loop: _Loop) -> Callable:
+    def _decode_program(
+        self, cache: KVCache, progress: Progress, steps: Array, loop: _Loop
+    ) -> Callable:
         run = functools.partial(_decode_loop, self.generator._model, method=self.method, loop=loop)
         specs = self.generator._specs(KVCache, Progress, Array)
         name = ("decode", loop, *self._key)
-        steps = self.generator._everywhere(jnp.int32(0))
         return self.generator._program(name, run, specs, cache, progress, steps, *self.options)
 
     def _abstract(self) -> tuple[KVCache, Progress]:
