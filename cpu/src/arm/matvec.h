@@ -81,7 +81,8 @@ inline constexpr float kMagic = 12582912.0F;
 
 // A Code is one of the structures above. kLargeLevels: over 64 columns the sums are so large that
 // half a unit of their last place is nothing beside the rounding of the activations (1e-5 of y
-// against 1e-2); then the start is subtracted with the shift, for nothing.
+// against 1e-2); then the start is subtracted with the shift, for nothing. What that rounds off
+// is the same for all rows, so the next block's shift takes it along.
 template <typename Code>
 struct Matvec {
   // Steps that share a register of 16 activations.
@@ -95,12 +96,15 @@ struct Matvec {
   static void make_affine(const Plan &plan, const Int8Token &token, const Affine &affine,
                           float *out) {
     const size_t full = static_cast<size_t>(full_blocks(plan));
+    float lost = 0.0F;
     for (size_t b = 0; b < plan.blocks.size(); ++b, out += kAffineFloats) {
       const float slope = affine.slope(token.scales[b]);
-      const float shift = affine.shift(token.scales[b], token.sums[b]);
+      const float shift = affine.shift(token.scales[b], token.sums[b]) + lost;
+      const bool early = Code::kLargeLevels && b < full;
+      const float start = early ? std::fma(-kMagic, slope, shift) : shift;
+      lost = early ? shift - std::fma(kMagic, slope, start) : 0.0F;
       vst1q_f32(out, vdupq_n_f32(slope));
-      vst1q_f32(out + 4, vdupq_n_f32(Code::kLargeLevels && b < full ? std::fma(-kMagic, slope, shift)
-                                                                 : shift));
+      vst1q_f32(out + 4, vdupq_n_f32(start));
     }
   }
 
