@@ -21,8 +21,8 @@ import safetensors
 import safetensors.flax
 from flax import nnx
 
-from fdk_jax.quantised_tensor import QuantisedTensor, is_quantised
-from fdk_jax.trees import prepare
+from fdk_jax.format.quantised_tensor import QuantisedTensor, is_quantised
+from fdk_jax.layers.trees import prepare
 
 VERSION = 1
 _KEY = "fdk_jax"

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import fdk_jax
-from fdk_jax import cpu_backend
-from fdk_jax.quantised_tensor import QuantisedTensor
+from fdk_jax.format.quantised_tensor import QuantisedTensor
+from fdk_jax.product import cpu_backend
 
 _PACKAGES = ("fdk-jax", "jax", "jaxlib", "flax", "numpy", "safetensors", "ml-dtypes")
 _PACKAGES += ("jax-cuda12-plugin", "jax-cuda13-plugin")

@@ -12,8 +12,9 @@ import jax
 import rich.console
 import rich.progress
 
-from fdk_jax import cpu_backend, models
+from fdk_jax import models
 from fdk_jax.models.tokenizer import TextStream, Tokenizer
+from fdk_jax.product import cpu_backend
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

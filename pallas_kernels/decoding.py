@@ -264,7 +264,7 @@ def _twice(half: int) -> str:
 
 
 class _Bits(Decoder):
-    """Codes of one bit: those of a register's two values stand 16 bits apart, see `fdk_jax.packing`."""
+    """Codes of one bit: those of a register's two values stand 16 bits apart, see `fdk_jax.format.packing`."""
 
     def __init__(self, ptx: Ptx, dtype) -> None:
         super().__init__(ptx, 1, dtype)

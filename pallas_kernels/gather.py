@@ -4,7 +4,7 @@ It decodes by looking every code up in the codebook in memory, so that it is slo
 loads, shifts and a dot. It serves what the fast kernels do not, and Pallas' interpreter.
 
 Glossary: BN rows of the weight and BM rows of x a program; a tile of the planar layout
-(`fdk_jax.packing`) holds 8 / bits planes of two halves of 32 weights; G weights a scale.
+(`fdk_jax.format.packing`) holds 8 / bits planes of two halves of 32 weights; G weights a scale.
 """
 
 import functools

@@ -32,7 +32,7 @@ def matmul(
 
     Args:
         x: bfloat16, float16 or float32 [M, K], M >= 1.
-        packed: uint16, the codes as `fdk_jax.packing.to_planar` orders them.
+        packed: uint16, the codes as `fdk_jax.format.packing.to_planar` orders them.
         scales: the scales as `to_planar` orders them, in the weight's compute dtype.
         codebook: float32 [2**bits], or [C, 2**bits] with C dividing N.
         bits: 1, 2, 4 or 8.

@@ -18,8 +18,8 @@ have the same rows and share K, and read each other's sums at the end. One token
 instruction free; `Config.diagonal` gives them to eight planes of x: a lane loads an eighth as much, and plane
 p finds its products in column p. Of many rows P programs (`Config.programs`) take some in turns: the decoder's
 table is made once a program, and the loads of the next turn are under way during the sums. A tile holds
-E = 8 / bits planes of 64 weights a row, each of 4 steps of the instruction; see `fdk_jax.packing`. A block is
-a tile of each of the R.
+E = 8 / bits planes of 64 weights a row, each of 4 steps of the instruction; see `fdk_jax.format.packing`. A
+block is a tile of each of the R.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import fdk_jax
-from fdk_jax import cpu_backend
+from fdk_jax.product import cpu_backend
 
 CPU_MISSING = cpu_backend.unavailable_reason()
 BACKENDS = [

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from fdk_jax import packing
+from fdk_jax.format import packing
 
 # Relative RMS of the arithmetic, for activations of each dtype.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}

@@ -132,7 +132,8 @@ def _arm64_packages() -> Path:
 # all its dependencies.
 PRODUCT = """
 import jax, jax.numpy as jnp, numpy as np
-from fdk_jax import cpu_backend, packing
+from fdk_jax.product import cpu_backend
+from fdk_jax.format import packing
 assert cpu_backend.unavailable_reason() is None, cpu_backend.unavailable_reason()
 rng = np.random.default_rng()
 k, n, group_size = 96, 40, 32

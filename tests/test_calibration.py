@@ -11,12 +11,18 @@ import pytest
 from flax import nnx
 
 import fdk_jax
-from fdk_jax import codebooks, densities, rounding
-from fdk_jax.calibration import calibrate, calibrate_array
-from fdk_jax.evaluation import evaluate
+from fdk_jax.format import codebooks, densities
+from fdk_jax.learning import rounding
+from fdk_jax.learning.calibration import calibrate, calibrate_array
+from fdk_jax.learning.evaluation import evaluate
+from fdk_jax.learning.statistics import (
+    CalibrationWarning,
+    linear_layers,
+    second_moments,
+    squared_gradients,
+)
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.modules import Transformer
-from fdk_jax.statistics import CalibrationWarning, linear_layers, second_moments, squared_gradients
 
 BITS = [1, 2, 4, 8]
 

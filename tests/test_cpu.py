@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import fdk_jax
-from fdk_jax import cpu_backend, packing
+from fdk_jax.format import packing
+from fdk_jax.product import cpu_backend
 from tests import oracle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,8 +73,8 @@ def _codes_of_tiled(tiled: np.ndarray, bits: int, n: int, k: int) -> np.ndarray:
 def test_tiled_layout(rng, bits, n, k, group_size, traced):
     _, w = _problem(rng, 1, n, k, bits, group_size)
     facts = dict(bits=bits, group_size=group_size, out_features=n, in_features=k)
-    to_tiled = functools.partial(packing.to_tiled, **facts)
-    from_tiled = functools.partial(packing.from_tiled, **facts)
+    to_tiled = functools.partial(packing.convert, source="interchange", target="tiled", **facts)
+    from_tiled = functools.partial(packing.convert, source="tiled", target="interchange", **facts)
     if traced:
         to_tiled, from_tiled = jax.jit(to_tiled), jax.jit(from_tiled)
     tiled, scales = to_tiled(w.packed, w.scales)
@@ -91,14 +92,14 @@ def test_tiled_layout_of_stacks(rng):
     facts = dict(bits=4, group_size=32, out_features=19, in_features=70)
     packed = jnp.asarray(rng.integers(0, 256, (2, 3, 19, 35)).astype(np.uint8))
     scales = jnp.asarray(rng.standard_normal((2, 3, 19, 3)).astype(np.float32))
-    tiled = packing.to_tiled(packed, scales, **facts)
+    to_tiled = functools.partial(packing.convert, source="interchange", target="tiled", **facts)
+    from_tiled = functools.partial(packing.convert, source="tiled", target="interchange", **facts)
+    tiled = to_tiled(packed, scales)
     for i in range(2):
         for j in range(3):
-            one = packing.to_tiled(packed[i, j], scales[i, j], **facts)
+            one = to_tiled(packed[i, j], scales[i, j])
             jax.tree.map(np.testing.assert_array_equal, one, jax.tree.map(lambda a: a[i, j], tiled))  # noqa: B023
-    jax.tree.map(
-        np.testing.assert_array_equal, packing.from_tiled(*tiled, **facts), (packed, scales)
-    )
+    jax.tree.map(np.testing.assert_array_equal, from_tiled(*tiled), (packed, scales))
 
 
 @pytest.mark.parametrize("arithmetic", ["exact", "int16", "int8"])
@@ -187,7 +188,7 @@ def _run(program: str, **environment: str) -> str:
 
 def test_environment_chooses_threads_and_level():
     program = """
-        from fdk_jax import cpu_backend
+        from fdk_jax.product import cpu_backend
         print(cpu_backend.describe())
     """
     text = _run(program, FDK_NUM_THREADS="1", FDK_CPU_LEVEL="scalar")
@@ -211,7 +212,7 @@ def test_conversion_after_fork():
     program = """
         import os, warnings
         import numpy as np
-        from fdk_jax import cpu_backend
+        from fdk_jax.product import cpu_backend
         library = cpu_backend.library()
         rng = np.random.default_rng()
         packed, scales = rng.integers(0, 256, 512 * 256, np.uint8), np.zeros(512 * 8 * 2, np.uint8)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdk_jax import cpu_backend, models
+from fdk_jax import models
 from fdk_jax.models import platforms
 from fdk_jax.models.config import ModelConfig
+from fdk_jax.product import cpu_backend
 
 pytestmark = pytest.mark.skipif(
     cpu_backend.unavailable_reason() is not None, reason=str(cpu_backend.unavailable_reason())

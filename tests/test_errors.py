@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fdk_jax
-from fdk_jax import cpu_backend
+from fdk_jax.product import cpu_backend
 
 W = fdk_jax.quantise(jnp.ones((8, 64), jnp.float32), 4)
 X = jnp.ones((2, 64))

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import fdk_jax
-from fdk_jax.evaluation import evaluate, read_tokens
+from fdk_jax.learning.evaluation import evaluate, read_tokens
 from fdk_jax.quality import curves, table
 
 

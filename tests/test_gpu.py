@@ -17,7 +17,8 @@ import pytest
 
 import fdk_jax
 import pallas_kernels
-from fdk_jax import models, packing
+from fdk_jax import models
+from fdk_jax.format import packing
 from fdk_jax.models import modules
 from fdk_jax.models.config import ModelConfig
 from pallas_kernels import attention, integer, matvec, tuning, wgmma

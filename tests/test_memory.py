@@ -4,7 +4,10 @@ FDK_FUZZ_ROUNDS multiplies the number of calls (`make fuzz`).
 """
 
 import gc
+import importlib
+import inspect
 import os
+import pkgutil
 from pathlib import Path
 
 import jax
@@ -14,7 +17,8 @@ import pytest
 from backends import BACKENDS, running
 
 import fdk_jax
-from fdk_jax import checkpoint, packing
+from fdk_jax import checkpoint
+from fdk_jax.format import packing
 
 ROUNDS = int(os.environ.get("FDK_FUZZ_ROUNDS", "1"))
 
@@ -66,7 +70,7 @@ def varied(rng: np.random.Generator, count: int, folder: Path) -> None:
         w = fdk_jax.quantise(rng.standard_normal((n, k)).astype(np.float32), bits, group_size=group)
         x = jnp.asarray(rng.standard_normal((int(rng.integers(1, 5)), k)), jnp.float32)
         backend = str(rng.choice(["xla", "cpu"]))
-        if backend == "cpu" and fdk_jax.cpu_backend.unavailable_reason() is not None:
+        if backend == "cpu" and fdk_jax.product.cpu_backend.unavailable_reason() is not None:
             backend = "xla"
         fdk_jax.matmul(x, fdk_jax.prepare(w, backend))
         checkpoint.save(folder / "w", {"w": w})
@@ -95,8 +99,11 @@ def test_varied_shapes_leave_nothing_behind(rng, tmp_path):
 def test_the_library_keeps_no_cache_without_a_bound():
     """Every functools cache of the package states its size, or holds one entry a process."""
     unbounded = []
-    for module in ("dispatch", "packing", "codebooks", "quantisation", "reference", "partitioning"):
-        for name, value in vars(__import__(f"fdk_jax.{module}", fromlist=["x"])).items():
-            if hasattr(value, "cache_info") and value.cache_info().maxsize is None:
-                unbounded.append(f"{module}.{name}")
+    packages = (fdk_jax.format, fdk_jax.product)
+    for module in (m for p in packages for m in pkgutil.iter_modules(p.__path__, p.__name__ + ".")):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if not hasattr(value, "cache_info") or value.cache_info().maxsize is not None:
+                continue
+            if inspect.signature(value).parameters:  # without any it holds a single entry
+                unbounded.append(f"{module.name}.{name}")
     assert unbounded == []

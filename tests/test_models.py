@@ -18,10 +18,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import fdk_jax
-from fdk_jax import cpu_backend, models
+from fdk_jax import models
 from fdk_jax.models import attention, platforms, rope
 from fdk_jax.models.cache import append
 from fdk_jax.models.config import ModelConfig, custom_llama, read_config
+from fdk_jax.product import cpu_backend
 from pallas_kernels import attention as pallas_attention
 from pallas_kernels import chain, dense, norm, ring, short_attention
 

@@ -5,7 +5,7 @@ import numpy as np
 import oracle
 import pytest
 
-from fdk_jax import packing
+from fdk_jax.format import packing
 
 BITS = [1, 2, 4, 8]
 

@@ -13,7 +13,8 @@ import pytest
 from backends import ONLY_WITH_A_GPU, for_a_gpu
 
 import pallas_kernels
-from fdk_jax import codebooks, models, packing
+from fdk_jax import models
+from fdk_jax.format import codebooks, packing
 from fdk_jax.models.cache import KVCache
 from fdk_jax.models.config import ModelConfig
 from pallas_kernels import dequantise, integer, matvec, triton_compat, tuning, wgmma

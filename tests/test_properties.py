@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from planar import TOLERANCE
 
 import fdk_jax
-from fdk_jax import checkpoint, packing
+from fdk_jax import checkpoint
+from fdk_jax.format import packing
 
 ROUNDS = int(os.environ.get("FDK_FUZZ_ROUNDS", "1"))
 DOCUMENTED = (TypeError, ValueError, NotImplementedError)

@@ -9,8 +9,8 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import fdk_jax
-from fdk_jax import codebooks
-from fdk_jax.quantisation import resolve_scale
+from fdk_jax.format import codebooks
+from fdk_jax.format.quantisation import resolve_scale
 
 BITS = [1, 2, 4, 8]
 
@@ -250,7 +250,7 @@ def test_bad_arguments_name_the_value(call, error, words):
 def test_large_weights_are_quantised_in_blocks_of_rows(rng, monkeypatch, codebook):
     weight = jnp.asarray(rng.standard_normal((37, 96)), jnp.bfloat16)
     whole = fdk_jax.quantise(weight, 4, codebook=codebook)
-    monkeypatch.setattr("fdk_jax.quantisation._BLOCK", 96 * 10)
+    monkeypatch.setattr("fdk_jax.format.quantisation._BLOCK", 96 * 10)
     rows = fdk_jax.quantise(weight, 4, codebook=codebook)
     np.testing.assert_allclose(rows.codebook, whole.codebook, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(rows.scales, whole.scales)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fdk_jax
-from fdk_jax import sharding
+from fdk_jax.product import sharding
 
 N, K = 128, 4096
 

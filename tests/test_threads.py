@@ -87,7 +87,7 @@ def test_fork_after_import_and_after_work(expected):
     """A child of fork() converts and multiplies outside of JAX, whose own threads fork leaves behind."""
     out = python(
         """
-        from fdk_jax import cpu_backend
+        from fdk_jax.product import cpu_backend
         library = cpu_backend.library()
         packed = np.arange(64 * 32, dtype=np.uint8)
         scales = np.ones(64 * 4, np.uint8)
@@ -180,7 +180,7 @@ def test_a_process_that_may_start_no_threads():
     out = python(
         """
         import resource
-        from fdk_jax import cpu_backend
+        from fdk_jax.product import cpu_backend
         library = cpu_backend.library()
         n, k = 4096, 512
         packed, scales = np.arange(n * k // 2, dtype=np.uint64).astype(np.uint8), np.ones(n * 8 * 4, np.uint8)
@@ -209,7 +209,7 @@ def test_a_process_that_may_start_no_threads():
 def test_a_process_pinned_to_one_core(expected):
     out = python(
         """
-        from fdk_jax import cpu_backend
+        from fdk_jax.product import cpu_backend
         print(cpu_backend.library().num_threads(), np.asarray(run(x)).tobytes().hex())
         """,
         cpus=str(min(os.sched_getaffinity(0))),

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 import fdk_jax
-from fdk_jax import training
-from fdk_jax.calibration import calibrate
-from fdk_jax.evaluation import evaluate
+from fdk_jax.learning import training
+from fdk_jax.learning.calibration import calibrate
+from fdk_jax.learning.evaluation import evaluate
 from fdk_jax.quality import language_model
 from fdk_jax.quality.text import ALPHABET, Language
 
@@ -37,7 +37,7 @@ def test_fake_quantise_is_quantise_bit_for_bit(bits, scale, axes, shape, rng):
     for codebook in books:
         for dtype in (jnp.float32, jnp.bfloat16):
             options = dict(group_size=32, codebook=codebook, scale=scale, axes=axes)
-            q = fdk_jax.quantisation.quantise_array(w, bits, dtype=dtype, **options)
+            q = fdk_jax.format.quantisation.quantise_array(w, bits, dtype=dtype, **options)
             fake = jax.jit(
                 lambda w, o=options, d=dtype: training.fake_quantise(w, bits, dtype=d, **o)
             )(w)

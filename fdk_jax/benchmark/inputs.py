@@ -9,9 +9,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from fdk_jax import codebooks
 from fdk_jax.benchmark.cases import KernelCase
-from fdk_jax.quantised_tensor import QuantisedTensor
+from fdk_jax.format import codebooks
+from fdk_jax.format.quantised_tensor import QuantisedTensor
 
 # Largest relative RMS error of a correct kernel: the rounding of its output and of its arithmetic.
 TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import fdk_jax.cpu_backend
+import fdk_jax
 from fdk_jax.benchmark import environment, inputs, timing
 from fdk_jax.benchmark.cases import KernelCase
+from fdk_jax.product import cpu_backend
 
 _PASSES = 8
 _REPETITIONS = 3
@@ -71,10 +72,10 @@ def read_gb_s(device: jax.Device) -> float:
 
     array = _words(size, device)
     rate = size * _PASSES / _best_seconds(program, array.reshape(-1, _ROW)) / 1e9
-    if device.platform != "cpu" or fdk_jax.cpu_backend.unavailable_reason() is not None:
+    if device.platform != "cpu" or cpu_backend.unavailable_reason() is not None:
         return rate
     words = np.asarray(array).view(np.int32)
-    seconds = timing.seconds_of_call(lambda: fdk_jax.cpu_backend.library().reduce_sum(words))
+    seconds = timing.seconds_of_call(lambda: cpu_backend.library().reduce_sum(words))
     return max(rate, size / seconds / 1e9)
 
 
@@ -88,7 +89,7 @@ def matmul_gflop_s(device: jax.Device, dtype: str, arithmetic: str = "exact") ->
     rates = [_xla_rate(device, dtype)]
     if device.platform == "cpu":
         rates.append(_xla_rate(device, "float32"))
-        if fdk_jax.cpu_backend.unavailable_reason() is None:
+        if cpu_backend.unavailable_reason() is None:
             rates.append(_library_rate(dtype, arithmetic))
     return max(rates)
 

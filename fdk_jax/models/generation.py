@@ -15,11 +15,11 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fdk_jax.layers.trees import prepare
 from fdk_jax.models.cache import KVCache
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.modules import Transformer
 from fdk_jax.models.sampling import Method, Sampling, choose
-from fdk_jax.trees import prepare
 
 _RUN = 16  # tokens on a GPU before it looks whether all sequences are done
 _LONGEST_RUN = 128

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fdk_jax import codebooks
+from fdk_jax.format import codebooks
+from fdk_jax.format.quantisation import quantise_array
+from fdk_jax.layers.trees import default_backend
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig, read_config
 from fdk_jax.models.modules import Transformer
@@ -24,8 +26,6 @@ from fdk_jax.models.weights import (
     set_linear,
     set_norm,
 )
-from fdk_jax.quantisation import quantise_array
-from fdk_jax.trees import default_backend
 
 _SHOWN = 20  # names of each kind that an error lists
 

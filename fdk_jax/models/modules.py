@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from fdk_jax import cpu_backend
 from fdk_jax.models import attention, platforms, rope
 from fdk_jax.models.cache import KVCache, append, fill
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.parallel import Parallel
+from fdk_jax.product import cpu_backend
 from pallas_kernels import attention as pallas_attention
 
 

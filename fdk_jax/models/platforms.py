@@ -10,8 +10,8 @@ from flax import nnx
 from jax import Array
 
 import pallas_kernels
-from fdk_jax import cpu_backend
-from fdk_jax.linear import QuantisedLinear
+from fdk_jax.layers.linear import QuantisedLinear
+from fdk_jax.product import cpu_backend
 from pallas_kernels import dense, norm
 from pallas_kernels.case import Arrays
 

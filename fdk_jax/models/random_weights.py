@@ -12,14 +12,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from fdk_jax import codebooks, packing
-from fdk_jax.dispatch import LAYOUT_OF
+from fdk_jax.format import codebooks, packing
+from fdk_jax.format.quantised_tensor import QuantisedTensor
+from fdk_jax.layers.trees import default_backend
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.modules import Transformer
 from fdk_jax.models.weights import check_arithmetic, join_codebooks, set_linear
-from fdk_jax.quantised_tensor import QuantisedTensor
-from fdk_jax.trees import default_backend
+from fdk_jax.product.dispatch import LAYOUT_OF
 
 
 def random_model(

@@ -17,11 +17,11 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fdk_jax import packing
-from fdk_jax.dispatch import ARITHMETIC, LAYOUT_OF
-from fdk_jax.linear import QuantisedLinear
+from fdk_jax.format import packing
+from fdk_jax.format.quantised_tensor import QuantisedTensor
+from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.models.parallel import Parallel
-from fdk_jax.quantised_tensor import QuantisedTensor
+from fdk_jax.product.dispatch import ARITHMETIC, LAYOUT_OF
 
 HostArray = np.ndarray | Array
 

@@ -10,11 +10,11 @@ import optax
 from flax import nnx
 from jax import Array
 
-from fdk_jax.losses import next_token_loss
+from fdk_jax.learning.losses import next_token_loss
+from fdk_jax.learning.training import make_train_step
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.modules import Transformer
 from fdk_jax.quality.text import VOCABULARY, Language, windows
-from fdk_jax.training import make_train_step
 
 _TRAINING_TEXT, _TEST_TEXT, _CALIBRATION_TEXT = 1, 2, 3
 

@@ -7,13 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from fdk_jax import codebooks, training
-from fdk_jax.calibration import calibrate
-from fdk_jax.evaluation import evaluate
+from fdk_jax.format import codebooks
+from fdk_jax.format.quantisation import scaled
+from fdk_jax.layers.trees import quantise
+from fdk_jax.learning import training
+from fdk_jax.learning.calibration import calibrate
+from fdk_jax.learning.evaluation import evaluate
+from fdk_jax.learning.statistics import linear_layers
 from fdk_jax.quality.language_model import Data, Recipe, tune
-from fdk_jax.quantisation import scaled
-from fdk_jax.statistics import linear_layers
-from fdk_jax.trees import quantise
 
 BITS = (8, 4, 2, 1)
 _GROUP = 64

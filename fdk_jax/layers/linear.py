@@ -10,9 +10,9 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from fdk_jax.dispatch import matmul
-from fdk_jax.quantisation import quantise_array
-from fdk_jax.quantised_tensor import QuantisedTensor, is_quantised
+from fdk_jax.format.quantisation import quantise_array
+from fdk_jax.format.quantised_tensor import QuantisedTensor, is_quantised
+from fdk_jax.product.dispatch import matmul
 
 
 class QuantisedWeight(nnx.Variable):

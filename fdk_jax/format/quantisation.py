@@ -1,7 +1,6 @@
 """Scales, nearest codes, and `quantise` of one array."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,9 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from fdk_jax import codebooks, densities, packing
-from fdk_jax.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
+from fdk_jax.format import codebooks, densities, packing
+from fdk_jax.format.orientation import to_matrix
+from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
 
 SCALES = ("auto", "absmax", "absmean", "rms", "none")
 CODEBOOKS = ("uniform", "nf4", "fp4", "ternary", "normal", "laplace", "student", "kmeans")
@@ -44,7 +44,7 @@ def quantise_array(
         bits: 1, 2, 4 or 8.
         group_size: weights along K that share a scale.
         codebook: "uniform", "nf4" or "fp4" (4 bits only), "ternary" (2 bits only), "normal", "laplace" or
-            "student" (cube-root-density levels, see `fdk_jax.densities.cube_root`), "kmeans", or at
+            "student" (cube-root-density levels, see `fdk_jax.format.densities.cube_root`), "kmeans", or at
             most 2**bits ascending values.
         scale: "absmax", "absmean", "rms", "none" (ones) or "auto": absmean up to 2 bits, else absmax.
         axes: "k" (contracted) or "n" (output) for each trailing axis: "nk" for a [N, K] matrix, "kn"
@@ -141,28 +141,6 @@ def as_matrix(
     if weight.ndim < len(axes):
         raise ValueError(f"a weight of shape {weight.shape} has too few axes for {axes=}")
     return to_matrix(weight.astype(dtype), axes)
-
-
-def to_matrix(weight: Array, axes: str) -> tuple[Array, tuple[int, ...], tuple[int, ...]]:
-    """[..., N, K] from [..., *shape], with the leading shape and `shape`."""
-    lead = weight.ndim - len(axes)
-    batch, shape = weight.shape[:lead], weight.shape[lead:]
-    order = [lead + i for i, a in enumerate(axes) if a == "n"]
-    order += [lead + i for i, a in enumerate(axes) if a == "k"]
-    n = math.prod(d for d, a in zip(shape, axes, strict=True) if a == "n")
-    k = math.prod(d for d, a in zip(shape, axes, strict=True) if a == "k")
-    return weight.transpose(*range(lead), *order).reshape(*batch, n, k), batch, shape
-
-
-def from_matrix(matrix: Array, shape: tuple[int, ...], axes: str) -> Array:
-    """The inverse of `to_matrix`: [..., *shape] from [..., N, K]."""
-    batch = matrix.shape[:-2]
-    order = [i for i, a in enumerate(axes) if a == "n"] + [
-        i for i, a in enumerate(axes) if a == "k"
-    ]
-    weight = matrix.reshape(*batch, *(shape[i] for i in order))
-    lead = len(batch)
-    return weight.transpose(*range(lead), *(lead + int(i) for i in np.argsort(order)))
 
 
 def round_to(x: Array, dtype: Any) -> Array:

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from fdk_jax import reference
-from fdk_jax.linear import QuantisedLinear
-from fdk_jax.quantised_tensor import QuantisedTensor
+from fdk_jax.format.quantised_tensor import QuantisedTensor
+from fdk_jax.layers.linear import QuantisedLinear
 
 Replace = Callable[[str, nnx.Module], nnx.Module | None]
 
@@ -86,7 +85,7 @@ def to_flax(layer: QuantisedLinear, dtype: Any = None) -> nnx.Module:
     """The `nnx.Linear` or `nnx.LinearGeneral` with the dequantised weight of a layer."""
     w = layer.weight.get_value()
     order = sorted(range(len(w.axes)), key=lambda i: w.axes[i])  # "k" axes first, as Flax has them
-    kernel = reference.dequantise(w, dtype)
+    kernel = w.dequantise(dtype)
     lead = kernel.ndim - len(order)
     kernel = kernel.transpose(*range(lead), *(lead + i for i in order))
     k_shape = tuple(d for d, a in zip(w.shape, w.axes, strict=True) if a == "k")

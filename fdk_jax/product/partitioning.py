@@ -18,7 +18,7 @@ from jax.experimental.custom_partitioning import SdyShardingRule, custom_partiti
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fdk_jax import packing
+from fdk_jax.format import packing
 
 Axis = str | tuple[str, ...] | None
 
@@ -28,7 +28,7 @@ def sharded(run: Callable[[Any, Any], Array], product: Any) -> Callable[[Any], A
 
     Args:
         run: computes one product on one device.
-        product: `fdk_jax.dispatch.Product` of the whole weight.
+        product: `fdk_jax.product.dispatch.Product` of the whole weight.
 
     Returns:
         A function of `pallas_kernels.case.Arrays`.

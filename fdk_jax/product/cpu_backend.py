@@ -18,6 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
+
+from fdk_jax.format import packing
 
 ARITHMETIC = {"exact": 0, "int16": 1, "int8": 2}
 INTERFACE = 3  # of cpu/bindings/module.cpp
@@ -27,7 +30,7 @@ FEW_TOKENS = 16  # that `dense` takes at most
 @functools.cache
 def _load() -> ModuleType | str:
     """The extension module with its handlers registered, or the reason why there is none."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     folders = [package, package.parent / "cpu" / "build" / "python"]
     spec = PathFinder.find_spec("_cpu", [str(folder) for folder in folders])
     if spec is None or spec.loader is None:
@@ -215,52 +218,53 @@ def attention(
     return out, keys, values
 
 
-def convert_tiled(
-    packed: Array,
-    scales: Array,
-    packed_shape: tuple[int, ...],
-    scales_shape: tuple[int, ...],
-    *,
-    to_tiled: bool,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-) -> tuple[Array, Array]:
-    """Converts between the interchange and the tiled layout, matrix by matrix, outside of jit.
+def _to_tiled(packed: Array, scales: Array, **facts) -> tuple[Array, Array] | None:
+    """`packing.to_tiled` of concrete arrays in this host's memory; None for any others."""
+    n, k = facts["out_features"], facts["in_features"]
+    if not _is_native(packed, scales, facts["group_size"]):
+        return None
+    tiles = -(-n // packing.TILE_ROWS)
+    shapes = (
+        (tiles, -(-k * facts["bits"] // 32), packing.STEP_BYTES),
+        (tiles, scales.shape[-1], packing.TILE_ROWS),
+    )
+    return _convert(library().to_tiled, packed, scales, packed.shape[:-2], shapes, facts)
 
-    Args:
-        packed: concrete uint8 [..., rows, ...] in one layout.
-        scales: concrete [..., rows, ...] in the same layout.
-        packed_shape: shape of one converted matrix of codes.
-        scales_shape: shape of the scales of one converted matrix.
-        to_tiled: the direction.
-        bits: width of a code.
-        group_size: weights a scale.
-        out_features: N.
-        in_features: K.
 
-    Returns:
-        (packed, scales) [..., *packed_shape] and [..., *scales_shape].
-    """
-    function = library().to_tiled if to_tiled else library().from_tiled
-    lead = packed.shape[: packed.ndim - (2 if to_tiled else 3)]
-    dtype = np.dtype(scales.dtype)
-    source_packed = np.require(packed, requirements=["C", "A"]).reshape(math.prod(lead), -1)
-    source_scales = np.require(scales, requirements=["C", "A"])
-    source_scales = source_scales.reshape(math.prod(lead), -1).view(np.uint8)
-    target_packed = np.empty((math.prod(lead), math.prod(packed_shape)), np.uint8)
-    target_scales = np.empty((math.prod(lead), math.prod(scales_shape) * dtype.itemsize), np.uint8)
-    for arrays in zip(source_packed, source_scales, target_packed, target_scales, strict=True):
-        function(
-            *arrays,
-            bits=bits,
-            group_size=group_size,
-            out_features=out_features,
-            in_features=in_features,
-            scale_size=dtype.itemsize,
-        )
+def _from_tiled(packed: Array, scales: Array, **facts) -> tuple[Array, Array] | None:
+    """The inverse of `_to_tiled`."""
+    n, k = facts["out_features"], facts["in_features"]
+    if not _is_native(packed, scales, facts["group_size"]):
+        return None
+    shapes = ((n, -(-k * facts["bits"] // 8)), (n, scales.shape[-2]))
+    return _convert(library().from_tiled, packed, scales, packed.shape[:-3], shapes, facts)
+
+
+packing.NATIVE["tiled"] = (_to_tiled, _from_tiled)
+
+
+def _is_native(packed: Array, scales: Array, group_size: int) -> bool:
+    """Whether the library can convert these arrays: concrete, in this host's memory."""
+    if any(isinstance(a, Tracer) for a in (packed, scales)):
+        return False
+    arrays = (a for a in (packed, scales) if isinstance(a, Array))
     return (
-        jnp.asarray(target_packed.reshape(*lead, *packed_shape)),
-        jnp.asarray(target_scales.view(dtype).reshape(*lead, *scales_shape)),
+        packed.size > 0
+        and unsupported_reason(group_size) is None
+        and all(a.devices() == {jax.devices("cpu")[0]} for a in arrays)
+    )
+
+
+def _convert(function, packed, scales, lead, shapes, facts) -> tuple[Array, Array]:
+    """Matrix by matrix; `lead` are the leading axes, `shapes` those of one converted (packed, scales)."""
+    dtype, count = np.dtype(scales.dtype), math.prod(lead)
+    source_packed = np.require(packed, requirements=["C", "A"]).reshape(count, -1)
+    source_scales = np.require(scales, requirements=["C", "A"]).reshape(count, -1).view(np.uint8)
+    target_packed = np.empty((count, math.prod(shapes[0])), np.uint8)
+    target_scales = np.empty((count, math.prod(shapes[1]) * dtype.itemsize), np.uint8)
+    for arrays in zip(source_packed, source_scales, target_packed, target_scales, strict=True):
+        function(*arrays, **facts, scale_size=dtype.itemsize)
+    return (
+        jnp.asarray(target_packed.reshape(*lead, *shapes[0])),
+        jnp.asarray(target_scales.view(dtype).reshape(*lead, *shapes[1])),
     )

@@ -13,13 +13,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from fdk_jax import statistics
-from fdk_jax.linear import QuantisedLinear
-from fdk_jax.losses import kl_divergences, next_token_losses
-from fdk_jax.quantisation import to_matrix
-from fdk_jax.statistics import Forward, default_forward
-from fdk_jax.surgery import replace_layers, to_flax
-from fdk_jax.training import FakeQuantisedLinear
+from fdk_jax.format.orientation import to_matrix
+from fdk_jax.layers.linear import QuantisedLinear
+from fdk_jax.layers.surgery import replace_layers, to_flax
+from fdk_jax.learning import statistics
+from fdk_jax.learning.losses import kl_divergences, next_token_losses
+from fdk_jax.learning.statistics import Forward, default_forward
+from fdk_jax.learning.training import FakeQuantisedLinear
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from fdk_jax.losses import next_token_loss
-from fdk_jax.surgery import replace_layers
+from fdk_jax.layers.surgery import replace_layers
+from fdk_jax.learning.losses import next_token_loss
 
 Forward = Callable[[nnx.Module, Any], Any]
 

@@ -15,21 +15,22 @@ from jax.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress
 
-from fdk_jax import codebooks, packing, statistics
-from fdk_jax.linear import QuantisedLinear
-from fdk_jax.quantisation import (
+from fdk_jax.format import codebooks, packing
+from fdk_jax.format.orientation import to_matrix
+from fdk_jax.format.quantisation import (
     SCALES,
     as_matrix,
     check_options,
     resolve_codebook,
     resolve_scale,
     scaled,
-    to_matrix,
 )
-from fdk_jax.quantised_tensor import QuantisedTensor
-from fdk_jax.rounding import corrected, nearest, refit_scales, search_scales, spread
-from fdk_jax.statistics import Forward, LinearLayer, default_forward
-from fdk_jax.surgery import from_flax, replace_layers
+from fdk_jax.format.quantised_tensor import QuantisedTensor
+from fdk_jax.layers.linear import QuantisedLinear
+from fdk_jax.layers.surgery import from_flax, replace_layers
+from fdk_jax.learning import statistics
+from fdk_jax.learning.rounding import corrected, nearest, refit_scales, search_scales, spread
+from fdk_jax.learning.statistics import Forward, LinearLayer, default_forward
 
 SHARES = ("tensor", "kind", "model")
 IMPORTANCES = ("auto", "activations", "fisher", "none")
@@ -105,7 +106,7 @@ def calibrate_array(
         importance: non-negative, how much an error of each weight matters: [K] for each input, or the
             shape of `weight`. None takes the diagonal of `second_moment`, or ones.
         second_moment: float [..., K, K], the mean of x x^T over inputs x. If given, codes are rounded with
-            error correction (`fdk_jax.rounding.corrected`).
+            error correction (`fdk_jax.learning.rounding.corrected`).
         damping: part of the mean of its diagonal that is added to the diagonal.
         seed: of the k-means.
 

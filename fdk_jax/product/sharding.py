@@ -9,9 +9,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fdk_jax import dispatch, partitioning
-from fdk_jax.partitioning import Axis
-from fdk_jax.quantised_tensor import QuantisedTensor
+from fdk_jax.format.quantised_tensor import QuantisedTensor
+from fdk_jax.product import dispatch, partitioning
+from fdk_jax.product.partitioning import Axis
 
 
 def shard(w: QuantisedTensor, mesh: Mesh, *, n: Axis = None, k: Axis = None) -> QuantisedTensor:

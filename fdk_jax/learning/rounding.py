@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fdk_jax.quantisation import nearest_codes, round_to
-from fdk_jax.reference import lookup
+from fdk_jax.format.dequantisation import lookup
+from fdk_jax.format.quantisation import nearest_codes, round_to
 
 # Multiples of the rule's scale that the search tries; 1 is one of them.
 _MULTIPLES = np.round(np.arange(0.4, 1.6001, 0.025), 3)

@@ -1,6 +1,7 @@
 """`QuantisedTensor`: low-bit weights as a pytree."""
 
 import dataclasses
+import functools
 import math
 import weakref
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from fdk_jax import codebooks, packing
+from fdk_jax.format import codebooks, dequantisation, packing
+from fdk_jax.format.orientation import from_matrix
 
 FLOAT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
 _DATA_FIELDS = ("packed", "scales", "codebook")
@@ -34,7 +36,7 @@ class QuantisedTensor:
     `vmap` and `scan` take them off. Invariants, checked by `validate`:
 
     Attributes:
-        packed: uint8 [..., N, ceil(K / E)] in the layout "interchange" (`fdk_jax.packing`); the
+        packed: uint8 [..., N, ceil(K / E)] in the layout "interchange" (`fdk_jax.format.packing`); the
             kernels' layouts have shapes and dtypes of their own.
         scales: bfloat16, float16 or float32 [..., N, ceil(K / G)]; the last group may be short.
         codebook: float32 [..., 2**bits] ascending; or [..., C, 2**bits] where C divides N and row n
@@ -151,9 +153,17 @@ class QuantisedTensor:
 
     def dequantise(self, dtype: Any = None) -> Array:
         """The weight as a float array of its original shape; see `fdk_jax.dequantise`."""
-        from fdk_jax import reference
-
-        return reference.dequantise(self, dtype)
+        w = self.to_layout("interchange")
+        one = functools.partial(
+            dequantisation.dequantise_matrix,
+            bits=w.bits,
+            group_size=w.group_size,
+            in_features=w.in_features,
+            dtype=w.dtype if dtype is None else jnp.dtype(dtype),
+        )
+        for _ in w.batch_shape:
+            one = jax.vmap(one)
+        return from_matrix(one(w.packed, w.scales, w.codebook), w.shape, w.axes)
 
     def _struct(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         return packing.layout_struct(self.layout, dtype=self.scales.dtype, **self.facts)

@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from fdk_jax import cpu_backend, reference
-from fdk_jax.dispatch import check_backend, prepare_tensor
-from fdk_jax.linear import QuantisedLinear, QuantisedWeight
-from fdk_jax.quantisation import quantise_array
-from fdk_jax.quantised_tensor import FLOAT_DTYPES, is_quantised
-from fdk_jax.surgery import from_flax, replace_layers, to_flax
+from fdk_jax.format.quantisation import quantise_array
+from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, is_quantised
+from fdk_jax.layers.linear import QuantisedLinear, QuantisedWeight
+from fdk_jax.layers.surgery import from_flax, replace_layers, to_flax
+from fdk_jax.product import cpu_backend
+from fdk_jax.product.dispatch import check_backend, prepare_tensor
 
 _KERNELS = ("kernel", "weight")
 _NEVER = re.compile(
@@ -111,7 +111,7 @@ def dequantise(source: Any, dtype: Any = None) -> Any:
 
         return replace_layers(source, back)
     return _map(
-        lambda _, leaf: reference.dequantise(leaf, dtype) if is_quantised(leaf) else leaf,
+        lambda _, leaf: leaf.dequantise(dtype) if is_quantised(leaf) else leaf,
         source,
         nnx.Param,
     )

@@ -12,14 +12,13 @@ reads well; each has an exact inverse and none is ever written to a file.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
-
-from fdk_jax import cpu_backend
 
 BITS = (1, 2, 4, 8)
 
@@ -215,18 +214,6 @@ def to_tiled(
     """
     tiles, steps = -(-out_features // TILE_ROWS), -(-in_features * bits // 32)
     groups = scales.shape[-1]
-    if _is_native(packed, scales, group_size):
-        return cpu_backend.convert_tiled(
-            packed,
-            scales,
-            (tiles, steps, STEP_BYTES),
-            (tiles, groups, TILE_ROWS),
-            to_tiled=True,
-            bits=bits,
-            group_size=group_size,
-            out_features=out_features,
-            in_features=in_features,
-        )
     codes = unpack(packed, bits, in_features)
     lead = codes.shape[:-2]
     pads = [(0, 0)] * len(lead) + [(0, -out_features % TILE_ROWS)]
@@ -255,18 +242,6 @@ def from_tiled(
     """The inverse of `to_tiled`, with its arguments and results exchanged."""
     lead, (tiles, steps) = packed.shape[:-3], packed.shape[-3:-1]
     groups = scales.shape[-2]
-    if _is_native(packed, scales, group_size):
-        return cpu_backend.convert_tiled(
-            packed,
-            scales,
-            (out_features, -(-in_features * bits // 8)),
-            (out_features, groups),
-            to_tiled=False,
-            bits=bits,
-            group_size=group_size,
-            out_features=out_features,
-            in_features=in_features,
-        )
     mask = jnp.uint8(2**bits - 1)
     fields = [(packed >> jnp.uint8(bits * i)) & mask for i in range(8 // bits)]
     codes = jnp.stack(fields, axis=-1)
@@ -284,19 +259,6 @@ def from_tiled(
     )
 
 
-def _is_native(packed: Array, scales: Array, group_size: int) -> bool:
-    """Whether the C++ library can convert these arrays: concrete, in this host's memory."""
-    if any(isinstance(a, Tracer) for a in (packed, scales)):
-        return False
-    arrays = (a for a in (packed, scales) if isinstance(a, Array))
-    return (
-        packed.size > 0
-        and group_size % 8 == 0
-        and cpu_backend.unavailable_reason() is None
-        and all(a.devices() == {jax.devices("cpu")[0]} for a in arrays)
-    )
-
-
 def _permute(a: Array, lead: int, order: tuple[int, ...]) -> Array:
     """Transposes the axes behind the first `lead` ones."""
     return a.transpose(*range(lead), *(lead + i for i in order))
@@ -309,6 +271,10 @@ LAYOUTS = {
     "planar": (to_planar, from_planar),
     "tiled": (to_tiled, from_tiled),
 }
+
+# Faster converters of concrete arrays that a backend offers for its layout, in the form of `LAYOUTS`; each
+# returns None for arrays that it cannot take.
+NATIVE: dict[str, tuple[Callable, Callable]] = {}
 
 # For each layout the axes of (packed, scales) that run along N and along K. A slice of whole
 # tiles along either is the prepared form of that part of the matrix.
@@ -353,8 +319,14 @@ def convert(
     facts = dict(
         bits=bits, group_size=group_size, out_features=out_features, in_features=in_features
     )
-    packed, scales = LAYOUTS[source][1](packed, scales, **facts)
-    return LAYOUTS[target][0](packed, scales, **facts)
+    packed, scales = _converted(source, 1, packed, scales, facts)
+    return _converted(target, 0, packed, scales, facts)
+
+
+def _converted(layout: str, way: int, packed, scales, facts) -> tuple[Array, Array]:
+    """To a layout (`way` 0) or from it (1) by the backend's converter, if there is one that can."""
+    done = NATIVE[layout][way](packed, scales, **facts) if layout in NATIVE else None
+    return LAYOUTS[layout][way](packed, scales, **facts) if done is None else done
 
 
 @functools.lru_cache(maxsize=1024)

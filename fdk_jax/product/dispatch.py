@@ -23,8 +23,9 @@ from jax import Array
 from jax.core import Tracer
 
 import pallas_kernels
-from fdk_jax import cpu_backend, packing, partitioning, reference
-from fdk_jax.quantised_tensor import FACTS, FLOAT_DTYPES, QuantisedTensor
+from fdk_jax.format import packing
+from fdk_jax.format.quantised_tensor import FACTS, FLOAT_DTYPES, QuantisedTensor
+from fdk_jax.product import cpu_backend, partitioning, reference
 from pallas_kernels.case import Arrays
 
 BACKENDS = ("pallas", "cpu", "xla")

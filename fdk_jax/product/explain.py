@@ -8,10 +8,10 @@ import jax
 from jax import Array
 
 import pallas_kernels
-from fdk_jax import cpu_backend
-from fdk_jax.dispatch import LAYOUT_OF, check_backend
-from fdk_jax.quantised_tensor import QuantisedTensor
-from fdk_jax.trees import default_backend
+from fdk_jax.format.quantised_tensor import QuantisedTensor
+from fdk_jax.layers.trees import default_backend
+from fdk_jax.product import cpu_backend
+from fdk_jax.product.dispatch import LAYOUT_OF, check_backend
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,25 +22,25 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from fdk_jax import codebooks
-from fdk_jax.linear import QuantisedLinear
-from fdk_jax.quantisation import (
+from fdk_jax.format import codebooks
+from fdk_jax.format.dequantisation import lookup
+from fdk_jax.format.orientation import from_matrix, to_matrix
+from fdk_jax.format.quantisation import (
     as_matrix,
     check_options,
-    from_matrix,
     nearest_codes,
     quantise_array,
     resolve_codebook,
     resolve_scale,
     round_to,
     scaled,
-    to_matrix,
 )
-from fdk_jax.quantised_tensor import QuantisedTensor
-from fdk_jax.reference import dot, lookup
-from fdk_jax.rounding import spread
-from fdk_jax.statistics import linear_layers
-from fdk_jax.surgery import replace_layers
+from fdk_jax.format.quantised_tensor import QuantisedTensor
+from fdk_jax.layers.linear import QuantisedLinear
+from fdk_jax.layers.surgery import replace_layers
+from fdk_jax.learning.rounding import spread
+from fdk_jax.learning.statistics import linear_layers
+from fdk_jax.product.reference import dot
 
 _REFRESH_STEPS = 4
 

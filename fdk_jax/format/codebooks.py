@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from fdk_jax import packing
+from fdk_jax.format import packing
 
 # Table E.1 of QLoRA (Dettmers et al., arXiv 2305.14314): quantiles of N(0, 1) scaled to [-1, 1].
 NF4 = (

@@ -1,0 +1,46 @@
+"""Weights from codes, scales and a codebook, in jnp."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from fdk_jax.format import packing
+
+
+def lookup(codes: Array, codebook: Array) -> Array:
+    """codebook[codes] for codes [N, K] and a codebook [2**bits] or [C, 2**bits] (row blocks)."""
+    rows = codebook.reshape(-1, codebook.shape[-1])
+    blocks = codes.reshape(rows.shape[0], codes.size // rows.shape[0])
+    if rows.shape[-1] > 16:
+        return jnp.take_along_axis(rows, blocks.astype(jnp.int32), axis=-1).reshape(codes.shape)
+    # A tree of selects on the bits of the code: no gather, which is slow on every platform.
+    levels = [rows[:, i : i + 1] for i in range(rows.shape[-1])]
+    bit = jnp.uint8(1)
+    while len(levels) > 1:
+        chosen = (blocks & bit) != 0
+        levels = [
+            jnp.where(chosen, high, low)
+            for low, high in zip(levels[0::2], levels[1::2], strict=True)
+        ]
+        bit = bit << jnp.uint8(1)
+    return levels[0].reshape(codes.shape)
+
+
+def dequantise_matrix(
+    packed: Array,
+    scales: Array,
+    codebook: Array,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: Any,
+) -> Array:
+    """[N, K] in `dtype` from arrays in the interchange layout."""
+    codes = packing.unpack(packed, bits, in_features)
+    # The codebook is rounded to the compute dtype first, as the format says.
+    values = lookup(codes, codebook.astype(scales.dtype).astype(jnp.float32))
+    repeats = max(1, min(group_size, in_features))  # a group may be far larger than K
+    spread = jnp.repeat(scales.astype(jnp.float32), repeats, axis=-1)[:, :in_features]
+    return (values * spread).astype(dtype)

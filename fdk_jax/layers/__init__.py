@@ -1,0 +1,1 @@
+"""Flax: quantised layers, and models and trees whose layers are replaced."""

@@ -1,0 +1,1 @@
+"""What fits a format to a network: statistics, calibration, training, evaluation."""
