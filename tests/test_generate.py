@@ -77,6 +77,24 @@ def test_looks_are_rare_where_nothing_stops_early(monkeypatch, steps, run):
     assert -(-steps // run) * run == -(-steps // 16) * 16, "more surplus tokens"
 
 
+def test_stop_tokens_are_padded_with_what_no_sequence_chooses():
+    for count, size in ((0, 1), (1, 1), (2, 2), (3, 4), (5, 8)):
+        padded = generation._padded_stops(range(count)).tolist()
+        assert padded == [*range(count), *[-1] * (size - count)]
+
+
+def test_several_devices_stop_and_no_program_takes_an_empty_array(generator):
+    """JAX 0.11.2 dies while it compiles `shard_map` with an argument of shape (0,)."""
+    parallel = models.Parallel(jax.make_mesh((2,), ("model",)))
+    two = models.Generator(models.load(DATA / "qwen2", dtype="float32", parallel=parallel))
+    free = generator.generate(PROMPTS, max_tokens=6).tokens
+    assert two.generate(PROMPTS, max_tokens=6).tokens == free
+    stopped = [row[: row.index(free[0][3])] if free[0][3] in row else row for row in free]
+    assert two.generate(PROMPTS, max_tokens=6, stop_tokens=[free[0][3]]).tokens == stopped
+    for program in (*two._programs.values(), *generator._programs.values()):
+        assert all(np.prod(aval.shape) > 0 for aval in jax.tree.leaves(program.in_avals))
+
+
 def test_one_token_and_the_last_slot(generator):
     assert len(generator.generate([[1]], max_tokens=1).tokens[0]) == 1
     small = models.Generator(models.load(DATA / "qwen2", dtype="float32"), max_context=12)

@@ -303,9 +303,10 @@ class _Batch:
                 jax.random.key(sampling.seed),
                 jnp.float32(sampling.temperature),
                 jnp.float32(sampling.top_p),
-                jnp.asarray(tuple(stop_tokens), jnp.int32),
+                _padded_stops(stop_tokens),
             )
         )
+        self.may_stop = len(stop_tokens) > 0
 
     def prefill(self) -> tuple[KVCache, Progress]:
         """Reads the prompts and chooses the first new token of each."""
@@ -313,9 +314,8 @@ class _Batch:
 
     def loop(self, steps: int) -> _Loop:
         """The loop of a program that decodes at most so many tokens."""
-        may_stop = bool(self.options[-1].size)
-        run = _look_every(steps, may_stop)
-        return _Loop(run, self.capacity, run >= steps and not may_stop)
+        run = _look_every(steps, self.may_stop)
+        return _Loop(run, self.capacity, run >= steps and not self.may_stop)
 
     def decode(
         self, cache: KVCache, progress: Progress, steps: int, loop: _Loop
@@ -457,6 +457,15 @@ def _cut(rows: np.ndarray, stop_tokens: Sequence[int]) -> tuple[list[list[int]],
         tokens.append(row[:stop])
         stopped.append(stop is not None)
     return tokens, stopped
+
+
+def _padded_stops(stop_tokens: Sequence[int]) -> Array:
+    """The stop tokens as int32, padded to a power of two with -1, which no sequence ever chooses.
+
+    Never empty: compiling `jax.shard_map` with an argument of shape (0,) ends JAX 0.11.2.
+    """
+    size = 1 << max(len(stop_tokens) - 1, 0).bit_length()
+    return jnp.asarray([*stop_tokens, *[-1] * (size - len(stop_tokens))], jnp.int32)
 
 
 def _is_stop(token: Array, stops: Array) -> Array:
