@@ -20,3 +20,4 @@ from fdk_jax.product import sharding as sharding
 from fdk_jax.product.dispatch import interpret_pallas as interpret_pallas
 from fdk_jax.product.dispatch import matmul as matmul
 from fdk_jax.product.explain import explain as explain
+from fdk_jax.product.grouped import grouped_matmul as grouped_matmul

@@ -1,0 +1,142 @@
+"""`grouped_matmul` on every backend against one float64 product a group."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from backends import BACKENDS, running
+from planar import TOLERANCE
+
+import fdk_jax
+
+GROUPS = 5
+SIZES = [
+    [3, 0, 1, 7, 2],  # ragged, one without rows
+    [0, 0, 13, 0, 0],
+    [0, 4, 0, 0, 0],  # rows past the sum
+    [0, 0, 0, 0, 0],
+]
+
+
+def stack(rng, n, k, bits, dtype="float32", codebook="kmeans", group=64, groups=GROUPS):
+    w = rng.standard_t(4, (groups, n, k)).astype(np.float32).astype(oracle.DTYPES[dtype])
+    return fdk_jax.quantise(jnp.asarray(w), bits, group_size=group, codebook=codebook)
+
+
+def expected(x, w, sizes, bias=None):
+    """float64 [M, N], and the size of its terms."""
+    rows = [np.zeros((x.shape[0], w.out_features)) for _ in range(2)]
+    start = 0
+    for e, size in enumerate(sizes):
+        one = jax.tree.map(lambda a: a[e], w)  # noqa: B023
+        part = np.asarray(x[start : start + size], np.float64)
+        b = 0 if bias is None else np.asarray(bias[e], np.float64)
+        weights = oracle.weights(one)
+        rows[0][start : start + size] = part @ weights.T + b
+        rows[1][start : start + size] = np.abs(part) @ np.abs(weights).T + np.abs(b)
+        start += size
+    return rows
+
+
+def check(backend, x, w, sizes, bias=None, **options):
+    prepared = fdk_jax.prepare(w, backend)
+    with running(backend):
+        y = jax.jit(
+            lambda x, w, s, b: fdk_jax.grouped_matmul(x, w, s, backend=backend, bias=b, **options)
+        )(x, prepared, jnp.asarray(sizes), bias)
+    assert y.shape == (x.shape[0], w.out_features)
+    assert y.dtype == options.get("out_dtype", x.dtype)
+    exact, size = expected(x, w, sizes, bias)
+    error = np.abs(np.asarray(y, np.float64) - exact)
+    assert (error <= TOLERANCE[str(x.dtype)] * size).all(), (error / np.maximum(size, 1e-30)).max()
+    assert not np.asarray(y[sum(sizes) :]).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_ragged_groups(backend, sizes, rng):
+    w = stack(rng, 24, 130, 4)
+    x = jnp.asarray(rng.standard_normal((13, 130)), jnp.float32)
+    bias = jnp.asarray(rng.standard_normal((GROUPS, 24)), jnp.float32)
+    check(backend, x, w, sizes, bias)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_bits_and_dtypes(backend, bits, rng):
+    w = stack(rng, 17, 64, bits, "bfloat16", "uniform", 32)
+    x = jnp.asarray(rng.standard_normal((9, 64)), jnp.bfloat16)
+    check(backend, x, w, [2, 0, 3, 0, 4])
+    check(backend, x, w, [2, 0, 3, 0, 4], out_dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_group_of_several_tiles(backend, rng):
+    w = stack(rng, 16, 64, 4, groups=2)
+    x = jnp.asarray(rng.standard_normal((90, 64)), jnp.float32)
+    check(backend, x, w, [3, 85])
+    w = stack(rng, 16, 64, 4, groups=12)
+    check(backend, x, w, [1, 0, 40, 0, 0, 33, 0, 0, 0, 9, 0, 4])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients(backend, rng):
+    sizes = jnp.asarray([2, 0, 5, 1, 3])
+    w = stack(rng, 24, 96, 4)
+    x = jnp.asarray(rng.standard_normal((13, 96)), jnp.float32)
+    bias = jnp.asarray(rng.standard_normal((GROUPS, 24)), jnp.float32)
+    g = jnp.asarray(rng.standard_normal((13, 24)), jnp.float32)
+    prepared = fdk_jax.prepare(w, backend)
+    with running(backend):
+        dx, db = jax.grad(
+            lambda x, b: (
+                fdk_jax.grouped_matmul(x, prepared, sizes, backend=backend, bias=b) * g
+            ).sum(),
+            argnums=(0, 1),
+        )(x, bias)
+    dense = np.stack([oracle.weights(jax.tree.map(lambda a: a[e], w)) for e in range(GROUPS)])  # noqa: B023
+    group = np.repeat(np.arange(GROUPS + 1), [*np.asarray(sizes), 2])
+    wide = np.asarray(g, np.float64)
+    exact = np.stack(
+        [wide[i] @ dense[e] if e < GROUPS else np.zeros(96) for i, e in enumerate(group)]
+    )
+    np.testing.assert_allclose(np.asarray(dx), exact, rtol=1e-4, atol=1e-4)
+    sums = np.stack([wide[group == e].sum(0) for e in range(GROUPS)])
+    np.testing.assert_allclose(np.asarray(db), sums, rtol=1e-5, atol=1e-5)
+
+
+def test_no_layout_but_the_prepared_ones_kernel_and_vmap(rng):
+    w = fdk_jax.prepare(stack(rng, 24, 64, 4), "xla")
+    x = jnp.asarray(rng.standard_normal((2, 6, 64)), jnp.float32)
+    sizes = jnp.asarray([[1, 2, 0, 3, 0], [0, 0, 6, 0, 0]])
+    y = jax.vmap(fdk_jax.grouped_matmul, (0, None, 0))(x, w, sizes)
+    for i in range(2):
+        exact, size = expected(x[i], w, np.asarray(sizes[i]))
+        assert (np.abs(np.asarray(y[i], np.float64) - exact) <= 1e-5 * size).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(x=jnp.ones((3, 63))), ValueError, "K=64"),
+        (dict(x=jnp.ones((3, 64), jnp.int32)), TypeError, "int32"),
+        (dict(w=jnp.ones((2, 8, 64))), TypeError, "QuantisedTensor"),
+        (dict(w="one"), ValueError, "stacked"),
+        (dict(group_sizes=[1, 2]), TypeError, "list"),
+        (dict(group_sizes=jnp.ones(2)), TypeError, "float32"),
+        (dict(group_sizes=jnp.ones(3, jnp.int32)), ValueError, "one size for each"),
+        (dict(group_sizes=jnp.asarray([1, 3])), ValueError, "at most 3"),
+        (dict(group_sizes=jnp.asarray([4, -1])), ValueError, "negative"),
+        (dict(bias=jnp.ones(8)), ValueError, "row for each"),
+        (dict(out_dtype=jnp.int8), TypeError, "out_dtype"),
+        (dict(backend="tpu"), ValueError, "backend='tpu'"),
+    ],
+)
+def test_bad_calls(change, error, words):
+    w = fdk_jax.quantise(jnp.ones((2, 8, 64), jnp.float32), 4)
+    call = dict(x=jnp.ones((3, 64)), w=w, group_sizes=jnp.asarray([1, 2])) | change
+    if isinstance(call["w"], str):
+        call["w"] = jax.tree.map(lambda a: a[0], w)
+    with pytest.raises(error, match=words):
+        fdk_jax.grouped_matmul(**call)
