@@ -49,7 +49,7 @@ def _define_flags() -> None:
         "copies", None, "Weights that the calls rotate over; by default more than caches hold.", 1
     )
     flags.DEFINE_integer("repetitions", 20, "Samples of each case.", 1)
-    flags.DEFINE_float("max_seconds", 20.0, "A case takes 3 samples at least and stops here.", 0.0)
+    flags.DEFINE_float("max_seconds", 20.0, "A case takes 10 samples at least and stops here.", 0.0)
     flags.DEFINE_integer("threads", None, "Processors to run on (Linux); by default all.", 1)
     flags.DEFINE_string("include", "", "Regular expression: only cases whose name it finds.")
     flags.DEFINE_string("exclude", "", "Regular expression: no case whose name it finds.")
@@ -175,10 +175,14 @@ def _plot(rows: Sequence[dict[str, Any]], stem: Path) -> None:
 
 def _measure(suite: Any, cases: Sequence[Any]) -> int:
     """Measures the cases, prints the table and returns the exit status."""
-    from fdk_jax.benchmark import records, runner, table, timing
+    from fdk_jax.benchmark import records, runner, source, table, timing
 
     now = datetime.datetime.now(datetime.UTC)
     path = Path(FLAGS.output or f".bench/{FLAGS.suite}-{now:%Y%m%d-%H%M%S}.jsonl")
+    try:
+        source.require_commit(path)
+    except source.NotACommit as error:
+        _fail(f"--output={path}: {error}")
     session = timing.Session(FLAGS.repetitions, FLAGS.copies, FLAGS.max_seconds)
     rows: list[dict[str, Any]] = []
     try:

@@ -156,7 +156,7 @@ if [ "$share" != 0 ]; then
   if [ "$status" -ne 0 ]; then say "the self-tests failed with exit status $status"; exit "$status"; fi
 fi
 
-commit=$(git -C "$root" rev-parse HEAD 2>/dev/null || echo '')
+digest=$(python3 "$root/fdk_jax/benchmark/source.py" --digest)
 run=$(printf '{"pinned": "%s", "mask": "%s", "toolchain": "%s", "emulated": %s}' \
   "$cores" "$mask" "$(basename "$folder")" "$emulated")
 status=0
@@ -166,7 +166,7 @@ for ((repeat = 1; repeat <= repeats; repeat++)); do
     wait_until_cool
     say "case: $width bit, run $repeat of $repeats"
     probe "$work/before"
-    run_remote ./fdk_bench --bits "$width" --suite kernels --commit "$commit" --output rows.jsonl \
+    run_remote ./fdk_bench --bits "$width" --suite kernels --digest "$digest" --output rows.jsonl \
       ${bench_flags[@]+"${bench_flags[@]}"} >&2
     status=$?
     # What was measured before the connection went is on this machine already.

@@ -81,6 +81,7 @@ def backends() -> dict[str, str]:
         library = cpu_backend.library()
         usable = ", ".join(library.levels())
         cpu = f"{cpu_backend.describe()}; usable levels: {usable}; {library.__file__}"
+        cpu += f", compiled by {cpu_backend.compiler()}"
     return {"pallas": pallas, "cpu": cpu, "xla": f"on {jax.default_backend()}"}
 
 

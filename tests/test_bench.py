@@ -17,7 +17,6 @@ import pytest
 import fdk_jax
 from fdk_jax.benchmark import (
     cases,
-    environment,
     kernels,
     plots,
     probes,
@@ -65,7 +64,7 @@ def suite(measure) -> types.SimpleNamespace:
 def test_row_has_every_key():
     made = row(extra=1)
     assert list(made)[: len(records.KEYS)] == list(records.KEYS)
-    assert made["extra"] == 1 and made["schema"] == 1 and made["suite"] == "kernels"
+    assert made["extra"] == 1 and made["schema"] == 2 and made["suite"] == "kernels"
     with pytest.raises(ValueError, match="must say why"):
         row(status="failed")
     with pytest.raises(ValueError, match="status='good'"):
@@ -78,7 +77,7 @@ def test_writer_appends_and_mends_a_torn_line(tmp_path):
         writer.write(row(rel_rms_error=math.inf))
         assert len(records.read([path])) == 1, "a row must be in the file before the next one"
     with open(path, "a") as file:
-        file.write('{"schema": 1, "torn')
+        file.write('{"schema": 2, "torn')
     with records.Writer(path) as writer:
         writer.write(row())
     first, second = records.read([path])
@@ -131,15 +130,9 @@ def test_a_wrong_kernel_fails_and_is_not_timed(monkeypatch):
     assert made["rel_rms_error"] == pytest.approx(0.05, abs=0.01)
 
 
-def test_outside_git_there_is_no_commit(monkeypatch):
-    monkeypatch.setattr(environment, "_output", lambda command: None)
-    assert environment.commit.__wrapped__() == (None, None)
-    monkeypatch.setattr(environment, "_output", lambda command: "/some/other/project\n")
-    assert environment.commit.__wrapped__() == (None, None)
-
-
 @pytest.mark.parametrize(
-    "max_seconds, repetitions, expected", [(60.0, 5, (2, 5)), (-1.0, 5, (0, 3)), (-1.0, 2, (0, 2))]
+    "max_seconds, repetitions, expected",
+    [(60.0, 15, (2, 15)), (-1.0, 15, (0, 10)), (-1.0, 2, (0, 2))],
 )
 def test_cases_of_a_group_are_sampled_in_turn(max_seconds, repetitions, expected):
     ran = []
@@ -352,7 +345,9 @@ def test_committed_rows_follow_the_schema(path):
         made = json.loads(line)
         if made["suite"] not in ("kernels", "models", "android"):
             continue
-        assert not set(records.KEYS) - made.keys() and made["schema"] == records.SCHEMA
+        if made["schema"] != records.SCHEMA:
+            continue
+        assert not set(records.KEYS) - made.keys()
         assert made["status"] in records.STATUSES and made["device"]
         if made["status"] == "ok":
             assert made["samples_us"] and made["median_us"] > 0

@@ -302,7 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, value in (("rounds", 7), ("steps", 30), ("layers", 16)):
+    for name, value in (("rounds", 10), ("steps", 30), ("layers", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--cases", default="", help="only names that this regular expression finds")
     parser.add_argument("--pause", action="store_true", help="wait for Enter when all are ready")

@@ -20,7 +20,7 @@ struct Options {
   int64_t busy_cores = 0;
   int rounds = 15;
   double round_ms = 4.0;
-  std::string dtype = "bfloat16", include = ".*", output, suite = "kernels", commit, device;
+  std::string dtype = "bfloat16", include = ".*", output, suite = "kernels", digest, device;
 };
 
 inline constexpr const char *kUsage =
@@ -28,7 +28,8 @@ inline constexpr const char *kUsage =
     "  [--arithmetic int8,int16,exact] [--codebook kmeans,uniform] [--dtype bfloat16|float32]\n"
     "  [--threads 1,2] [--rounds 15] [--round_ms 4] [--rotate_mib MIB] [--include REGEX]\n"
     "  [--busy_cores 0]: that many processors are kept busy, and an equal split is timed as well\n"
-    "  [--output FILE.jsonl] [--suite kernels|android] [--commit HASH] [--device NAME]\n";
+    "  [--output FILE.jsonl] [--suite kernels|android] [--digest SOURCE] [--device NAME]\n"
+    "  --digest: what `python fdk_jax/benchmark/source.py --digest` prints\n";
 
 [[noreturn]] inline void fail(const std::string &message) {
   std::fprintf(stderr, "fdk_bench: %s\n", message.c_str());
@@ -101,7 +102,7 @@ inline Options parse(int argc, char **argv) {
     else if (name == "--include") o.include = value;
     else if (name == "--output") o.output = value;
     else if (name == "--suite") o.suite = value;
-    else if (name == "--commit") o.commit = value;
+    else if (name == "--digest") o.digest = value;
     else if (name == "--device") o.device = value;
     else fail("unknown flag " + name + "\n" + kUsage);
   }

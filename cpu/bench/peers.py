@@ -24,6 +24,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -47,9 +48,10 @@ from peer_cases import (  # noqa: E402
 KEYS = (
     "suite", "name", "backend", "m", "k", "n", "bits", "group_size", "codebook", "dtype", "threads",
     "bytes_rw", "ops", "samples_us", "median_us", "p95_us", "mean_us", "stderr_us", "rel_rms_error",
-    "copy_gb_s", "read_gb_s", "bound_us", "device", "driver", "versions", "commit", "dirty", "date",
+    "copy_gb_s", "read_gb_s", "bound_us", "device", "driver", "versions", "digest", "commit", "date",
     "status", "reason",
 )  # fmt: skip
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("numpy", "torch", "onnxruntime", "llama-cpp-python")
 _SAMPLE_SECONDS = 0.01
 _PR_SET_THP_DISABLE = 41
@@ -104,6 +106,12 @@ def sample(product: Product, counter: list[int]) -> float:
     return passed / calls * 1e6
 
 
+def source_digest() -> str:
+    """The digest of this source; its module runs without JAX, which the environment of the peers lacks."""
+    command = [sys.executable, str(ROOT / "fdk_jax/benchmark/source.py"), "--digest"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def facts() -> dict:
     """What all rows of a run share."""
     versions = {}
@@ -115,19 +123,12 @@ def facts() -> dict:
     library = ctypes.CDLL(str(LIBRARY))
     library.fdk_level.restype = ctypes.c_char_p
 
-    def git(*command: str) -> str:
-        run = subprocess.run(
-            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-        return run.stdout.strip()
-
     return {
-        "schema": 1,
+        "schema": 2,
         "suite": "kernels",
         "device": processor(),
         "versions": versions,
-        "commit": git("rev-parse", "--short", "HEAD") or None,
-        "dirty": bool(git("status", "--porcelain")),
+        "digest": source_digest(),
         "level": library.fdk_level().decode(),
     }
 

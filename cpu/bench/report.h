@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cases.h"
+#include "compiler.h"
 #include "options.h"
 
 namespace fdk::bench {
@@ -70,7 +71,7 @@ inline std::string to_json(const Options &o, const Case &c, const Bounds &bounds
   std::strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%S+00:00", std::gmtime(&t));
   const bool weights = c.bits != 0;
   std::stringstream s;
-  s << "{\"schema\": 1, \"suite\": " << quoted(o.suite) << ", \"name\": " << quoted(c.name)
+  s << "{\"schema\": 2, \"suite\": " << quoted(o.suite) << ", \"name\": " << quoted(c.name)
     << ", \"backend\": " << quoted(c.backend) << ", \"m\": " << integer(c.m)
     << ", \"k\": " << integer(c.k) << ", \"n\": " << integer(c.n)
     << ", \"bits\": " << integer(c.bits) << ", \"group_size\": " << integer(c.group_size)
@@ -85,9 +86,9 @@ inline std::string to_json(const Options &o, const Case &c, const Bounds &bounds
     << ", \"read_gb_s\": " << number(bounds.read_gb_s) << ", \"bound_us\": "
     << number(weights ? c.bytes / bounds.read_gb_s * 1e-3 : std::nan(""))
     << ", \"device\": " << quoted(o.device.empty() ? processor_name() : o.device)
-    << ", \"driver\": null, \"versions\": {\"compiler\": " << quoted(__VERSION__)
-    << ", \"fdk_abi\": " << fdk_abi_version() << "}, \"commit\": " << quoted(o.commit)
-    << ", \"dirty\": null, \"date\": " << quoted(date)
+    << ", \"driver\": null, \"versions\": {\"compiler\": " << quoted(kCompiler)
+    << ", \"fdk_abi\": " << fdk_abi_version() << "}, \"digest\": " << quoted(o.digest)
+    << ", \"commit\": null, \"date\": " << quoted(date)
     << ", \"status\": \"ok\", \"reason\": null, \"arithmetic\": " << quoted(c.arithmetic)
     << ", \"level\": " << quoted(fdk_level()) << ", \"kernel\": " << quoted(c.kernel)
     << ", \"busy_cores\": " << o.busy_cores << "}";

@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "api.h"
+#include "compiler.h"
 #include "fdk.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -324,6 +325,7 @@ int64_t reduce_sum(const py::array_t<int32_t, py::array::c_style> &source) {
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The CPU library: XLA FFI handlers and the layout conversion.";
   module.attr("interface") = 3;  // raised with every change that fdk_jax/cpu_backend.py must follow
+  module.attr("compiler") = fdk::kCompiler;
   module.def("ffi_handlers", [] {
     py::dict handlers;
     handlers["fdk_matmul"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_matmul));

@@ -12,6 +12,9 @@ from typing import Any
 
 import jax
 
+from fdk_jax.benchmark import source
+from fdk_jax.product import cpu_backend
+
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _DISTRIBUTIONS = (
     "jax",
@@ -74,29 +77,16 @@ def driver(platform_name: str) -> str | None:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Python, and each installed distribution that a measurement may depend on."""
+    """Python, each installed distribution that a measurement may depend on, the compiler of the C++ library."""
     found = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if cpu_backend.unavailable_reason() is None:
+        found["compiler"] = cpu_backend.compiler()
     return found
-
-
-@functools.cache
-def commit() -> tuple[str | None, bool | None]:
-    """The commit of the source and whether it was changed since, results aside; None outside git."""
-    root = Path(__file__).resolve().parents[2]
-    git = ["git", "-C", str(root)]
-    top = _output([*git, "rev-parse", "--show-toplevel"])
-    if top is None or Path(top.strip()).resolve() != root:
-        return None, None
-    head = _output([*git, "rev-parse", "HEAD"])
-    changes = _output([*git, "status", "--porcelain", "--", ".", ":(exclude)results"])
-    if head is None or changes is None:
-        return None, None
-    return head.strip(), bool(changes.strip())
 
 
 def threads(device: jax.Device) -> int | None:
@@ -146,14 +136,14 @@ def probe_bytes(device: jax.Device) -> int:
 
 def facts(device: jax.Device) -> dict[str, Any]:
     """The keys of a row that say where it was measured, and with what."""
-    head, dirty = commit()
+    digest, commit = source.identity()
     return {
         "device": device_name(device),
         "driver": driver(device.platform),
         "threads": threads(device),
         "versions": versions(),
-        "commit": head,
-        "dirty": dirty,
+        "digest": digest,
+        "commit": commit,
     }
 
 

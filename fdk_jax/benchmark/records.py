@@ -9,12 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
+MIN_SAMPLES = 10  # of a measurement that is worth keeping
 KEYS = (
     "schema", "suite", "name", "backend", "m", "k", "n", "bits", "group_size", "codebook", "dtype",
     "threads", "bytes_rw", "ops", "samples_us", "median_us", "p95_us", "mean_us", "stderr_us",
-    "rel_rms_error", "copy_gb_s", "read_gb_s", "bound_us", "device", "driver", "versions", "commit",
-    "dirty", "date", "status", "reason",
+    "rel_rms_error", "copy_gb_s", "read_gb_s", "bound_us", "device", "driver", "versions", "digest",
+    "commit", "date", "status", "reason",
 )  # fmt: skip
 STATUSES = ("ok", "skipped", "failed")
 
@@ -105,7 +106,7 @@ def read(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if isinstance(row, dict) and row.get("schema") == SCHEMA:
+            if isinstance(row, dict) and row.get("schema") in (1, SCHEMA):
                 found.append(row)
         if not found:
             raise ValueError(f"{path} holds no rows of schema {SCHEMA}")

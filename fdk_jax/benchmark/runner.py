@@ -175,7 +175,7 @@ class _Attempt:
             self._samples.append(seconds)
             late = self._spent > self._session.max_seconds
             wanted = self._session.repetitions
-            if len(self._samples) >= (min(3, wanted) if late else wanted):
+            if len(self._samples) >= (min(records.MIN_SAMPLES, wanted) if late else wanted):
                 self._measurement.send(self._samples)
 
     def row(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Session:
     Attributes:
         repetitions: samples of each case.
         copies: copies of a weight; None for as many as caches cannot hold.
-        max_seconds: a case whose samples have taken as long gets no more of them than three.
+        max_seconds: a case whose samples have taken as long gets no more of them than ten.
     """
 
     repetitions: int = 20

@@ -78,6 +78,15 @@ def unsupported_reason(group_size: int) -> str | None:
     return unavailable_reason()
 
 
+def compiler() -> str:
+    """The compiler that made the loaded library.
+
+    Raises:
+        NotImplementedError: the library is not available.
+    """
+    return getattr(library(), "compiler", "an unknown compiler")
+
+
 def describe() -> str:
     """One line about the kernels in use: instruction set and threads."""
     if (reason := unavailable_reason()) is not None:
