@@ -1,0 +1,167 @@
+"""The PTX of every tuned row and every kernel of a model, and its hashes, recorded in `golden_ptx.json`.
+
+A change of how kernels are written that means to leave the code alone is proven by equal hashes, without a GPU.
+After a change that means to change code, and that has been measured on a GPU:
+
+    python tests/golden.py
+
+records the hashes anew; the difference of the file says which kernels changed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+if __name__ == "__main__":  # from the project's root
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax.numpy as jnp
+
+from pallas_kernels import chain, dequantise, integer, ring, short_attention, stream, tuning
+from pallas_kernels.case import Case
+
+RECORDED = Path(__file__).with_name("golden_ptx.json")
+# Widths of codes, and whether the values are evenly spaced: every decoder.
+_DECODERS = ((1, False), (2, False), (4, False), (8, False), (4, True), (8, True))
+_HALVES = ("bfloat16", "float16")
+_MULTIPROCESSORS = 132
+
+
+def case(m, n, k, bits, uniform=False, *, dtype="bfloat16", group_size=64, **others) -> Case:
+    """A product with everything in one dtype."""
+    half = jnp.dtype(dtype)
+    plain = Case(m, n, k, bits, group_size, 1, half, half, None, half, uniform)
+    return dataclasses.replace(plain, **others)
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """Names and PTX of the kernels."""
+    for row in tuning._table():
+        if row["kernel"] not in tuning.KERNELS:
+            continue
+        module, uniform = tuning.KERNELS[row["kernel"]], tuning._is_even(row)
+        shape = row["m"], row["n"], row["k"], row["bits"]
+        for dtype in _HALVES:
+            product = case(*shape, uniform, dtype=dtype)
+            config = tuning.fit(product, module.Config(**row["config"]))
+            name = f"{row['device']}: {dtype} {shape} {uniform=} {row['kernel']}"
+            yield name, module.source(product, config)
+            if row["m"] == 1 and dtype == "bfloat16" and config.cluster == 1:
+                around = dataclasses.replace(product, squares=96, norm_eps=1e-5, residual=True)
+                if tuning.unsupported_reason(around, config) is None:
+                    yield f"{name} with a residual", module.source(around, config)
+    yield from _other_groups()
+    yield from _chains()
+    for bits, uniform in _DECODERS:
+        for dtype in _HALVES:
+            product = case(512, 4096, 4096, bits, uniform, dtype=dtype)
+            yield f"dequantise {bits} {uniform=} {dtype}", dequantise.source(product)
+            if bits > 1:
+                product = case(1, 4096, 4096, bits, uniform, dtype=dtype)
+                config = ring.Config(16, _MULTIPROCESSORS)
+                yield (
+                    f"stream {bits} {uniform=} {dtype}",
+                    ring.source(product, config, stream.Product),
+                )
+    for heads, kv_heads, dim in ((32, 8, 128), (24, 8, 128), (8, 4, 256), (32, 8, 64)):
+        for dtype in _HALVES:
+            for eps in (None, 1e-6):
+                attention = short_attention.Case(heads, kv_heads, dim, 512, jnp.dtype(dtype), eps)
+                yield (
+                    f"attention {heads} {kv_heads} {dim} {dtype} {eps}",
+                    short_attention.source(attention),
+                )
+
+
+def _other_groups() -> Iterator[tuple[str, str]]:
+    """Scales of other groups than of 64, other dtypes, several codebooks, ragged shapes, a bias."""
+    single = jnp.dtype(jnp.float32)
+    options = (
+        dict(group_size=32),
+        dict(group_size=128),
+        dict(group_size=16),
+        dict(group_size=1024),
+        dict(books=4, bias_dtype=single, scale_dtype=single, out_dtype=single),
+    )
+    for (bits, uniform), m, option in (
+        (decoder, m, option) for decoder in _DECODERS for m in (1, 11, 40) for option in options
+    ):
+        product = case(m, 4080, 4100, bits, uniform, **option)
+        plan = tuning.choose(product, "NVIDIA H200")
+        if plan.kernel in tuning.KERNELS:
+            source = tuning.KERNELS[plan.kernel].source(product, plan.config)
+            yield f"{bits} {uniform=} {m} {option} {plan.kernel}", source
+
+
+def _chains() -> Iterator[tuple[str, str]]:
+    for bits, uniform in _DECODERS:
+        config = ring.Config(chain._WORKERS[bits], _MULTIPROCESSORS)
+        for hidden, inner, qkv in ((3072, 8192, 5120), (4096, 14336, 6144), (6144, 21504, 8192)):
+            shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (qkv, hidden)]
+            for count in (3, 4):
+                products = [case(1, n, k, bits, uniform) for n, k in shapes[:count]]
+                if chain.unsupported_reason(products, config) is None:
+                    products = chain.cases(products, (1e-5, 1e-5), config)
+                    name = f"chain {bits} {uniform=} {hidden} {inner} {count}"
+                    yield name, chain.source(products, config)
+    assert integer.Config is ring.Config
+
+
+def canonical(source: str) -> str:
+    """A block of PTX without what means nothing: comments, blank lines, names of registers and labels."""
+    lines = [re.sub(r"\s*//.*", "", line).strip() for line in source.splitlines()]
+    lines = [line for line in lines if line]
+    kinds: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for line in lines:
+        if found := re.fullmatch(r"\.reg (\S+) (\w+)<\d+>;", line):
+            kinds[found[2]] = found[1]
+        elif found := re.fullmatch(r"\.reg (\S+) ([\w, ]+);", line):
+            names |= {name: "" for name in found[2].split(", ")}
+            kinds |= {name: found[1] for name in found[2].split(", ")}
+        elif found := re.fullmatch(r"(\w+):", line):
+            names[found[1]] = ""
+            kinds[found[1]] = "label"
+    counts: dict[str, int] = {}
+
+    def rename(found: re.Match) -> str:
+        word = found[0]
+        kind = kinds.get(word) if word in names else kinds.get(re.sub(r"\d+$", "", word))
+        if kind is None:
+            return word
+        if not names.get(word):
+            counts[kind] = counts.get(kind, 0) + 1
+            names[word] = f"{kind}{counts[kind]}"
+        return names[word]
+
+    body = [line for line in lines if not line.startswith(".reg")]
+    return "\n".join(re.sub(r"\b[a-zA-Z_]\w*\b", rename, line) for line in body)
+
+
+def digest(source: str) -> str:
+    """The hash of a block of PTX, equal for blocks that mean the same word by word; slow."""
+    return _hash(canonical(source))
+
+
+def is_recorded(source: str, recorded: str) -> bool:
+    """Whether a block of PTX is one of which `record` has been kept."""
+    text, meaning = recorded.split()
+    return _hash(source) == text or digest(source) == meaning
+
+
+def record(source: str) -> str:
+    """The hashes of a block of PTX: of its text, which is quick to compare, and its `digest`."""
+    return f"{_hash(source)} {digest(source)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    found = {name: record(source) for name, source in sources()}
+    RECORDED.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
