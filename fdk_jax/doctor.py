@@ -5,6 +5,7 @@ The report is plain text for a bug report. The exit status is 1 when a check fai
 
 import dataclasses
 import importlib.metadata
+import itertools
 import os
 import platform
 import sys
@@ -17,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import fdk_jax
+import pallas_kernels
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.product import cpu_backend
+from pallas_kernels import target
 
 _PACKAGES = ("fdk-jax", "jax", "jaxlib", "flax", "numpy", "safetensors", "ml-dtypes")
 _PACKAGES += ("jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -69,8 +72,15 @@ def versions() -> dict[str, str]:
 def backends() -> dict[str, str]:
     """For each backend what runs it here, or why nothing does."""
     gpus = [d for d in jax.devices() if d.platform in ("gpu", "cuda")]
-    if gpus:
-        pallas = ", ".join(sorted({d.device_kind for d in gpus})) + f" x {len(gpus)}"
+    gpu = target.current()
+    if gpus and not gpu.has_pallas:
+        pallas = f"missing: {gpu.unknown}"
+    elif gpus:
+        pallas = f"{gpu} x {len(gpus)}"
+        pallas += f"; plain kernels, because {gpu.unknown}" * bool(gpu.unknown)
+        pallas += f"; no launch waits for all its programs: {gpu.no_grid_barriers}" * bool(
+            gpu.no_grid_barriers
+        )
     else:
         pallas = f"missing: JAX sees no NVIDIA GPU, its platform is {jax.default_backend()!r}"
     if (reason := cpu_backend.unavailable_reason()) is not None:
@@ -83,6 +93,13 @@ def backends() -> dict[str, str]:
         cpu = f"{cpu_backend.describe()}; usable levels: {usable}; {library.__file__}"
         cpu += f", compiled by {cpu_backend.compiler()}"
     return {"pallas": pallas, "cpu": cpu, "xla": f"on {jax.default_backend()}"}
+
+
+def plans(n: int = 4096, k: int = 4096) -> Iterator[str]:
+    """The kernel of each width and several numbers of tokens for the GPU at hand, and why; runs nothing."""
+    for bits, m in itertools.product((1, 2, 4, 8), (1, 16, 64, 512)):
+        facts = dict(bits=bits, group_size=64, out_features=n, in_features=k, uniform=bits == 1)
+        yield f"{bits} bits, {m} tokens: {pallas_kernels.plan(m, dtype=jnp.bfloat16, **facts)}"
 
 
 def _has_cpu_platform() -> bool:
@@ -204,6 +221,10 @@ def main() -> int:
     print("\nbackends")
     for name, text in backends().items():
         print(f"  {name}: {text}")
+    if not backends()["pallas"].startswith("missing") or "FDK_JAX_TARGET" in os.environ:
+        print(f"\nkernels of a bfloat16 product [M, 4096] x [4096, 4096] on {target.current()}")
+        for plan in plans():
+            print(f"  {plan}")
     print("\nchecks against numpy in float64")
     failed = 0
     for check in checks():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels import short_attention, triton_compat
+from pallas_kernels import short_attention, target, triton_compat
 from pallas_kernels.short_attention import NEVER
 
 _BLOCK = 64  # keys a loop step reads
@@ -23,7 +23,8 @@ _SPLIT = 512  # cache slots behind which another program pays (H200, 2026-11-23)
 def supported(dtype: jax.typing.DTypeLike, cache_shape: tuple[int, ...], head_dim: int) -> bool:
     """Whether `decode` takes a cache of this shape [B, KV, S, D] and dtype."""
     return (
-        head_dim in (32, 64, 128, 256)
+        target.current().has_pallas
+        and head_dim in (32, 64, 128, 256)
         and cache_shape[2] % _BLOCK == 0
         and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16, jnp.float32)
     )
@@ -67,8 +68,9 @@ def decode(
         heads, kv_heads, dim, capacity, keys.dtype, norm_eps if norms else None
     )
     alike = all(a.dtype == keys.dtype for a in (qkv, values, *(norms or ())))
-    if splits == 1 and alike and not interpret and case.supported(batch):
-        return short_attention.decode(case, qkv, cos, sin, lengths, keys, values, norms or ())
+    gpu = target.current()
+    if splits == 1 and alike and not interpret and case.supported(batch, gpu):
+        return short_attention.decode(case, qkv, cos, sin, lengths, keys, values, norms or (), gpu)
     kernel = functools.partial(
         _kernel, group=heads // kv_heads, kv_heads=kv_heads, eps=norm_eps, normed=bool(norms)
     )

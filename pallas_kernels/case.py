@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import triton_compat
+from pallas_kernels.target import Target
 
 PLANE = 64
 TILE_ROWS = 16
-SHARED_BYTES = 227 * 1024  # the most of a program
 
 
 class Arrays(NamedTuple):
@@ -98,21 +98,31 @@ class Case:
         groups = -(-self.blocks * self.span // self.group_size)
         return -(-groups // 4)
 
-    def unsupported_reason(self, config: Any, shared_bytes: Callable[[], int]) -> str | None:
+    def unsupported_reason(
+        self, config: Any, target: Target, shared_bytes: Callable[[], int]
+    ) -> str | None:
         """Why a kernel on tensor cores does not take it, or None.
 
         Args:
             config: the kernel's launch configuration; `rows` are the rows of the weight a program.
+            target: the GPU.
             shared_bytes: gives the shared memory of a program, where nothing else stands against the case.
         """
+        if target.unknown:
+            return target.unknown
+        if config.cluster > 1 and not target.has_clusters:
+            return f"{target.architecture} has no clusters of thread blocks, {config} needs them"
         if self.x_dtype not in (jnp.bfloat16, jnp.float16):
             return f"x is {self.x_dtype}, the tensor cores' inputs are bfloat16 or float16"
         if self.group_size % 8:
             return f"group_size={self.group_size} is no multiple of 8"
         if self.books > 1 and (self.n // self.books) % config.rows:
             return f"{self.books} codebooks do not change at multiples of {config.rows} rows"
-        if shared_bytes() > SHARED_BYTES:
-            return f"{config} needs more than {SHARED_BYTES} bytes of shared memory"
+        if (needed := shared_bytes()) > target.shared_bytes:
+            return (
+                f"{config} needs {needed} bytes of shared memory, {target.architecture} gives a"
+                f" thread block {target.shared_bytes}"
+            )
         return None
 
     def pad(self, x: Array) -> Array:
@@ -124,6 +134,7 @@ class Case:
         self,
         source: str,
         arrays: Arrays,
+        target: Target,
         *,
         grid: tuple[int, int],
         warps: int,
@@ -137,6 +148,7 @@ class Case:
         Args:
             source: the PTX.
             arrays: x and what `matmul` has.
+            target: the GPU that the PTX is written for.
             grid: programs.
             warps: warps a program.
             cluster: programs of a thread block cluster.
@@ -155,6 +167,7 @@ class Case:
             source,
             operands + others,
             outputs,
+            target,
             grid=grid,
             num_warps=warps,
             cluster=cluster,

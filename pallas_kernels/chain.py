@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import integer, ring, stream, triton_compat
-from pallas_kernels.case import SHARED_BYTES, Arrays, Case
+from pallas_kernels.case import Arrays, Case
 from pallas_kernels.ptx import Ptx
+from pallas_kernels.target import Target
 
 _GATED = 1  # the place of gate and up
 _RESIDUAL = (0, 2)  # the places of the products whose outputs are added to the residual stream
@@ -28,12 +29,9 @@ _RESIDUAL = (0, 2)  # the places of the products whose outputs are added to the 
 _WORKERS = {1: 22, 2: 16, 4: 24, 8: 24}  # by bits; on an H100
 
 
-def config(bits: int) -> ring.Config | None:
-    """W and P for the GPU at hand, of which each multiprocessor has a program; None without one."""
-    devices = jax.devices()
-    if devices[0].platform not in ("gpu", "cuda"):
-        return None
-    return ring.Config(_WORKERS[bits], min(device.core_count for device in devices))
+def config(bits: int, target: Target) -> ring.Config:
+    """W and P for a GPU, of which each multiprocessor has a program."""
+    return ring.Config(_WORKERS[bits], target.multiprocessors)
 
 
 class Outputs(NamedTuple):
@@ -45,26 +43,37 @@ class Outputs(NamedTuple):
     y: Array | None
 
 
-def cases(products: Sequence[Case], eps: Sequence[float], config: ring.Config) -> list[Case]:
+def cases(
+    products: Sequence[Case], eps: Sequence[float], config: ring.Config, target: Target
+) -> list[Case]:
     """The products (out; gate and up; down; and the next qkv, or not) with what is around them.
 
     Args:
         products: as `residual_plan` has them.
         eps: of the norms behind the two sums.
         config: W and P.
+        target: the GPU.
     """
     found: list[Case] = []
     for place, case in enumerate(products):
         around: dict[str, Any] = dict(residual=place in _RESIDUAL)
         if place - 1 in _RESIDUAL:
-            before = _product(found[-1], config, place - 1)
+            before = _product(found[-1], config, target, place - 1)
             around |= dict(squares=config.programs * before.parts, norm_eps=eps[place // 2])
         found.append(dataclasses.replace(case, **around))
     return found
 
 
-def unsupported_reason(products: Sequence[Case], config: ring.Config) -> str | None:
+def unsupported_reason(products: Sequence[Case], config: ring.Config, target: Target) -> str | None:
     """Why the kernel does not take a chain of products, or None."""
+    if (reason := ring.unsupported_target(target)) is not None:
+        return reason
+    if target.no_grid_barriers:
+        return f"its programs wait for each other, but {target.no_grid_barriers}"
+    if config.programs > target.multiprocessors:
+        return (
+            f"{config} has more programs than {target.multiprocessors} multiprocessors run at once"
+        )
     first = products[0]
     for place, case in enumerate(products):
         if (case.bits, case.scale_dtype) != (first.bits, first.scale_dtype):
@@ -85,8 +94,12 @@ def unsupported_reason(products: Sequence[Case], config: ring.Config) -> str | N
         )
         if reason is not None:
             return reason
-    if _writer(cases(products, (0.0, 0.0), config), config).shared_bytes > SHARED_BYTES:
-        return f"{config} needs more than {SHARED_BYTES} bytes of shared memory"
+    writer = _writer(cases(products, (0.0, 0.0), config, target), config, target)
+    if writer.shared_bytes > target.shared_bytes:
+        return (
+            f"{config} needs {writer.shared_bytes} bytes of shared memory, {target.architecture} gives"
+            f" a thread block {target.shared_bytes}"
+        )
     return None
 
 
@@ -97,6 +110,7 @@ def matmul(
     residual: Array,
     norm_scales: Sequence[Array],
     config: ring.Config,
+    target: Target,
 ) -> Outputs:
     """Runs a chain.
 
@@ -107,6 +121,7 @@ def matmul(
         residual: [1, D].
         norm_scales: [D] of the norms behind the two sums.
         config: W and P. P programs have to fit on the device at once, or they never end.
+        target: the GPU.
     """
     arrays = {"x": x, "residual": residual, "counters": jnp.zeros(len(products), jnp.int32)}
     for place, weight in enumerate(weights):
@@ -116,11 +131,12 @@ def matmul(
         if place in _RESIDUAL:
             names["norm_scale"] = norm_scales[place // 2]
         arrays |= {f"{name}{place}": array for name, array in names.items()}
-    shapes = outputs(products, config)
+    shapes = outputs(products, config, target)
     results = triton_compat.ptx_call(
-        source(products, config),
+        source(products, config, target),
         tuple(arrays.values()),
         tuple(shapes.values()),
+        target,
         grid=(config.programs,),
         num_warps=config.warps,
         name="fdk_chain",
@@ -129,12 +145,14 @@ def matmul(
     return Outputs(found["sum2"], found["scaled2"], found["squares_out2"], found.get("y3"))
 
 
-def source(products: Sequence[Case], config: ring.Config) -> str:
+def source(products: Sequence[Case], config: ring.Config, target: Target) -> str:
     """The kernel's PTX."""
-    return _writer(products, config).write()
+    return _writer(products, config, target).write()
 
 
-def outputs(products: Sequence[Case], config: ring.Config) -> dict[str, jax.ShapeDtypeStruct]:
+def outputs(
+    products: Sequence[Case], config: ring.Config, target: Target
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Names of the kernel's results and what they are, in order."""
     found = {}
     for place, case in enumerate(products):
@@ -143,31 +161,32 @@ def outputs(products: Sequence[Case], config: ring.Config) -> dict[str, jax.Shap
         if not case.residual:
             found[f"y{place}"] = row
             continue
-        parts = config.programs * _product(case, config, place).parts
+        parts = config.programs * _product(case, config, target, place).parts
         found[f"sum{place}"] = found[f"scaled{place}"] = row
         found[f"squares_out{place}"] = jax.ShapeDtypeStruct((parts,), jnp.float32)
     return found
 
 
-def _operands(products: Sequence[Case], config: ring.Config) -> dict[str, str]:
+def _operands(products: Sequence[Case], config: ring.Config, target: Target) -> dict[str, str]:
     """What the block of PTX calls the kernel's operands and results."""
     names = ["x", "residual", "counters"]
     for place, case in enumerate(products):
         kinds = ("packed", "scales", "codebook", "bias", "norm_scale")
         names += [f"{name}{place}" for name in kinds if name in case.operands]
-    names += outputs(products, config)
+    names += outputs(products, config, target)
     return {name: f"${i}" for i, name in enumerate(names, 1)}
 
 
-def _product(case: Case, config: ring.Config, place: int, **options: Any) -> ring.Product:
+def _product(
+    case: Case, config: ring.Config, target: Target, place: int, **options: Any
+) -> ring.Product:
     kind = integer.Product if case.bits == 1 else stream.Product
-    return kind(
-        case, config.workers, config.programs, position=place, gated=place == _GATED, **options
-    )
+    options |= dict(position=place, gated=place == _GATED)
+    return kind(case, config.workers, config.programs, target, **options)
 
 
-def _writer(products: Sequence[Case], config: ring.Config) -> ring.Launch:
-    ptx, operands = Ptx(), _operands(products, config)
+def _writer(products: Sequence[Case], config: ring.Config, target: Target) -> ring.Launch:
+    ptx, operands = Ptx(target), _operands(products, config, target)
     # Each reads what the one before it has left, and the second sum is of the first one.
     inputs = [
         dict(x=operands["x"], residual=operands["residual"]),
@@ -179,5 +198,5 @@ def _writer(products: Sequence[Case], config: ring.Config) -> ring.Launch:
     for place, case in enumerate(products):
         own = {name: operands.get(f"{name}{place}") for name in case.operands}
         found = {name: register for name, register in own.items() if register} | inputs[place]
-        writers.append(_product(case, config, place, ptx=ptx, operands=found))
+        writers.append(_product(case, config, target, place, ptx=ptx, operands=found))
     return ring.Launch(writers, operands["counters"])

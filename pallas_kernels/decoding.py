@@ -234,7 +234,7 @@ class _EvenNibbles(_Evenly):
         word = ptx.op("shr.u32", word, shift) if shift > 0 else ptx.op("shl.b32", word, -shift)
         exponent = self.bias + self.digits - place - 4 << self.digits
         number = ptx.op("lop3.b32", word, _twice(15 << place), _twice(exponent), "0xEA")
-        return ptx.op(f"sub.rn.{self.kind}x2", number, self.offsets[code % 2])
+        return ptx.subtract_halves(self.kind, number, self.offsets[code % 2])
 
 
 class _EvenBytes(_Evenly):
@@ -311,8 +311,7 @@ class _Scaled(_Bits):
         self.steps = []
         for inverse in inverses:
             both = ptx.op("mov.b32", _twice(int(inverse)))
-            opcode = f"mul.rn.{self.kind}x2"
-            self.steps.append([ptx.op(opcode, part, both) for part in (high, low)])
+            self.steps.append([ptx.multiply_halves(self.kind, part, both) for part in (high, low)])
 
     def _pair(self, word: str, place: int) -> str:
         # The assembler keeps one of a word's equal shifts.

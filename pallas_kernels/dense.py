@@ -12,19 +12,21 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels import triton_compat
+from pallas_kernels import target, triton_compat
 
 _ROWS = 16  # the least a tensor core takes
 # H100, 2026-11-25, 3072 x 128256: 265 us, with tiles of 128 x 64 and three stages 280; the bytes take 248.
 _BLOCK_K, _BLOCK_N = 64, 128
 _STAGES = 4
-_PROGRAMS = 480  # three fit on each of 132 multiprocessors at once; more only repeat the start
+# Programs by multiprocessors: three fit on one at once; more only repeat the start.
+_PROGRAMS, _MULTIPROCESSORS = 480, 132
 
 
 def supported(m: int, k: int, n: int, dtype: jax.typing.DTypeLike) -> bool:
     """Whether `matmul` takes a product [m, k] x [k, n] of this dtype."""
     two_bytes = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    return two_bytes and 1 <= m <= _ROWS and k % _BLOCK_K == 0 and n % _BLOCK_N == 0
+    whole = k % _BLOCK_K == 0 and n % _BLOCK_N == 0
+    return target.current().has_pallas and two_bytes and 1 <= m <= _ROWS and whole
 
 
 def matmul(
@@ -64,7 +66,8 @@ def matmul(
 
 def _splits(blocks: int, tiles: int) -> int:
     """Runs of K: the most that divide it evenly without too many programs."""
-    fitting = [s for s in range(1, 33) if blocks % s == 0 and s * tiles <= _PROGRAMS]
+    programs = _PROGRAMS * target.current().multiprocessors // _MULTIPROCESSORS
+    fitting = [s for s in range(1, 33) if blocks % s == 0 and s * tiles <= programs]
     return max(fitting, default=1)
 
 

@@ -14,13 +14,14 @@ from pallas_kernels import decoding, matvec, triton_compat
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.matvec import Config
 from pallas_kernels.ptx import at, vector
+from pallas_kernels.target import Target
 
 _CONFIG = Config(tiles=1, warps=8, stages=2)
 
 
-def matmul(case: Case, arrays: Arrays) -> Array:
+def matmul(case: Case, arrays: Arrays, target: Target) -> Array:
     """X [M, K] times the transpose of a planar weight, [M, N], in two steps."""
-    weight = dequantise(case, arrays.packed, arrays.scales, arrays.codebook)
+    weight = dequantise(case, arrays.packed, arrays.scales, arrays.codebook, target)
     x = case.pad(arrays.x)
     y = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     y = y[:, : case.n]
@@ -29,13 +30,14 @@ def matmul(case: Case, arrays: Arrays) -> Array:
     return y.astype(case.out_dtype)
 
 
-def dequantise(case: Case, packed: Array, scales: Array, codebook: Array) -> Array:
+def dequantise(case: Case, packed: Array, scales: Array, codebook: Array, target: Target) -> Array:
     """The weight in the dtype of x, padded to whole tiles: [ceil(N / 16) * 16, blocks * span]."""
     shape = 16 * case.tiles, case.blocks * case.span
     [weight] = triton_compat.ptx_call(
-        source(case),
+        source(case, target),
         (packed, scales, codebook),
         (jax.ShapeDtypeStruct(shape, case.x_dtype),),
+        target,
         grid=(case.tiles,),
         num_warps=_CONFIG.warps,
         name="fdk_dequantise",
@@ -43,9 +45,9 @@ def dequantise(case: Case, packed: Array, scales: Array, codebook: Array) -> Arr
     return weight
 
 
-def source(case: Case) -> str:
+def source(case: Case, target: Target) -> str:
     """The kernel's PTX."""
-    return _Writer(case, _CONFIG).write()
+    return _Writer(case, _CONFIG, target).write()
 
 
 class _Writer(matvec._Writer):

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from pallas_kernels import decoding, ring
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
 from pallas_kernels.ptx import at, float_constant, over_lanes, vector
+from pallas_kernels.target import Target
 
 _PLANES = 4  # of a fourfold
 _CODES = 1024  # bytes of a block's codes
@@ -42,9 +43,9 @@ _TINY = 2.0**-112  # smaller x are not told apart from nought, if there are no o
 Config = ring.Config
 
 
-def unsupported_reason(case: Case, config: Config) -> str | None:
+def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:
     """Why the kernel does not take a case, or None."""
-    return unsupported_product(case) or ring.unsupported_reason(case, config, Product)
+    return unsupported_product(case) or ring.unsupported_reason(case, config, target, Product)
 
 
 def unsupported_product(case: Case) -> str | None:
@@ -59,14 +60,14 @@ def unsupported_product(case: Case) -> str | None:
 grid = ring.grid
 
 
-def squares(case: Case, config: Config) -> int:
+def squares(case: Case, config: Config, target: Target) -> int:
     """How many partial sums of squares a case with a residual leaves."""
-    return ring.squares(case, config, Product)
+    return ring.squares(case, config, target, Product)
 
 
-def source(case: Case, config: Config) -> str:
+def source(case: Case, config: Config, target: Target) -> str:
     """The kernel's PTX."""
-    return ring.source(case, config, Product)
+    return ring.source(case, config, target, Product)
 
 
 class Product(ring.Product):

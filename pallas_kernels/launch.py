@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import chain, gather, matvec, ring, tuning
+from pallas_kernels import chain, gather, matvec, ring, target, tuning
 from pallas_kernels.case import Arrays, Case
 
 
@@ -49,7 +49,7 @@ def matmul(
 
     Raises:
         ValueError: arrays that are not a planar weight of the given facts.
-        NotImplementedError: a configuration that the kernel cannot run.
+        NotImplementedError: a configuration that the kernel cannot run, or a GPU for which there is none.
     """
     _check(x, packed, scales, codebook, bits, group_size, out_features)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
@@ -62,7 +62,12 @@ def matmul(
         uniform=uniform,
         out_dtype=out_dtype,
     )
-    chosen = tuning.choose(case) if config is None else _given(case, config)
+    gpu = target.current()
+    chosen = tuning.choose(case, gpu) if config is None else _given(case, config, gpu)
+    if chosen.kernel == "xla" and not interpret:
+        raise NotImplementedError(
+            f"no kernel multiplies on this GPU: {chosen.reason}; use backend='xla' or None"
+        )
     if interpret or chosen.kernel == "gather":
         return gather.matmul(
             x,
@@ -76,7 +81,7 @@ def matmul(
             out_dtype=out_dtype,
             interpret=interpret,
         )
-    return tuning.launch(case, chosen.kernel, chosen.config, arrays)[0]
+    return tuning.launch(case, chosen.kernel, chosen.config, arrays, gpu)[0]
 
 
 class Scaled(NamedTuple):
@@ -104,11 +109,12 @@ def residual_plan(w: Arrays, **facts: Any) -> tuple[Case, tuning.Plan] | None:
     if w.x.dtype != jnp.bfloat16:
         return None
     case = _case(w, out_dtype=w.x.dtype, **facts)
-    plan = tuning.choose(case)
+    gpu = target.current()
+    plan = tuning.choose(case, gpu)
     config, around = plan.config, dataclasses.replace(case, squares=1, residual=True)
     if case.m > 1 or not isinstance(config, ring.Config | matvec.Config) or config.cluster > 1:
         return None
-    return None if tuning.unsupported_reason(around, config) else (case, plan)
+    return None if tuning.unsupported_reason(around, config, gpu) else (case, plan)
 
 
 def residual_matmul(
@@ -180,7 +186,7 @@ def residual_matmul(
     if squares is not None:
         case = dataclasses.replace(case, squares=squares.size, norm_eps=eps)
     case = dataclasses.replace(case, residual=residual is not None)
-    outputs = tuning.launch(case, plan.kernel, plan.config, arrays, others)
+    outputs = tuning.launch(case, plan.kernel, plan.config, arrays, target.current(), others)
     return outputs[0] if residual is None else Scaled(*outputs)
 
 
@@ -193,11 +199,12 @@ def chain_plan(
         weights: of each product its arrays, or their shapes and dtypes, with `x` for what it multiplies, and
             the facts of `residual_plan`.
     """
-    config = chain.config(weights[0][1]["bits"])
-    if config is None or any(arrays.x.shape[0] > 1 for arrays, _ in weights):
+    gpu = target.current()
+    config = chain.config(weights[0][1]["bits"], gpu)
+    if any(arrays.x.shape[0] > 1 for arrays, _ in weights):
         return None
     products = [_case(arrays, out_dtype=arrays.x.dtype, **facts) for arrays, facts in weights]
-    return None if chain.unsupported_reason(products, config) else (products, config)
+    return None if chain.unsupported_reason(products, config, gpu) else (products, config)
 
 
 def chain_matmul(
@@ -232,8 +239,9 @@ def chain_matmul(
         )
     products, config = found
     arrays = [arrays for arrays, _ in weights]
-    around = chain.cases(products, eps, config)
-    *scaled, y = chain.matmul(around, arrays, x, residual, norm_scales, config)
+    gpu = target.current()
+    around = chain.cases(products, eps, config, gpu)
+    *scaled, y = chain.matmul(around, arrays, x, residual, norm_scales, config, gpu)
     return Scaled(*scaled), y
 
 
@@ -255,8 +263,8 @@ def _case(
     )
 
 
-def _given(case: Case, config: tuning.Config) -> tuning.Plan:
-    reason = tuning.unsupported_reason(case, config)
+def _given(case: Case, config: tuning.Config, gpu: target.Target) -> tuning.Plan:
+    reason = tuning.unsupported_reason(case, config, gpu)
     if reason is not None:
         raise NotImplementedError(f"{config} does not run this product: {reason}")
     return tuning.Plan(tuning.kernel_of(config), config, "given by the caller")

@@ -32,6 +32,7 @@ from pallas_kernels import decoding
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
 from pallas_kernels.outputs import OutputWriter
 from pallas_kernels.ptx import at, float_constant, over_lanes, vector, wide
+from pallas_kernels.target import Target
 
 _STEPS = 4  # instructions a plane
 _TILE_BYTES = 1024
@@ -73,13 +74,15 @@ class Config:
         return self.tiles * self.row_warps * TILE_ROWS
 
 
-def unsupported_reason(case: Case, config: Config) -> str | None:
+def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:
     """Why the kernel does not take a case, or None."""
     if config.diagonal and (case.m > 1 or config.stages * case.planes % 8):
         return f"{case.m} tokens, {config.stages} stages of {case.planes} planes are not diagonal"
     if config.programs and (case.m > 1 or config.cluster > 1 or config.ring):
         return f"{config} takes no turns: it has {case.m} tokens, a cluster or a ring"
-    return case.unsupported_reason(config, lambda: _Writer(case, config).shared_bytes)
+    return case.unsupported_reason(
+        config, target, lambda: _Writer(case, config, target).shared_bytes
+    )
 
 
 def grid(case: Case, config: Config) -> tuple[int, int]:
@@ -96,21 +99,22 @@ def takes_turns(case: Case, config: Config) -> bool:
     return grid(case, config)[0] < -(-case.n // config.rows)
 
 
-def source(case: Case, config: Config) -> str:
+def source(case: Case, config: Config, target: Target) -> str:
     """The kernel's PTX."""
-    return _Writer(case, config).write()
+    return _Writer(case, config, target).write()
 
 
-def squares(case: Case, config: Config) -> int:
+def squares(case: Case, config: Config, target: Target) -> int:
     """How many partial sums of squares a case with a residual leaves: those of each warp with outputs."""
+    del target
     return grid(case, config)[0] * min(config.warps, -(-config.rows // 32))
 
 
 class _Writer(OutputWriter):
     """Writes the PTX of one case; one method a part of the kernel."""
 
-    def __init__(self, case: Case, config: Config) -> None:
-        super().__init__(case)
+    def __init__(self, case: Case, config: Config, target: Target) -> None:
+        super().__init__(case, target)
         self.config = config
         self.scale_bytes = jnp.dtype(case.scale_dtype).itemsize
         self.scale_mode = _scale_mode(case, config)
@@ -567,12 +571,12 @@ class _Writer(OutputWriter):
         self, words: list[str], factors: list[str], plane: int
     ) -> Iterator[list[str]]:
         """The same, times the scales: for groups below a plane, or sums that span groups."""
-        opcode = f"mul.rn.{self.decoder.kind}x2"
+        multiply, kind = self.ptx.multiply_halves, self.decoder.kind
         doubled = [self.decoder.pack(f, f) for f in factors]
         halves = [doubled[:2], doubled[-2:]]  # of the plane; upper and lower row each
         for i, operands in enumerate(self._plane(words, plane)):
             pairs = zip(operands, 2 * halves[i // 2], strict=True)
-            yield [self.ptx.op(opcode, weights, factor) for weights, factor in pairs]
+            yield [multiply(kind, weights, factor) for weights, factor in pairs]
 
     def _accumulate(self, sums, factors, column: int) -> None:
         """Adds the sums of a group, times its scale, to the totals."""
@@ -594,7 +598,7 @@ class _Writer(OutputWriter):
         ptx, case, config = self.ptx, self.case, self.config
         tokens = min(case.m, 8 * config.columns)
         # Such products have few programs, whose end is worth hiding: those of the next launch may come.
-        if case.residual:
+        if case.residual and self.target.has_dependent_launches:
             ptx.do("griddepcontrol.launch_dependents")
         if self.config.diagonal:
             self._add_lanes()
@@ -664,7 +668,7 @@ class _Writer(OutputWriter):
             index = ptx.op("add.u32", worker, start)
             self._write_output(index, turn, tokens, per_warp, f"fdk_next{name}{start}")
         if self.case.residual:
-            warps = squares(self.case, config) // grid(self.case, config)[0]
+            warps = squares(self.case, config, self.target) // grid(self.case, config)[0]
             self._store_squares(self.squares, warps)
 
     def _write_output(self, index: str, turn: int, tokens: int, per_warp: int, behind: str) -> None:

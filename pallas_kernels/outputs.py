@@ -15,6 +15,7 @@ from pallas_kernels.ptx import (
     over_lanes,
     store_float,
 )
+from pallas_kernels.target import Target
 
 
 class OutputWriter(Writer):
@@ -24,9 +25,13 @@ class OutputWriter(Writer):
     load = "ld.global.nc"  # what another launch has left
 
     def __init__(
-        self, case: Case, ptx: Ptx | None = None, operands: dict[str, str] | None = None
+        self,
+        case: Case,
+        target: Target,
+        ptx: Ptx | None = None,
+        operands: dict[str, str] | None = None,
     ) -> None:
-        self.case, self.ptx = case, ptx or Ptx()
+        self.case, self.target, self.ptx = case, target, ptx or Ptx(target)
         self.operands = operands or {name: f"${i}" for i, name in enumerate(self._names(), 1)}
 
     def _names(self) -> tuple[str, ...]:

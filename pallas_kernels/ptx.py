@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.target import H200, Target
+
 LOG2_E = 1.4426950408889634  # powers are those of two
 
 
@@ -10,13 +12,15 @@ class Ptx:
     """A block of PTX under construction; its text goes into a kernel as inline assembly.
 
     Attributes:
+        target: the GPU that it is written for.
         prefix: what stands before the names of labels, so that a part can be written more than once.
     """
 
     prefix = ""
 
-    def __init__(self) -> None:
+    def __init__(self, target: Target = H200) -> None:
         """Starts an empty block."""
+        self.target = target
         self._lines: list[str] = []
         self._counts: dict[str, int] = {}
         self._shared = 0
@@ -62,6 +66,20 @@ class Ptx:
         if divisor.bit_count() == 1:
             return self.op("and.b32", value, divisor - 1)
         return self.op("mad.lo.u32", self.quotient(value, divisor), -divisor % 2**32, value)
+
+    def multiply_halves(self, kind: str, a: str, b: str) -> str:
+        """Two products of a register's halves ("bf16" or "f16"), each rounded once."""
+        if kind == "bf16" and not self.target.has_bfloat16_arithmetic:
+            return self.op(
+                "fma.rn.bf16x2", a, b, "0x80008000"
+            )  # minus zero keeps the sign of a zero
+        return self.op(f"mul.rn.{kind}x2", a, b)
+
+    def subtract_halves(self, kind: str, a: str, b: str) -> str:
+        """Two differences of a register's halves, each rounded once."""
+        if kind == "bf16" and not self.target.has_bfloat16_arithmetic:
+            return self.op("fma.rn.bf16x2", b, "0xBF80BF80", a)  # minus one
+        return self.op(f"sub.rn.{kind}x2", a, b)
 
     def policy(self, priority: str) -> str:
         """A cache policy for loads with `.L2::cache_hint`: "evict_first" or "evict_last"."""

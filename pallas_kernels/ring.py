@@ -23,9 +23,10 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from pallas_kernels.case import SHARED_BYTES, TILE_ROWS, Case
+from pallas_kernels.case import TILE_ROWS, Case
 from pallas_kernels.outputs import OutputWriter
 from pallas_kernels.ptx import LOG2_E, Ptx, Writer, at, float_constant, over_lanes
+from pallas_kernels.target import Target
 
 _CODES = 1024  # bytes of a block's codes
 _BARRIER = 8  # bytes of a barrier
@@ -65,6 +66,7 @@ class Product(OutputWriter, abc.ABC):
         case: what is static about it; with `gated`, N rows of the gate are followed by N others.
         workers: W.
         programs: P.
+        target: the GPU.
         ptx: what it is written to, or None for a block of its own.
         operands: what the block calls them, if it is not its own.
         position: its place among the launch's products.
@@ -76,13 +78,14 @@ class Product(OutputWriter, abc.ABC):
         case: Case,
         workers: int,
         programs: int,
+        target: Target,
         *,
         ptx: Ptx | None = None,
         operands: dict[str, str] | None = None,
         position: int = 0,
         gated: bool = False,
     ) -> None:
-        super().__init__(case, ptx, operands)
+        super().__init__(case, target, ptx, operands)
         # The codebooks of all products are fetched at the start: later they would queue up behind the weights.
         self.books_name = f"books{position}"
         self.workers, self.programs, self.gated = workers, programs, gated
@@ -365,24 +368,35 @@ def grid(case: Case, config: Config) -> tuple[int, int]:
     return min(config.programs, case.tiles), 1
 
 
-def squares(case: Case, config: Config, arithmetic: type[Product]) -> int:
+def squares(case: Case, config: Config, target: Target, arithmetic: type[Product]) -> int:
     """How many partial sums of squares a product with a residual leaves."""
     programs = grid(case, config)[0]
-    return programs * arithmetic(case, config.workers, programs).parts
+    return programs * arithmetic(case, config.workers, programs, target).parts
 
 
-def source(case: Case, config: Config, arithmetic: type[Product]) -> str:
+def source(case: Case, config: Config, target: Target, arithmetic: type[Product]) -> str:
     """The PTX of a launch with one product."""
-    return _single(case, config, arithmetic).write()
+    return _single(case, config, target, arithmetic).write()
 
 
-def unsupported_reason(case: Case, config: Config, arithmetic: type[Product]) -> str | None:
+def unsupported_reason(
+    case: Case, config: Config, target: Target, arithmetic: type[Product]
+) -> str | None:
     """Why a launch with one product does not take a case, or None."""
-    return case.unsupported_reason(config, lambda: _single(case, config, arithmetic).shared_bytes)
+    return unsupported_target(target) or case.unsupported_reason(
+        config, target, lambda: _single(case, config, target, arithmetic).shared_bytes
+    )
 
 
-def _single(case: Case, config: Config, arithmetic: type[Product]) -> "Launch":
-    return Launch([arithmetic(case, config.workers, grid(case, config)[0])])
+def unsupported_target(target: Target) -> str | None:
+    """Why no such launch runs on a GPU, or None."""
+    if target.unknown or target.has_bulk_copies:
+        return target.unknown or None
+    return f"{target.architecture} has no bulk copies, which are sm_90's and newer ones'"
+
+
+def _single(case: Case, config: Config, target: Target, arithmetic: type[Product]) -> "Launch":
+    return Launch([arithmetic(case, config.workers, grid(case, config)[0], target)])
 
 
 class Ring:
@@ -462,7 +476,7 @@ class Launch(Writer):
                 product.load = "ld.global"
         # As many slots as there is room for, at most what a program has; two at least.
         most = sum(p.runs * -(-p.most_tiles * p.case.blocks // p.workers) for p in products)
-        room = (SHARED_BYTES - end - _BARRIER) // (first.slot_bytes + _BARRIERS)
+        room = (first.target.shared_bytes - end - _BARRIER) // (first.slot_bytes + _BARRIERS)
         self.ring = Ring(self.ptx, self.workers, end, max(2, min(room, most)), first.slot_bytes)
 
     @property

@@ -27,11 +27,11 @@ from pallas_kernels.ptx import (
     vector,
     wide,
 )
+from pallas_kernels.target import Target
 
 _WARPS = 8
 _BLOCK = 64  # slots that a program reads at a time
 _SLOTS = _BLOCK // _WARPS
-_PROGRAMS = 132  # that surely run at once
 NEVER = -1e30  # a score whose power is nought
 
 
@@ -54,13 +54,14 @@ class Case:
     dtype: jnp.dtype
     norm_eps: float | None
 
-    def supported(self, batch: int) -> bool:
-        """Whether the kernel takes the case, and is made for so many sequences."""
+    def supported(self, batch: int, target: Target) -> bool:
+        """Whether the kernel takes the case, and is made for so many sequences: programs run at once."""
         return (
-            self.dim in (64, 128, 256)
+            not target.unknown
+            and self.dim in (64, 128, 256)
             and self.capacity % _BLOCK == 0
             and self.dtype in (jnp.bfloat16, jnp.float16)
-            and batch * self.heads <= _PROGRAMS
+            and batch * self.heads <= target.multiprocessors
         )
 
 
@@ -73,17 +74,19 @@ def decode(
     keys: Array,
     values: Array,
     norms: tuple[Array, ...],
+    target: Target,
 ) -> tuple[Array, Array, Array]:
     """See `attention.decode`."""
     batch = qkv.shape[0]
     mixed, keys, values = triton_compat.ptx_call(
-        source(case),
+        source(case, target),
         (qkv, cos, sin, lengths, keys, values, *norms),
         (
             jax.ShapeDtypeStruct((batch, case.heads * case.dim), case.dtype),
             jax.ShapeDtypeStruct(keys.shape, keys.dtype),
             jax.ShapeDtypeStruct(values.shape, values.dtype),
         ),
+        target,
         grid=(case.heads, batch),
         num_warps=_WARPS,
         name="decode_attention",
@@ -92,14 +95,14 @@ def decode(
     return mixed, keys, values
 
 
-def source(case: Case) -> str:
+def source(case: Case, target: Target) -> str:
     """The kernel's PTX."""
-    return _Kernel(case).write()
+    return _Kernel(case, target).write()
 
 
 class _Kernel(Writer):
-    def __init__(self, case: Case) -> None:
-        self.case, self.ptx = case, Ptx()
+    def __init__(self, case: Case, target: Target) -> None:
+        self.case, self.ptx = case, Ptx(target)
         self.each = case.dim // 32
         self.row_bytes = 2 * case.dim
         names = ["qkv", "cos", "sin", "lengths", "keys", "values"]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels import decoding, ring
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
 from pallas_kernels.ptx import at, float_constant, vector, wide
+from pallas_kernels.target import Target
 
 _CODES = 1024  # bytes of a block's codes
 _STEPS = 4  # instructions a plane
@@ -34,10 +35,10 @@ def unsupported_product(case: Case, workers: int, programs: int) -> str | None:
 class Product(ring.Product):
     """Writes a product by decoded weights."""
 
-    def __init__(self, case: Case, workers: int, programs: int, **options) -> None:
+    def __init__(self, case: Case, workers: int, programs: int, target: Target, **options) -> None:
         self.run_books = max(1, case.books // (2 if options.get("gated") else 1))
         self.book_programs = programs // self.run_books
-        super().__init__(case, workers, programs, **options)
+        super().__init__(case, workers, programs, target, **options)
         books = self.runs if case.books > 1 else 1
         self.decoders = [
             decoding.decoder(self.ptx, case.bits, case.x_dtype, even=case.even)

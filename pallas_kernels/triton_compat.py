@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as _triton
 
 from pallas_kernels.ptx import shared_declaration
+from pallas_kernels.target import H200, Target
 
 # Deprecated since JAX 0.11, still shipped, and what these kernels are written for. JAX warns when a program is
 # lowered, so the filter has to stay; it names just this message.
@@ -39,6 +40,7 @@ def ptx_call(
     source: str,
     operands: tuple[Array, ...],
     outputs: tuple[jax.ShapeDtypeStruct, ...],
+    target: Target,
     *,
     grid: tuple[int, ...],
     num_warps: int,
@@ -53,6 +55,7 @@ def ptx_call(
             results; $0 is scratch. `%ctaid` is the place in the grid.
         operands: arrays in device memory.
         outputs: shapes and dtypes of the results.
+        target: the GPU that the block is written for.
         grid: programs.
         num_warps: warps a program.
         name: of the kernel.
@@ -66,7 +69,7 @@ def ptx_call(
 
     params = compiler_params(num_warps=num_warps, num_stages=1)
     if cluster > 1 or shared_bytes(source) > 48 * 1024 or num_warps.bit_count() > 1:
-        params = _DirectParams(num_warps=num_warps, num_stages=1, cluster=cluster)
+        params = _DirectParams(num_warps=num_warps, num_stages=1, cluster=cluster, target=target)
     call = pl.pallas_call(
         kernel,
         out_shape=outputs,
@@ -113,6 +116,7 @@ def _inline_ptx_lowering(ctx, *pointers, source, outputs):
 @dataclasses.dataclass(frozen=True)
 class _DirectParams(_triton.CompilerParams):
     cluster: int = 1
+    target: Target = H200
 
 
 def _direct_lowering(
@@ -126,7 +130,14 @@ def _direct_lowering(
     launch = {
         "name": name,
         "kernel_type": "ptx",
-        "kernel_data": entry(source, name, operands=len(avals), threads=threads, cluster=cluster),
+        "kernel_data": entry(
+            source,
+            name,
+            compiler_params.target,
+            operands=len(avals),
+            threads=threads,
+            cluster=cluster,
+        ),
         **{"grid_x": x * cluster, "grid_y": y, "grid_z": z},
         **{"block_x": threads, "block_y": 1, "block_z": 1},
         "shared_mem_bytes": shared_bytes(source),
@@ -155,12 +166,14 @@ def shared_bytes(source: str) -> int:
     return int(size[1]) if size else 0
 
 
-def entry(source: str, name: str, *, operands: int, threads: int, cluster: int = 1) -> str:
+def entry(
+    source: str, name: str, target: Target, *, operands: int, threads: int, cluster: int = 1
+) -> str:
     """A whole kernel from a block of PTX; its launch gives it the shared memory."""
     source = source.replace(shared_declaration(shared_bytes(source)), "", 1)
     lines = [
         ".version 8.0",
-        ".target sm_90a",
+        f".target {target.ptx_target(wgmma='wgmma.' in source)}",
         ".address_size 64",
         ".extern " + shared_declaration(""),
         f".visible .entry {name}({', '.join(f'.param .u64 p{i}' for i in range(1, operands + 1))})",

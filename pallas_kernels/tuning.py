@@ -2,7 +2,8 @@
 
 The table holds the fastest choice for each (bits, m, n, k) that was measured, with any codebook or with
 evenly spaced values; a product takes the row of the next larger m and the nearest shape, rather of the same
-device and kind of codebook. Nothing is measured on import or on a first call:
+device and kind of codebook. Rows are of a class of architectures, those with the same instructions; numbers of
+programs are multiples of the multiprocessors. Nothing is measured on import or on a first call:
 
     python -m pallas_kernels.tuning --shapes 4096x4096 --bits 4,1 --m 1,16
 
@@ -29,11 +30,13 @@ from jax import Array
 
 from pallas_kernels import dequantise, integer, matvec, wgmma
 from pallas_kernels.case import Arrays, Case
+from pallas_kernels.target import H200, Target, current
 
 KERNELS = {"matvec": matvec, "integer": integer, "wgmma": wgmma}
 Config = matvec.Config | integer.Config | wgmma.Config
 _SHIPPED = Path(__file__).with_name("tuned.json")
-_FEW = 16  # most rows of x a program of `matvec` takes
+_FEW = 16  # most rows of x a program of `matvec` takes, if there is `wgmma` for more
+_MANY = 64  # the same, if there is none
 # A row of another device, or of another kind of codebook, counts like one of a shape twice as large.
 _ANOTHER = math.log(2)
 
@@ -43,7 +46,7 @@ class Plan:
     """The choice for one product.
 
     Attributes:
-        kernel: "matvec", "integer", "wgmma", "dequantise" (then dot) or "gather".
+        kernel: "matvec", "integer", "wgmma", "dequantise" (then dot), "gather", or "xla" where no kernel runs.
         config: launch configuration of the first three, else None.
         reason: why, in words.
     """
@@ -71,7 +74,7 @@ def plan(
     in_features: int,
     uniform: bool,
     dtype: Any,
-    device_kind: str | None = None,
+    target: Target | None = None,
 ) -> Plan:
     """The kernel and configuration that a product takes, and why. Runs nothing.
 
@@ -83,54 +86,90 @@ def plan(
         in_features: K.
         uniform: whether the values of the codebook are evenly spaced.
         dtype: of x.
-        device_kind: as JAX names the device, e.g. "NVIDIA H200"; None for the default device.
+        target: the GPU; None for the one at hand.
     """
     dtype = jnp.dtype(dtype)
     case = Case(
         *(max(m, 1), out_features, in_features, bits, group_size, 1),
         *(dtype, dtype, None, dtype, uniform),
     )
-    return choose(case, device_kind)
+    return choose(case, target or current())
 
 
-def choose(case: Case, device_kind: str | None = None) -> Plan:
+def choose(case: Case, target: Target) -> Plan:
     """As `plan`, from everything that is static about a product."""
-    reason = matvec.unsupported_reason(case, matvec.Config(tiles=1, warps=8))
+    if target.unknown and not target.has_pallas:
+        return Plan("xla", None, f"dequantises, then dots, because {target.unknown}")
+    reason = matvec.unsupported_reason(case, matvec.Config(tiles=1, warps=8), target)
     if reason is not None:
         return Plan("gather", None, f"looks every code up in memory, because {reason}")
-    kind = _device_kind() if device_kind is None else device_kind
-    rows = _by_nearness(case, kind)
+    rows = _by_nearness(case, target)
     if not rows:
-        return Plan(
-            "dequantise", None, "then dot: more tokens than any for which decoding again paid"
-        )
+        why = "then dot: more tokens than any for which decoding again paid"
+        return Plan("dequantise", None, f"{why}, for {target.architecture}")
     for row in rows:
         why = (
-            f"fastest of those measured at {row['m']} x {row['n']} x {row['k']} on {row['device']}"
+            f"fastest of those measured at {row['m']} x {row['n']} x {row['k']} on {row['device']},"
+            f" for {target.architecture}"
         )
         if row["kernel"] == "dequantise":
             return Plan("dequantise", None, f"then dot, {why}")
-        config = fit(case, KERNELS[row["kernel"]].Config(**row["config"]))
-        reason = unsupported_reason(case, config)
+        config = fit(case, configuration(row, target), target)
+        reason = unsupported_reason(case, config, target)
         if reason is None:
             return Plan(row["kernel"], config, why)
     return Plan(
-        "matvec", fit(case, matvec.Config(tiles=1, warps=8)), f"the smallest, since {reason}"
+        "matvec", _portable(case, target), f"untuned for {target.architecture}, since {reason}"
     )
 
 
-def fit(case: Case, config: Any) -> Any:
+def _portable(case: Case, target: Target) -> matvec.Config:
+    """What runs on every GPU, as good a guess as there is."""
+    smallest = fit(case, matvec.Config(tiles=1, warps=8), target)
+    if target.has_wgmma:
+        return smallest
+    diagonal = case.bits < 4 and case.m == 1
+    config = matvec.Config(
+        tiles=1,
+        warps=8 if case.bits < 4 else 16,
+        stages=8 // case.planes if diagonal else 1,
+        diagonal=diagonal,
+    )
+    config = fit(case, config, target)
+    return smallest if unsupported_reason(case, config, target) else config
+
+
+def configuration(row: dict, target: Target) -> Any:
+    """The launch configuration of a row of the table on a GPU.
+
+    Programs are multiples of the multiprocessors, or of 132 in rows of older files.
+    """
+    facts = dict(row["config"])
+    if "programs_each" in facts:
+        facts["programs"] = facts.pop("programs_each") * target.multiprocessors
+    elif facts.get("programs"):
+        facts["programs"] = facts["programs"] * target.multiprocessors // H200.multiprocessors
+    return KERNELS[row["kernel"]].Config(**facts)
+
+
+def fit(case: Case, config: Any, target: Target) -> Any:
     """A configuration with what follows from the number of tokens."""
     if isinstance(config, matvec.Config):
-        columns = 1 if case.m <= _FEW // 2 else _FEW // 8
+        most = _FEW if target.has_wgmma else _MANY
+        columns = 1
+        while 8 * columns < min(case.m, most):
+            columns *= 2
         diagonal, programs = (config.diagonal, config.programs) if case.m == 1 else (False, 0)
-        return dataclasses.replace(config, columns=columns, diagonal=diagonal, programs=programs)
+        cluster = config.cluster if target.has_clusters else 1
+        return dataclasses.replace(
+            config, columns=columns, diagonal=diagonal, programs=programs, cluster=cluster
+        )
     return config
 
 
-def unsupported_reason(case: Case, config: Any) -> str | None:
+def unsupported_reason(case: Case, config: Any, target: Target) -> str | None:
     """Why a configuration does not run a case, or None."""
-    return KERNELS[kernel_of(config)].unsupported_reason(case, config)
+    return KERNELS[kernel_of(config)].unsupported_reason(case, config, target)
 
 
 def kernel_of(config: Any) -> str:
@@ -138,19 +177,22 @@ def kernel_of(config: Any) -> str:
     return next(name for name, module in KERNELS.items() if isinstance(config, module.Config))
 
 
-def _device_kind() -> str:
-    device = jax.devices()[0]
-    return device.device_kind if device.platform in ("gpu", "cuda") else "NVIDIA H200"
+def _class_of(architecture: str) -> str:
+    """Architectures whose kernels have the same instructions."""
+    number = int(architecture.removeprefix("sm_"))
+    return "wgmma" if number == 90 else "bulk copies" if number > 90 else "mma"
 
 
-def _by_nearness(case: Case, device_kind: str) -> list[dict]:
+def _by_nearness(case: Case, target: Target) -> list[dict]:
     """The rows to follow, best first; none if the product has more tokens than all rows."""
     rows = [row for row in _table() if row["bits"] == case.bits]
+    mine = _class_of(target.architecture)
+    rows = [row for row in rows if _class_of(_architecture(row)) == mine] or rows
     m = min((row["m"] for row in rows if row["m"] >= case.m), default=None)
 
     def distance(row: dict) -> float:
         shape = abs(math.log(row["n"] / case.n)) + abs(math.log(row["k"] / case.k))
-        others = (row["device"] != device_kind) + (_is_even(row) != case.even)
+        others = (row["device"] != target.kind) + (_is_even(row) != case.even)
         return shape + _ANOTHER * others
 
     return sorted((row for row in rows if row["m"] == m), key=distance)
@@ -174,6 +216,10 @@ def _is_even(row: dict) -> bool:
     return row.get("even", False)
 
 
+def _architecture(row: dict) -> str:
+    return row.get("architecture", H200.architecture)
+
+
 # The search
 
 # What was ever the fastest, by what limits it: (tiles, warps, stages, row_warps) of `matvec`.
@@ -188,9 +234,16 @@ _TOKENS = (
     *((1, 8, 1, 1), (1, 8, 2, 1), (1, 16, 1, 2), (1, 16, 2, 2)),
     *((2, 8, 1, 1), (2, 8, 1, 2), (2, 16, 1, 1), (2, 16, 1, 2)),
 )
-# The same, with its programs, which take rows in turns.
-_TURNS = ((1, 8, 1, 1, 528), (1, 16, 1, 1, 264), (1, 16, 1, 2, 264))
-_INTEGER = ((8, 132), (12, 132), (16, 132), (24, 132), (8, 264), (12, 264))  # (workers, programs)
+# The same, with its programs a multiprocessor, which take rows in turns.
+_TURNS = ((1, 8, 1, 1, 4), (1, 16, 1, 1, 2), (1, 16, 1, 2, 2))
+_INTEGER = (
+    (8, 1),
+    (12, 1),
+    (16, 1),
+    (24, 1),
+    (8, 2),
+    (12, 2),
+)  # (workers, programs a multiprocessor)
 # (tokens, row_groups, k_groups, stages, cluster, ring) of `wgmma` for at least so many tokens.
 _WGMMA = {
     16: ((16, 1, 4, 2, 1, False), (16, 1, 2, 2, 1, False), (16, 1, 2, 4, 2, False)),
@@ -213,51 +266,56 @@ _WGMMA = {
 }
 
 
-def candidates(case: Case) -> Iterator[tuple[str, Any]]:
-    """(kernel, configuration) pairs that may be the fastest for a case: those that ever were."""
+def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
+    """(kernel, configuration) pairs that may be the fastest for a case: those that ever were.
+
+    Not all of them run on every GPU: see `unsupported_reason`.
+    """
     if case.m == 1:
         for facts in _DIAGONAL[case.bits]:
             yield "matvec", matvec.Config(*facts[:3], row_warps=facts[3], diagonal=True)
         for facts in _INTEGER if case.bits == 1 else ():
-            yield "integer", integer.Config(*facts)
-        for *facts, row_warps, programs in _TURNS:
+            yield "integer", integer.Config(facts[0], facts[1] * target.multiprocessors)
+        for *facts, row_warps, each in _TURNS:
+            programs = each * target.multiprocessors
             config = matvec.Config(*facts, row_warps=row_warps, programs=programs)
             if matvec.takes_turns(case, config):
                 yield "matvec", config
-    if case.m <= 2 * _FEW:
+    if case.m <= 2 * (_FEW if target.has_wgmma else _MANY):
         for facts in _ONE_TOKEN if case.m == 1 else _TOKENS:
-            yield "matvec", fit(case, matvec.Config(*facts[:3], row_warps=facts[3]))
-    if case.m >= min(_WGMMA):
+            yield "matvec", fit(case, matvec.Config(*facts[:3], row_warps=facts[3]), target)
+    if case.m >= min(_WGMMA) and target.has_wgmma:
         for facts in _WGMMA[max(m for m in _WGMMA if m <= case.m)]:
             yield "wgmma", wgmma.Config(*facts)
-    if case.m >= 128:
+    if case.m >= (128 if target.has_wgmma else 64):
         yield "dequantise", None
 
 
 def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
     """Measures the candidates of cases with one weight on the GPU at hand; a row of the table for each case."""
-    weights = _random_weights(cases[0])
+    weights, target = _random_weights(cases[0]), current()
     jobs = [
         (case, kernel, config)
         for case in cases
-        for kernel, config in candidates(case)
-        if config is None or unsupported_reason(case, config) is None
+        for kernel, config in candidates(case, target)
+        if config is None or unsupported_reason(case, config, target) is None
     ]
     with ThreadPoolExecutor() as pool:
-        programs = list(pool.map(lambda job: _compile(job[0], job[1], job[2], weights), jobs))
+        programs = list(pool.map(lambda job: _compile(*job, weights, target), jobs))
     best: dict[Case, dict] = {}
     for (case, kernel, config), program in zip(jobs, programs, strict=True):
         microseconds = _measure(case, program, weights, seconds)
         if case not in best or microseconds < best[case]["us"]:
             best[case] = {
-                "device": jax.devices()[0].device_kind,
+                "device": target.kind,
+                "architecture": target.architecture,
                 "bits": case.bits,
                 "m": case.m,
                 "n": case.n,
                 "k": case.k,
                 "even": case.even,
                 "kernel": kernel,
-                "config": {} if config is None else dataclasses.asdict(config),
+                "config": _recorded(config, target),
                 "us": round(microseconds, 2),
             }
     for row in best.values():
@@ -265,31 +323,45 @@ def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
     return list(best.values())
 
 
+def _recorded(config: Any, target: Target) -> dict:
+    """A configuration as a row of the table has it, see `configuration`."""
+    facts = {} if config is None else dataclasses.asdict(config)
+    if facts.get("programs"):
+        facts["programs_each"] = facts.pop("programs") // target.multiprocessors
+    return facts
+
+
 def launch(
-    case: Case, kernel: str, config: Any, arrays: Arrays, others: tuple[Array, ...] = ()
+    case: Case,
+    kernel: str,
+    config: Any,
+    arrays: Arrays,
+    target: Target,
+    others: tuple[Array, ...] = (),
 ) -> tuple[Array, ...]:
     """Runs a product with a given kernel (not "gather") and configuration; see `Case.launch`."""
     if kernel == "dequantise":
-        return (dequantise.matmul(case, arrays),)
+        return (dequantise.matmul(case, arrays, target),)
     module = KERNELS[kernel]
     return case.launch(
-        module.source(case, config),
+        module.source(case, config, target),
         arrays,
+        target,
         grid=module.grid(case, config),
         warps=config.warps,
         cluster=config.cluster,
         name=f"fdk_{kernel}",
         others=others,
-        squares=module.squares(case, config) if case.residual else 0,
+        squares=module.squares(case, config, target) if case.residual else 0,
     )
 
 
 _TRIPS = 32  # so many that the host's work at the start of a program does not count
 
 
-def _compile(case: Case, kernel: str, config: Any, weights: list) -> Any:
+def _compile(case: Case, kernel: str, config: Any, weights: list, target: Target) -> Any:
     """A loop over products that rotates weights past the caches."""
-    product = jax.jit(functools.partial(launch, case, kernel, config))
+    product = jax.jit(functools.partial(launch, case, kernel, config, target=target))
 
     def loop(x, weights, codebook):
         def body(_, carry):

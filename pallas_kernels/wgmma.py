@@ -15,6 +15,7 @@ import dataclasses
 from pallas_kernels import matvec
 from pallas_kernels.case import PLANE, Case
 from pallas_kernels.ptx import at, vector
+from pallas_kernels.target import Target
 
 _STEPS = 4
 _X_DEPTH = 4  # most planes of x on their way
@@ -61,11 +62,15 @@ class Config:
         )
 
 
-def unsupported_reason(case: Case, config: Config) -> str | None:
+def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:
     """Why the kernel does not take a case, or None."""
+    if not target.has_wgmma:
+        return f"{target.architecture} has no wgmma, which is sm_90's alone"
     if config.stages * case.planes % 2:
         return f"{config.stages} stages of {case.planes} planes are odd"
-    return case.unsupported_reason(config, lambda: _Writer(case, config).shared_bytes)
+    return case.unsupported_reason(
+        config, target, lambda: _Writer(case, config, target).shared_bytes
+    )
 
 
 def grid(case: Case, config: Config) -> tuple[int, int]:
@@ -73,17 +78,17 @@ def grid(case: Case, config: Config) -> tuple[int, int]:
     return -(-case.m // config.tokens), -(-case.n // config.rows)
 
 
-def source(case: Case, config: Config) -> str:
+def source(case: Case, config: Config, target: Target) -> str:
     """The kernel's PTX."""
-    return _Writer(case, config).write()
+    return _Writer(case, config, target).write()
 
 
 class _Writer(matvec._Writer):
     """Writes the PTX of one case."""
 
-    def __init__(self, case: Case, config: Config) -> None:
+    def __init__(self, case: Case, config: Config, target: Target) -> None:
         self.launch = config
-        super().__init__(case, config.as_matvec)
+        super().__init__(case, config.as_matvec, target)
         self.cores = config.tokens // 8
         # Of a plane of x, whose second half starts in other banks.
         self.x_bytes = config.tokens * PLANE * 2 + _CORE_BYTES

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import chain, dequantise, integer, ring, short_attention, stream, tuning
 from pallas_kernels.case import Case
+from pallas_kernels.target import H200
 
 RECORDED = Path(__file__).with_name("golden_ptx.json")
 # Widths of codes, and whether the values are evenly spaced: every decoder.
@@ -41,31 +42,31 @@ def case(m, n, k, bits, uniform=False, *, dtype="bfloat16", group_size=64, **oth
 def sources() -> Iterator[tuple[str, str]]:
     """Names and PTX of the kernels."""
     for row in tuning._table():
-        if row["kernel"] not in tuning.KERNELS:
+        if row["kernel"] not in tuning.KERNELS or tuning._architecture(row) != "sm_90":
             continue
         module, uniform = tuning.KERNELS[row["kernel"]], tuning._is_even(row)
         shape = row["m"], row["n"], row["k"], row["bits"]
         for dtype in _HALVES:
             product = case(*shape, uniform, dtype=dtype)
-            config = tuning.fit(product, module.Config(**row["config"]))
+            config = tuning.fit(product, tuning.configuration(row, H200), H200)
             name = f"{row['device']}: {dtype} {shape} {uniform=} {row['kernel']}"
-            yield name, module.source(product, config)
+            yield name, module.source(product, config, H200)
             if row["m"] == 1 and dtype == "bfloat16" and config.cluster == 1:
                 around = dataclasses.replace(product, squares=96, norm_eps=1e-5, residual=True)
-                if tuning.unsupported_reason(around, config) is None:
-                    yield f"{name} with a residual", module.source(around, config)
+                if tuning.unsupported_reason(around, config, H200) is None:
+                    yield f"{name} with a residual", module.source(around, config, H200)
     yield from _other_groups()
     yield from _chains()
     for bits, uniform in _DECODERS:
         for dtype in _HALVES:
             product = case(512, 4096, 4096, bits, uniform, dtype=dtype)
-            yield f"dequantise {bits} {uniform=} {dtype}", dequantise.source(product)
+            yield f"dequantise {bits} {uniform=} {dtype}", dequantise.source(product, H200)
             if bits > 1:
                 product = case(1, 4096, 4096, bits, uniform, dtype=dtype)
                 config = ring.Config(16, _MULTIPROCESSORS)
                 yield (
                     f"stream {bits} {uniform=} {dtype}",
-                    ring.source(product, config, stream.Product),
+                    ring.source(product, config, H200, stream.Product),
                 )
     for heads, kv_heads, dim in ((32, 8, 128), (24, 8, 128), (8, 4, 256), (32, 8, 64)):
         for dtype in _HALVES:
@@ -73,7 +74,7 @@ def sources() -> Iterator[tuple[str, str]]:
                 attention = short_attention.Case(heads, kv_heads, dim, 512, jnp.dtype(dtype), eps)
                 yield (
                     f"attention {heads} {kv_heads} {dim} {dtype} {eps}",
-                    short_attention.source(attention),
+                    short_attention.source(attention, H200),
                 )
 
 
@@ -91,9 +92,9 @@ def _other_groups() -> Iterator[tuple[str, str]]:
         (decoder, m, option) for decoder in _DECODERS for m in (1, 11, 40) for option in options
     ):
         product = case(m, 4080, 4100, bits, uniform, **option)
-        plan = tuning.choose(product, "NVIDIA H200")
+        plan = tuning.choose(product, H200)
         if plan.kernel in tuning.KERNELS:
-            source = tuning.KERNELS[plan.kernel].source(product, plan.config)
+            source = tuning.KERNELS[plan.kernel].source(product, plan.config, H200)
             yield f"{bits} {uniform=} {m} {option} {plan.kernel}", source
 
 
@@ -104,10 +105,10 @@ def _chains() -> Iterator[tuple[str, str]]:
             shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (qkv, hidden)]
             for count in (3, 4):
                 products = [case(1, n, k, bits, uniform) for n, k in shapes[:count]]
-                if chain.unsupported_reason(products, config) is None:
-                    products = chain.cases(products, (1e-5, 1e-5), config)
+                if chain.unsupported_reason(products, config, H200) is None:
+                    products = chain.cases(products, (1e-5, 1e-5), config, H200)
                     name = f"chain {bits} {uniform=} {hidden} {inner} {count}"
-                    yield name, chain.source(products, config)
+                    yield name, chain.source(products, config, H200)
     assert integer.Config is ring.Config
 
 

@@ -15,6 +15,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels import chain, ring, stream, triton_compat
 from pallas_kernels.case import Case
+from pallas_kernels.target import H200
 
 # Hidden and inner size 512.
 SHAPES = [(512, 512), (1024, 512), (512, 512), (96, 512)]
@@ -43,7 +44,7 @@ def test_a_streamed_product(rng, bits, uniform, n, k, books, config, dtype):
     assert stream.unsupported_product(case, config.workers, config.programs) is None
     bias, y = rng.normal(size=n).astype(np.float32), np.full((1, n), np.nan, np.float32)
     ptx_machine.run(
-        ring.source(case, config, stream.Product),
+        ring.source(case, config, H200, stream.Product),
         [np.asarray(a) for a in (case.pad(x), *arrays, bias, y)],
         ring.grid(case, config),
         32 * config.warps,
@@ -87,18 +88,18 @@ def _check_chain(rng, shapes, bits, uniform, books, config, *, bias, chance=None
     """Runs the kernel on the emulator, its results poisoned before, and compares with float64."""
     weights = chains.weights(rng, shapes, bits, books, uniform, bias)
     products = [case for case, *_ in weights]
-    assert chain.unsupported_reason(products, config) is None
-    cases = chain.cases(products, chains.EPS, config)
+    assert chain.unsupported_reason(products, config, H200) is None
+    cases = chain.cases(products, chains.EPS, config, H200)
     x, residual, scales = chains.inputs(rng, 512, 512)
     counters = np.zeros(len(shapes), np.int32)
     operands = [x, residual, counters]
     for place, (_, arrays, *_) in enumerate(weights):
         operands += [a for a in arrays[1:] if a is not None]
         operands += [scales[place // 2]] * (place in (0, 2))
-    shapes = chain.outputs(cases, config)
+    shapes = chain.outputs(cases, config, H200)
     found = {name: np.full(a.shape, np.nan, a.dtype) for name, a in shapes.items()}
     ptx_machine.run(
-        chain.source(cases, config),
+        chain.source(cases, config, H200),
         [np.asarray(a) for a in (*operands, *found.values())],
         (1, 1),
         32 * config.warps,
@@ -122,13 +123,13 @@ def _products(bits, hidden, inner, qkv, books=(1, 2, 1, 3)):
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs the CUDA toolkit's ptxas")
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_chains_assemble(tmp_path, bits):
-    config = ring.Config(chain._WORKERS[bits], 132)
-    cases = chain.cases(_products(bits, 4096, 14336, 6144), (1e-5, 1e-5), config)
+    config = chain.config(bits, H200)
+    cases = chain.cases(_products(bits, 4096, 14336, 6144), (1e-5, 1e-5), config, H200)
     count = 3 + sum(len(c.operands) for c in cases)  # at least
-    source = chain.source(cases, config)
+    source = chain.source(cases, config, H200)
     file = tmp_path / "chain.ptx"
     threads = 32 * config.warps
-    file.write_text(triton_compat.entry(source, "chain", operands=count, threads=threads))
+    file.write_text(triton_compat.entry(source, "chain", H200, operands=count, threads=threads))
     command = ["ptxas", "-arch=sm_90a", str(file), "-o", str(file.with_suffix(".cubin"))]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -147,8 +148,8 @@ def test_chains_assemble(tmp_path, bits):
 def test_what_no_chain_takes(change, reason):
     cases = _products(2, 1024, 2048, 1536)
     config = ring.Config(16, 132)
-    assert chain.unsupported_reason(cases, config) is None
-    assert reason in chain.unsupported_reason(change(cases), config)
+    assert chain.unsupported_reason(cases, config, H200) is None
+    assert reason in chain.unsupported_reason(change(cases), config, H200)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is one")

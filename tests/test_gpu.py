@@ -23,11 +23,13 @@ from fdk_jax.models import modules
 from fdk_jax.models.config import ModelConfig
 from pallas_kernels import attention, integer, matvec, tuning, wgmma
 from pallas_kernels.case import Case
+from pallas_kernels.target import current
 
 if jax.default_backend() != "gpu":
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 
+TARGET = current()  # set FDK_JAX_TARGET=sm_80 to test what older GPUs get
 # Widths of codes, and whether the values are evenly spaced: every decoder.
 DECODERS = [(1, False), (2, False), (4, False), (8, False), (4, True), (8, True)]
 
@@ -52,12 +54,18 @@ def _check(
     assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
 
 
+def _is_ours(row):
+    """Whether a row of the table is for the architecture that the kernels are written for."""
+    ours = tuning._class_of(TARGET.architecture)
+    return tuning._class_of(tuning._architecture(row)) == ours
+
+
 def _tuned():
     """Each configuration of the table once for a kind of codebook, with its number of tokens."""
     found = {}
     for row in tuning._table():
-        if row["kernel"] in tuning.KERNELS:
-            config = tuning.KERNELS[row["kernel"]].Config(**row["config"])
+        if row["kernel"] in tuning.KERNELS and _is_ours(row):
+            config = tuning.configuration(row, TARGET)
             found[row["bits"], tuning._is_even(row), config] = row["m"]
     return [(*key, m) for key, m in found.items()]
 
@@ -214,7 +222,7 @@ def test_non_finite_x_propagates_like_a_dense_product(rng, bits, uniform, value,
     arrays, facts, _ = planar.product(rng, 1, 48, 1024, bits, 64, "bfloat16", uniform=uniform)
     x, packed, scales, codebook = arrays
     x = x.at[0, 700].set(value)
-    if config is not None and tuning.unsupported_reason(_case(bits), config) is not None:
+    if config is not None and tuning.unsupported_reason(_case(bits), config, TARGET) is not None:
         pytest.skip("the kernel does not take this width")
     interchange, _ = packing.from_planar(packed, scales, in_features=1024, **facts)
     values = np.asarray(codebook.astype(jnp.bfloat16), np.float64)[0]

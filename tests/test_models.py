@@ -24,7 +24,8 @@ from fdk_jax.models.cache import append
 from fdk_jax.models.config import ModelConfig, custom_llama, read_config
 from fdk_jax.product import cpu_backend
 from pallas_kernels import attention as pallas_attention
-from pallas_kernels import chain, dense, norm, ring, short_attention
+from pallas_kernels import chain, dense, norm, short_attention
+from pallas_kernels.target import H200, using
 
 DATA = Path(__file__).parent / "data" / "models"
 FOLDERS = sorted(path.name for path in DATA.iterdir())
@@ -355,14 +356,15 @@ def test_a_decoding_step_lowers_for_cuda_with_one_copy_of_a_layer(batch, launche
 @ONLY_WITH_A_GPU
 @pytest.mark.parametrize("bits", [1, 4])
 def test_a_decoding_step_of_chains_is_two_launches_a_layer(bits, monkeypatch):
-    monkeypatch.setattr(chain, "config", lambda bits: ring.Config(8, 132))
+    monkeypatch.setattr(chain, "_WORKERS", {bits: 8})
     config = ModelConfig(1024, 512, 1024, 7, 4, 2, 128)
     graph, state = nnx.split(models.random_model(config, bits=bits, backend="pallas"))
     arrays = (jnp.zeros((1, config.num_kv_heads, 64, config.head_dim), config.dtype),) * 7
     cache = models.KVCache(arrays, arrays, jnp.zeros(1, jnp.int32))
     program = jax.jit(lambda s, t, c: nnx.merge(graph, s).decode(t, c))
-    traced = program.trace(state, jnp.zeros(1, jnp.int32), cache)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    with using(H200):
+        traced = program.trace(state, jnp.zeros(1, jnp.int32), cache)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("call @_run_chain") == 7
     # The last layer, with no next one, is not like the others.
     assert text.count('name = "fdk_chain"') == text.count('name = "decode_attention"') == 2
@@ -503,7 +505,7 @@ def run_short_attention(qkv, cos, sin, lengths, keys, values, norms, chance=None
     keys, values = np.array(keys), np.array(values)
     mixed = np.full((batch, heads * dim), np.nan, keys.dtype)
     ptx_machine.run(
-        short_attention.source(case),
+        short_attention.source(case, H200),
         [np.asarray(a) for a in (qkv, cos, sin, lengths)]
         + [keys, values, *map(np.asarray, norms or ()), mixed, keys, values],
         (heads, batch),

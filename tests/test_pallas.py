@@ -1,5 +1,6 @@
 """The Pallas kernels without a GPU: values in the interpreter, lowering to CUDA, plans and errors."""
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from fdk_jax.models.config import ModelConfig
 from pallas_kernels import dequantise, integer, matvec, triton_compat, tuning, wgmma
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.ptx import Ptx, at
+from pallas_kernels.target import H200, Target
 
 HALF = jnp.dtype(jnp.bfloat16)
 # Widths of codes, and whether the values are evenly spaced: every decoder.
@@ -90,9 +92,12 @@ def _tuned_rows():
 @pytest.mark.parametrize("row", _tuned_rows(), ids=lambda r: "{bits}-{m}-{n}-{k}".format(**r))
 def test_tuned_rows_lower(row):
     case = _case(row["m"], row["n"], row["k"], row["bits"], uniform=tuning._is_even(row))
-    plan = tuning.choose(case, row["device"])
+    target = dataclasses.replace(Target.parse(tuning._architecture(row)), kind=row["device"])
+    plan = tuning.choose(case, target)
     assert plan.kernel == row["kernel"]
-    text = _lower(case, lambda *a: tuning.launch(case, plan.kernel, plan.config, Arrays(*a)))
+    text = _lower(
+        case, lambda *a: tuning.launch(case, plan.kernel, plan.config, Arrays(*a), target)
+    )
     assert text.count("fdk_") >= 1
     # One launch and nothing that reformats the weight.
     assert text.count("stablehlo.custom_call") == 1
@@ -105,9 +110,9 @@ def test_tuned_rows_lower(row):
 def test_group_sizes_lower(bits, group_size, m):
     half = jnp.dtype(jnp.float16)
     case = _case(m, 33, 2000, bits, group_size=group_size, bias=jnp.dtype(jnp.float32), dtype=half)
-    plan = tuning.choose(case, "NVIDIA H200")
+    plan = tuning.choose(case, H200)
     assert plan.kernel in (*tuning.KERNELS, "dequantise")
-    _lower(case, lambda *a: tuning.launch(case, plan.kernel, plan.config, Arrays(*a)))
+    _lower(case, lambda *a: tuning.launch(case, plan.kernel, plan.config, Arrays(*a), H200))
 
 
 @pytest.mark.parametrize(
@@ -120,13 +125,13 @@ def test_group_sizes_lower(bits, group_size, m):
 def test_what_triton_does_not_launch_is_launched_as_it_stands(m, config, grid):
     case = _case(m, 8192, 1024, 4, bias=HALF)
     kernel = tuning.kernel_of(config)
-    text = _lower(case, lambda *a: tuning.launch(case, kernel, config, Arrays(*a)))
+    text = _lower(case, lambda *a: tuning.launch(case, kernel, config, Arrays(*a), H200))
     assert text.count("stablehlo.custom_call") == 1
     [(launch, operands)] = _launches(text)
     assert f".entry {launch['name']}(" in launch["kernel_data"]
     assert (launch["block_x"], operands) == (32 * config.warps, 5)
     assert tuple(launch[f"grid_{axis}"] for axis in "xyz") == grid
-    source = tuning.KERNELS[kernel].source(case, config)
+    source = tuning.KERNELS[kernel].source(case, config, H200)
     assert launch["shared_mem_bytes"] == triton_compat.shared_bytes(source)
     assert (".reqnctapercluster 2, 1, 1" in launch["kernel_data"]) == (config.cluster == 2)
 
@@ -135,11 +140,11 @@ def test_what_triton_does_not_launch_is_launched_as_it_stands(m, config, grid):
 def test_candidates_are_written(bits, uniform):
     for m in (1, 8, 16, 32, 64, 256):
         case = _case(m, 200, 1000, bits, uniform=uniform)
-        for kernel, config in tuning.candidates(case):
+        for kernel, config in tuning.candidates(case, H200):
             if config is None:
-                source = dequantise.source(case)
-            elif tuning.unsupported_reason(case, config) is None:
-                source = tuning.KERNELS[kernel].source(case, config)
+                source = dequantise.source(case, H200)
+            elif tuning.unsupported_reason(case, config, H200) is None:
+                source = tuning.KERNELS[kernel].source(case, config, H200)
             else:
                 continue
             assert source.startswith("{") and source.endswith("}")
@@ -154,11 +159,11 @@ def test_candidates_assemble(tmp_path, bits, uniform, m, dtype):
     half = jnp.dtype(dtype)
     case = _case(m, 200, 1000, bits, dtype=half, scales=half, out=half, uniform=uniform)
     files = []
-    for i, (kernel, config) in enumerate(tuning.candidates(case)):
-        if config is None or tuning.unsupported_reason(case, config) is not None:
+    for i, (kernel, config) in enumerate(tuning.candidates(case, H200)):
+        if config is None or tuning.unsupported_reason(case, config, H200) is not None:
             continue
-        source = tuning.KERNELS[kernel].source(case, config)
-        text = triton_compat.entry(source, "kernel", operands=5, threads=32 * config.warps)
+        source = tuning.KERNELS[kernel].source(case, config, H200)
+        text = triton_compat.entry(source, "kernel", H200, operands=5, threads=32 * config.warps)
         files.append(tmp_path / f"{i}.ptx")
         files[-1].write_text(text)
     for file in files:
@@ -176,15 +181,17 @@ def test_plans_say_why():
     assert exact.kernel == "gather" and "float32" in str(exact)
     odd = pallas_kernels.plan(1, dtype=HALF, **(facts | {"group_size": 10}))
     assert odd.kernel == "gather" and "group_size=10" in odd.reason
-    unknown = pallas_kernels.plan(1, dtype=HALF, device_kind="another", **facts)
+    unknown = pallas_kernels.plan(
+        1, dtype=HALF, target=dataclasses.replace(H200, kind="another"), **facts
+    )
     assert "NVIDIA H" in unknown.reason
 
 
 def test_codebooks_that_change_within_a_program_take_smaller_programs():
     case = _case(1, 96, 4096, 4, books=6)
-    plan = tuning.choose(case, "NVIDIA H200")
+    plan = tuning.choose(case, H200)
     assert plan.kernel == "matvec" and plan.config.rows == 16
-    assert tuning.choose(_case(1, 96, 4096, 4, books=12), "NVIDIA H200").kernel == "gather"
+    assert tuning.choose(_case(1, 96, 4096, 4, books=12), H200).kernel == "gather"
 
 
 def test_errors_name_the_remedy(rng):
@@ -212,7 +219,10 @@ def test_a_cache_file_wins_over_the_package(tmp_path, monkeypatch):
     tuning._write([row | {"us": 2.0}], path)
     tuning._table.cache_clear()
     try:
-        assert tuning.choose(_case(1, 64, 64, 4), "here").config.warps == 4
+        assert (
+            tuning.choose(_case(1, 64, 64, 4), dataclasses.replace(H200, kind="here")).config.warps
+            == 4
+        )
         assert sum(r["device"] == "here" for r in tuning._table()) == 1
     finally:
         tuning._table.cache_clear()
@@ -248,7 +258,7 @@ def _run_ptx(case, config, arrays, bias):
     module = tuning.KERNELS[tuning.kernel_of(config)]
     threads = 32 * config.warps
     ptx_machine.run(
-        module.source(case, config),
+        module.source(case, config, H200),
         [*operands, out],
         module.grid(case, config),
         threads,
@@ -293,7 +303,7 @@ def test_ptx_values_and_bounds(rng, bits, uniform, m, n, k, group_size, books, d
     )
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
     case = Case(m, n, k, bits, group_size, books, half, half, single, single, uniform)
-    assert tuning.unsupported_reason(case, config) is None
+    assert tuning.unsupported_reason(case, config, H200) is None
     bias = rng.normal(size=n).astype(np.float32)
     error = _run_ptx(case, config, arrays, bias).astype(np.float64) - (expected + bias)
     assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
@@ -319,7 +329,7 @@ def test_integer_kernel(rng, n, k, books, config, dtype, wide_scales):
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
     scale_dtype = single if wide_scales else half
     case = Case(1, n, k, 1, 64, books, half, scale_dtype, single, single)
-    assert tuning.unsupported_reason(case, config) is None
+    assert tuning.unsupported_reason(case, config, H200) is None
     bias = rng.normal(size=n).astype(np.float32)
     arrays = (x, packed, scales.astype(scale_dtype), codebook)
     error = _run_ptx(case, config, arrays, bias).astype(np.float64) - (expected + bias)
@@ -431,7 +441,7 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books, config
     case = Case(
         *(1, n, k, bits, 64, books, HALF, HALF, HALF, HALF, uniform), residual=residual, **options
     )
-    assert tuning.unsupported_reason(case, config) is None
+    assert tuning.unsupported_reason(case, config, H200) is None
     bias = rng.normal(size=n).astype(HALF)
     _, x, squares = (np.asarray(a) for a in before)
     if not normed:
@@ -442,10 +452,10 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books, config
     kernel = tuning.KERNELS[tuning.kernel_of(config)]
     row, outputs = np.full((1, n), np.nan, HALF), ()
     if residual:
-        outputs = (row.copy(), np.full(kernel.squares(case, config), np.nan, np.float32))
+        outputs = (row.copy(), np.full(kernel.squares(case, config, H200), np.nan, np.float32))
     outputs = (row, *outputs)
     ptx_machine.run(
-        kernel.source(case, config),
+        kernel.source(case, config, H200),
         [*operands, *outputs],
         kernel.grid(case, config),
         32 * config.warps,
@@ -535,7 +545,7 @@ def test_ptx_decodes_whole_weights(rng, bits, group_size, dtype):
     case = _case(1, n, k, bits, group_size=group_size, dtype=half, scales=half)
     out = np.full((16 * case.tiles, case.blocks * case.span), np.nan, half)
     operands = [np.asarray(a) for a in (packed, scales, codebook)]
-    ptx_machine.run(dequantise.source(case), [*operands, out], (case.tiles, 1), 256)
+    ptx_machine.run(dequantise.source(case, H200), [*operands, out], (case.tiles, 1), 256)
     interchange, plain = packing.from_planar(
         packed, scales, bits=bits, group_size=group_size, out_features=n, in_features=k
     )

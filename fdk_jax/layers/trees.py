@@ -17,6 +17,7 @@ from fdk_jax.layers.linear import QuantisedLinear, QuantisedWeight
 from fdk_jax.layers.surgery import from_flax, replace_layers, to_flax
 from fdk_jax.product import cpu_backend
 from fdk_jax.product.dispatch import check_backend, prepare_tensor
+from pallas_kernels import target
 
 _KERNELS = ("kernel", "weight")
 _NEVER = re.compile(
@@ -143,7 +144,7 @@ def default_backend() -> str:
     """The backend whose kernels run on JAX's default platform: "pallas", "cpu" or "xla"."""
     platform = jax.default_backend()
     if platform in ("gpu", "cuda"):
-        return "pallas"
+        return "pallas" if target.current().has_pallas else "xla"
     return "cpu" if platform == "cpu" and cpu_backend.unavailable_reason() is None else "xla"
 
 

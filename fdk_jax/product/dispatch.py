@@ -26,6 +26,7 @@ import pallas_kernels
 from fdk_jax.format import packing
 from fdk_jax.format.quantised_tensor import FACTS, FLOAT_DTYPES, QuantisedTensor
 from fdk_jax.product import cpu_backend, partitioning, reference
+from pallas_kernels import target
 from pallas_kernels.case import Arrays
 
 BACKENDS = ("pallas", "cpu", "xla")
@@ -257,7 +258,7 @@ def _on_platform(product: Product, operands: Arrays) -> Array:
 def _kernel_of(product: Product) -> str | None:
     """The kernel whose layout the weight has, if it exists here."""
     if product.layout == "planar":
-        return "pallas"
+        return "pallas" if target.current().has_pallas else None
     if product.layout == "tiled" and cpu_backend.unsupported_reason(product.group_size) is None:
         return "cpu"
     return None

@@ -12,6 +12,7 @@ from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.trees import default_backend
 from fdk_jax.product import cpu_backend
 from fdk_jax.product.dispatch import LAYOUT_OF, check_backend
+from pallas_kernels import target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Explanation:
 
     Attributes:
         backend: "pallas", "cpu" or "xla".
-        kernel: what runs, with its launch configuration.
+        kernel: what runs, with its launch configuration; on a GPU with the architecture it is written for.
         reason: why.
     """
 
@@ -61,7 +62,10 @@ def explain(
             reason += f'; fdk_jax.prepare makes it one for "{default_backend()}"'
         return _path("xla", x, w, reason)
     if w.layout == "planar" and platform == "cuda":
-        return _path("pallas", x, w, "the weight is prepared for it, on a GPU")
+        gpu = target.current()
+        if not gpu.has_pallas:
+            return _path("xla", x, w, gpu.unknown)
+        return _path("pallas", x, w, f"the weight is prepared for it, on {gpu}")
     if w.layout == "tiled" and platform == "cpu":
         missing = cpu_backend.unsupported_reason(w.group_size)
         if missing is None:
