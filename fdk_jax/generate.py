@@ -1,11 +1,13 @@
-"""Generates text from a checkpoint folder: `python -m fdk_jax.generate --model DIR --prompt TEXT`."""
+"""Generates text from a checkpoint: `python -m fdk_jax.generate --model DIR --prompt TEXT`."""
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,38 +15,80 @@ import rich.console
 import rich.progress
 
 from fdk_jax import models
+from fdk_jax.models.hub import find_checkpoint
 from fdk_jax.models.tokenizer import TextStream, Tokenizer
 from fdk_jax.product import cpu_backend
+
+_NEW_TOKENS = 128  # of an answer, unless it is said or the context is smaller
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status. Errors are one line on stderr."""
     args = _parser().parse_args(arguments)
     console = rich.console.Console(stderr=True, quiet=args.quiet)
+    _use_utf8()
     try:
-        _platform(args.platform)
         _check(args)
+        args.model = find_checkpoint(args.model)
         tokenizer = Tokenizer(args.model)
         if args.chat:
             _chat(args, tokenizer, console)
         else:
             _complete(args, tokenizer, console)
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the text has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if args.debug:
+            raise
+        _print_error(error)
+        return 2
     return 0
+
+
+def _print_error(error: Exception) -> None:
+    text = " ".join(str(error).split()) or "no reason given"
+    if not isinstance(error, (ValueError, OSError, ImportError, NotImplementedError)):
+        text = f"{type(error).__name__}: {text} (--debug shows where)"
+    print(f"error: {text}", file=sys.stderr)
+
+
+def _use_utf8() -> None:
+    """Reads and writes UTF-8 where the locale knows ASCII only."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if "utf" not in (getattr(stream, "encoding", None) or "utf-8").lower():
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fdk_jax.generate", description=__doc__)
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="checkpoint folder or file, or a name in the hub's cache",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="repeat it for a batch")
     source.add_argument("--chat", action="store_true", help="talk; an empty line ends it")
     parser.add_argument("--system", help="system message of the chat")
-    parser.add_argument("--max_tokens", type=int, default=128, help="new tokens (default 128)")
+    parser.add_argument(
+        "--chat_template", metavar="NAME", help="one of several templates, or a file with another"
+    )
+    parser.add_argument(
+        "--template_option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a variable of the template, such as enable_thinking=false; VALUE is JSON or text",
+    )
+    parser.add_argument(
+        "--max_tokens",
+        type=int,
+        help=f"new tokens (default {_NEW_TOKENS}, or what the context has room for)",
+    )
     parser.add_argument("--max_context", type=int, help="tokens of prompt and answer together")
     sampling = parser.add_argument_group("sampling (greedy unless a temperature is given)")
     sampling.add_argument("--temperature", type=float, default=0.0)
@@ -69,24 +113,29 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--devices", type=int, default=1, help="that share every matrix")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_argument("--quiet", action="store_true", help="no progress, no speed")
+    parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     return parser
-
-
-def _platform(name: str | None) -> None:
-    if name is not None:
-        jax.config.update("jax_platforms", name)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what cannot work before anything is read."""
     if args.json and args.chat:
         raise ValueError("--json needs --prompt")
-    if args.system is not None and not args.chat:
-        raise ValueError("--system needs --chat")
+    for name in ("system", "chat_template", "template_option"):
+        if getattr(args, name) and not args.chat:
+            raise ValueError(f"--{name} needs --chat")
     if args.head_bits is not None and args.bits is None:
         raise ValueError("--head_bits needs --bits")
-    if not 1 <= args.devices <= jax.device_count():
-        raise ValueError(f"--devices {args.devices}: there are {jax.device_count()}")
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise ValueError(f"--max_tokens {args.max_tokens} must be at least 1")
+    if args.max_context is not None and args.max_context < 2:
+        raise ValueError(f"--max_context {args.max_context} must be at least 2")
+    args.prompt = [_text(prompt) for prompt in args.prompt or []]
+    args.system = None if args.system is None else _text(args.system)
+    args.sampling = models.Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    devices = _devices(args.platform)
+    if not 1 <= args.devices <= devices:
+        raise ValueError(f"--devices {args.devices}: there are {devices}")
     platform = jax.default_backend()
     if args.backend == "pallas" and platform != "gpu":
         raise ValueError(f"--backend pallas needs an NVIDIA GPU, JAX runs on {platform}")
@@ -94,6 +143,28 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--backend cpu needs --platform cpu, JAX runs on {platform}")
     if args.backend == "cpu" and (reason := cpu_backend.unavailable_reason()) is not None:
         raise ValueError(f"--backend cpu is not available: {reason}")
+
+
+def _devices(platform: str | None) -> int:
+    """How many devices JAX runs on, once it has been told the platform."""
+    if platform is not None:
+        jax.config.update("jax_platforms", platform)
+    try:
+        return jax.device_count()
+    except (RuntimeError, AssertionError) as error:
+        wanted = (
+            f"--platform {platform}" if platform else f"JAX_PLATFORMS={jax.config.jax_platforms}"
+        )
+        reason = " ".join(str(error).split()) or "JAX finds no such device or no plugin for it"
+        raise ValueError(f"{wanted} does not work here: {reason}") from error
+
+
+def _text(argument: str) -> str:
+    """A text from the command line, whatever the locale."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"the text {argument!a} is not UTF-8: {error}") from error
 
 
 def _generator(args: argparse.Namespace, console: rich.console.Console) -> models.Generator:
@@ -124,16 +195,15 @@ def _generator(args: argparse.Namespace, console: rich.console.Console) -> model
     return generator
 
 
-def _options(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
-    sampling = models.Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    return dict(max_tokens=args.max_tokens, sampling=sampling, stop_tokens=tokenizer.stop_tokens)
-
-
 def _complete(args, tokenizer: Tokenizer, console) -> None:
     prompts = [tokenizer.encode(text) for text in args.prompt]
-    options = _options(args, tokenizer)
-    models.check_prompts(models.read_config(args.model), prompts, args.max_tokens, args.max_context)
+    config = models.read_config(args.model)
+    context = args.max_context or config.max_context
+    longest = max(map(len, prompts))
+    max_tokens = args.max_tokens or max(1, min(_NEW_TOKENS, context - longest))
+    models.check_prompts(config, prompts, max_tokens, context)
     generator = _generator(args, console)
+    options = dict(max_tokens=max_tokens, sampling=args.sampling, stop_tokens=tokenizer.stop_tokens)
     if args.json or len(prompts) > 1:
         with console.status("generating"):
             out = generator.generate(prompts, **options)
@@ -150,52 +220,149 @@ def _complete(args, tokenizer: Tokenizer, console) -> None:
         )
         return
     print(args.prompt[0], end="", flush=True)
-    _speak(tokenizer, generator, prompts[0], options, console)
+    for _ in _speak(tokenizer, generator, prompts[0], options, console):
+        pass
     print()
 
 
-def _speak(tokenizer, generator, prompt: list[int], options: dict, console) -> list[int]:
-    """Prints an answer as it comes; returns its tokens."""
-    text, answer = TextStream(tokenizer), []
+def _speak(tokenizer, generator, prompt: list[int], options: dict, console) -> Iterator[list[int]]:
+    """Prints an answer as it comes; yields its tokens, some at a time."""
+    text, count = TextStream(tokenizer), 0
     with console.status("compiling"):
         generator.compile([prompt], streaming=True, **options)
     begin = first = time.perf_counter()
     for new in generator.stream([prompt], **options):
-        if not answer:
+        if not count:
             first = time.perf_counter()
         row = new[0].tolist()
         stop = next((i for i, t in enumerate(row) if t in options["stop_tokens"]), None)
-        answer += row[:stop]
+        count += len(row[:stop])
         print(text.add(row[:stop]), end="", flush=True)
+        yield row[:stop]
         if stop is not None:
             break
-    rate = (len(answer) - 1) / max(time.perf_counter() - first, 1e-9)
+    print(text.flush(), end="", flush=True)
+    rate = (count - 1) / max(time.perf_counter() - first, 1e-9)
     console.print(
-        f"\nprompt of {len(prompt)} tokens {first - begin:.3f} s; {len(answer)} tokens,"
-        f" {rate:.1f} tokens/s",
+        f"\nprompt of {len(prompt)} tokens {first - begin:.3f} s; {count} tokens, {rate:.1f} tokens/s",
         highlight=False,
     )
-    return answer
+
+
+class _Talk:
+    """A conversation that fits its context: the oldest turns go when it is full."""
+
+    def __init__(self, args, tokenizer: Tokenizer, context: int):
+        self._system = [] if args.system is None else [dict(role="system", content=args.system)]
+        self._turns: list[dict[str, str]] = []
+        self._tokenizer = tokenizer
+        self._context = context
+        self._wanted = args.max_tokens
+        self._options = _template_options(args)
+
+    def add(self, role: str, content: str) -> None:
+        """Another message."""
+        self._turns.append(dict(role=role, content=content))
+
+    def take_back(self) -> None:
+        """Forgets the newest message."""
+        self._turns.pop()
+
+    def prompt(self) -> tuple[list[int], int, int]:
+        """(tokens of the prompt, how many new ones there is room for, messages that were forgotten).
+
+        Raises:
+            ValueError: the newest message alone is too long, or the template refuses it.
+        """
+        room = self._wanted or max(1, min(_NEW_TOKENS, self._context // 4))
+        starts = [i for i, turn in enumerate(self._turns) if i == 0 or turn["role"] == "user"]
+        for start in starts:
+            kept = self._turns[start:]
+            tokens = self._tokenizer.chat([*self._system, *kept], **self._options)
+            if len(tokens) + room <= self._context:
+                self._turns = kept
+                new = self._wanted or min(_NEW_TOKENS, self._context - len(tokens))
+                return tokens, new, start
+        raise ValueError(
+            f"this message makes a prompt of {len(tokens)} tokens, and {room} new ones do not fit a"
+            f" context of {self._context} with it"
+        )
+
+
+def _template_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Which template, and its variables."""
+    options: dict[str, Any] = {}
+    for item in args.template_option:
+        name, equals, value = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--template_option {item!r} must be KEY=VALUE")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    if args.chat_template is not None:
+        path = Path(args.chat_template)
+        options["template"] = path.read_text("utf-8") if path.is_file() else args.chat_template
+    return options
 
 
 def _chat(args, tokenizer: Tokenizer, console) -> None:
-    if not tokenizer.can_chat:
+    if not tokenizer.can_chat and args.chat_template is None:
         raise ValueError(f"{args.model} has no chat template; use --prompt")
-    options = _options(args, tokenizer)
+    context = args.max_context or models.read_config(args.model).max_context
+    talk = _Talk(args, tokenizer, context)
+    talk.add("user", "hello")  # before the model is read: does the template work, is there room?
+    talk.prompt()
+    talk.take_back()
     generator = _generator(args, console)
-    messages = [] if args.system is None else [dict(role="system", content=args.system)]
+    options = dict(sampling=args.sampling, stop_tokens=tokenizer.stop_tokens)
     while line := _line(console):
-        messages.append(dict(role="user", content=line))
-        answer = _speak(tokenizer, generator, tokenizer.chat(messages), options, console)
-        messages.append(dict(role="assistant", content=tokenizer.decode(answer)))
+        talk.add("user", line)
+        try:
+            prompt, new, forgotten = talk.prompt()
+        except ValueError as error:
+            talk.take_back()
+            _print_error(error)
+            continue
+        if forgotten:
+            console.print(
+                f"the context of {context} tokens is full: the oldest {forgotten} messages are forgotten",
+                highlight=False,
+            )
+        answer: list[int] = []
+        ended = False
+        try:
+            for part in _speak(
+                tokenizer, generator, prompt, options | dict(max_tokens=new), console
+            ):
+                answer += part
+            ended = True
+        except KeyboardInterrupt:
+            console.print("\n(the answer ends here: Ctrl-C)", highlight=False)
+        if ended or answer:
+            talk.add("assistant", tokenizer.decode(answer))
+        else:
+            talk.take_back()
 
 
 def _line(console) -> str:
-    console.print("> ", end="")
-    try:
-        return input()
-    except EOFError:
-        return ""
+    """What the user says; "" to end the talk: an empty line, Ctrl-D, or Ctrl-C twice."""
+    interrupted = False
+    while True:
+        console.print("> ", end="")
+        try:
+            return _text(input())
+        except EOFError:
+            return ""
+        except ValueError as error:
+            _print_error(error)
+        except KeyboardInterrupt:
+            if interrupted:
+                return ""
+            interrupted = True
+            console.print(
+                "\n(Ctrl-C again, Ctrl-D or an empty line ends the talk)", highlight=False
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
-"""Generation, sampling, the tokenizer and the command."""
+"""Generation and sampling."""
 
-import io
-import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -10,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdk_jax import generate, models
+from fdk_jax import models
 from fdk_jax.models import generation
 from fdk_jax.models.generation import cache_bucket, prompt_bucket
 from fdk_jax.models.sampling import Sampling, choose
-from fdk_jax.models.tokenizer import TextStream, Tokenizer
 
 DATA = Path(__file__).parent / "data" / "models"
-CHATTY = DATA / "llama3"
 PROMPTS = [[5, 9, 2, 77, 31], [8], [3, 3, 60]]
 
 
@@ -205,129 +200,3 @@ def test_seeds(generator):
 def test_sampling_out_of_range(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Sampling(**options)
-
-
-# --- text -------------------------------------------------------------------------------------
-
-
-def test_tokenizer_round_trip_and_stops():
-    tokenizer = Tokenizer(CHATTY)
-    text = "the quick brown fox, äöü 日本 🙂"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.stop_tokens == (1, 2)
-    assert tokenizer.begin_token == "<|begin|>"
-
-
-def test_text_stream_holds_back_incomplete_characters():
-    tokenizer = Tokenizer(CHATTY)
-    text = "日本 🙂 the quick brown " * 12
-    stream = TextStream(tokenizer)
-    parts = [stream.add([token]) for token in tokenizer.encode(text)]
-    assert "".join(parts) == text
-    assert "" in parts and not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
-
-
-def test_chat_template():
-    tokenizer = Tokenizer(CHATTY)
-    messages = [dict(role="system", content="the fox"), dict(role="user", content=" quick ")]
-    text = "<|system|>the fox<|end|><|user|>quick<|end|><|assistant|>"
-    assert tokenizer.can_chat
-    assert tokenizer.chat(messages) == tokenizer.encode(text)
-
-
-@pytest.fixture
-def folder(writable):
-    return writable(CHATTY)
-
-
-def test_chat_template_of_its_own_file_and_refusals(folder):
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('no ' ~ messages[0].role) }}")
-    with pytest.raises(ValueError, match="no user"):
-        Tokenizer(folder).chat([dict(role="user", content="hi")])
-    (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
-    with pytest.raises(ValueError, match="refuses"):
-        Tokenizer(folder).chat([dict(role="user", content="hi")])
-
-
-# --- the command ------------------------------------------------------------------------------
-
-
-def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of the command."""
-    status = generate.main(["--model", *arguments])
-    out = capsys.readouterr()
-    return status, out.out, out.err
-
-
-def test_command_streams_one_prompt(capsys):
-    status, out, err = run(
-        capsys, str(CHATTY), "--prompt", "the quick", "--max_tokens", "6", "--dtype", "float32"
-    )
-    assert status == 0
-    assert out.startswith("the quick") and len(out) > len("the quick\n")
-    assert "tokens/s" in err and "loaded" in err
-
-
-@pytest.mark.parametrize("bits", [[], ["--bits", "4", "--head_bits", "8"]])
-def test_command_with_a_batch_as_json(capsys, bits):
-    arguments = ["--prompt", "the quick", "--prompt", "fox", "--max_tokens", "5", "--json"]
-    status, out, _ = run(capsys, str(CHATTY), *arguments, "--quiet", *bits)
-    facts = json.loads(out)
-    assert status == 0
-    assert len(facts["texts"]) == 2 and all(len(row) <= 5 for row in facts["tokens"])
-    assert facts["tokens_per_second"] > 0
-
-
-def test_command_chats(capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nmore\n\n"))
-    arguments = ["--chat", "--system", "be the fox", "--max_tokens", "4", "--temperature", "1"]
-    status, _, err = run(capsys, str(CHATTY), *arguments, "--top_k", "9")
-    assert status == 0
-    assert err.count("tokens/s") == 2
-
-
-def test_command_over_devices(capsys, folder):
-    arguments = ["--prompt", "the fox", "--max_tokens", "5", "--dtype", "float32", "--quiet"]
-    one = run(capsys, str(folder), *arguments)
-    two = run(capsys, str(folder), *arguments, "--devices", "2")
-    assert one[:2] == two[:2] and two[0] == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "arguments", "words"),
-    [
-        (lambda f: (f / "tokenizer.json").unlink(), [], "tokenizer.json"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "rwkv"}'), [], "rwkv"),
-        (lambda f: (f / "model.safetensors").unlink(), [], "safetensors"),
-        (lambda f: None, ["--max_tokens", "5000"], "do not fit a context"),
-        (lambda f: None, ["--head_bits", "8"], "--head_bits needs --bits"),
-        (lambda f: None, ["--devices", "9"], "--devices 9"),
-        (lambda f: None, ["--devices", "0"], "--devices 0"),
-        (lambda f: None, ["--system", "be brief"], "--system needs --chat"),
-        (lambda f: None, ["--backend", "pallas"], "needs an NVIDIA GPU"),
-        (lambda f: None, ["--prompt", ""], "every prompt needs"),
-        (lambda f: shutil.rmtree(f), [], "is not a folder"),
-        (lambda f: None, ["--top_p", "7"], "top_p"),
-    ],
-)
-def test_command_errors_are_one_line(capsys, folder, change, arguments, words):
-    change(folder)
-    status, _, err = run(capsys, str(folder), "--prompt", "fox", "--quiet", *arguments)
-    assert status == 2
-    assert err.startswith("error: ") and words in err and err.count("\n") == 1
-
-
-def test_command_prints_no_prompt_that_it_cannot_continue(capsys):
-    status, out, err = run(capsys, str(CHATTY), "--prompt", "fox", "--max_tokens", "5000")
-    assert status == 2 and out == "" and "loaded" not in err
-
-
-def test_command_chats_in_text_only(capsys):
-    status, _, err = run(capsys, str(CHATTY), "--chat", "--json")
-    assert status == 2 and "--json needs --prompt" in err
-
-
-def test_command_without_a_chat_template(capsys, folder):
-    (folder / "tokenizer_config.json").unlink()
-    status, _, err = run(capsys, str(folder), "--chat", "--quiet")
-    assert status == 2 and "chat template" in err

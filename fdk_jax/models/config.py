@@ -1,14 +1,14 @@
 """Shapes and constants of a model, read from a Hugging Face `config.json` or from a name."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+from fdk_jax.models.json_files import read_json
 
+DTYPES = ("bfloat16", "float16", "float32")  # to compute with
 # What sets the families apart, by `model_type`. All share RMSNorm, RoPE (split halves), SwiGLU.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -66,7 +66,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
-        jnp.dtype(self.dtype)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not one of {DTYPES}")
 
     @property
     def qkv_features(self) -> int:
@@ -125,15 +126,34 @@ class ModelConfig:
             qkv_bias=attention_bias,
             output_bias=attention_bias,
             mlp_bias=bool(config.get("mlp_bias", False)),
-            dtype=dtype or config.get("dtype") or config.get("torch_dtype") or "bfloat16",
+            dtype=dtype or _dtype(config),
             family=family,
         )
         return cls(**(fields | _FAMILIES[family]))
 
 
+def _dtype(config: Mapping[str, Any]) -> str:
+    """The compute dtype that a file asks for; bfloat16 where it leaves that open."""
+    value = config.get("dtype") or config.get("torch_dtype") or "auto"
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if name == "auto":
+        return "bfloat16"
+    if name == "float64":
+        return "float32"
+    return name
+
+
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """The base and the scaling, from the old pair of fields or the newer `rope_parameters`."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    # transformers lets the older field win where a file has both.
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    try:
+        return _scaling(rope, config)
+    except KeyError as error:
+        raise ValueError(f"rope_parameters of config.json lack {error.args[0]!r}: {rope}") from None
+
+
+def _scaling(rope, config):
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
@@ -164,7 +184,7 @@ def read_config(folder: str | Path, *, dtype: str | None = None) -> ModelConfig:
             f"{path} does not exist; a Hugging Face checkpoint folder with config.json, "
             "*.safetensors and tokenizer.json is needed"
         )
-    return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")), dtype=dtype)
+    return ModelConfig.from_hf(read_json(path), dtype=dtype)
 
 
 def custom_llama(size: str) -> ModelConfig:

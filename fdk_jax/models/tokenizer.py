@@ -1,12 +1,33 @@
 """Text to token numbers and back, with the files of a Hugging Face checkpoint folder."""
 
-import datetime
-import json
+import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Message = Mapping[str, str]
+from fdk_jax.models import chat_template
+from fdk_jax.models.chat_template import ChatTemplates, Message
+from fdk_jax.models.json_files import read_json
+
+_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerParts:
+    """What a tokenizer is made of, whatever files it was read from.
+
+    Attributes:
+        backend: The `tokenizers.Tokenizer`.
+        special: Text of the special tokens by name: "bos_token", "eos_token", ...
+        templates: Chat templates.
+        stop_tokens: Token numbers that end a text, that of "eos_token" aside.
+    """
+
+    backend: Any
+    special: Mapping[str, str]
+    templates: ChatTemplates
+    stop_tokens: Sequence[int]
 
 
 class Tokenizer:
@@ -18,108 +39,205 @@ class Tokenizer:
         begin_token: Text of the token that begins every text, or "".
 
     Args:
-        folder: With `tokenizer.json`; `tokenizer_config.json`, `generation_config.json` and
-            `chat_template.jinja` are read where they exist.
+        source: A folder with `tokenizer.json`; `tokenizer_config.json`, `special_tokens_map.json`,
+            `generation_config.json` and the files of chat templates are read where they exist. Or the parts.
 
     Raises:
-        FileNotFoundError: no `tokenizer.json`.
+        FileNotFoundError: no `tokenizer.json`, and nothing that stands for it.
+        ValueError: a broken file, with its name.
         ImportError: the `tokenizers` package is missing.
     """
 
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder; a Hugging Face checkpoint is one")
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} has no tokenizer.json; copy it from the model's own folder (a tokenizer.model"
-                " of sentencepiece has to be converted to it first)"
-            )
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ImportError(
-                "text needs the tokenizers package: pip install fdk-jax[models]"
-            ) from error
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        facts = _read_json(folder / "tokenizer_config.json")
-        self._template = _template(folder, facts)
-        self._special = {
-            name: _text(facts.get(name)) for name in ("bos_token", "eos_token", "pad_token")
-        }
-        self.begin_token = self._special["bos_token"]
-        self.stop_tokens = self._stop_tokens(folder)
+    def __init__(self, source: str | Path | TokenizerParts):
+        parts = source if isinstance(source, TokenizerParts) else _read_folder(Path(source))
+        self._tokenizer = parts.backend
+        self._special = dict(parts.special)
+        self._templates = parts.templates
+        self.begin_token = self._special.get("bos_token", "")
+        end = self._tokenizer.token_to_id(self._special.get("eos_token", ""))
+        stops = [*parts.stop_tokens, *([] if end is None else [end])]
+        self.stop_tokens = tuple(dict.fromkeys(stops))
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._hidden = {number for number, token in added.items() if token.special}
+        self._bytes = _byte_tokens(self._tokenizer)
+        self._byte_of = {token: byte for byte, token in enumerate(self._bytes)}
 
     @property
     def can_chat(self) -> bool:
-        """Whether the folder has a chat template."""
-        return self._template is not None
+        """Whether there is a chat template."""
+        return bool(self._templates.named)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token numbers of a text; `special` adds those that the tokenizer puts around one."""
+        """Token numbers of a text; `special` adds those that the tokenizer puts around one.
+
+        Raises:
+            ValueError: the text holds half a character (a lone surrogate).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text holds a lone surrogate, {text[error.start]!r} at index {error.start}, which is"
+                " no character"
+            ) from None
         return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token numbers, without special tokens."""
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        """The text of token numbers, without special tokens.
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
+        Bytes that are no character become U+FFFD each by itself, whatever stands beside them.
+        """
+        return self._tokenizer.decode(self._whole(tokens), skip_special_tokens=True)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        **variables: Any,
+    ) -> list[int]:
         """Token numbers of a conversation, up to where the assistant's answer begins.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text} each.
+            tools: JSON schemas of functions that the model may call.
+            template: Name of one of several templates, or the source of one; None for the default.
+            **variables: More that the template reads: `documents`, `enable_thinking`, ...
 
         Raises:
             ValueError: no chat template, or one that refuses these messages.
             ImportError: the `jinja2` package is missing.
         """
-        if self._template is None:
-            raise ValueError("this tokenizer has no chat template; give it a plain prompt")
-        text = _render(
-            self._template, messages=list(messages), add_generation_prompt=True, **self._special
-        )
+        is_source = template is not None and "{" in template
+        source = template if is_source else self._templates.choose(template, tools)
+        text = chat_template.render(source, messages, tools=tools, **(self._special | variables))
         return self.encode(text, special=False)
 
-    def _stop_tokens(self, folder: Path) -> tuple[int, ...]:
-        stops: list[int] = []
-        for name in ("generation_config.json", "config.json"):
-            ends = _read_json(folder / name).get("eos_token_id")
-            stops += ends if isinstance(ends, list) else [] if ends is None else [ends]
-        end = self._tokenizer.token_to_id(self._special["eos_token"])
-        return tuple(dict.fromkeys(stops if end is None else [*stops, end]))
+    def _whole(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens with every byte that is part of no character replaced by U+FFFD.
+
+        The decoder of tokens that stand for single bytes gives up a whole run of them, good characters
+        and all, for one byte that is wrong or missing.
+        """
+        if not self._bytes:
+            return list(tokens)
+        shown = [token for token in tokens if token not in self._hidden]
+        out: list[int] = []
+        for is_byte, run in itertools.groupby(shown, self._byte_of.__contains__):
+            if not is_byte:
+                out += run
+                continue
+            raw = bytes(self._byte_of[token] for token in run)
+            out += (self._bytes[byte] for byte in raw.decode("utf-8", "replace").encode())
+        return out
 
 
 class TextStream:
-    """Turns tokens into text as they come, holding back characters that are not complete.
+    """Turns tokens into text as they come, holding back a character that is not complete.
+
+    All texts of `add` and the last one of `flush` make `tokenizer.decode` of all tokens.
 
     Args:
         tokenizer: Of the tokens.
     """
 
+    _WINDOW = 64  # tokens that are decoded again for each new one, at most
+    _CONTEXT = 8  # of them that stay when others come: a decoder may look at the token before
+
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._context = 0  # tokens before this one are not looked at any more
-        self._shown = 0  # characters of the text since `_context` that were handed out
+        self._tokens: list[int] = []  # the window
+        self._shown = 0  # characters of the window's text that were handed out
+        self._limit = self._WINDOW
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete."""
         self._tokens += tokens
-        text = self._tokenizer.decode(self._tokens[self._context :])
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        new = text[self._shown :]
-        self._shown = len(text)
-        if len(self._tokens) - self._context > 64:
-            # A decoder may look at the token before; so some stay as context.
-            self._context = len(self._tokens) - 8
-            self._shown = len(self._tokenizer.decode(self._tokens[self._context :]))
+        text = self._tokenizer.decode(self._tokens)
+        new = self._take(text.removesuffix("\N{REPLACEMENT CHARACTER}"))
+        if len(self._tokens) > self._limit and self._shown == len(text):
+            self._forget()
         return new
 
+    def flush(self) -> str:
+        """What was held back; the stream begins anew."""
+        new = self._take(self._tokenizer.decode(self._tokens))
+        self._tokens, self._shown, self._limit = [], 0, self._WINDOW
+        return new
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    def _take(self, text: str) -> str:
+        new = text[self._shown :]
+        self._shown = max(self._shown, len(text))
+        return new
+
+    def _forget(self) -> None:
+        """Drops the window's oldest tokens, at the border of a character."""
+        last = len(self._tokens) - self._CONTEXT
+        for cut in range(last, last - self._CONTEXT, -1):
+            before = self._tokenizer.decode(self._tokens[:cut])
+            context = self._tokenizer.decode(self._tokens[cut:])
+            if context and not before.endswith("\N{REPLACEMENT CHARACTER}"):
+                self._tokens = self._tokens[cut:]
+                self._shown = len(context)
+                break
+        self._limit = len(self._tokens) + self._WINDOW
+
+
+def _read_folder(folder: Path) -> TokenizerParts:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; a Hugging Face checkpoint is one")
+    facts = read_json(folder / "tokenizer_config.json", optional=True)
+    if (
+        "added_tokens_decoder" not in facts
+    ):  # an older folder: its special tokens are in another file
+        facts |= read_json(folder / "special_tokens_map.json", optional=True)
+    special = {name: _text(facts.get(name)) for name in _NAMED}
+    return TokenizerParts(
+        backend=_read_backend(folder),
+        special={name: text for name, text in special.items() if text},
+        templates=ChatTemplates.read(folder, facts),
+        stop_tokens=_stop_tokens(folder),
+    )
+
+
+def _read_backend(folder: Path) -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            "text needs the tokenizers package: pip install fdk-jax[models]"
+        ) from error
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return _converted(folder)
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
+
+
+def _converted(folder: Path) -> Any:
+    """The tokenizer of a folder that has one in an older form, read by `transformers`."""
+    older = (("tokenizer.model",), ("vocab.json", "merges.txt"))
+    found = next((n for n in older if all((folder / name).is_file() for name in n)), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.json; copy it from the model's own folder"
+        )
+    words = " and ".join(found)
+    try:
+        import transformers
+    except ImportError:
+        raise FileNotFoundError(
+            f"{folder} has {words} but no tokenizer.json; make it with: pip install transformers"
+            ' sentencepiece; python -c "from transformers import AutoTokenizer as A;'
+            f" A.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        ) from None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    except Exception as error:
+        raise ValueError(f"transformers cannot read {words} of {folder}: {error}") from error
 
 
 def _text(token: str | Mapping[str, Any] | None) -> str:
@@ -129,38 +247,19 @@ def _text(token: str | Mapping[str, Any] | None) -> str:
     return token or ""
 
 
-def _template(folder: Path, facts: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = facts.get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
-    return template
+def _stop_tokens(folder: Path) -> list[int]:
+    stops: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        facts = read_json(folder / name, optional=True)
+        ends = facts.get("eos_token_id", (facts.get("text_config") or {}).get("eos_token_id"))
+        stops += ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return stops
 
 
-def _render(template: str, **values: Any) -> str:
-    """A Jinja template in a sandbox, with the helpers that chat templates expect."""
-    try:
-        import jinja2
-        import jinja2.ext
-        import jinja2.sandbox
-    except ImportError as error:
-        raise ImportError("chat templates need jinja2: pip install fdk-jax[models]") from error
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(template).render(**values)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses these messages: {error}") from error
+def _byte_tokens(backend: Any) -> list[int]:
+    """The tokens of the 256 bytes, where the decoder joins such tokens to characters; else none."""
+    decoder = backend.decoder
+    if decoder is None or b"ByteFallback" not in decoder.__getstate__():
+        return []
+    tokens = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    return [] if None in tokens else tokens
