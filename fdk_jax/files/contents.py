@@ -1,0 +1,118 @@
+"""What a checkpoint holds, whatever its format: the seam between files and models."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fdk_jax.format import codebooks, packing
+from fdk_jax.format.quantised_tensor import QuantisedTensor
+
+HostArray = np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One array of a checkpoint that has not been read yet.
+
+    Attributes:
+        shape: Of the array, or of the weight that its codes stand for: [N, K] of a matrix, [E, N, K] of the
+            stacked matrices of experts.
+        kind: How it is stored, for messages and tables: "BF16", "Q4_0", "GPTQ 4 bits".
+        read: Reads it from the disk: a numpy array, or a `QuantisedTensor` of numpy arrays in the interchange
+            layout. May be called from several threads at a time.
+        quantised: Whether `read` returns a `QuantisedTensor`.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    read: Callable[[], HostArray | QuantisedTensor]
+    quantised: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer as the files of a Hugging Face folder.
+
+    Attributes:
+        tokenizer: The text of `tokenizer.json`.
+        config: What `tokenizer_config.json` says: special tokens, `chat_template`.
+        stop_tokens: Token numbers that end a text.
+    """
+
+    tokenizer: str
+    config: Mapping[str, Any]
+    stop_tokens: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been recognised and not been read yet.
+
+    Attributes:
+        path: The file or folder.
+        format: Its name: "GGUF", "GPTQ", "safetensors".
+        config: What Hugging Face's `config.json` says of the model.
+        tensors: The weights by their Hugging Face names; a matrix is "....weight" however it is stored.
+        notes: What a user should know: widened codes, quantised activations that are exact here.
+        tokenizer: Makes the tokenizer that the file itself holds; None for a folder with files of its own.
+    """
+
+    path: Path
+    format: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    notes: tuple[str, ...] = ()
+    tokenizer: Callable[[], TokenizerFiles] | None = None
+
+
+def quantised_tensor(
+    packed: HostArray,
+    scales: HostArray,
+    values: Any,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> QuantisedTensor:
+    """A `QuantisedTensor` of numpy arrays in the interchange layout.
+
+    Args:
+        packed: uint8 [..., N, ceil(K / E)], first code in the highest bits.
+        scales: [..., N, ceil(K / G)] bfloat16, float16 or float32.
+        values: at most 2**bits ascending values; the last one is repeated.
+        bits: 1, 2, 4 or 8.
+        group_size: G.
+        in_features: K.
+
+    Raises:
+        ValueError: scales that are not finite; arrays that do not fit.
+    """
+    codebook = codebooks.check(values, bits)
+    check_finite(scales)
+    lead = packed.shape[:-2]
+    w = QuantisedTensor(
+        np.ascontiguousarray(packed),
+        np.ascontiguousarray(scales),
+        np.broadcast_to(codebook, (*lead, *codebook.shape)),
+        bits=bits,
+        group_size=group_size,
+        shape=(packed.shape[-2], in_features),
+        uniform=bits == 1 or codebooks.is_uniform(codebook),
+    )
+    rows, groups = packed.shape[:-1], -(-in_features // group_size)
+    wanted = (*rows, -(-in_features // packing.codes_per_byte(bits)))
+    if packed.shape != wanted or scales.shape != (*rows, groups):
+        raise ValueError(
+            f"codes {packed.shape} and scales {scales.shape} do not make rows of {in_features} weights"
+            f" of {bits} bits in groups of {group_size}: {wanted} and {(*rows, groups)} would"
+        )
+    return w
+
+
+def check_finite(scales: HostArray) -> None:
+    """Refuses scales that hold NaN or infinity."""
+    if not np.isfinite(scales.astype(np.float32, copy=False)).all():
+        raise ValueError("the scales hold NaN or infinity: the file is damaged")

@@ -1,0 +1,65 @@
+"""Arrays that together make one weight: `P.qweight`, `P.scales`, ... of every module P."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from fdk_jax.files.contents import Stored
+from fdk_jax.format.quantised_tensor import QuantisedTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The arrays of one module by the last part of their names."""
+
+    module: str
+    parts: Mapping[str, Stored]
+
+    def __getitem__(self, name: str) -> Stored:
+        if name not in self.parts:
+            raise ValueError(f"{self.module} lacks {name}: the checkpoint is not complete")
+        return self.parts[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.parts
+
+    def dtype(self, name: str, *kinds: str) -> Stored:
+        """The part `name`, which must have one of these safetensors dtypes."""
+        stored = self[name]
+        if stored.kind not in kinds:
+            raise ValueError(f"{self.module}.{name} is {stored.kind}, must be {' or '.join(kinds)}")
+        return stored
+
+    def weight(
+        self, shape: tuple[int, ...], kind: str, read: Callable[[], QuantisedTensor]
+    ) -> Stored:
+        """The weight that the parts make; errors of `read` name the module."""
+
+        def named() -> QuantisedTensor:
+            try:
+                return read()
+            except ValueError as error:
+                raise ValueError(f"{self.module}: {error}") from None
+
+        return Stored(shape, kind, named, quantised=True)
+
+
+def split(
+    stored: Mapping[str, Stored], mark: str, others: Sequence[str]
+) -> tuple[list[Group], dict[str, Stored]]:
+    """(groups of the modules that have the array `mark`, all arrays that are in none).
+
+    Args:
+        stored: every array of the checkpoint.
+        mark: the last part of a name by which a quantised module is known.
+        others: further parts that belong to such a module.
+    """
+    end = f".{mark}"
+    modules = [name.removesuffix(end) for name in stored if name.endswith(end)]
+    rest, groups = dict(stored), []
+    for module in modules:
+        parts = {}
+        for part in (mark, *others):
+            if (found := rest.pop(f"{module}.{part}", None)) is not None:
+                parts[part] = found
+        groups.append(Group(module, parts))
+    return groups, rest

@@ -1,0 +1,40 @@
+"""Weights whose format scale times codebook cannot hold, quantised anew."""
+
+import numpy as np
+
+from fdk_jax.files.bits import pack
+from fdk_jax.files.contents import quantised_tensor
+from fdk_jax.format.codebooks import NF4
+from fdk_jax.format.quantised_tensor import QuantisedTensor
+
+GROUP_SIZE = 32
+
+
+def requantised(weight: np.ndarray, bits: int) -> QuantisedTensor:
+    """Float32 [..., N, K] to the nearest of scale times codebook, groups of 32 weights, float32 scales.
+
+    8 bits are integers from -127 to 127 times the largest magnitude / 127, 4 bits are NF4.
+    """
+    k = weight.shape[-1]
+    padded = np.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, -k % GROUP_SIZE)])
+    groups = padded.reshape(*weight.shape[:-1], -1, GROUP_SIZE)
+    largest = np.abs(groups).max(-1)
+    if bits == 8:
+        scales = largest / np.float32(127)
+        values = np.arange(-128, 128, dtype=np.float32)
+    else:
+        scales, values = largest, np.asarray(NF4, np.float32)
+    quotients = groups / np.where(scales > 0, scales, np.float32(1))[..., None]
+    if bits == 8:
+        codes = (np.rint(quotients).astype(np.int16) + 128).astype(np.uint8)
+    else:
+        codes = np.searchsorted((values[1:] + values[:-1]) / 2, quotients).astype(np.uint8)
+    packed = pack(codes.reshape(*weight.shape[:-1], -1)[..., :k], bits)
+    return quantised_tensor(packed, scales, values, bits=bits, group_size=GROUP_SIZE, in_features=k)
+
+
+def relative_error(weight: np.ndarray, approximation: np.ndarray) -> float:
+    """|weight - approximation| / |weight| in the 2-norm; 0 where both are nought."""
+    size = float(np.linalg.norm(weight.astype(np.float64)))
+    error = float(np.linalg.norm((weight - approximation).astype(np.float64)))
+    return error / size if size else float(error > 0)

@@ -1,0 +1,129 @@
+"""The arrays of a folder's safetensors files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from fdk_jax.files.contents import Stored
+
+INDEX = "model.safetensors.index.json"
+_NUMPY = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+}
+FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+def read_stored(folder: str | Path) -> dict[str, Stored]:
+    """Every array of a folder's weight files by name; `kind` is its dtype in the header.
+
+    With a `model.safetensors.index.json` the files it names are read, then `model.safetensors`, otherwise
+    every `*.safetensors`.
+
+    Raises:
+        FileNotFoundError: no weights in the folder, or a file that the index names is missing.
+        ValueError: a damaged file, or a name that two files hold.
+    """
+    tensors: dict[str, Stored] = {}
+    for path in weight_files(folder):
+        for name, stored in read_file(path).items():
+            if name in tensors:
+                raise ValueError(
+                    f"{path.parent} holds {name} in two files, one of them {path.name}"
+                )
+            tensors[name] = stored
+    return tensors
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files that make up a folder's checkpoint; see `read_stored`."""
+    folder = Path(folder)
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.is_file():
+        paths = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    elif single.is_file():
+        paths = [single]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        other = [path.name for path in sorted(folder.glob("*.bin"))[:2]]
+        hint = f"; {', '.join(other)} has to be saved as safetensors first" if other else ""
+        raise FileNotFoundError(f"{folder} holds no *.safetensors files{hint}")
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index.name} names files that do not exist: {missing}")
+    return paths
+
+
+def read_file(path: Path) -> dict[str, Stored]:
+    """The arrays of one safetensors file.
+
+    Raises:
+        ValueError: a damaged file, or a dtype that numpy does not have.
+    """
+    try:
+        file = safetensors.safe_open(path, framework="numpy")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        facts = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from None
+    for name, (kind, _) in facts.items():
+        if kind not in _NUMPY:
+            raise ValueError(f"{path}: {name} has dtype {kind}, which is not supported")
+    return {
+        name: Stored(shape, kind, _reader(path, file, name, kind, shape))
+        for name, (kind, shape) in facts.items()
+    }
+
+
+def _reader(path, file, name: str, kind: str, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        if kind.startswith("F8"):
+            # The library's numpy reader has no float8: it takes the bytes from a slice of bytes.
+            return _bytes_of(path, name).view(_NUMPY[kind]).reshape(shape)
+        try:
+            return file.get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is truncated or damaged: {name}: {error}") from None
+
+    return read
+
+
+def _bytes_of(path: Path, name: str) -> np.ndarray:
+    """The bytes of one array of a file that the library has found whole."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))[name]["data_offsets"]
+        file.seek(8 + length + begin)
+        return np.frombuffer(file.read(end - begin), np.uint8)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, with or without a byte order mark.
+
+    Raises:
+        ValueError: with the file's name.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None

@@ -1,0 +1,309 @@
+"""Checkpoints of other programs, against what those programs' own dequantisers make of them.
+
+tests/data/make_foreign.py wrote the small files with the programs themselves. GPTQ, AWQ, ModelOpt and MLX have
+none that installs here: their files are written by a second implementation of the layout, below.
+"""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from fdk_jax import files
+from fdk_jax.format.quantised_tensor import QuantisedTensor
+
+FOREIGN = sorted((Path(__file__).parent / "data" / "foreign").glob("*.safetensors"))
+
+
+def folder(path: Path, arrays: dict, config: dict, **files_: dict) -> Path:
+    """A checkpoint folder."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    for name, facts in files_.items():
+        (path / f"{name}.json").write_text(json.dumps(facts))
+    safetensors.numpy.save_file(arrays, path / "model.safetensors")
+    return path
+
+
+def values(w: QuantisedTensor) -> np.ndarray:
+    """Float32 values of an interchange tensor by a few lines that share no code with the library."""
+    per_byte = 8 // w.bits
+    shifts = [8 - w.bits * (i + 1) for i in range(per_byte)]
+    codes = np.stack([(np.asarray(w.packed) >> s) & (2**w.bits - 1) for s in shifts], -1)
+    codes = codes.reshape(*codes.shape[:-2], -1)[..., : w.shape[1]]
+    table = np.asarray(w.codebook).reshape(-1, 2**w.bits)[0]
+    scales = np.asarray(w.scales).astype(np.float32)
+    spread = np.repeat(scales, w.group_size, axis=-1)[..., : w.shape[1]]
+    return table[codes] * spread
+
+
+def copy_of(path: Path, target: Path) -> tuple[Path, np.ndarray, dict]:
+    """(folder with the arrays of a golden file, expected values, its config) ."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        config = json.loads(file.metadata()["quantization_config"])
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    begin, end = header["expected"]["data_offsets"]
+    expected = np.frombuffer(raw[8 + size + begin : 8 + size + end], np.float32)
+    expected = expected.reshape(header["expected"]["shape"])
+    target.mkdir(exist_ok=True)
+    (target / "config.json").write_text(
+        json.dumps({"model_type": "llama", "quantization_config": config})
+    )
+    # The bytes stay where they are; only the name goes, so that float8 needs no reader here.
+    header["model.norm.weight"] = header.pop("expected")
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (target / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + raw[8 + size :]
+    )
+    return target, expected, config
+
+
+@pytest.mark.parametrize("path", FOREIGN, ids=lambda p: p.stem)
+def test_golden(path, tmp_path):
+    where, expected, _ = copy_of(path, tmp_path / "model")
+    checkpoint = files.read(where)
+    (name,) = (n for n, one in checkpoint.tensors.items() if one.quantised)
+    w = checkpoint.tensors[name].read()
+    w.validate()
+    assert checkpoint.tensors[name].shape == (*w.batch_shape, *w.shape)
+    if path.stem == "gpt_oss":
+        expected = expected.swapaxes(1, 2)
+    assert np.array_equal(np.asarray(w.dequantise("float32")), expected)
+    assert np.array_equal(values(w), expected)
+
+
+def test_golden_files_are_there():
+    assert len(FOREIGN) == 19
+
+
+def words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """int32 words of codes along the last axis, lowest bits first."""
+    per_word = 32 // bits
+    fields = codes.reshape(*codes.shape[:-1], -1, per_word).astype(np.uint64)
+    shifts = np.arange(per_word, dtype=np.uint64) * np.uint64(bits)
+    return (fields << shifts).sum(-1).astype(np.uint32).view(np.int32)
+
+
+def gptq(
+    rng, bits: int, g: int, zeros: np.ndarray | int, n=32, k=128, offset=1
+) -> tuple[dict, np.ndarray]:
+    codes = rng.integers(0, 2**bits, (k, n))
+    scales = (rng.random((k // g, n)) * 0.1).astype(np.float16)
+    zeros = np.broadcast_to(zeros, (k // g, n))
+    arrays = {
+        "m.qweight": words(codes.T, bits).T.copy(),
+        "m.qzeros": words(zeros - offset, bits),
+        "m.scales": scales,
+        "m.g_idx": (np.arange(k) // g).astype(np.int32),
+    }
+    spread = [np.repeat(a, g, axis=0) for a in (zeros, scales.astype(np.float32))]
+    return arrays, ((codes - spread[0]).astype(np.float32) * spread[1]).T
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("g", [32, 128])
+def test_gptq(bits, g, rng, tmp_path):
+    arrays, expected = gptq(rng, bits, g, 2 ** (bits - 1))
+    facts = {"quant_method": "gptq", "bits": bits, "group_size": g, "desc_act": False, "sym": True}
+    where = folder(tmp_path / "model", arrays, {"quantization_config": facts})
+    stored = files.read(where).tensors["m.weight"]
+    w = stored.read()
+    assert (w.bits, w.group_size, stored.shape) == (bits, g, expected.shape)
+    assert np.array_equal(values(w), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_gptq_with_several_zero_points_is_exact_and_wider(bits, version, rng, tmp_path):
+    offset = version == "gptq"
+    zeros = rng.integers(1, 2**bits, (4, 32))
+    arrays, expected = gptq(rng, bits, 32, zeros, offset=int(offset))
+    facts = {"quant_method": "gptq", "bits": bits, "checkpoint_format": version}
+    w = files.read(folder(tmp_path / "m", arrays, {"quantization_config": facts}))
+    w = w.tensors["m.weight"].read()
+    assert w.bits == {2: 4, 4: 8}[bits]
+    assert np.array_equal(values(w), expected)
+
+
+def test_gptq_variants_that_would_be_misread_are_refused(rng, tmp_path):
+    facts = {"quant_method": "gptq", "bits": 4}
+    arrays, _ = gptq(rng, 4, 32, 8)
+    shuffled = arrays | {"m.g_idx": arrays["m.g_idx"][::-1].copy()}
+    where = folder(tmp_path / "a", shuffled, {"quantization_config": facts})
+    with pytest.raises(ValueError, match="act-order"):
+        files.read(where).tensors["m.weight"].read()
+    arrays, _ = gptq(rng, 4, 32, 16)
+    where = folder(tmp_path / "b", arrays, {"quantization_config": facts})
+    with pytest.raises(ValueError, match="zero point of 15"):
+        files.read(where).tensors["m.weight"].read()
+    where = folder(tmp_path / "c", arrays, {"quantization_config": facts | {"bits": 3}})
+    with pytest.raises(ValueError, match="GPTQ of 3 bits"):
+        files.read(where)
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_awq(even, rng, tmp_path):
+    n, k, g = 64, 256, 128
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    pack = lambda a: words(a.reshape(len(a), -1, 8)[..., order].reshape(a.shape), 4)  # noqa: E731
+    codes = rng.integers(0, 16, (k, n))
+    zeros = np.full((k // g, n), 8) if even else rng.integers(0, 16, (k // g, n))
+    scales = (rng.random((k // g, n)) * 0.1).astype(np.float16)
+    arrays = {"m.qweight": pack(codes), "m.qzeros": pack(zeros), "m.scales": scales}
+    facts = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": g,
+        "version": "gemm",
+        "zero_point": True,
+    }
+    checkpoint = files.read(folder(tmp_path / "m", arrays, {"quantization_config": facts}))
+    w = checkpoint.tensors["m.weight"].read()
+    expected = (codes - np.repeat(zeros, g, 0)) * np.repeat(scales.astype(np.float32), g, 0)
+    assert w.bits == (4 if even else 8)
+    assert np.array_equal(values(w), expected.astype(np.float32).T)
+    assert "8 bits" in checkpoint.notes[0]
+
+
+def test_modelopt_nvfp4(rng, tmp_path):
+    n, k = 16, 64
+    e2m1 = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    table = np.concatenate([e2m1, -e2m1])
+    codes = rng.integers(0, 16, (n, k), dtype=np.uint8)
+    scales = rng.integers(1, 0x7E, (n, k // 16), dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    factor = np.float32(0.0123)
+    header_arrays = {
+        "m.weight": codes[:, 0::2] | (codes[:, 1::2] << 4),
+        "m.weight_scale": scales,
+        "m.weight_scale_2": np.asarray(factor),
+        "m.input_scale": np.ones((), np.float32),
+    }
+    where = tmp_path / "model"
+    where.mkdir()
+    (where / "config.json").write_text('{"model_type": "llama"}')
+    facts = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+    (where / "hf_quant_config.json").write_text(json.dumps(facts))
+    flat = {
+        n_: np.ascontiguousarray(a).view(np.uint8) if a.shape else a
+        for n_, a in header_arrays.items()
+    }
+    safetensors.numpy.save_file(flat, where / "model.safetensors")
+    rename_dtype(where / "model.safetensors", "m.weight_scale", "F8_E4M3")
+    w = files.read(where).tensors["m.weight"].read()
+    expected = table[codes] * np.repeat(scales.astype(np.float32) * factor, 16, axis=1)
+    assert w.scales.dtype == np.float32
+    assert np.array_equal(values(w), expected)
+
+
+def rename_dtype(path: Path, name: str, dtype: str) -> None:
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header[name]["dtype"] = dtype
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_mlx_where_every_bias_is_one_multiple_of_its_scale(bits, dtype, rng, tmp_path):
+    n, k, g = 8, 256, 64
+    codes = rng.integers(0, 2**bits, (n, k))
+    scales = (rng.random((n, k // g)) * 0.1).astype(dtype)
+    c = -0.5 if bits == 1 else -(2 ** (bits - 1))
+    arrays = {
+        "m.weight": words(codes, bits).view(np.uint32),
+        "m.scales": scales,
+        "m.biases": (scales.astype(np.float32) * c).astype(dtype),
+    }
+    facts = {"quantization": {"group_size": g, "bits": bits}}
+    w = files.read(folder(tmp_path / "m", arrays, facts)).tensors["m.weight"].read()
+    wide = [np.repeat(arrays[f"m.{a}"].astype(np.float32), g, 1) for a in ("scales", "biases")]
+    assert np.array_equal(values(w), codes.astype(np.float32) * wide[0] + wide[1])
+    arrays["m.biases"][3, 1] *= 2
+    checkpoint = files.read(folder(tmp_path / "m", arrays, facts))
+    with pytest.raises(ValueError, match="offset of its own"):
+        checkpoint.tensors["m.weight"].read()
+
+
+PLAIN = {"model.norm.weight": np.ones(4, np.float32)}
+REFUSED = {
+    "hqq": ({}, {"quant_method": "hqq"}, "quant_method='hqq' is not supported"),
+    "torchao": ({}, {"quant_method": "torchao"}, "quant_method='torchao' is not supported"),
+    "fp8": ({}, {"quant_method": "fp8"}, "quant_method='fp8' is not supported"),
+    "no method": ({}, {"bits": 4}, "quant_method=None is not supported"),
+    "a list": ({}, [4], "must be a JSON object"),
+    "awq 3 bits": ({}, {"quant_method": "awq", "bits": 3}, "AWQ of 3 bits"),
+    "awq gemv": ({}, {"quant_method": "awq", "bits": 4, "version": "gemv"}, "version='gemv'"),
+    "int8 of bitsandbytes": (
+        {"m.SCB": np.ones(3, np.float32)},
+        {"quant_method": "bitsandbytes"},
+        "LLM.int8",
+    ),
+    "modelopt fp8": ({}, {"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo='FP8'"),
+    "online bitnet": (
+        {},
+        {"quant_method": "bitnet", "quantization_mode": "online"},
+        "quantization_mode=online",
+    ),
+    "hadamard": (
+        {},
+        {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"a": {}}}},
+        "Hadamard",
+    ),
+    "sparse": (
+        {},
+        {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24"}},
+        "sparse-24",
+    ),
+    "parts without a word": ({"m.qweight": np.ones((1, 2), np.int32)}, None, "does not say"),
+    "integers without scales": ({"m.weight": np.ones((1, 2), np.int8)}, None, "without scales"),
+    "a codebook without its scales": (
+        {"m.weight_packed": np.ones((1, 2), np.uint8)},
+        {"quant_method": "nonlinear", "bits": 4, "block_size": 64},
+        "m lacks scales",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_its_name(name, tmp_path):
+    arrays, facts, message = REFUSED[name]
+    config = {} if facts is None else {"quantization_config": facts}
+    where = folder(tmp_path / "model", PLAIN | arrays, config)
+    with pytest.raises(ValueError) as caught:
+        for one in files.read(where).tensors.values():
+            one.read()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_float8_without_scales_is_refused(tmp_path):
+    where = folder(tmp_path / "model", {"m.weight": np.ones((2, 2), np.uint8)}, {})
+    rename_dtype(where / "model.safetensors", "m.weight", "F8_E4M3")
+    with pytest.raises(ValueError, match="F8_E4M3 without scales"):
+        files.read(where)
+
+
+def test_what_is_not_there_or_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
+        files.read(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        files.read(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="saved as safetensors"):
+        files.read(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        files.read(tmp_path)
+    with pytest.raises(ValueError, match="not a GGUF file"):
+        files.read(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="requantise=5"):
+        files.read(tmp_path, requantise=5)
