@@ -22,7 +22,7 @@ from fdk_jax.learning.statistics import (
     squared_gradients,
 )
 from fdk_jax.models.config import ModelConfig
-from fdk_jax.models.modules import Transformer
+from fdk_jax.models.transformer import Transformer
 
 BITS = [1, 2, 4, 8]
 

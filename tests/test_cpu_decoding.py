@@ -120,7 +120,7 @@ def test_a_decoding_step_copies_neither_cache_nor_weights(bits):
     config = ModelConfig(512, 64, 128, 2, 4, 2, 16, tie_embeddings=True)
     generator = models.Generator(models.random_model(config, bits=bits, backend="cpu"))
     generator.generate([[1, 2]], max_tokens=5)
-    (program,) = (p for name, p in generator._programs.items() if name[0] == "decode")
+    (program,) = (p for name, p in generator.programs.items() if name[0] == "decode")
     shapes = ["[1,2,128,16]", "[512,64]"]  # of the cache, of the embedding
     shapes += ["[64,128]", "[64,256]", "[128,64]"]  # of matrices, where they are not quantised
     for line in program.as_text().splitlines():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fdk_jax import models
-from fdk_jax.models import generation
+from fdk_jax.models import loops, request
 from fdk_jax.models.generation import cache_bucket, prompt_bucket
 from fdk_jax.models.sampling import Sampling, choose
 
@@ -46,7 +46,7 @@ def test_streaming_gives_the_same_tokens(generator, every, sampling):
 @pytest.mark.parametrize("run", [1, 4, 16, 32])
 def test_stop_tokens_end_each_sequence(generator, monkeypatch, run):
     wanted = generator.generate(PROMPTS, max_tokens=20).tokens
-    monkeypatch.setattr("fdk_jax.models.generation._look_every", lambda steps, may_stop: run)
+    monkeypatch.setattr("fdk_jax.models.loops.poll_every", lambda steps, may_stop: run)
     free = generator.generate(PROMPTS, max_tokens=20).tokens
     assert free == wanted
     stops = [free[0][7], free[1][2]]
@@ -67,14 +67,14 @@ def test_stop_tokens_end_each_sequence(generator, monkeypatch, run):
 )
 def test_looks_are_rare_where_nothing_stops_early(monkeypatch, steps, run):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert generation._look_every(steps, False) == run
-    assert generation._look_every(steps, True) == 16
+    assert loops.poll_every(steps, False) == run
+    assert loops.poll_every(steps, True) == 16
     assert -(-steps // run) * run == -(-steps // 16) * 16, "more surplus tokens"
 
 
 def test_stop_tokens_are_padded_with_what_no_sequence_chooses():
     for count, size in ((0, 1), (1, 1), (2, 2), (3, 4), (5, 8)):
-        padded = generation._padded_stops(range(count)).tolist()
+        padded = request.padded_stops(range(count)).tolist()
         assert padded == [*range(count), *[-1] * (size - count)]
 
 
@@ -86,7 +86,7 @@ def test_several_devices_stop_and_no_program_takes_an_empty_array(generator):
     assert two.generate(PROMPTS, max_tokens=6).tokens == free
     stopped = [row[: row.index(free[0][3])] if free[0][3] in row else row for row in free]
     assert two.generate(PROMPTS, max_tokens=6, stop_tokens=[free[0][3]]).tokens == stopped
-    for program in (*two._programs.values(), *generator._programs.values()):
+    for program in (*two.programs.values(), *generator.programs.values()):
         assert all(np.prod(aval.shape) > 0 for aval in jax.tree.leaves(program.in_avals))
 
 
@@ -115,14 +115,14 @@ def test_bad_calls_are_refused_before_anything_runs(generator, prompts, options,
 
 def test_programs_are_kept(generator):
     generator.generate(PROMPTS, max_tokens=5)
-    before = len(generator._programs)
+    before = len(generator.programs)
     generator.generate([[1, 2, 3], [4, 4], [9]], max_tokens=30)
-    assert len(generator._programs) == before
+    assert len(generator.programs) == before
 
 
 def test_the_cache_is_updated_in_place(generator):
     generator.generate([[1, 2]], max_tokens=5)
-    program = next(p for name, p in generator._programs.items() if name[:1] == ("decode",))
+    program = next(p for name, p in generator.programs.items() if name[:1] == ("decode",))
     facts = program.memory_analysis()
     heads, capacity, width = 2, 128, 16
     assert facts.alias_size_in_bytes >= 2 * 2 * heads * capacity * width * 4

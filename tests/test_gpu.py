@@ -19,7 +19,7 @@ import fdk_jax
 import pallas_kernels
 from fdk_jax import models
 from fdk_jax.format import packing
-from fdk_jax.models import modules
+from fdk_jax.models import fused_products
 from fdk_jax.models.config import ModelConfig
 from pallas_kernels import attention, integer, matvec, tuning, wgmma
 from pallas_kernels.case import Case
@@ -172,13 +172,13 @@ def test_a_models_step_in_fewer_launches(bits, options, monkeypatch):
         logits, after = jax.jit(model.decode)(jnp.asarray([9]), cache)
         return [np.asarray(a, np.float64) for a in (logits, after.keys[-1], after.values[-1])]
 
-    assert model._has_chains(jnp.zeros((1, 512), config.dtype))
+    chains, products = fused_products.PLANS
+    x = jnp.zeros((1, 512), config.dtype)
+    assert fused_products.choose(model.layers, model.norm, x) is chains
     found = [step()]
-    monkeypatch.setattr(modules.Layer, "chain_kernel", lambda layer, following, x: None)
-    jax.clear_caches()
+    monkeypatch.setattr(fused_products, "PLANS", (products,))
     found.append(step())
-    monkeypatch.setattr(modules.Layer, "residual_kernels", lambda layer, x: [None])
-    jax.clear_caches()
+    monkeypatch.setattr(fused_products, "PLANS", ())
     for *ours, apart in zip(*found, step(), strict=True):
         for fewer in ours:
             assert np.sqrt(np.mean((fewer - apart) ** 2)) < 2e-2 * np.sqrt(np.mean(apart**2))

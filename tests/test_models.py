@@ -178,7 +178,9 @@ def test_both_spellings_of_rope_give_the_same():
 def test_linear_rope_scaling_divides_frequencies():
     config = read_config(DATA / "llama2")
     scaled = dataclasses.replace(config, rope_scaling=models.RopeScaling("linear", 4.0))
-    ratio = rope.inverse_frequencies(config) / rope.inverse_frequencies(scaled)
+    ratio = rope.inverse_frequencies(
+        config.layer(0).rope, config.head_dim
+    ) / rope.inverse_frequencies(scaled.layer(0).rope, scaled.head_dim)
     np.testing.assert_allclose(ratio, 4.0, rtol=1e-6)
 
 
@@ -334,10 +336,11 @@ def test_add_rms_norm_kernel(rng, features, dtype):
 @pytest.mark.parametrize(
     ("batch", "launches"),
     [
-        # Four products and attention a layer; the first and the last are not like the others. The head.
-        (1, 3 * (4 + 1) + 1),
-        # Two norms more in the layer that all share; a norm and the head behind it.
-        (2, 4 + 1 + 2 + 2),
+        # The first projection; attention and four products, in the first layer behind another norm; the last
+        # layer, with no next one; the head.
+        (1, 1 + 2 * (1 + 4) + (1 + 3) + 1),
+        # Two norms more in a layer, and the first one like the others.
+        (2, 1 + (1 + 4 + 2) + (1 + 3 + 2) + 1),
     ],
 )
 def test_a_decoding_step_lowers_for_cuda_with_one_copy_of_a_layer(batch, launches):
@@ -365,7 +368,7 @@ def test_a_decoding_step_of_chains_is_two_launches_a_layer(bits, monkeypatch):
     with using(H200):
         traced = program.trace(state, jnp.zeros(1, jnp.int32), cache)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("call @_run_chain") == 7
+    assert text.count("call @_run_layer") == 7
     # The last layer, with no next one, is not like the others.
     assert text.count('name = "fdk_chain"') == text.count('name = "decode_attention"') == 2
 
@@ -448,7 +451,7 @@ def test_tensor_parallel_equals_one_device_and_gathers_no_weight(tmp_path, quant
     assert (
         eight.generate(prompts, max_tokens=6).tokens == one.generate(prompts, max_tokens=6).tokens
     )
-    (decode,) = (p for name, p in eight._programs.items() if name[0] == "decode")
+    (decode,) = (p for name, p in eight.programs.items() if name[0] == "decode")
     moved = re.findall(
         r"= (\S+) (all-gather|all-to-all|collective-permute|all-reduce)(?:-start)?\(",
         decode.as_text(),

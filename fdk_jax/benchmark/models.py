@@ -15,18 +15,19 @@ import fdk_jax
 from fdk_jax.benchmark import environment, inputs, probes, timing
 from fdk_jax.models import (
     Generator,
+    KVCache,
     ModelConfig,
     Quantisation,
     Transformer,
     cache_bucket,
     custom_llama,
+    decoding,
     load,
     random_model,
     read_config,
     read_stored_quantisation,
-    rope,
 )
-from fdk_jax.models.modules import Layer
+from fdk_jax.models.modules import Layer, RMSNorm
 
 __all__ = ["ModelCase", "make_cases", "measure"]
 
@@ -143,7 +144,8 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
     device = environment.device_for(case.backend)
     with jax.default_device(device):
         _check_memory(case, device)
-        generator, error = _model(_without_batch(case), device)
+        model, generator = _model(_without_batch(case))
+        error = None if case.bits == _DENSE_BITS else _layer_error(model, case.batch)
         result: dict[str, Any] = _facts(case, generator, device) | {"rel_rms_error": error}
         tolerance = _TOLERANCE[case.arithmetic]
         if error is not None and not error <= tolerance:
@@ -187,17 +189,16 @@ def _size_and_head(case: ModelCase) -> tuple[str, int | None]:
 
 
 # One model at a time: the largest fill most of a device.
-_held: dict[ModelCase, tuple[Generator, float | None]] = {}
+_held: dict[ModelCase, tuple[Transformer, Generator]] = {}
 
 
-def _model(case: ModelCase, device: jax.Device) -> tuple[Generator, float | None]:
-    """The model of a case, and the relative RMS error of its first layer (None if not quantised)."""
+def _model(case: ModelCase) -> tuple[Transformer, Generator]:
     if case not in _held:
         _held.clear()
         model = _make(case)
-        error = None if case.bits == _DENSE_BITS else _layer_error(model)
-        _held[case] = Generator(model, backend=case.backend), error
-        jax.block_until_ready(_held[case][0].leaves)
+        generator = Generator(model, backend=case.backend)
+        jax.block_until_ready(generator.leaves)
+        _held[case] = model, generator
     return _held[case]
 
 
@@ -228,43 +229,47 @@ def _make(case: ModelCase) -> Transformer:
     )
 
 
-def _layer_error(model: Transformer) -> float:
-    """Relative RMS of what the first layer adds for one token, against float32 dequantised weights."""
-    config = model.config
-    layer = model.layers[0]
-    x = jax.random.normal(jax.random.key(1), (1, config.hidden_size), jnp.dtype(config.dtype))
-    exact = _widened(layer, config)
-    found = _one_token(layer, x, config)
-    wanted = _one_token(exact, x.astype(jnp.float32), config)
-    skip = x.astype(jnp.float32)
-    return inputs.relative_rms_error(
-        np.asarray(found.astype(jnp.float32) - skip), np.asarray(wanted - skip, np.float64)
-    )
+def _layer_error(model: Transformer, batch: int) -> float:
+    """Relative RMS of what the first layer adds for one token a sequence, behind the last norm.
+
+    By the plan that a step of this batch size has, against float32 dequantised weights.
+    """
+    shape = (batch, model.config.hidden_size)
+    # Small beside what the layer adds, which does not depend on its size: norms come first.
+    x = jax.random.normal(jax.random.key(1), shape, jnp.dtype(model.config.dtype)) * 2**-6
+    part = nnx.List([model.layers[0], model.norm])
+    wanted = _one_token(_widened(part, model.config), x.astype(jnp.float32), model.config)
+    found = _one_token(part, x, model.config)
+    return inputs.relative_rms_error(np.asarray(found, np.float32), np.asarray(wanted, np.float64))
 
 
-def _widened(layer: nnx.Module, config: ModelConfig) -> Any:
-    """A copy of a layer with float32 dequantised weights."""
-    state = nnx.state(fdk_jax.dequantise(layer, jnp.float32))
+def _widened(part: nnx.List, config: ModelConfig) -> nnx.List:
+    """A copy of a layer and a norm with float32 dequantised weights."""
+    state = nnx.state(fdk_jax.dequantise(part, jnp.float32))
+    wide = dataclasses.replace(config, dtype="float32")
     reference = nnx.eval_shape(
-        lambda: Layer(dataclasses.replace(config, dtype="float32"), None, nnx.Rngs(0))
+        lambda: nnx.List(
+            [
+                Layer(wide, config.layer(0), None, nnx.Rngs(0)),
+                RMSNorm(config.hidden_size, wide),
+            ]
+        )
     )
     nnx.update(reference, jax.tree.map(lambda a: a.astype(jnp.float32), state))
     return reference
 
 
-def _one_token(layer: Any, x: jax.Array, config: ModelConfig) -> jax.Array:
-    shape = (1, config.num_kv_heads, 64, config.head_dim)
+def _one_token(part: nnx.List, x: jax.Array, config: ModelConfig) -> jax.Array:
+    shape = (len(x), config.num_kv_heads, 64, config.head_dim)
     cache = jnp.zeros(shape, x.dtype)
-    lengths = jnp.zeros(1, jnp.int32)
-    cos, sin = rope.cos_sin(config, lengths)
-    graph, state = nnx.split(layer)
+    graph, state = nnx.split(part)
 
     @jax.jit
     def run(state, x):
-        zero = jnp.zeros_like(x)
+        layer, norm = nnx.merge(graph, state)
+        empty = KVCache((cache,), (cache,), jnp.zeros(len(x), jnp.int32))
         with jax.default_matmul_precision("highest"):
-            out = nnx.merge(graph, state).token(x, zero, cos, sin, lengths, cache, cache)
-            return out[0] + out[1]
+            return decoding.step([layer], norm, x, empty)[0]
 
     return run(state, x)
 

@@ -12,7 +12,7 @@ from fdk_jax.models.generation import check_prompts as check_prompts
 from fdk_jax.models.loading import Quantisation as Quantisation
 from fdk_jax.models.loading import load as load
 from fdk_jax.models.loading import read_stored_quantisation as read_stored_quantisation
-from fdk_jax.models.modules import Transformer as Transformer
 from fdk_jax.models.parallel import Parallel as Parallel
 from fdk_jax.models.random_weights import random_model as random_model
 from fdk_jax.models.sampling import Sampling as Sampling
+from fdk_jax.models.transformer import Transformer as Transformer

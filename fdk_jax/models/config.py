@@ -16,6 +16,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True},
 }
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -34,10 +36,73 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of a layer.
+
+    Attributes:
+        theta: Base of the frequencies.
+        scaling: Of the frequencies, or None.
+        rotary_dim: Leading elements of a head that are rotated, the others carry no position; None for all.
+        interleaved: Whether pairs are neighbours (2i, 2i + 1) instead of halves (i, i + rotary_dim / 2).
+        factor: Multiplies cosines and sines (YaRN's attention factor).
+    """
+
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    interleaved: bool = False
+    factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOptions:
+    """What may differ between the layers of one model.
+
+    Attributes:
+        window: Keys that a query sees, its own included (sliding-window attention); None for all.
+        rope: Its rotary embedding; None for a layer without positions.
+    """
+
+    window: int | None = None
+    rope: Rope | None = Rope()
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer with grouped-query attention and a gated feed-forward block.
 
     Every field is static: two models with equal configurations share their compiled programs.
+
+    Attributes:
+        vocab_size: Tokens.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the feed-forward block.
+        num_layers: Layers.
+        num_heads: Query heads.
+        num_kv_heads: Key-value heads; divides `num_heads`.
+        head_dim: Width of a head.
+        rope_theta: Base of RoPE's frequencies.
+        rope_scaling: Of RoPE's frequencies.
+        norm_eps: Added to the mean square in every norm.
+        max_context: Most tokens of a sequence.
+        tie_embeddings: Whether the head is the embedding.
+        qk_norm: RMS norms of queries and keys before RoPE.
+        qk_norm_of: Over what these norms take their mean: each "head", or "all" heads together.
+        qkv_bias: Biases of the query, key and value projections.
+        output_bias: Bias of attention's output projection.
+        mlp_bias: Biases of the feed-forward block.
+        layers: What sets the layers apart, one entry each; empty where all are alike.
+        query_scale: Scores are queries times keys times this; None for head_dim**-0.5.
+        attention_soft_cap: Scores s become cap * tanh(s / cap) before the softmax.
+        attention_sinks: A learned score of each head that only takes part in the softmax.
+        activation: Of the gate: "silu", "gelu" or "gelu_tanh".
+        norm_offset: Added to every norm's scale, and the product is then in float32 (1 for Gemma).
+        pre_norms: Norms before attention and the feed-forward block.
+        post_norms: Norms behind them, before the residual sum.
+        embedding_scale: Multiplies the embedding's rows, rounded to the model's dtype.
+        logit_soft_cap: Like `attention_soft_cap`, for the logits.
+        dtype: Of activations.
+        family: `model_type` of the checkpoint.
     """
 
     vocab_size: int
@@ -53,9 +118,20 @@ class ModelConfig:
     max_context: int = 4096
     tie_embeddings: bool = False
     qk_norm: bool = False
+    qk_norm_of: str = "head"
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    layers: tuple[LayerOptions, ...] = ()
+    query_scale: float | None = None
+    attention_soft_cap: float | None = None
+    attention_sinks: bool = False
+    activation: str = "silu"
+    norm_offset: float = 0.0
+    pre_norms: bool = True
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    logit_soft_cap: float | None = None
     dtype: str = "bfloat16"
     family: str = "llama"
 
@@ -66,8 +142,28 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+        if self.layers and len(self.layers) != self.num_layers:
+            raise ValueError(f"options of {len(self.layers)} layers, num_layers={self.num_layers}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is not one of {ACTIVATIONS}")
+        if self.qk_norm_of not in ("head", "all"):
+            raise ValueError(f'qk_norm_of={self.qk_norm_of!r} must be "head" or "all"')
+        if not (self.pre_norms or self.post_norms):
+            raise ValueError("a layer needs norms before or behind its blocks")
+        for layer in {self.layer(index) for index in range(self.num_layers)}:
+            rotary = (layer.rope and layer.rope.rotary_dim) or self.head_dim
+            if rotary % 2 or not 0 < rotary <= self.head_dim:
+                raise ValueError(f"{rotary=} must be even and at most {self.head_dim=}")
+            if layer.window is not None and layer.window < 1:
+                raise ValueError(f"window={layer.window} must be at least 1")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not one of {DTYPES}")
+
+    def layer(self, index: int) -> LayerOptions:
+        """The options of one layer."""
+        if self.layers:
+            return self.layers[index]
+        return LayerOptions(rope=Rope(self.rope_theta, self.rope_scaling))
 
     @property
     def qkv_features(self) -> int:

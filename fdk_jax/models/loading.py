@@ -15,9 +15,9 @@ from fdk_jax.format.quantisation import quantise_array
 from fdk_jax.layers.trees import default_backend
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig, read_config
-from fdk_jax.models.modules import Transformer
 from fdk_jax.models.parallel import Parallel
 from fdk_jax.models.safetensors_folder import Entry, read_entries
+from fdk_jax.models.transformer import Transformer
 from fdk_jax.models.weights import (
     Codes,
     Placer,

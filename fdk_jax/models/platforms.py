@@ -1,19 +1,19 @@
 """Operations whose best form depends on the platform that a program is lowered for."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
-import pallas_kernels
-from fdk_jax.layers.linear import QuantisedLinear
+from fdk_jax.models import attention
+from fdk_jax.models.attention import Mask
+from fdk_jax.models.cache import append
 from fdk_jax.product import cpu_backend
+from pallas_kernels import attention as pallas_attention
 from pallas_kernels import dense, norm
-from pallas_kernels.case import Arrays
 
 
 def linear(x: Array, kernel: Array, out_dtype: Any) -> Array:
@@ -76,76 +76,34 @@ def take_rows(table: Array, index: Array) -> Array:
     return jax.lax.platform_dependent(table, index, cpu=on_cpu if narrow else take, default=take)
 
 
-def add_rms_norm(x: Array, delta: Array, scale: Array, eps: float) -> tuple[Array, Array]:
-    """(x + delta, its RMS norm times `scale`) of [B, D] each; see `pallas_kernels.norm`."""
+def add_rms_norm(
+    x: Array, delta: Array, scale: Array, eps: float, offset: float = 0.0
+) -> tuple[Array, Array]:
+    """(x + delta, its `rms_norm`) of [B, D] each; see `pallas_kernels.norm`."""
 
     def plain(x: Array, delta: Array, scale: Array) -> tuple[Array, Array]:
         total = x + delta
-        return total, rms_norm(total, scale, eps)
+        return total, rms_norm(total, scale, eps, offset)
 
     def fused(x: Array, delta: Array, scale: Array) -> tuple[Array, Array]:
         return norm.add_rms_norm(x, delta, scale, eps=eps)
 
-    good = norm.supported(x.shape[1], x.dtype)
+    good = offset == 0 and norm.supported(x.shape[1], x.dtype)
     return jax.lax.platform_dependent(x, delta, scale, cuda=fused if good else plain, default=plain)
 
 
-def residual_kernel(linear: nnx.Module, x: Array) -> Callable | None:
-    """`pallas_kernels.residual_matmul` with the weight of a layer, for inputs like x [B, K].
+def rms_norm(x: Array, scale: Array, eps: float, offset: float = 0.0) -> Array:
+    """RMS norm over the last axis: (offset + scale) * x / sqrt(mean(x**2) + eps), the mean in float32.
 
-    None if no GPU kernel takes the norm before this product, and the residual sum behind it, with it.
+    As the models do that have them: without an offset the quotient is rounded before it is scaled, with
+    one the scale is added and multiplied in float32.
     """
-    found = _planar(linear, x)
-    if found is None or pallas_kernels.residual_plan(found[0], **found[1]) is None:
-        return None
-    arrays, facts = found
-    weight = {name: array for name, array in arrays._asdict().items() if name != "x"}
-    return functools.partial(pallas_kernels.residual_matmul, **weight, **facts)
-
-
-def chain_kernel(linears: Sequence[nnx.Module], x: Array) -> Callable | None:
-    """`pallas_kernels.chain_matmul` with the weights of layers, for inputs like x [B, K].
-
-    None if no GPU kernel takes them in one launch.
-    """
-    found = [_planar(linear, x) for linear in linears]
-    weights = [weight for weight in found if weight is not None]
-    if len(weights) < len(found) or pallas_kernels.chain_plan(weights) is None:
-        return None
-    return functools.partial(pallas_kernels.chain_matmul, weights=weights)
-
-
-def _planar(linear: nnx.Module, x: Array) -> tuple[Arrays, dict[str, Any]] | None:
-    """The weight of a layer as `residual_plan` takes it, for inputs like x [B, K]; None if it is another's."""
-    if not isinstance(linear, QuantisedLinear) or linear.axis is not None:
-        return None
-    w, bias = linear.weight.get_value(), linear.bias
-    dtype = linear.dtype or jnp.promote_types(x.dtype, w.dtype)
-    if w.layout != "planar" or linear.backend not in (None, "pallas") or dtype != x.dtype:
-        return None
-    row: Any = jax.ShapeDtypeStruct((x.shape[0], w.in_features), x.dtype)
-    arrays = Arrays(row, w.packed, w.scales, w.codebook, None if bias is None else bias.get_value())
-    facts = {name: value for name, value in w.facts.items() if name != "in_features"}
-    return arrays, facts | {"uniform": w.uniform}
-
-
-def to_scaled(x: Array, scale: Array) -> pallas_kernels.Scaled:
-    """A residual stream [1, D] on its way through a norm."""
-    squares = jnp.square(x.astype(jnp.float32)).sum(axis=1)
-    return pallas_kernels.Scaled(x, x * scale[None, :], squares)
-
-
-def from_scaled(x: pallas_kernels.Scaled, eps: float) -> Array:
-    """The norm of a sum, [1, D]."""
-    mean = x.squares.sum() / x.total.shape[1]
-    return (x.scaled.astype(jnp.float32) * jax.lax.rsqrt(mean + eps)).astype(x.scaled.dtype)
-
-
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """RMS norm over the last axis: scale * x / sqrt(mean(x**2) + eps), the mean in float32."""
     wide = x.astype(jnp.float32)
     wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + jnp.float32(eps))
-    return wide.astype(x.dtype) * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+    scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+    if offset == 0:
+        return wide.astype(x.dtype) * scale
+    return (wide * (jnp.float32(offset) + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 def in_float32_on_cpu(function: Callable[..., Array], *arrays: Array) -> Array:
@@ -164,3 +122,72 @@ def _widened(function: Callable[..., Array]) -> Callable[..., Array]:
         return function(*floats).astype(narrow)
 
     return wide
+
+
+def prompt_attention(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None) -> Array:
+    """`attention.over_prompt` by what the platform has for it."""
+    run = functools.partial(attention.over_prompt, mask=mask, sinks=sinks)
+    return in_float32_on_cpu(run, q, k, v)
+
+
+def token_attention(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    lengths: Array,
+    keys: Array,
+    values: Array,
+    *,
+    heads_of: Callable[[Array, Array, Array], tuple[Array, Array, Array]],
+    norms: tuple[Array, Array] | None,
+    norm_eps: float,
+    mask: Mask,
+    sinks: Array | None,
+    fusible: bool,
+) -> tuple[Array, Array, Array]:
+    """Attention of one new token a sequence over the cache and itself, which it adds to the cache.
+
+    Args:
+        qkv: [B, (H + 2 KV) * D], what the projection gives.
+        cos: float32 [B, D / 2], of the tokens' positions.
+        sin: Like cos.
+        lengths: int32 [B], tokens in the cache.
+        keys: [B, KV, S, D].
+        values: Like keys.
+        heads_of: (qkv, cos [B, 1, D / 2], sin) to queries [B, H, D], keys and values [B, KV, D]: norms and
+            RoPE applied, where no kernel does all at once.
+        norms: Scales [D] of RMS norms of each query and key in one kernel, or None.
+        norm_eps: Of these norms.
+        mask: Which slots a token sees.
+        sinks: See `attention.over_prompt`.
+        fusible: Whether `heads_of` is no more than these norms and RoPE.
+
+    Returns:
+        ([B, H * D], keys, values).
+    """
+
+    def plain(qkv, cos, sin, lengths, keys, values):
+        q, k, v = heads_of(qkv, cos[:, None], sin[:, None])
+        keys, values = append(keys, k, lengths), append(values, v, lengths)
+        over_cache = functools.partial(attention.over_cache, mask=mask, sinks=sinks)
+        mixed = in_float32_on_cpu(over_cache, q, keys, values, lengths + 1)
+        return mixed.reshape(qkv.shape[0], -1), keys, values
+
+    capacity, dim = keys.shape[2:]
+    # A window that the whole cache fits into hides nothing.
+    all_seen = mask.window is None or mask.window >= capacity
+    fusible = fusible and all_seen and mask.soft_cap is None and sinks is None
+    on_gpu = fusible and pallas_attention.supported(qkv.dtype, keys.shape, dim)
+    on_cpu = fusible and cpu_backend.unavailable_reason() is None
+    options = dict(norms=norms, norm_eps=norm_eps)
+    return jax.lax.platform_dependent(
+        qkv,
+        cos,
+        sin,
+        lengths,
+        keys,
+        values,
+        cuda=functools.partial(pallas_attention.decode, **options) if on_gpu else plain,
+        cpu=functools.partial(cpu_backend.attention, **options) if on_cpu else plain,
+        default=plain,
+    )

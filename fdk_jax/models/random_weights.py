@@ -17,7 +17,7 @@ from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.trees import default_backend
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig
-from fdk_jax.models.modules import Transformer
+from fdk_jax.models.transformer import Transformer
 from fdk_jax.models.weights import check_arithmetic, join_codebooks, set_linear
 from fdk_jax.product.dispatch import LAYOUT_OF
 

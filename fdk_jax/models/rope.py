@@ -1,4 +1,8 @@
-"""Rotary position embedding, split halves (the order of Hugging Face's checkpoints)."""
+"""Rotary position embedding, split halves (the order of Hugging Face's checkpoints).
+
+Kernels rotate pairs (i, i + head_dim / 2) of a whole head. Other pairs become these by `order`: the
+product of a query and a key does not depend on the order of their elements.
+"""
 
 import math
 
@@ -6,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fdk_jax.models.config import ModelConfig
+from fdk_jax.models.config import ModelConfig, Rope
 
 
-def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians a position turns each pair by: float32 [head_dim / 2], scaling applied."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    freq = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
-    scaling = config.rope_scaling
+def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians that a position rotates each pair by: float32 [rotary_dim / 2], scaling applied."""
+    rotary = rope.rotary_dim or head_dim
+    exponents = np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary)
+    freq = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
+    scaling = rope.scaling
     if scaling is None:
         return freq
     if scaling.kind == "linear":
@@ -30,16 +35,51 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     return np.where(middle, blended, scaled).astype(np.float32)
 
 
-def cos_sin(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
-    """Cosines and sines of the angles at `positions`: float32 [*positions.shape, head_dim / 2]."""
+def order(rope: Rope | None, head_dim: int) -> np.ndarray | None:
+    """Where the elements of a head come from so that pairs are (i, i + head_dim / 2): int [head_dim].
+
+    None where they are so already.
+    """
+    if rope is None:
+        return None
+    rotary = rope.rotary_dim or head_dim
+    rotated, rest = np.arange(rotary), np.arange(rotary, head_dim)
+    first, second = (rotated[::2], rotated[1::2]) if rope.interleaved else np.split(rotated, 2)
+    found = np.concatenate([first, *np.split(rest, 2)[:1], second, *np.split(rest, 2)[1:]])
+    return None if (found == np.arange(head_dim)).all() else found
+
+
+def cos_sin(config: ModelConfig, rope: Rope | None, positions: Array) -> tuple[Array, Array]:
+    """Cosines and sines of the angles at `positions`: float32 [*positions.shape, head_dim / 2].
+
+    Pairs that carry no position have the angle 0. `rope.factor` and a `query_scale` of the model that is
+    not the usual one multiply both, so that the scores have them in every kernel; a key is kept so.
+    """
+    dim = config.head_dim
+    freq = np.zeros(dim // 2, np.float32)
+    if rope is not None:
+        rotated = inverse_frequencies(rope, dim)
+        freq[: len(rotated)] = rotated
     angles = positions.astype(jnp.float32)[..., None] * jnp.expand_dims(
-        inverse_frequencies(config), tuple(range(positions.ndim))
+        freq, tuple(range(positions.ndim))
     )
-    return jnp.cos(angles), jnp.sin(angles)
+    factor = 1.0
+    if config.query_scale is not None:
+        factor = math.sqrt(config.query_scale * math.sqrt(dim))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    rotation = 1.0 if rope is None else rope.factor
+    if factor == rotation == 1.0:
+        return cos, sin
+    # The factor of RoPE leaves what it does not rotate as it is.
+    each = np.full(dim // 2, factor, np.float32)
+    if rope is not None:
+        each[: (rope.rotary_dim or dim) // 2] *= rotation
+    each = jnp.expand_dims(each, tuple(range(positions.ndim)))
+    return cos * each, sin * each
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns pair (i, i + D/2) of the last axis by its angle, in float32; returns x's dtype.
+    """Rotates pair (i, i + D/2) of the last axis by its angle, in float32; returns x's dtype.
 
     Args:
         x: [..., D].
@@ -47,5 +87,5 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
         sin: Like cos.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

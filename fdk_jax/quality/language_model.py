@@ -13,7 +13,7 @@ from jax import Array
 from fdk_jax.learning.losses import next_token_loss
 from fdk_jax.learning.training import make_train_step
 from fdk_jax.models.config import ModelConfig
-from fdk_jax.models.modules import Transformer
+from fdk_jax.models.transformer import Transformer
 from fdk_jax.quality.text import VOCABULARY, Language, windows
 
 _TRAINING_TEXT, _TEST_TEXT, _CALIBRATION_TEXT = 1, 2, 3

@@ -1,0 +1,97 @@
+"""One token a sequence through all layers, by a plan that is chosen once for the whole model.
+
+The unit of a plan is a `Block`: what lies between the attentions of two neighbouring layers. Attention
+itself is the same in every plan.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+
+from fdk_jax.models import fused_products
+from fdk_jax.models.blocks import Block, blocks
+from fdk_jax.models.cache import KVCache
+from fdk_jax.models.modules import Layer, RMSNorm, add_and_norm, normed
+
+Turn = tuple[Array, Array]
+
+
+def turns(layers: Sequence[Layer], positions: Array) -> list[Turn]:
+    """Each layer's (cosines, sines) at `positions`; layers of equal options share theirs."""
+    shared: dict[Any, Turn] = {}
+    for layer in layers:
+        rope = layer.attention.rope
+        if rope not in shared:
+            shared[rope] = layer.attention.turns(positions)
+    return [shared[layer.attention.rope] for layer in layers]
+
+
+def step(
+    layers: Sequence[Layer], norm: RMSNorm, x: Array, cache: KVCache
+) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+    """All layers and the norm behind them for one token a sequence.
+
+    Args:
+        layers: Of the model, at least one.
+        norm: Behind the last of them.
+        x: [B, D], the tokens' rows of the embedding.
+        cache: What came before them.
+
+    Returns:
+        (the normed stream [B, D], keys, values), the cache's arrays one token longer.
+    """
+    arrays = x, turns(layers, cache.lengths), cache.lengths, cache.keys, cache.values
+    apart = functools.partial(_run, _Apart(), layers, norm)
+    plan = fused_products.choose(layers, norm, x)
+    if plan is None:
+        return apart(*arrays)
+    fused = functools.partial(_run, plan, layers, norm)
+    return jax.lax.platform_dependent(*arrays, cuda=fused, default=apart)
+
+
+def _run(plan, layers, norm, x, turns, lengths, cache_keys, cache_values):
+    stream, projected = plan.enter(x, layers[0].attention_norm, layers[0].attention.qkv)
+    keys, values = [], []
+    for block, turn, k, v in zip(
+        blocks(layers, norm), turns, cache_keys, cache_values, strict=True
+    ):
+        stream, projected, k, v = _run_layer(
+            plan, *nnx.split(tuple(block)), stream, projected, *turn, lengths, k, v
+        )
+        keys.append(k)
+        values.append(v)
+    return plan.leave(stream, norm), tuple(keys), tuple(values)
+
+
+# Layers that are alike are traced once, and XLA inlines the calls.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_layer(plan, graphdef, state, stream, projected, cos, sin, lengths, keys, values):
+    block = Block(*nnx.merge(graphdef, state))
+    mixed, keys, values = block.layer.attention.mix(projected, cos, sin, lengths, keys, values)
+    return *plan.between(block, stream, mixed), keys, values
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apart:
+    """Every product by itself, and a residual sum with the norm behind it: the plan for every model.
+
+    The stream is (the residual stream [B, D], the same behind the newest norm).
+    """
+
+    def enter(self, x: Array, norm: RMSNorm | None, qkv: nnx.Module) -> tuple[Any, Array]:
+        rows = normed(norm, x)
+        return (x, rows), qkv(rows)
+
+    def between(self, block: Block, stream: Any, mixed: Array) -> tuple[Any, Array | None]:
+        x, delta = block.layer.after_attention(stream[0], mixed)
+        x, rows = add_and_norm(block.norm, x, delta)
+        return (x, rows), None if block.qkv is None else block.qkv(rows)
+
+    def leave(self, stream: Any, norm: RMSNorm) -> Array:
+        del norm  # the last block's
+        return stream[1]

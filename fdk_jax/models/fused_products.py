@@ -1,0 +1,188 @@
+"""Plans of a decoding step that GPU kernels make possible: sums and norms that come with the products.
+
+See `fdk_jax.models.decoding` for what a plan is. These are for one sequence on one device, for quantised
+weights in the planar layout, and for layers with RMS norms before their blocks and SwiGLU.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+import pallas_kernels
+from fdk_jax.layers.linear import QuantisedLinear
+from fdk_jax.models.blocks import Block, blocks
+from fdk_jax.models.modules import MLP, Layer, RMSNorm
+from pallas_kernels import Scaled
+from pallas_kernels.case import Arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class InProducts:
+    """Four launches between two attentions: each product has the sum or the norm beside it.
+
+    The stream is the residual sum on its way through the next norm.
+    """
+
+    def takes(self, block: Block, x: Array) -> bool:
+        """Whether there are kernels for a block and inputs like x [B, D]."""
+        layer = block.layer
+        linears = (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down)
+        return all(_residual_kernel(linear, x) is not None for linear in linears)
+
+    def enter(self, x: Array, norm: RMSNorm, qkv: nnx.Module) -> tuple[Scaled, Array]:
+        """The stream before the first layer, and the first layer's queries, keys and values."""
+        stream = _to_scaled(x, norm.scale[...])
+        return stream, _product(qkv, x)(stream, eps=norm.eps)
+
+    def between(self, block: Block, stream: Scaled, mixed: Array) -> tuple[Scaled, Array | None]:
+        """A block behind its attention: the stream behind it, and the next queries, keys and values."""
+        layer, norm, qkv = block
+        product = functools.partial(_product, x=stream.total)
+        inner = layer.mlp_norm
+        stream = product(layer.attention.out)(
+            mixed, residual=stream.total, norm_scale=inner.scale[...]
+        )
+        gated = layer.mlp.gate(product(layer.mlp.gate_up)(stream, eps=inner.eps))
+        stream = product(layer.mlp.down)(gated, residual=stream.total, norm_scale=norm.scale[...])
+        return stream, None if qkv is None else product(qkv)(stream, eps=norm.eps)
+
+    def leave(self, stream: Scaled, norm: RMSNorm) -> Array:
+        """The normed stream behind the last layer, [1, D]."""
+        return _from_scaled(stream, norm.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class InChains(InProducts):
+    """One launch between two attentions.
+
+    The stream is the residual sum [1, D]; behind the last layer it is on its way through the norm.
+    """
+
+    def takes(self, block: Block, x: Array) -> bool:
+        """Whether there is a kernel for a block and inputs like x [B, D], and one for the first product."""
+        chain = _chain_kernel(_linears(block), x)
+        return chain is not None and _residual_kernel(block.layer.attention.qkv, x) is not None
+
+    def enter(self, x: Array, norm: RMSNorm, qkv: nnx.Module) -> tuple[Array, Array]:
+        """See `InProducts.enter`."""
+        stream, projected = super().enter(x, norm, qkv)
+        return stream.total, projected
+
+    def between(self, block: Block, stream: Array, mixed: Array) -> tuple[Any, Array | None]:
+        """See `InProducts.between`."""
+        chain = _chain_kernel(_linears(block), stream)
+        assert chain is not None, "a plan is chosen for blocks that it takes"
+        norms = block.layer.mlp_norm, block.norm
+        after, projected = chain(
+            mixed,
+            stream,
+            norm_scales=[norm.scale[...] for norm in norms],
+            eps=[norm.eps for norm in norms],
+        )
+        return (after if block.qkv is None else after.total), projected
+
+
+PLANS = (InChains(), InProducts())  # the fewest launches first
+
+
+def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array) -> InProducts | None:
+    """The first plan that takes all layers, for inputs like x [B, D]; None if none does.
+
+    Blocks that are alike are asked for once.
+    """
+    kinds: dict[Any, Block] = {}
+    for block in blocks(layers, norm):
+        if not _is_usual(block):
+            return None
+        graphdef, state = nnx.split(tuple(block))
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state))
+        kinds[graphdef, shapes] = block
+    for plan in PLANS:
+        if all(plan.takes(block, x) for block in kinds.values()):
+            return plan
+    return None
+
+
+def _is_usual(block: Block) -> bool:
+    """Whether a block is what the kernels compute, apart from its weights."""
+    layer = block.layer
+    return (
+        layer.attention.axis is None
+        and layer.attention_post_norm is None
+        and layer.mlp_post_norm is None
+        and isinstance(layer.mlp, MLP)
+        and layer.mlp.activation == "silu"
+        and all(
+            norm is not None and norm.offset == 0
+            for norm in (layer.attention_norm, layer.mlp_norm, block.norm)
+        )
+    )
+
+
+def _linears(block: Block) -> list[nnx.Module]:
+    layer = block.layer
+    linears = [layer.attention.out, layer.mlp.gate_up, layer.mlp.down]
+    return linears if block.qkv is None else [*linears, block.qkv]
+
+
+def _product(linear: nnx.Module, x: Array) -> Callable:
+    kernel = _residual_kernel(linear, x)
+    assert kernel is not None, "a plan is chosen for blocks that it takes"
+    return kernel
+
+
+def _residual_kernel(linear: nnx.Module, x: Array) -> Callable | None:
+    """`pallas_kernels.residual_matmul` with the weight of a layer, for inputs like x [B, K].
+
+    None if no GPU kernel takes the norm before this product, and the residual sum behind it, with it.
+    """
+    found = _planar(linear, x)
+    if found is None or pallas_kernels.residual_plan(found[0], **found[1]) is None:
+        return None
+    arrays, facts = found
+    weight = {name: array for name, array in arrays._asdict().items() if name != "x"}
+    return functools.partial(pallas_kernels.residual_matmul, **weight, **facts)
+
+
+def _chain_kernel(linears: Sequence[nnx.Module], x: Array) -> Callable | None:
+    """`pallas_kernels.chain_matmul` with the weights of layers, for inputs like x [B, K].
+
+    None if no GPU kernel takes them in one launch.
+    """
+    found = [_planar(linear, x) for linear in linears]
+    weights = [weight for weight in found if weight is not None]
+    if len(weights) < len(found) or pallas_kernels.chain_plan(weights) is None:
+        return None
+    return functools.partial(pallas_kernels.chain_matmul, weights=weights)
+
+
+def _planar(linear: nnx.Module, x: Array) -> tuple[Arrays, dict[str, Any]] | None:
+    """The weight of a layer as `residual_plan` takes it, for inputs like x [B, K]; None if it is another's."""
+    if not isinstance(linear, QuantisedLinear) or linear.axis is not None:
+        return None
+    w, bias = linear.weight.get_value(), linear.bias
+    dtype = linear.dtype or jnp.promote_types(x.dtype, w.dtype)
+    if w.layout != "planar" or linear.backend not in (None, "pallas") or dtype != x.dtype:
+        return None
+    row: Any = jax.ShapeDtypeStruct((x.shape[0], w.in_features), x.dtype)
+    arrays = Arrays(row, w.packed, w.scales, w.codebook, None if bias is None else bias.get_value())
+    facts = {name: value for name, value in w.facts.items() if name != "in_features"}
+    return arrays, facts | {"uniform": w.uniform}
+
+
+def _to_scaled(x: Array, scale: Array) -> Scaled:
+    """A residual stream [1, D] on its way through a norm."""
+    squares = jnp.square(x.astype(jnp.float32)).sum(axis=1)
+    return Scaled(x, x * scale[None, :], squares)
+
+
+def _from_scaled(x: Scaled, eps: float) -> Array:
+    """The norm of a sum, [1, D]."""
+    mean = x.squares.sum() / x.total.shape[1]
+    return (x.scaled.astype(jnp.float32) * jax.lax.rsqrt(mean + eps)).astype(x.scaled.dtype)

@@ -1,0 +1,117 @@
+"""A decoder-only language model: embedding, layers, head; over prompts and token by token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from fdk_jax.models import decoding, platforms
+from fdk_jax.models.cache import KVCache, fill
+from fdk_jax.models.config import ModelConfig
+from fdk_jax.models.modules import Layer, Linear, RMSNorm, make_linear
+from fdk_jax.models.parallel import Parallel
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model.
+
+    Args:
+        config: Shapes and options of the whole model.
+        parallel: None for one device. Otherwise this is what one device of the mesh runs inside
+            `jax.shard_map`, while the arrays are global: see `fdk_jax.models.Generator`.
+        rngs: Random weights for a new model; `load` fills a checkpoint in.
+    """
+
+    def __init__(self, config: ModelConfig, *, parallel: Parallel | None = None, rngs: nnx.Rngs):
+        self.config = config
+        self.parallel = parallel
+        local = parallel.local(config) if parallel else config
+        dtype, shape = jnp.dtype(config.dtype), (local.vocab_size, config.hidden_size)
+        scale = jnp.asarray(config.hidden_size**-0.5, dtype)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+        self.layers = nnx.List(
+            [Layer(local, config.layer(i), parallel, rngs) for i in range(config.num_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, config)
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else make_linear(config.hidden_size, local.vocab_size, config, False, rngs)
+        )
+
+    def __call__(self, tokens: Array) -> Array:
+        """Logits of every position: int [B, T] -> float32 [B, T, V]."""
+        return self._logits(self.norm(self._prompt(tokens)[0]))
+
+    def prefill(self, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, KVCache]:
+        """Reads prompts.
+
+        Args:
+            tokens: int [B, T], each row padded on the right.
+            lengths: int32 [B], tokens of each prompt, at least 1.
+            cache_length: Slots of the new cache, at least T.
+
+        Returns:
+            float32 [B, V], the logits behind each prompt's last token; and the cache.
+        """
+        x, keys, values = self._prompt(tokens)
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        cache = KVCache(
+            tuple(fill(k, cache_length) for k in keys),
+            tuple(fill(v, cache_length) for v in values),
+            lengths.astype(jnp.int32),
+        )
+        return self._logits(self.norm(last)), cache
+
+    def decode(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """Reads one token a sequence: int [B] -> (logits float32 [B, V], the longer cache)."""
+        x, keys, values = decoding.step(self.layers, self.norm, self._embed(tokens), cache)
+        return self._logits(x), KVCache(keys, values, cache.lengths + 1)
+
+    def _prompt(self, tokens: Array) -> tuple[Array, list[Array], list[Array]]:
+        x = self._embed(tokens)
+        turns = decoding.turns(self.layers, jnp.arange(tokens.shape[1])[None])
+        keys, values = [], []
+        for layer, turn in zip(self.layers, turns, strict=True):
+            x, k, v = _run_layer(*nnx.split(layer), x, *turn)
+            keys.append(k)
+            values.append(v)
+        return x, keys, values
+
+    def _embed(self, tokens: Array) -> Array:
+        table = self.embedding[...]
+        if self.parallel is None:
+            rows = platforms.take_rows(table, tokens)
+        else:
+            # Each device holds a run of the vocabulary and adds zeros for the other tokens.
+            local = tokens - jax.lax.axis_index(self.parallel.axis) * table.shape[0]
+            owned = (local >= 0) & (local < table.shape[0])
+            rows = platforms.take_rows(table, jnp.where(owned, local, 0))
+            rows = jnp.where(owned[..., None], rows, jnp.zeros((), rows.dtype))
+            rows = jax.lax.psum(rows, self.parallel.axis)
+        if self.config.embedding_scale == 1:
+            return rows
+        return rows * jnp.asarray(self.config.embedding_scale, rows.dtype)
+
+    def _logits(self, x: Array) -> Array:
+        head, cap = self.lm_head, self.config.logit_soft_cap
+        if head is None:
+            logits = platforms.linear_of_rows(x, self.embedding[...])
+        elif isinstance(head, Linear):
+            logits = head(x, jnp.float32)
+        else:
+            logits = head(x).astype(jnp.float32)
+        if cap is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        if self.parallel is None:
+            return logits
+        axis = logits.ndim - 1
+        return jax.lax.all_gather(logits, self.parallel.axis, axis=axis, tiled=True)
+
+
+# Layers that are alike are traced once, and XLA inlines the calls.
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer(graphdef: nnx.GraphDef, state: nnx.State, *args: Array):
+    return nnx.merge(graphdef, state).prompt(*args)
