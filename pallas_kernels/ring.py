@@ -32,6 +32,9 @@ _CODES = 1024  # bytes of a block's codes
 _BARRIER = 8  # bytes of a barrier
 _BARRIERS = 2 * _BARRIER  # those of a slot
 _WORKERS = 1  # the barrier at which those that multiply meet
+# How often a program looks whether the others are ready, about a minute. Then it traps, an error instead of
+# waiting for ever: some other launch holds multiprocessors, and waits for this one.
+_LOOKS = 1 << 26
 _AHEAD = 2  # slots copied of a product before the outputs of the one before it are in memory
 
 
@@ -625,9 +628,12 @@ class Launch(Writer):
         """Waits until the outputs of all programs are in memory."""
         ptx = self.ptx
         ptx.do("bra", "fdk_others_are_ready", when=f"!{self._first_thread()}")
+        looks = ptx.op("mov.u32", 0)
         ptx.label("fdk_others")
         ready = ptx.op("ld.acquire.gpu.global.b32", at(self.counters, 4 * number))
         missing = ptx.op("setp.lt.u32", ready, self.programs, kind="pred")
+        ptx.do("add.u32", looks, looks, 1)
+        ptx.do("trap", when=ptx.op("setp.ge.u32", looks, _LOOKS, kind="pred"))
         ptx.do("bra", "fdk_others", when=missing)
         ptx.label("fdk_others_are_ready")
         self._meet()
