@@ -80,6 +80,12 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         return f"{case.m} tokens, {config.stages} stages of {case.planes} planes are not diagonal"
     if config.programs and (case.m > 1 or config.cluster > 1 or config.ring):
         return f"{config} takes no turns: it has {case.m} tokens, a cluster or a ring"
+    if config.columns >= 4:
+        # Sums and totals of each tile and 8 tokens, two planes of x, codes in flight, and all else.
+        each = 8 * config.tiles * (config.columns + config.stages) + 16 * config.columns
+        needed, most = each + (120 if case.bits == 1 else 40), min(255, 2048 // config.warps)
+        if needed > most:
+            return f"{config} needs some {needed} registers a thread, {most} there are"
     return case.unsupported_reason(
         config, target, lambda: _Writer(case, config, target).shared_bytes
     )

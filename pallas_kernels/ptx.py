@@ -25,6 +25,7 @@ class Ptx:
         self._counts: dict[str, int] = {}
         self._shared = 0
         self._policies: dict[str, str] = {}
+        self._constants: dict[int, str] = {}
 
     def register(self, kind: str) -> str:
         """A fresh register: "b32", "b64", "f32", "b16" or "pred"."""
@@ -70,16 +71,21 @@ class Ptx:
     def multiply_halves(self, kind: str, a: str, b: str) -> str:
         """Two products of a register's halves ("bf16" or "f16"), each rounded once."""
         if kind == "bf16" and not self.target.has_bfloat16_arithmetic:
-            return self.op(
-                "fma.rn.bf16x2", a, b, "0x80008000"
-            )  # minus zero keeps the sign of a zero
+            minus_zero = self.constant(0x80008000)  # plus zero would change the sign of a zero
+            return self.op("fma.rn.bf16x2", a, b, minus_zero)
         return self.op(f"mul.rn.{kind}x2", a, b)
 
     def subtract_halves(self, kind: str, a: str, b: str) -> str:
         """Two differences of a register's halves, each rounded once."""
         if kind == "bf16" and not self.target.has_bfloat16_arithmetic:
-            return self.op("fma.rn.bf16x2", b, "0xBF80BF80", a)  # minus one
+            return self.op("fma.rn.bf16x2", b, self.constant(0xBF80BF80), a)  # minus one
         return self.op(f"sub.rn.{kind}x2", a, b)
+
+    def constant(self, value: int) -> str:
+        """A register with a value, set at the start: for operands that may not be literals."""
+        if value not in self._constants:
+            self._constants[value] = self.register("b32")
+        return self._constants[value]
 
     def policy(self, priority: str) -> str:
         """A cache policy for loads with `.L2::cache_hint`: "evict_first" or "evict_last"."""
@@ -104,7 +110,8 @@ class Ptx:
             f"createpolicy.fractional.L2::{priority}.b64 {register}, 1.0;"
             for priority, register in self._policies.items()
         ]
-        return "\n".join(["{", *shared, *registers, *policies, *self._lines, "}"])
+        constants = [f"mov.b32 {name}, 0x{value:08x};" for value, name in self._constants.items()]
+        return "\n".join(["{", *shared, *registers, *policies, *constants, *self._lines, "}"])
 
 
 class Writer:

@@ -36,7 +36,7 @@ KERNELS = {"matvec": matvec, "integer": integer, "wgmma": wgmma}
 Config = matvec.Config | integer.Config | wgmma.Config
 _SHIPPED = Path(__file__).with_name("tuned.json")
 _FEW = 16  # most rows of x a program of `matvec` takes, if there is `wgmma` for more
-_MANY = 64  # the same, if there is none
+_MANY = 32  # the same, if there is none
 # A row of another device, or of another kind of codebook, counts like one of a shape twice as large.
 _ANOTHER = math.log(2)
 
@@ -131,7 +131,7 @@ def _portable(case: Case, target: Target) -> matvec.Config:
     diagonal = case.bits < 4 and case.m == 1
     config = matvec.Config(
         tiles=1,
-        warps=8 if case.bits < 4 else 16,
+        warps=8 if case.bits < 4 or case.m > _FEW else 16,
         stages=8 // case.planes if diagonal else 1,
         diagonal=diagonal,
     )

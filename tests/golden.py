@@ -27,7 +27,7 @@ from pallas_kernels.target import H200
 
 RECORDED = Path(__file__).with_name("golden_ptx.json")
 # Widths of codes, and whether the values are evenly spaced: every decoder.
-_DECODERS = ((1, False), (2, False), (4, False), (8, False), (4, True), (8, True))
+DECODERS = ((1, False), (2, False), (4, False), (8, False), (4, True), (8, True))
 _HALVES = ("bfloat16", "float16")
 _MULTIPROCESSORS = 132
 
@@ -57,7 +57,7 @@ def sources() -> Iterator[tuple[str, str]]:
                     yield f"{name} with a residual", module.source(around, config, H200)
     yield from _other_groups()
     yield from _chains()
-    for bits, uniform in _DECODERS:
+    for bits, uniform in DECODERS:
         for dtype in _HALVES:
             product = case(512, 4096, 4096, bits, uniform, dtype=dtype)
             yield f"dequantise {bits} {uniform=} {dtype}", dequantise.source(product, H200)
@@ -89,7 +89,7 @@ def _other_groups() -> Iterator[tuple[str, str]]:
         dict(books=4, bias_dtype=single, scale_dtype=single, out_dtype=single),
     )
     for (bits, uniform), m, option in (
-        (decoder, m, option) for decoder in _DECODERS for m in (1, 11, 40) for option in options
+        (decoder, m, option) for decoder in DECODERS for m in (1, 11, 40) for option in options
     ):
         product = case(m, 4080, 4100, bits, uniform, **option)
         plan = tuning.choose(product, H200)
@@ -99,7 +99,7 @@ def _other_groups() -> Iterator[tuple[str, str]]:
 
 
 def _chains() -> Iterator[tuple[str, str]]:
-    for bits, uniform in _DECODERS:
+    for bits, uniform in DECODERS:
         config = ring.Config(chain._WORKERS[bits], _MULTIPROCESSORS)
         for hidden, inner, qkv in ((3072, 8192, 5120), (4096, 14336, 6144), (6144, 21504, 8192)):
             shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (qkv, hidden)]

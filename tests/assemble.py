@@ -1,0 +1,262 @@
+"""Assembles every kernel for every architecture with NVIDIA's `ptxas`, which needs no GPU.
+
+    python tests/assemble.py                            all architectures, by every ptxas that there is
+    python tests/assemble.py --architectures sm_80,sm_120 --quick
+
+prints for each family of kernels and architecture how many there are, their registers, their spilled bytes and
+their shared memory, and fails if one does not assemble, spills, or has more shared memory than the architecture
+gives. The assemblers are those of the packages nvidia-cuda-nvcc-cu12 and nvidia-cuda-nvcc, and the one on PATH.
+"""
+
+import argparse
+import collections
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+if __name__ == "__main__":  # from the project's root
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import golden
+import jax.numpy as jnp
+
+from pallas_kernels import chain, dequantise, ring, short_attention, stream, triton_compat, tuning
+from pallas_kernels.target import H200, Target
+
+ARCHITECTURES = (
+    *("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a"),
+    *("sm_100", "sm_103", "sm_110", "sm_120", "sm_121"),
+)
+# Bytes that kernels spill outside of their loops: chains of 4 bits by 24 warps of 72 registers; one of `wgmma`.
+SPILLS = {"chain": 16, "wgmma": 56}
+_TOKENS = (1, 4, 16, 32, 64, 128, 256)
+_OPERANDS = 40  # at least as many as any kernel has
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel for one architecture.
+
+    Attributes:
+        family: "matvec", "chain", ...
+        name: what it computes.
+        entry: the whole kernel's PTX.
+        shared_bytes: its dynamic shared memory.
+    """
+
+    family: str
+    name: str
+    entry: str
+    shared_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `ptxas` says of a kernel; `error` is its message if it does not assemble."""
+
+    kernel: Kernel
+    registers: int = 0
+    spilled: int = 0
+    error: str = ""
+
+
+def assemblers() -> dict[str, Path]:
+    """The assemblers that there are, by their version."""
+    places = [Path(p) / "nvidia" / part for p in sys.path for part in ("cuda_nvcc", "cu13")]
+    found = [place / "bin" / "ptxas" for place in places]
+    if (path := shutil.which("ptxas")) is not None:
+        found.append(Path(path))
+    versions = {}
+    for file in found:
+        if file.is_file():
+            told = subprocess.run([file, "--version"], capture_output=True, text=True).stdout
+            if version := re.search(r"V(\d+\.\d+\.\d+)", told):
+                versions.setdefault(version[1], file)
+    return versions
+
+
+def target_of(architecture: str) -> Target:
+    """The target whose kernels are assembled for an architecture; sm_90's are those without `wgmma`."""
+    return H200 if architecture.startswith("sm_90") else Target.parse(architecture)
+
+
+def kernels(architecture: str, quick: bool = False) -> Iterator[Kernel]:
+    """The different kernels that products and models take on an architecture.
+
+    Args:
+        architecture: one of `ARCHITECTURES`.
+        quick: only one kernel of each family, decoder and number of tokens.
+    """
+    target, seen = target_of(architecture), set()
+    for family, name, source, warps in _sources(target, quick):
+        if source in seen or ("wgmma." in source and architecture == "sm_90"):
+            continue
+        seen.add(source)
+        entry = triton_compat.entry(
+            source, f"k{len(seen)}", target, operands=_OPERANDS, threads=32 * warps
+        )
+        if architecture == "sm_90":
+            entry = entry.replace(".target sm_90a", ".target sm_90")
+        yield Kernel(family, name, entry, triton_compat.shared_bytes(source))
+
+
+def _sources(target: Target, quick: bool) -> Iterator[tuple[str, str, str, int]]:
+    """Families, names, PTX and warps of kernels."""
+    dtypes = ("bfloat16",) if quick else ("bfloat16", "float16")
+    for bits, uniform in golden.DECODERS:
+        for dtype in dtypes:
+            half = jnp.dtype(dtype)
+            case = golden.case(512, 4096, 4096, bits, uniform, dtype=dtype)
+            yield "dequantise", f"{bits} {uniform=}", dequantise.source(case, target), 8
+            groups = (64,) if quick else (64, 32, 128, 16)
+            for m, group_size in ((m, g) for m in _TOKENS for g in groups):
+                case = golden.case(m, 4096, 4096, bits, uniform, dtype=dtype, group_size=group_size)
+                yield from _products(case, target, quick or group_size != 64)
+            config = ring.Config(16, target.multiprocessors)
+            case = golden.case(1, 4096, 4096, bits, uniform, dtype=half)
+            reason = ring.unsupported_reason(case, config, target, stream.Product)
+            if bits > 1 and reason is None:
+                source = ring.source(case, config, target, stream.Product)
+                yield "stream", f"{bits} {uniform=}", source, config.warps
+        yield from _chains(bits, uniform, target, quick)
+    for dim in (128,) if quick else (64, 128, 256):
+        for eps in (None, 1e-6):
+            for dtype in dtypes:
+                case = short_attention.Case(16, 4, dim, 512, jnp.dtype(dtype), eps)
+                source = short_attention.source(case, target)
+                yield "attention", f"{dim} {eps}", source, short_attention._WARPS
+
+
+def _products(case, target, quick) -> Iterator[tuple[str, str, str, int]]:
+    """The kernel that a product takes; else with those that the search tries; with a residual."""
+    plan = tuning.choose(case, target)
+    found = [] if plan.config is None else [(plan.kernel, plan.config)]
+    if not quick:
+        found += [c for c in tuning.candidates(case, target) if c[1] is not None]
+    for kernel, config in found:
+        if tuning.unsupported_reason(case, config, target) is not None:
+            continue
+        module, name = tuning.KERNELS[kernel], f"{case.bits} m={case.m} {config}"
+        yield kernel, name, module.source(case, config, target), config.warps
+        around = dataclasses.replace(case, squares=96, norm_eps=1e-5, residual=True)
+        fits = case.m == 1 and config.cluster == 1 and case.x_dtype == jnp.bfloat16
+        if fits and tuning.unsupported_reason(around, config, target) is None:
+            yield f"{kernel}+sum", name, module.source(around, config, target), config.warps
+
+
+def _chains(bits, uniform, target, quick) -> Iterator[tuple[str, str, str, int]]:
+    for hidden, inner, qkv in ((4096, 14336, 6144), (3072, 8192, 5120))[: 1 if quick else 2]:
+        shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (qkv, hidden)]
+        products = [golden.case(1, n, k, bits, uniform) for n, k in shapes]
+        config = chain.config(bits, target)
+        if chain.unsupported_reason(products, config, target) is None:
+            cases = chain.cases(products, (1e-5, 1e-5), config, target)
+            source = chain.source(cases, config, target)
+            yield "chain", f"{bits} {uniform=} {hidden}", source, config.warps
+
+
+def assemble(ptxas: Path, architecture: str, found: list[Kernel]) -> list[Report]:
+    """Assembles kernels, all in one module, or one by one if that fails."""
+    header = found[0].entry[: found[0].entry.index(".visible")]
+    heads = {kernel.entry[: kernel.entry.index(".visible")] for kernel in found}
+    if len(heads) == 1:
+        text = header + "\n".join(k.entry[k.entry.index(".visible") :] for k in found)
+        done = _run(ptxas, architecture, text)
+        if done.returncode == 0:
+            told = _told(done.stderr)
+            return [Report(k, *told[re.search(r"\.entry (\w+)", k.entry)[1]]) for k in found]
+    reports = []
+    for kernel in found:
+        done = _run(ptxas, architecture, kernel.entry)
+        if done.returncode:
+            reports.append(Report(kernel, error=done.stderr.strip().splitlines()[0]))
+        else:
+            [facts] = _told(done.stderr).values()
+            reports.append(Report(kernel, *facts))
+    return reports
+
+
+def _run(ptxas: Path, architecture: str, text: str) -> subprocess.CompletedProcess:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernels.ptx"
+        file.write_text(text, encoding="utf-8")
+        command = [ptxas, "-v", f"-arch={architecture}", file, "-o", Path(folder) / "kernels.cubin"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+
+def _told(text: str) -> dict[str, tuple[int, int]]:
+    """(registers, bytes spilled) by the kernels' names."""
+    found = {}
+    for part in text.split("Compiling entry function")[1:]:
+        name = re.search(r"'(\w+)'", part)[1]
+        spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", part)]
+        found[name] = int(re.search(r"Used (\d+) registers", part)[1]), max(spilled, default=0)
+    return found
+
+
+def knows(ptxas: Path, architecture: str) -> bool:
+    """Whether an assembler knows an architecture."""
+    return architecture in subprocess.run([ptxas, "--help"], capture_output=True, text=True).stdout
+
+
+def faults(report: Report, limit: int) -> list[str]:
+    """What is wrong with a kernel on an architecture that gives a thread block `limit` bytes."""
+    kernel, found = report.kernel, []
+    if report.error:
+        found.append(report.error)
+    if report.spilled > SPILLS.get(kernel.family, 0):
+        found.append(f"spills {report.spilled} bytes")
+    if kernel.shared_bytes > limit:
+        found.append(f"{kernel.shared_bytes} bytes of shared memory are more than {limit}")
+    return [f"{kernel.family} {kernel.name}: {fault}" for fault in found]
+
+
+def check(ptxas: Path, architecture: str, quick: bool) -> tuple[list[str], list[str]]:
+    """Lines of the table of an architecture, and what is wrong."""
+    found, limit = list(kernels(architecture, quick)), target_of(architecture).shared_bytes
+    families, wrong = collections.defaultdict(list), []
+    for report in assemble(ptxas, architecture, found):
+        families[report.kernel.family].append(report)
+        wrong += [f"{architecture} {fault}" for fault in faults(report, limit)]
+    lines = []
+    for family, reports in families.items():
+        registers = [r.registers for r in reports]
+        shared = max(r.kernel.shared_bytes for r in reports)
+        lines.append(
+            f"{architecture:8} {family:14} {len(reports):4} kernels  registers {min(registers):3} to"
+            f" {max(registers):3}  spilled {max(r.spilled for r in reports):3}  shared {shared:6}"
+            f" of {limit}"
+        )
+    return lines, wrong
+
+
+def main() -> int:
+    """The command line; 1 if something is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--architectures", default=",".join(ARCHITECTURES))
+    parser.add_argument("--quick", action="store_true", help="one kernel of each kind")
+    flags, failed = parser.parse_args(), []
+    found = assemblers()
+    if not found:
+        print("no ptxas: pip install nvidia-cuda-nvcc-cu12 nvidia-cuda-nvcc")
+        return 1
+    for version, ptxas in found.items():
+        print(f"ptxas {version}")
+        for architecture in flags.architectures.split(","):
+            if not knows(ptxas, architecture):
+                print(f"{architecture:8} is not known to it")
+                continue
+            lines, wrong = check(ptxas, architecture, flags.quick)
+            print(*lines, *wrong, sep="\n", flush=True)
+            failed += wrong
+    print(f"{len(failed)} faults" if failed else "everything assembles")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
