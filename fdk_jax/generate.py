@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 import rich.console
 import rich.progress
 
-from fdk_jax import models
+from fdk_jax import compilation_cache, models
 from fdk_jax.models.hub import find_checkpoint
 from fdk_jax.models.tokenizer import TextStream, Tokenizer
 from fdk_jax.product import cpu_backend
@@ -100,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--group_size", type=int, default=64)
     weights.add_argument("--codebook", default="uniform", choices=("uniform", "nf4", "kmeans"))
     weights.add_argument("--head_bits", type=int, choices=(1, 2, 4, 8), help="of the last layer")
+    weights.add_argument(
+        "--requantise",
+        type=int,
+        choices=(4, 8, 16),
+        help="bits for weights of a kind that has no exact form here (K-quants of GGUF); 16: as floats",
+    )
     weights.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
     where = parser.add_argument_group("where")
     where.add_argument("--backend", choices=("pallas", "cpu", "xla"), help="of quantised layers")
@@ -177,11 +184,15 @@ def _generator(args: argparse.Namespace, console: rich.console.Console) -> model
     if args.devices > 1:
         parallel = models.Parallel(jax.make_mesh((args.devices,), ("model",)))
     begin = time.perf_counter()
-    with rich.progress.Progress(console=console, transient=True) as bar:
+    with (
+        warnings.catch_warnings(record=True) as notes,
+        rich.progress.Progress(console=console, transient=True) as bar,
+    ):
         task = bar.add_task("loading", total=None)
         model = models.load(
             args.model,
             quantisation=quantisation,
+            requantise=args.requantise,
             dtype=args.dtype,
             parallel=parallel,
             backend=args.backend,
@@ -189,6 +200,8 @@ def _generator(args: argparse.Namespace, console: rich.console.Console) -> model
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
         generator = models.Generator(model, max_context=args.max_context, backend=args.backend)
+    for note in notes:
+        console.print(f"note: {note.message}", highlight=False, soft_wrap=True)
     jax.block_until_ready(generator.leaves)
     size = sum(leaf.nbytes for leaf in generator.leaves) / 1e9
     console.print(f"loaded {size:.2f} GB in {time.perf_counter() - begin:.1f} s", highlight=False)
@@ -366,4 +379,5 @@ def _line(console) -> str:
 
 
 if __name__ == "__main__":
+    compilation_cache.keep()
     sys.exit(main())

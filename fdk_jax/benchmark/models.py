@@ -25,7 +25,7 @@ from fdk_jax.models import (
     load,
     random_model,
     read_config,
-    read_stored_quantisation,
+    stored_bits,
 )
 from fdk_jax.models.modules import Layer, RMSNorm
 
@@ -214,11 +214,11 @@ def _make(case: ModelCase) -> Transformer:
             options |= dict(group_size=case.group_size, codebook=case.codebook)
             options["arithmetic"] = case.arithmetic
         return random_model(_config(case), bits=case.bits, backend=case.backend, **options)
-    stored = read_stored_quantisation(case.model)
+    stored = stored_bits(case.model)
     quantisation = None
     if stored is not None:
-        if stored.bits != case.bits:
-            raise NotImplementedError(f"{case.model} is stored with {stored.bits} bits")
+        if stored != case.bits:
+            raise NotImplementedError(f"{case.model} is stored with {stored} bits")
     elif quantised:
         quantisation = Quantisation(case.bits, case.group_size or 64, case.codebook or "uniform")
     return load(

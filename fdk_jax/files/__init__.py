@@ -3,3 +3,5 @@
 from fdk_jax.files.contents import Checkpoint as Checkpoint
 from fdk_jax.files.contents import Stored as Stored
 from fdk_jax.files.reading import read as read
+from fdk_jax.files.reading import read_config as read_config
+from fdk_jax.files.reading import read_tokenizer as read_tokenizer

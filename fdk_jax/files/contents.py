@@ -57,7 +57,7 @@ class Checkpoint:
         config: What Hugging Face's `config.json` says of the model.
         tensors: The weights by their Hugging Face names; a matrix is "....weight" however it is stored.
         notes: What a user should know: widened codes, quantised activations that are exact here.
-        tokenizer: Makes the tokenizer that the file itself holds; None for a folder with files of its own.
+        errors: Of weights that were requantised, as they are read: name to relative error.
     """
 
     path: Path
@@ -65,7 +65,17 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
     notes: tuple[str, ...] = ()
-    tokenizer: Callable[[], TokenizerFiles] | None = None
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def all_notes(self) -> list[str]:
+        """`notes`, and the largest error of what was requantised."""
+        if not self.errors:
+            return list(self.notes)
+        name, worst = max(self.errors.items(), key=lambda item: item[1])
+        error = (
+            f"{len(self.errors)} requantised weights, relative error at most {worst:.2e} ({name})"
+        )
+        return [*self.notes, error]
 
 
 def quantised_tensor(

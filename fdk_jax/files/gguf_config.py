@@ -175,7 +175,7 @@ def config(
         if isinstance(own.get(key), list):
             own[key] = _same_in_all_layers(f"{arch}.{key}", own[key])
     out = {"model_type": FAMILIES[arch], **_DEFAULTS.get(arch, {})}
-    out |= {name: own[key] for key, name in keys.items() if key in own}
+    out |= {name: _number(own[key]) for key, name in keys.items() if key in own}
     out.setdefault("num_key_value_heads", out["num_attention_heads"])
     width = own.get("rope.dimension_count", out["hidden_size"] // out["num_attention_heads"])
     out.setdefault("head_dim", width)
@@ -206,6 +206,11 @@ def config(
     if (end := metadata.get("tokenizer.ggml.eos_token_id")) is not None:
         out["eos_token_id"] = end
     return out
+
+
+def _number(value: Any) -> Any:
+    """A float as it was written before it became a float32: 1e-06, not 9.999999974752427e-07."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _same_in_all_layers(key: str, values: list) -> Any:
@@ -240,7 +245,7 @@ def _rope_scaling(
     unknown = [key for key in scaling if key not in names]
     if unknown or "factor" not in scaling:
         raise ValueError(f"GGUF with RoPE scaling {kind!r} and {sorted(scaling)} is not supported")
-    return {"rope_type": kind} | {names[key]: value for key, value in scaling.items()}
+    return {"rope_type": kind} | {names[key]: _number(value) for key, value in scaling.items()}
 
 
 def _llama3(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from fdk_jax.files import gguf_config, gguf_header, gguf_tokenizer, gguf_types
-from fdk_jax.files.contents import Checkpoint, Stored
-from fdk_jax.files.requantised import requantised
+from fdk_jax.files.contents import Checkpoint, Stored, TokenizerFiles
+from fdk_jax.files.requantised import relative_error, requantised
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 
 NAME = "GGUF"
@@ -48,6 +48,11 @@ def read(path: Path, *, requantise: int | None) -> Checkpoint:
         raise ValueError(text if str(path.parent) in text else f"{path}: {text}") from None
 
 
+def read_tokenizer(path: Path) -> TokenizerFiles:
+    """The tokenizer of a GGUF model."""
+    return gguf_tokenizer.files(gguf_header.read(path).metadata)
+
+
 def _read(path: Path, requantise: int | None) -> Checkpoint:
     headers = {one: gguf_header.read(one) for one in _shards(path)}
     metadata = headers[path].metadata
@@ -69,7 +74,8 @@ def _read(path: Path, requantise: int | None) -> Checkpoint:
         None if factors is None else factors.floats(),
     )
     notes = _notes(metadata)
-    tensors = _tensors(arch, config, raw, requantise)
+    errors: dict[str, float] = {}
+    tensors = _tensors(arch, config, raw, requantise, errors)
     if requantise is not None:
         lossy = sorted(
             {one.name_of_type for one in raw.values() if one.number in gguf_types.OTHERS}
@@ -83,7 +89,7 @@ def _read(path: Path, requantise: int | None) -> Checkpoint:
         config,
         tensors,
         tuple(notes),
-        tokenizer=lambda: gguf_tokenizer.files(metadata),
+        errors,
     )
 
 
@@ -186,7 +192,11 @@ class _Raw:
 
 
 def _tensors(
-    arch: str, config: Mapping[str, Any], raw: Mapping[str, _Raw], requantise: int | None
+    arch: str,
+    config: Mapping[str, Any],
+    raw: Mapping[str, _Raw],
+    requantise: int | None,
+    errors: dict[str, float],
 ) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for name, one in raw.items():
@@ -201,7 +211,7 @@ def _tensors(
         factor = raw.get(f"{base}.scale") if name.endswith(".weight") else None
         rows = _row_order(arch, config, name)
         for i in range(one.shape[0]) if "{}" in hugging else (None,):
-            tensors[hugging.format(i)] = _stored(one, factor, rows, arch, requantise, i)
+            tensors[hugging.format(i)] = _stored(one, factor, rows, arch, requantise, i, errors)
     return tensors
 
 
@@ -223,6 +233,7 @@ def _stored(
     arch: str,
     requantise: int | None,
     expert: int | None,
+    errors: dict[str, float],
 ) -> Stored:
     shape = one.shape if expert is None else one.shape[1:]
     if rows is not None and len(rows) != shape[0]:
@@ -245,7 +256,11 @@ def _stored(
     def values() -> QuantisedTensor | np.ndarray:
         w = gguf_types.dequantised(one.number, one.rows(expert))
         w = w if rows is None else w[rows]
-        return w.astype(np.float32) if requantise == 16 else requantised(w, requantise)
+        if requantise == 16:
+            return w
+        made = requantised(w, requantise)
+        errors[one.name if expert is None else f"{one.name}[{expert}]"] = relative_error(w, made)
+        return made
 
     kind = f"{NAME} {one.name_of_type}"
     return Stored(shape, kind, values, quantised=requantise != 16)

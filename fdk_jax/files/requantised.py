@@ -33,8 +33,9 @@ def requantised(weight: np.ndarray, bits: int) -> QuantisedTensor:
     return quantised_tensor(packed, scales, values, bits=bits, group_size=GROUP_SIZE, in_features=k)
 
 
-def relative_error(weight: np.ndarray, approximation: np.ndarray) -> float:
-    """|weight - approximation| / |weight| in the 2-norm; 0 where both are nought."""
+def relative_error(weight: np.ndarray, made: QuantisedTensor) -> float:
+    """|weight - made| / |weight| in the 2-norm; 0 where both are zero."""
+    approximation = np.asarray(made.dequantise(np.float32))
     size = float(np.linalg.norm(weight.astype(np.float64)))
     error = float(np.linalg.norm((weight - approximation).astype(np.float64)))
     return error / size if size else float(error > 0)

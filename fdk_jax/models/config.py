@@ -3,10 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from fdk_jax.models.json_files import read_json
 
 DTYPES = ("bfloat16", "float16", "float32")  # to compute with
 # What sets the families apart, by `model_type`. All share RMSNorm, RoPE (split halves), SwiGLU.
@@ -265,22 +262,6 @@ def _scaling(rope, config):
             int(rope["original_max_position_embeddings"]),
         )
     raise ValueError(f"rope_type={kind!r} is not implemented; default, linear and llama3 are")
-
-
-def read_config(folder: str | Path, *, dtype: str | None = None) -> ModelConfig:
-    """Reads `config.json` of a checkpoint folder.
-
-    Raises:
-        FileNotFoundError: the folder or its `config.json` does not exist.
-        ValueError: see `ModelConfig.from_hf`.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; a Hugging Face checkpoint folder with config.json, "
-            "*.safetensors and tokenizer.json is needed"
-        )
-    return ModelConfig.from_hf(read_json(path), dtype=dtype)
 
 
 def custom_llama(size: str) -> ModelConfig:

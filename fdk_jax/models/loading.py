@@ -1,8 +1,10 @@
-"""Checkpoint folders of Hugging Face, plain or with k-means codebooks, as a `Transformer`."""
+"""Checkpoints of any format of `fdk_jax.files` as a `Transformer`."""
 
 import dataclasses
-import json
+import itertools
+import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fdk_jax.format import codebooks
+from fdk_jax import files
+from fdk_jax.files.contents import Stored
 from fdk_jax.format.quantisation import quantise_array
+from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.trees import default_backend
 from fdk_jax.models import names
-from fdk_jax.models.config import ModelConfig, read_config
+from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.parallel import Parallel
-from fdk_jax.models.safetensors_folder import Entry, read_entries
 from fdk_jax.models.transformer import Transformer
-from fdk_jax.models.weights import (
-    Codes,
-    Placer,
-    check_arithmetic,
-    join_rows,
-    set_linear,
-    set_norm,
-)
+from fdk_jax.models.weights import Placer, check_arithmetic, join_rows, set_linear, set_norm
 
 _SHOWN = 20  # names of each kind that an error lists
+_THREADS = 8  # that read and unpack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,25 +48,28 @@ class Quantisation:
 
 
 def load(
-    folder: str | Path,
+    path: str | Path,
     *,
     quantisation: Quantisation | None = None,
+    requantise: int | None = None,
     dtype: str | None = None,
     parallel: Parallel | None = None,
     backend: str | None = None,
     arithmetic: str = "exact",
     progress: Callable[[int, int], None] | None = None,
 ) -> Transformer:
-    """Loads a model from a Hugging Face folder, layer by layer.
+    """Loads a model from a checkpoint of another program, layer by layer.
 
-    Weights are memory-mapped and go straight to the device (or, with `parallel`, each slice to its own).
-    A folder with a `quantization_config.json` of method "nonlinear" holds k-means codebooks and is read
-    as it is.
+    Several threads read and unpack one layer while the one before is put on the device (or, with
+    `parallel`, each slice on its own). A checkpoint that is quantised is read as it is, to the bit: see
+    docs/files.md for the formats.
 
     Args:
-        folder: With `config.json` and `*.safetensors`, sharded or not.
+        path: A Hugging Face folder with `config.json` and `*.safetensors`, or a `.gguf` file.
         quantisation: Quantises the linear layers while reading, all but the final one; None keeps them.
-        dtype: Compute dtype; None takes that of the folder.
+        requantise: Bits (4 or 8) for weights of a kind that scale times codebook cannot hold, as K-quants of
+            GGUF, or 16 to keep them as floats; None refuses them.
+        dtype: Compute dtype; None takes that of the checkpoint.
         parallel: Several devices that share every matrix; None uses the default device.
         backend: Whose kernels quantised weights are laid out for; None for the default platform's.
         arithmetic: Of the activations that quantised weights multiply: "exact"; "int16" or "int8" with
@@ -81,67 +81,67 @@ def load(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: an architecture that is not implemented, a damaged file, a checkpoint that is quantised
-            already, or arrays that do not fit: every missing, unexpected or mis-shaped name at once.
+        ValueError: a format or an architecture that is not implemented, by its name; a damaged file; or
+            arrays that do not fit: every missing, unexpected or mis-shaped name at once.
+
+    Warns:
+        UserWarning: what is not as it is in the file: requantised weights, with their largest error; and what
+            the checkpoint was made for and is not done here, such as activations of 8 bits.
     """
     backend = backend or default_backend()
     check_arithmetic(arithmetic, backend)
-    config = read_config(folder, dtype=dtype)
-    stored = read_stored_quantisation(folder)
-    if stored is not None and quantisation is not None:
+    checkpoint = files.read(path, requantise=requantise)
+    config = ModelConfig.from_hf(checkpoint.config, dtype=dtype)
+    if quantisation is not None and any(one.quantised for one in checkpoint.tensors.values()):
         raise ValueError(
-            f"{folder} is quantised to {stored.bits} bits already; load it without quantisation"
+            f"{path} is quantised already ({checkpoint.format}); load it without quantisation"
         )
-    entries = read_entries(folder)
-    check_names(config, entries, stored)
+    check_names(config, checkpoint.tensors)
     model = nnx.eval_shape(lambda: Transformer(config, parallel=parallel, rngs=nnx.Rngs(0)))
     placer = Placer(parallel, config.dtype, backend)
-    reader = _Reader(config, entries, stored, quantisation, placer, arithmetic)
-    for index, layer in enumerate(model.layers):
-        reader.layer(layer, index)
-        if progress is not None:
-            progress(index + 1, config.num_layers)
-    reader.outer(model)
+    with _Ahead(checkpoint.tensors, _stages(config)) as ahead:
+        reader = _Reader(config, ahead, quantisation, placer, arithmetic)
+        reader.embedding(model)
+        for index, layer in enumerate(model.layers):
+            reader.layer(layer, index)
+            if progress is not None:
+                progress(index + 1, config.num_layers)
+        reader.head(model)
+    for note in checkpoint.all_notes():
+        warnings.warn(f"{path}: {note}", stacklevel=2)
     return model
 
 
-def read_stored_quantisation(folder: str | Path) -> Quantisation | None:
-    """How the weights of a folder are stored: None where they are plain.
+def read_config(path: str | Path, *, dtype: str | None = None) -> ModelConfig:
+    """The configuration of a checkpoint, of which only headers are read.
 
     Raises:
-        ValueError: a quantisation method that is not implemented.
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: see `ModelConfig.from_hf`.
     """
-    folder = Path(folder)
-    path = folder / "quantization_config.json"
-    if path.is_file():
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        facts = config.get("quantization_config")
-    if facts is None:
-        return None
-    method = facts.get("quant_method")
-    if method != "nonlinear":
-        raise ValueError(
-            f'{folder}: quant_method={method!r} is not implemented, only "nonlinear" (k-means codebooks)'
-        )
-    return Quantisation(bits=int(facts["bits"]), group_size=int(facts["block_size"]))
+    return ModelConfig.from_hf(files.read_config(path), dtype=dtype)
 
 
-def check_names(
-    config: ModelConfig, entries: Mapping[str, Entry], stored: Quantisation | None
-) -> None:
+def stored_bits(path: str | Path) -> int | None:
+    """Bits of a code of the first linear layer of a checkpoint; None where its weights are floats."""
+    for one in files.read(path).tensors.values():
+        if one.quantised:
+            return one.read().bits
+    return None
+
+
+def check_names(config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
     """Compares what a checkpoint holds with what the model needs.
 
     Raises:
         ValueError: lists every missing, unexpected and mis-shaped name.
     """
-    wanted = _expected(config, stored)
-    found = {name: entry for name, entry in entries.items() if not names.ignored(name, config)}
+    wanted = expected(config)
+    found = {name: one for name, one in tensors.items() if not names.ignored(name, config)}
     wrong = [
         f"{name} is {list(found[name].shape)}, not {list(shape)}"
         for name, shape in wanted.items()
-        if name in found and not _fits(name, found[name].shape, shape)
+        if name in found and found[name].shape != shape
     ]
     problems = {
         "missing": [name for name in wanted if name not in found],
@@ -157,107 +157,137 @@ def check_names(
         raise ValueError("the checkpoint does not fit its config.json: " + "; ".join(lines))
 
 
-def _fits(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    if name.endswith(".centroids"):
-        return len(found) == 1 and 1 <= found[0] <= wanted[0]
-    return found == wanted
+def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight that a checkpoint of this model has."""
+    return dict(itertools.chain.from_iterable(stage.items() for stage in _stages(config)))
 
 
-def _expected(config: ModelConfig, stored: Quantisation | None) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every array that a checkpoint of this model has."""
-    wanted: dict[str, tuple[int, ...]] = {
-        names.EMBEDDING: (config.vocab_size, config.hidden_size),
-        names.FINAL_NORM: (config.hidden_size,),
-    }
-    if not config.tie_embeddings:
-        (head,) = names.head(config).parts
-        wanted[f"{head.name}.weight"] = head.shape
+def _stages(config: ModelConfig) -> list[dict[str, tuple[int, ...]]]:
+    """Names and shapes of what is read at a time: the embedding, each layer, the head."""
+    stages: list[dict[str, tuple[int, ...]]] = [
+        {names.EMBEDDING: (config.vocab_size, config.hidden_size)}
+    ]
     for index in range(config.num_layers):
-        for name, (_, size) in names.layer_norms(config, index).items():
-            wanted[name] = (size,)
+        norms = names.layer_norms(config, index).items()
+        layer: dict[str, tuple[int, ...]] = {name: (size,) for name, (_, size) in norms}
         for projection in names.layer_projections(config, index):
             for part in projection.parts:
-                n, k = part.shape
+                layer[f"{part.name}.weight"] = part.shape
                 if part.bias:
-                    wanted[f"{part.name}.bias"] = (n,)
-                if stored is None:
-                    wanted[f"{part.name}.weight"] = (n, k)
-                else:
-                    wanted[f"{part.name}.weight_packed"] = (n, -(-k * stored.bits // 8))
-                    wanted[f"{part.name}.scales"] = (n, -(-k // stored.group_size))
-                    wanted[f"{part.name}.centroids"] = (2**stored.bits,)
-    return wanted
+                    layer[f"{part.name}.bias"] = part.shape[:1]
+        stages.append(layer)
+    last: dict[str, tuple[int, ...]] = {names.FINAL_NORM: (config.hidden_size,)}
+    if not config.tie_embeddings:
+        (head,) = names.head(config).parts
+        last[f"{head.name}.weight"] = head.shape
+    return [*stages, last]
+
+
+class _Ahead:
+    """Reads the arrays of one stage in threads while those of the stage before are placed.
+
+    Two stages at most are in memory; an array leaves it when it has been taken.
+    """
+
+    def __init__(self, tensors: Mapping[str, Stored], stages: list[dict[str, Any]]):
+        self._tensors = tensors
+        self._stages = iter(stages)
+        self._pool = ThreadPoolExecutor(_THREADS)
+        self._pending: dict[str, Any] = {}
+        self._next: dict[str, Any] = {}
+        self._submit()
+
+    def __enter__(self) -> "_Ahead":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def take(self, name: str) -> np.ndarray | QuantisedTensor:
+        """The array of a name of this stage or the next, once."""
+        if name not in self._pending:
+            self._pending |= self._next
+            self._submit()
+        return self._pending.pop(name).result()
+
+    def _submit(self) -> None:
+        self._next = {
+            name: self._pool.submit(self._tensors[name].read) for name in next(self._stages, {})
+        }
 
 
 class _Reader:
-    """Fills a model from the entries of a checkpoint."""
+    """Fills a model from a checkpoint."""
 
-    def __init__(self, config, entries, stored, quantisation, placer, arithmetic):
+    def __init__(self, config, ahead, quantisation, placer, arithmetic):
         self.config: ModelConfig = config
-        self.entries: Mapping[str, Entry] = entries
-        self.stored: Quantisation | None = stored
+        self.take: Callable[[str], np.ndarray | QuantisedTensor] = ahead.take
         self.quantisation: Quantisation | None = quantisation
         self.placer: Placer = placer
         self.arithmetic: str = arithmetic
+        self.table: np.ndarray | QuantisedTensor | None = None
+
+    def embedding(self, model: Transformer) -> None:
+        """The embedding, which a tied head shares."""
+        self.table = self.take(names.EMBEDDING)
+        model.embedding = nnx.Param(self.placer.embedding(_float(self.table)))
+        if not self.config.tie_embeddings:
+            self.table = None
 
     def layer(self, layer: nnx.Module, index: int) -> None:
         for name, (path, _) in names.layer_norms(self.config, index).items():
-            set_norm(layer, path, self.placer.vector(self._read(name)))
+            set_norm(layer, path, self.placer.vector(_float(self.take(name))))
         for projection in names.layer_projections(self.config, index):
-            self._projection(layer, projection, self.quantisation)
+            weights = [self.take(f"{part.name}.weight") for part in projection.parts]
+            self._set(layer, projection, weights, self.quantisation)
 
-    def outer(self, model: Transformer) -> None:
-        """Embedding, final norm and head."""
-        q = self.quantisation
-        model.embedding = nnx.Param(self.placer.embedding(self._read(names.EMBEDDING)))
-        set_norm(model, ("norm",), self.placer.vector(self._read(names.FINAL_NORM)))
+    def head(self, model: Transformer) -> None:
+        """The final norm and the head."""
+        q, projection = self.quantisation, names.head(self.config)
+        set_norm(model, ("norm",), self.placer.vector(_float(self.take(names.FINAL_NORM))))
         head = Quantisation(q.head_bits, q.group_size) if q and q.head_bits else None
-        if self.config.tie_embeddings and head is None:
-            return
-        self._projection(model, names.head(self.config), head, plain=True)
-
-    def _projection(self, owner, projection, quantisation, *, plain: bool = False) -> None:
-        parts, k = projection.parts, projection.parts[0].shape[1]
-        bias = None
-        if parts[0].bias:
-            rows = [np.asarray(self._read(f"{part.name}.bias")) for part in parts]
-            joined = join_rows(rows, self.placer.shards)
-            bias = self.placer.vector(joined, cut=projection.cut == "n")
-        if self.stored is not None and not plain:
-            codes = [self._stored_codes(part.name, self.stored.bits) for part in parts]
-            facts = self.stored
-        elif quantisation is not None:
-            codes = [self._quantised_codes(part.name, quantisation) for part in parts]
-            facts = quantisation
+        if self.config.tie_embeddings:
+            weight = self.table
+            if head is None and not isinstance(weight, QuantisedTensor):
+                return
         else:
-            kernels = [self._read(f"{part.name}.weight") for part in parts]
-            set_linear(owner, projection.path, self.placer.kernel(kernels, projection.cut), bias)
-            return
-        weight = self.placer.quantised(
-            codes, projection.cut, bits=facts.bits, group_size=facts.group_size, in_features=k
-        )
-        set_linear(owner, projection.path, weight, bias, self.arithmetic)
+            weight = self.take(f"{projection.parts[0].name}.weight")
+        self._set(model, projection, [weight], head)
 
-    def _stored_codes(self, name: str, bits: int) -> Codes:
-        centroids = np.asarray(self._read(f"{name}.centroids"), np.float32)
-        if not np.isfinite(centroids).all() or (np.diff(centroids) < 0).any():
-            raise ValueError(f"{name}.centroids must be finite and ascending, got {centroids}")
-        return Codes(
-            self._read(f"{name}.weight_packed"),
-            self._read(f"{name}.scales"),
-            centroids,
-            bits == 1 or codebooks.is_uniform(centroids),
-        )
+    def _set(self, owner, projection, weights: list, quantisation: Quantisation | None) -> None:
+        parts, cut, bias = projection.parts, projection.cut, None
+        if parts[0].bias:
+            rows = [_float(self.take(f"{part.name}.bias")) for part in parts]
+            joined = join_rows(rows, self.placer.shards)
+            bias = self.placer.vector(joined, cut=cut == "n")
+        if quantisation is not None:
+            weights = [
+                self._quantised(part.name, weight, quantisation)
+                for part, weight in zip(parts, weights, strict=True)
+            ]
+        if all(isinstance(weight, QuantisedTensor) for weight in weights):
+            made = self.placer.quantised(weights, cut)
+        else:
+            made = self.placer.kernel([_float(weight) for weight in weights], cut)
+        set_linear(owner, projection.path, made, bias, self.placer.dtype, self.arithmetic)
 
-    def _quantised_codes(self, name: str, q: Quantisation) -> Codes:
-        weight = jnp.asarray(self._read(f"{name}.weight")).astype(self.placer.dtype)
+    def _quantised(self, name: str, weight: Any, q: Quantisation) -> QuantisedTensor:
         try:
-            w = quantise_array(
-                weight, q.bits, group_size=q.group_size, codebook=q.codebook, scale=q.scale
+            return quantise_array(
+                jnp.asarray(weight).astype(self.placer.dtype),
+                q.bits,
+                group_size=q.group_size,
+                codebook=q.codebook,
+                scale=q.scale,
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        return Codes(w.packed, w.scales, np.asarray(w.codebook), w.uniform)
 
-    def _read(self, name: str) -> np.ndarray:
-        return self.entries[name].read()
+
+def _float(weight: np.ndarray | QuantisedTensor) -> np.ndarray:
+    """A float array; of a quantised one its values in float32."""
+    return (
+        np.asarray(weight.dequantise(jnp.float32))
+        if isinstance(weight, QuantisedTensor)
+        else weight
+    )

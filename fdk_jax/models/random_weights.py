@@ -80,7 +80,7 @@ def random_model(
             rows = sum(part.shape[0] for part in projection.parts)
             bias = jnp.zeros(rows, dtype) if projection.parts[0].bias else None
             matrix = weight(projection, bits, codebook)
-            set_linear(layer, projection.path, matrix, bias, arithmetic)
+            set_linear(layer, projection.path, matrix, bias, dtype, arithmetic)
     ones(model.norm)
     # Rows of about unit length, so that a tied head gives logits of the order of one.
     model.embedding = nnx.Param(
@@ -89,7 +89,7 @@ def random_model(
     if head_bits is not None or not config.tie_embeddings:
         head = names.head(config)
         matrix = weight(head, head_bits or 16, "uniform")
-        set_linear(model, head.path, matrix, None, arithmetic)
+        set_linear(model, head.path, matrix, None, dtype, arithmetic)
     return model
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fdk_jax import files
 from fdk_jax.models import chat_template
 from fdk_jax.models.chat_template import ChatTemplates, Message
 from fdk_jax.models.json_files import read_json
@@ -40,7 +41,8 @@ class Tokenizer:
 
     Args:
         source: A folder with `tokenizer.json`; `tokenizer_config.json`, `special_tokens_map.json`,
-            `generation_config.json` and the files of chat templates are read where they exist. Or the parts.
+            `generation_config.json` and the files of chat templates are read where they exist. Or a `.gguf`
+            file, or the parts.
 
     Raises:
         FileNotFoundError: no `tokenizer.json`, and nothing that stands for it.
@@ -49,7 +51,7 @@ class Tokenizer:
     """
 
     def __init__(self, source: str | Path | TokenizerParts):
-        parts = source if isinstance(source, TokenizerParts) else _read_folder(Path(source))
+        parts = source if isinstance(source, TokenizerParts) else _read_parts(Path(source))
         self._tokenizer = parts.backend
         self._special = dict(parts.special)
         self._templates = parts.templates
@@ -184,9 +186,24 @@ class TextStream:
         self._limit = len(self._tokens) + self._WINDOW
 
 
+def _read_parts(path: Path) -> TokenizerParts:
+    """The tokenizer of a folder, or that which a GGUF file holds itself."""
+    if (path / "tokenizer.json").is_file():
+        return _read_folder(path)
+    made = files.read_tokenizer(path)
+    if made is None:
+        return _read_folder(path)
+    import tokenizers
+
+    return TokenizerParts(
+        backend=tokenizers.Tokenizer.from_str(made.tokenizer),
+        special={name: made.config[name] for name in _NAMED if name in made.config},
+        templates=ChatTemplates.from_value(made.config.get("chat_template")),
+        stop_tokens=made.stop_tokens,
+    )
+
+
 def _read_folder(folder: Path) -> TokenizerParts:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; a Hugging Face checkpoint is one")
     facts = read_json(folder / "tokenizer_config.json", optional=True)
     if (
         "added_tokens_decoder" not in facts

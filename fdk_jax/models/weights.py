@@ -6,8 +6,8 @@ projection at a time are all that exists twice.
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fdk_jax.files import widening
 from fdk_jax.format import packing
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedLinear
@@ -24,18 +25,6 @@ from fdk_jax.models.parallel import Parallel
 from fdk_jax.product.dispatch import ARITHMETIC, LAYOUT_OF
 
 HostArray = np.ndarray | Array
-
-
-class Codes(NamedTuple):
-    """One quantised matrix in the interchange layout.
-
-    `packed` uint8 [N, ceil(K / E)], `scales` [N, ceil(K / G)], `codebook` float32 [2**bits].
-    """
-
-    packed: HostArray
-    scales: HostArray
-    codebook: np.ndarray
-    uniform: bool
 
 
 def join_rows(parts: Sequence[HostArray], shards: int) -> HostArray:
@@ -98,35 +87,38 @@ class Placer:
         turned = NamedSharding(self.parallel.mesh, P(*reversed(spec)))
         return jax.jit(_as_kernel, static_argnums=1, out_shardings=turned)(joined, self.dtype)
 
-    def quantised(
-        self, parts: Sequence[Codes], cut: str, *, bits: int, group_size: int, in_features: int
-    ) -> QuantisedTensor:
-        """The weight of parts joined along N; with several devices its `shape` is that of a slice."""
-        parts = [part._replace(codebook=_padded(part.codebook, bits)) for part in parts]
-        n, k = sum(len(part.packed) for part in parts), in_features
-        self._check_cut(cut, k, group_size)
+    def quantised(self, parts: Sequence[QuantisedTensor], cut: str) -> QuantisedTensor:
+        """The weight of parts [n_i, K] joined along N, in the layout of the kernels.
+
+        Parts of different widths, groups or dtypes of scales take a form that holds all of them exactly. Scales
+        keep a dtype of their own, but are float32 in a float32 model. With several devices the `shape` of the
+        result is that of a slice.
+        """
+        parts = widening.alike(parts)
+        first, rows = parts[0], [part.out_features for part in parts]
+        n, k = sum(rows), first.in_features
+        self._check_cut(cut, k, first.group_size)
         if self.parallel is not None:
-            parts = [
-                part._replace(packed=np.asarray(part.packed), scales=np.asarray(part.scales))
-                for part in parts
-            ]
+            parts = [jax.tree.map(np.asarray, part) for part in parts]
         packed = join_rows([part.packed for part in parts], self.shards)
         scales = join_rows([part.scales for part in parts], self.shards)
-        codebook = join_codebooks(
-            [part.codebook for part in parts], [len(part.packed) for part in parts], self.shards
-        )
+        if self.dtype == jnp.float32:
+            scales = scales.astype(jnp.float32)  # a codebook is rounded to the dtype of its scales
+        codebook = join_codebooks([np.asarray(p.codebook) for p in parts], rows, self.shards)
         local = (n // self.shards, k) if cut == "n" else (n, k // self.shards)
-        facts = dict(bits=bits, group_size=group_size, out_features=local[0], in_features=local[1])
-        spec = self._spec(cut)
-        packed, scales = self._to_layout(
-            self._put(packed, spec), self._put(scales, spec).astype(self.dtype), spec, facts
+        facts = dict(
+            bits=first.bits,
+            group_size=first.group_size,
+            out_features=local[0],
+            in_features=local[1],
         )
+        packed, scales = self._to_layout(packed, scales, self._spec(cut), facts)
         return QuantisedTensor(
             packed,
             scales,
             self._put(codebook, P(self._axis) if codebook.ndim == 2 and cut == "n" else P()),
-            bits,
-            group_size,
+            first.bits,
+            first.group_size,
             local,
             "nk",
             self.layout,
@@ -153,13 +145,20 @@ class Placer:
                 " devices: a group would be split"
             )
 
-    def _to_layout(self, packed: Array, scales: Array, spec: P, facts: dict) -> tuple[Array, Array]:
-        """Codes and scales in the kernels' layout, each device's slice by itself."""
+    def _to_layout(
+        self, packed: HostArray, scales: HostArray, spec: P, facts: dict
+    ) -> tuple[Array, Array]:
+        """Codes and scales on the device in the kernels' layout, each device's slice by itself."""
         convert = functools.partial(
             packing.convert, source="interchange", target=self.layout, **facts
         )
-        if self.parallel is None or self.layout == "interchange":
-            return convert(packed, scales)
+        if self.parallel is None:
+            if self.layout in packing.NATIVE:
+                return convert(packed, scales)  # on the host, from where the arrays lie
+            return _converted(self._put(packed, spec), self._put(scales, spec), convert)
+        packed, scales = self._put(packed, spec), self._put(scales, spec)
+        if self.layout == "interchange":
+            return packed, scales
         # Slices are laid end to end along the first axis, whatever the layout makes of it.
         local = jax.shard_map(
             lambda p, s: convert(p, s),
@@ -171,15 +170,14 @@ class Placer:
         return jax.jit(local)(packed, scales)
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def _converted(packed: Array, scales: Array, convert: Callable) -> tuple[Array, Array]:
+    return convert(packed, scales)
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _as_kernel(rows: Array, dtype: Any) -> Array:
     return rows.astype(dtype).T
-
-
-def _padded(codebook: HostArray, bits: int) -> np.ndarray:
-    """A codebook of fewer than 2**bits values, its last one repeated."""
-    values = np.asarray(codebook, np.float32)
-    return np.concatenate([values, np.repeat(values[-1:], 2**bits - len(values))])
 
 
 def set_linear(
@@ -187,9 +185,10 @@ def set_linear(
     path: Sequence[str],
     weight: Array | QuantisedTensor,
     bias: Array | None,
+    dtype: Any,
     arithmetic: str = "exact",
 ) -> None:
-    """Gives the linear layer at `path` its weight, quantised or not."""
+    """Gives the linear layer at `path` its weight, quantised or not; `dtype` is that of activations."""
     *above, name = path
     owner = functools.reduce(getattr, above, module)
     layer = getattr(owner, name)
@@ -197,7 +196,7 @@ def set_linear(
         # Only one backend has other arithmetic; left open, exact layers run wherever they are lowered.
         backend = None if arithmetic == "exact" else "cpu"
         layer = QuantisedLinear.from_weight(
-            weight, bias, dtype=weight.dtype, backend=backend, arithmetic=arithmetic
+            weight, bias, dtype=dtype, backend=backend, arithmetic=arithmetic
         )
         setattr(owner, name, nnx.data(layer))  # where a tied model has None
         return
