@@ -144,6 +144,38 @@ def test_scales_keep_their_dtype_beside_bfloat16_activations(rng, tmp_path):
     )
 
 
+def test_a_tied_quantised_embedding_is_held_once(rng, tmp_path):
+    path = gguf_model(tmp_path / "m.gguf", rng, {"": "Q1_0"})
+    model = models.load(path, dtype="bfloat16")
+    assert model.embedding is model.lm_head.weight
+    total = sum(leaf.nbytes for leaf in models.Generator(model).leaves)
+    weights = sum(int(np.prod(s)) for s in (*MATRICES.values(), (VOCAB, HIDDEN)))
+    norms = 2 * sum(a.size for key, a in plain("qwen3", rng).items() if "norm" in key)
+    # 1 bit and a scale of 16 bits for 128 weights; codebooks are a few bytes.
+    assert (
+        weights * (1 + 16 / 128) / 8 + norms <= total < weights * (1 + 16 / 128) / 8 + norms + 200
+    )
+
+
+@pytest.mark.parametrize("layout", ["interchange", "tiled", "planar"])
+@pytest.mark.parametrize(
+    ("bits", "g", "dtype"), [(1, 128, "float16"), (4, 32, "bfloat16"), (8, 24, "float32")]
+)
+def test_rows_of_a_quantised_table(layout, bits, g, dtype, rng):
+    from fdk_jax.format.quantised_tensor import QuantisedTensor
+    from fdk_jax.product.rows import take_rows
+
+    n, k = 42, 200
+    codebook = np.sort(rng.integers(-100, 100, (3, 2**bits)), axis=-1).astype(np.float32)
+    scales = jax.numpy.asarray(rng.random((n, -(-k // g))), dtype)
+    packed = jax.numpy.asarray(rng.integers(0, 256, (n, k * bits // 8)), "uint8")
+    w = QuantisedTensor(packed, scales, jax.numpy.asarray(codebook), bits, g, (n, k))
+    index = np.asarray([[0, 41, 17], [15, 16, 99]])
+    got = jax.jit(lambda w, i: take_rows(w, i, jax.numpy.float32))(w.to_layout(layout), index)
+    dense = np.asarray(w.dequantise("float32"))
+    np.testing.assert_array_equal(np.asarray(got), dense[np.minimum(index, n - 1)])
+
+
 def test_reading_ahead_holds_two_stages(rng, tmp_path, monkeypatch):
     """Arrays that have been read and not been placed yet."""
     from fdk_jax.models import loading

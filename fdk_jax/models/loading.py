@@ -16,6 +16,7 @@ from fdk_jax import files
 from fdk_jax.files.contents import Stored
 from fdk_jax.format.quantisation import quantise_array
 from fdk_jax.format.quantised_tensor import QuantisedTensor
+from fdk_jax.layers.linear import QuantisedWeight
 from fdk_jax.layers.trees import default_backend
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig
@@ -230,7 +231,11 @@ class _Reader:
     def embedding(self, model: Transformer) -> None:
         """The embedding, which a tied head shares."""
         self.table = self.take(names.EMBEDDING)
-        model.embedding = nnx.Param(self.placer.embedding(_float(self.table)))
+        if isinstance(self.table, QuantisedTensor):
+            self.table = self.placer.quantised([self.table], "n")
+            model.embedding = QuantisedWeight(self.table)
+        else:
+            model.embedding = nnx.Param(self.placer.embedding(self.table))
         if not self.config.tie_embeddings:
             self.table = None
 
@@ -247,8 +252,12 @@ class _Reader:
         set_norm(model, ("norm",), self.placer.vector(_float(self.take(names.FINAL_NORM))))
         head = Quantisation(q.head_bits, q.group_size) if q and q.head_bits else None
         if self.config.tie_embeddings:
+            if isinstance(self.table, QuantisedTensor):
+                self._place(model, projection, self.table, None)
+                model.embedding = model.lm_head.weight  # one array for both
+                return
             weight = self.table
-            if head is None and not isinstance(weight, QuantisedTensor):
+            if head is None:
                 return
         else:
             weight = self.take(f"{projection.parts[0].name}.weight")
@@ -269,7 +278,11 @@ class _Reader:
             made = self.placer.quantised(weights, cut)
         else:
             made = self.placer.kernel([_float(weight) for weight in weights], cut)
-        set_linear(owner, projection.path, made, bias, self.placer.dtype, self.arithmetic)
+        self._place(owner, projection, made, bias)
+
+    def _place(self, owner, projection, weight, bias) -> None:
+        dtype = self.placer.dtype
+        set_linear(owner, projection.path, weight, bias, dtype, self.arithmetic)
 
     def _quantised(self, name: str, weight: Any, q: Quantisation) -> QuantisedTensor:
         try:

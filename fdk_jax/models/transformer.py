@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.models import decoding, platforms
 from fdk_jax.models.cache import KVCache, fill
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.modules import Layer, Linear, RMSNorm, make_linear
 from fdk_jax.models.parallel import Parallel
+from fdk_jax.product.rows import take_rows as take_quantised_rows
 
 
 class Transformer(nnx.Module):
@@ -81,14 +83,17 @@ class Transformer(nnx.Module):
         return x, keys, values
 
     def _embed(self, tokens: Array) -> Array:
-        table = self.embedding[...]
+        table = self.embedding.get_value()
+        take = platforms.take_rows
+        if isinstance(table, QuantisedTensor):
+            take = functools.partial(take_quantised_rows, dtype=self.config.dtype)
         if self.parallel is None:
-            rows = platforms.take_rows(table, tokens)
+            rows = take(table, tokens)
         else:
             # Each device holds a run of the vocabulary and adds zeros for the other tokens.
             local = tokens - jax.lax.axis_index(self.parallel.axis) * table.shape[0]
             owned = (local >= 0) & (local < table.shape[0])
-            rows = platforms.take_rows(table, jnp.where(owned, local, 0))
+            rows = take(table, jnp.where(owned, local, 0))
             rows = jnp.where(owned[..., None], rows, jnp.zeros((), rows.dtype))
             rows = jax.lax.psum(rows, self.parallel.axis)
         if self.config.embedding_scale == 1:
