@@ -283,7 +283,8 @@ class _Scaled(_Bits):
 
     A bit among the exponent's, with zeros around it, is a power of two t. A multiply-add of t with
     (second - first) / t and the first value gives the one value or the other, nearly: a difference may have
-    more bits than the type. What it lacks comes with another multiply-add; then both values are exact. They
+    more bits than the type, and the sum is rounded. What the result lacks comes with another multiply-add; then
+    both values are exact. They
     have to be: over thousands of x that are not balanced, an error of all weights alike adds up.
     """
 
@@ -304,7 +305,10 @@ class _Scaled(_Bits):
         self.first = self.pack(first, first)
         step = ptx.op("sub.f32", second, first, kind="f32")
         high = self.pack(step, step)
-        rest = ptx.op("sub.f32", step, unpack(ptx, high, self.dtype)[0], kind="f32")
+        # The first multiply-add rounds to a neighbour of the second value: the other one goes on from there.
+        one = ptx.op("mov.b32", _twice(int(np.ones((), self.dtype).view(np.uint16))))
+        near = ptx.op(f"fma.rn.{self.kind}x2", one, high, self.first)
+        rest = ptx.op("sub.f32", second, unpack(ptx, near, self.dtype)[0], kind="f32")
         low = self.pack(rest, rest)
         powers = (np.uint16(1) << np.arange(4, dtype=np.uint16) + self._LOWEST).view(self.dtype)
         inverses = (1 / powers.astype(np.float64)).astype(self.dtype).view(np.uint16)

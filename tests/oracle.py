@@ -1,7 +1,10 @@
-"""What the format says, in plain numpy: shares no code with the library."""
+"""What the format says, in plain numpy: shares no code with the library but the arithmetic of tolerances."""
 
+import integers
 import ml_dtypes
 import numpy as np
+
+from fdk_jax.benchmark import accuracy
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -12,48 +15,109 @@ def unpack(packed: np.ndarray, bits: int, k: int) -> np.ndarray:
     return (flat.astype(np.int64) << np.arange(bits - 1, -1, -1)).sum(-1)[:, :k]
 
 
-def weights(w) -> np.ndarray:
-    """float64 [N, K] of a QuantisedTensor in the interchange layout."""
-    n, k = w.out_features, w.in_features
+def weights(w, *, exact_codebook: bool = False) -> np.ndarray:
+    """float64 [N, K] of a QuantisedTensor in the interchange layout.
+
+    The codebook is rounded to the dtype of the scales, which is how it multiplies; `exact_codebook` leaves
+    it as it is, which is how kernels for evenly spaced values multiply.
+    """
+    k = w.in_features
     codes = unpack(np.asarray(w.packed), w.bits, k)
-    codebook = np.asarray(w.codebook).astype(np.asarray(w.scales).dtype).astype(np.float64)
-    codebook = np.broadcast_to(codebook, (1, *codebook.shape)) if codebook.ndim == 1 else codebook
-    out = np.zeros((n, k))
-    scales = np.asarray(w.scales).astype(np.float64)
-    for row in range(n):
-        table = codebook[row * codebook.shape[0] // n]
-        for col in range(k):
-            out[row, col] = scales[row, col // w.group_size] * table[codes[row, col]]
-    return out
+    codebook = np.asarray(w.codebook)
+    if not exact_codebook:
+        codebook = codebook.astype(np.asarray(w.scales).dtype)
+    return decode(codes, codebook, np.asarray(w.scales), w.group_size)
+
+
+def decode(codes: np.ndarray, codebook: np.ndarray, scales: np.ndarray, group: int) -> np.ndarray:
+    """float64 [N, K] of integer codes [N, K], codebooks [B, 2**bits] or one, and scales [N, groups]."""
+    tables = np.atleast_2d(codebook.astype(np.float64))
+    rows = np.arange(len(codes)) * len(tables) // max(len(codes), 1)
+    values = tables[rows[:, None], codes]
+    return values * np.repeat(scales.astype(np.float64), group, -1)[:, : codes.shape[1]]
 
 
 def product(x: np.ndarray, w, bias: np.ndarray | None = None) -> np.ndarray:
     """float64 x @ w.T + bias."""
-    return _product_and_size(x, w, bias)[0]
+    bias = 0 if bias is None else np.asarray(bias).astype(np.float64)
+    return np.asarray(x).astype(np.float64) @ weights(w).T + bias
 
 
-def _product_and_size(x, w, bias) -> tuple[np.ndarray, np.ndarray]:
-    """The product in float64, and what it would measure if its terms did not cancel."""
-    x, w = np.asarray(x).astype(np.float64), weights(w)
-    bias = np.zeros(len(w)) if bias is None else np.asarray(bias).astype(np.float64)
-    return x @ w.T + bias, np.sqrt(x**2 @ (w**2).T + bias**2)
+def rounded(values: np.ndarray, dtype) -> np.ndarray:
+    """Float64 values as a dtype holds them."""
+    return values.astype(np.float32).astype(np.dtype(dtype)).astype(np.float64)
 
 
-def relative_rms(got: np.ndarray, expected: np.ndarray, size: np.ndarray | None = None) -> float:
-    """||got - expected|| / ||expected||, or / ||size||; NaN counts as infinite."""
+def expectations(x: np.ndarray, matrices, bias=None, **inexact) -> list[accuracy.Expected]:
+    """What a product may be: of each matrix, as it is and with each weight rounded to the dtype of x.
+
+    Args:
+        x: [..., K] in the dtype that the kernel is given.
+        matrices: weights [N, K] in float64, each a way in which a kernel may read the format.
+        bias: [N].
+        **inexact: `slack` and `noise` of the arithmetic, see `accuracy.product`.
+    """
+    x = np.asarray(x)
+    bias = None if bias is None else np.asarray(bias).astype(np.float64)
+    matrices = list(matrices)
+    if x.dtype != np.float32:
+        with np.errstate(over="ignore"):
+            narrow = [rounded(m, x.dtype) for m in matrices]
+        matrices += [m for m in narrow if np.isfinite(m).all()]
+    wide = x.reshape(-1, x.shape[-1]).astype(np.float64)
+    found = []
+    for matrix in matrices:
+        e = accuracy.product(wide, matrix, bias, **inexact)
+        shape = (*x.shape[:-1], len(matrix))
+        found.append(accuracy.Expected(*(a.reshape(shape) for a in (e.value, e.slack, e.noise))))
+    return found
+
+
+def check(got: np.ndarray, expected) -> None:
+    """Fails, with the worst element, unless a result is what its arithmetic allows: `accuracy.compare`."""
+    outcome = accuracy.compare(np.asarray(got), expected)
+    print(outcome)
+    assert outcome.ok, str(outcome)
+
+
+def check_product(got, x, w, bias=None, arithmetic: str = "exact") -> None:
+    """Compares with x @ w.T + bias for a QuantisedTensor in the interchange layout.
+
+    Args:
+        got: [..., N].
+        x: [..., K].
+        w: the weight.
+        bias: [N].
+        arithmetic: of the activations, see `fdk_jax.matmul`.
+    """
+    if arithmetic == "exact":
+        matrices = [weights(w), *([weights(w, exact_codebook=True)] if w.uniform else [])]
+        check(got, expectations(x, matrices, bias))
+    else:
+        check(got, integers.expected(x, w, bias, arithmetic))
+
+
+def check_values(got, expected, *, slack: float = 0.0, size=None) -> None:
+    """Compares with float64 values that were made by a few float32 operations each.
+
+    Args:
+        got: a result.
+        expected: in float64.
+        slack: relative to `size`, beyond the rounding of the result.
+        size: what the terms of an element measure; by default the root of the mean square of all.
+    """
+    expected = np.asarray(expected, np.float64)
+    if size is None:
+        size = np.sqrt(np.mean(expected**2)) if expected.size else 0.0
+    check(got, accuracy.Expected.of(expected, (slack + 2.0**-22) * (size + np.abs(expected))))
+
+
+def relative_rms(got: np.ndarray, expected: np.ndarray) -> float:
+    """||got - expected|| / ||expected||, for what a format or a recipe loses; NaN counts as infinite."""
     got = np.asarray(got).astype(np.float64)
     assert got.shape == np.shape(expected)
-    error = np.linalg.norm(got - expected)
-    error /= max(np.linalg.norm(expected if size is None else size), 1e-300)
+    error = np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-300)
     return float(error) if np.isfinite(error) else np.inf
-
-
-def product_error(got: np.ndarray, x: np.ndarray, w, bias: np.ndarray | None = None) -> float:
-    """||got - (x @ w.T + bias)|| relative to what the product measures without cancellation.
-
-    The terms of a single output may happen to cancel: its arithmetic is no worse for that.
-    """
-    return relative_rms(got, *_product_and_size(x, w, bias))
 
 
 def quantise(w: np.ndarray, bits: int, group: int, codebook: np.ndarray, kind: str):

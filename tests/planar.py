@@ -1,16 +1,57 @@
 """Products with planar weights for the tests of the Pallas kernels, with their float64 oracle."""
 
+import dataclasses
+import functools
+
 import jax.numpy as jnp
 import numpy as np
+import oracle
 
+from fdk_jax.benchmark import accuracy
 from fdk_jax.format import packing
 
-# Relative RMS of the arithmetic, for activations of each dtype.
-TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+_UNIT = 64  # activations that share a scale in the kernel of integers
+_LARGEST = 32512  # of its integers
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a product should be.
+
+    Attributes:
+        x: activations [M, K] in the kernel's dtype.
+        matrices: the weight [N, K] in float64, as the format says and in each other way that kernels read it.
+        bits: width of the codes.
+    """
+
+    x: np.ndarray
+    matrices: list[np.ndarray]
+    bits: int
+
+    @property
+    def value(self) -> np.ndarray:
+        """The product in float64, [M, N]."""
+        return np.asarray(self.x, np.float64) @ self.matrices[0].T
+
+    def check(self, y, bias=None, **inexact) -> None:
+        """Compares a result [M, N], see `oracle.check`."""
+        oracle.check(y, self.expectations(bias, **inexact))
+
+    def expectations(self, bias=None, **inexact):
+        """What the result may be, see `oracle.expectations`."""
+        found = oracle.expectations(self.x, self.matrices, bias, **inexact)
+        if self.bits == 1 and self.x.dtype != np.float32:
+            # One token's activations may be integers, each rounded by up to half a step.
+            x = np.asarray(self.x, np.float64)
+            padded = np.pad(x, ((0, 0), (0, -x.shape[1] % _UNIT))).reshape(len(x), -1, _UNIT)
+            steps = np.repeat(np.abs(padded).max(-1), _UNIT, -1)[:, : x.shape[1]] / _LARGEST
+            noise = np.sqrt(steps**2 @ (self.matrices[0] ** 2).T / 12)
+            found += oracle.expectations(self.x, self.matrices[:1], bias, noise=noise)[:1]
+        return found
 
 
 def product(rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0, uniform=False):
-    """Arguments of `pallas_kernels.matmul`, the product in float64 and its size without cancellation."""
+    """Arguments of `pallas_kernels.matmul`, and what it should give."""
     dtype = jnp.dtype(dtype)
     codes = rng.integers(0, 2**bits, (n, k)).astype(np.uint8)
     codebook = np.sort(rng.normal(size=(books, 2**bits)), -1).astype(np.float32)
@@ -22,12 +63,15 @@ def product(rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0, uniform=F
     x = jnp.asarray(rng.normal(size=(m, k)), dtype)
     facts = dict(bits=bits, group_size=group_size, out_features=n)
     packed, planar = packing.to_planar(packing.pack(codes, bits), scales, in_features=k, **facts)
-    values = np.repeat(np.asarray(jnp.asarray(codebook, dtype), np.float64), n // books, 0)
-    weight = np.take_along_axis(values, codes.astype(int), -1)
-    weight *= np.repeat(np.asarray(scales, np.float64), group_size, -1)[:, :k]
-    exact = np.asarray(x, np.float64)
-    size = np.sqrt(np.mean(exact**2 @ (weight**2).T))
-    return (x, packed, planar, jnp.asarray(codebook)), facts, (exact @ weight.T, size)
+    decode = functools.partial(oracle.decode, codes, scales=np.asarray(scales), group=group_size)
+    matrices = [decode(np.asarray(jnp.asarray(codebook, dtype)))]
+    if uniform:
+        # Kernels multiply by distances from zero in steps, and by the step in the end.
+        distances = oracle.rounded(np.arange(2**bits) - zero, dtype)
+        steps = np.repeat(step, n // books, 0)
+        in_steps = decode(distances)
+        matrices += [in_steps * steps, oracle.rounded(in_steps, dtype) * steps]
+    return (x, packed, planar, jnp.asarray(codebook)), facts, Wanted(np.asarray(x), matrices, bits)
 
 
 def matrix(weight, facts, n, k, books):
@@ -47,30 +91,37 @@ def residual_product(rng, n, k, books=1, parts=5, bits=1, uniform=False):
     """A `Scaled` [1, K] and a residual [1, N] for `pallas_kernels.residual_matmul`, bfloat16.
 
     Returns:
-        (total, scaled, squares) of the input; (residual, scale); weight arrays; facts; in float64 the
-        norm's product and its size without cancellation.
+        (total, scaled, squares) of the input; (residual, scale); weight arrays; facts; what the product of
+        `scaled` should be; the inverse root of the mean square by which a norm multiplies it.
     """
     dtype = jnp.bfloat16
-    (x, *weight), facts, _ = product(rng, 1, n, k, bits, 64, dtype, books, uniform=uniform)
+    (x, *weight), facts, wanted = product(rng, 1, n, k, bits, 64, dtype, books, uniform=uniform)
     factors = jnp.asarray(rng.uniform(0.5, 2, k), dtype)
     squares = np.zeros(parts, np.float32)
     np.add.at(squares, np.arange(k) % parts, np.asarray(x, np.float32)[0] ** 2)
-    exact_weight = matrix(weight, facts, n, k, books)
-    exact = np.asarray(x, np.float64)
-    normed = np.asarray(factors, np.float64) * exact / np.sqrt(np.mean(exact**2) + NORM_EPS)
-    expected = normed @ exact_weight.T, np.sqrt(np.mean(normed**2 @ (exact_weight**2).T))
+    scaled = x * factors[None, :]
+    wanted = dataclasses.replace(wanted, x=np.asarray(scaled))
+    inverse = 1 / np.sqrt(np.mean(np.asarray(x, np.float64) ** 2) + NORM_EPS)
     residual = jnp.asarray(3 * rng.normal(size=(1, n)), dtype)
     behind = residual, jnp.asarray(rng.uniform(0.5, 2, n), dtype)
-    return (x, x * factors[None, :], jnp.asarray(squares)), behind, weight, facts, expected
+    return (x, scaled, jnp.asarray(squares)), behind, weight, facts, wanted, inverse
 
 
-def check_residual(outputs, behind, expected, size):
-    """Compares (sum, scaled, squares) of a product with a residual to float64."""
-    total, scaled, squares = (np.asarray(a, np.float64) for a in outputs)
+def check_residual(outputs, behind, expectations):
+    """Compares (sum, scaled, squares) of a product with a residual to float64.
+
+    Args:
+        outputs: as the kernel leaves them.
+        behind: (residual, scale).
+        expectations: of the product before the residual is added, as `Wanted.expectations` gives them.
+    """
     residual, scale = (np.asarray(a, np.float64) for a in behind)
-    error = total - (expected + residual)
-    bound = TOLERANCE["bfloat16"] * (size + np.sqrt(np.mean(residual**2)))
-    assert np.sqrt(np.mean(error**2)) < bound
-    # What is scaled and squared is the sum as it was rounded.
-    np.testing.assert_allclose(scaled, total * scale, rtol=2**-8)
-    np.testing.assert_allclose(squares.sum(), (total**2).sum(), rtol=1e-5)
+    oracle.check(outputs[0], [e.then(add=residual) for e in expectations])
+    check_scaled(outputs, scale)
+
+
+def check_scaled(outputs, scale):
+    """What is scaled and squared is the sum as it was rounded."""
+    total, _, squares = (np.asarray(a, np.float64) for a in outputs)
+    oracle.check(outputs[1], accuracy.Expected.of(total).then(factor=scale))
+    oracle.check_values(squares.sum(), (total**2).sum(), slack=1e-5)

@@ -12,6 +12,7 @@ import decode_attention
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import planar
 import pytest
 
@@ -37,7 +38,7 @@ DECODERS = [(1, False), (2, False), (4, False), (8, False), (4, True), (8, True)
 def _check(
     rng, m, n, k, bits, uniform, group_size, dtype, *, config=None, books=1, bias=True, scale=1.0
 ):
-    arrays, facts, (expected, size) = planar.product(
+    arrays, facts, wanted = planar.product(
         rng, m, n, k, bits, group_size, dtype, books, scale, uniform
     )
     added = rng.normal(size=n).astype(np.float32) * bias
@@ -50,8 +51,7 @@ def _check(
         config=config,
     )
     assert y.shape == (m, n)
-    error = np.asarray(y, np.float64) - (expected + added)
-    assert np.sqrt(np.mean(error**2)) < planar.TOLERANCE[dtype] * size
+    wanted.check(y, added)
 
 
 def _is_ours(row):
@@ -76,7 +76,7 @@ def test_tuned_configurations(rng, bits, uniform, config, m):
     _check(rng, m, rows + 517, 2100, bits, uniform, 64, "bfloat16", config=config)
 
 
-@pytest.mark.parametrize("dtype", planar.TOLERANCE)
+@pytest.mark.parametrize("dtype", sorted(oracle.DTYPES))
 @pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize(
     ("m", "n", "k", "group_size", "books"),
@@ -114,7 +114,7 @@ def test_large_and_tiny_scales(rng, bits, uniform, m, dtype, scale):
 @pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize(("n", "k", "books"), [(33, 600, 1), (6144, 4096, 3), (128, 21512, 2)])
 def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books):
-    before, behind, weight, facts, (expected, size) = planar.residual_product(
+    before, behind, weight, facts, wanted, inverse = planar.residual_product(
         rng, n, k, books, bits=bits, uniform=uniform
     )
     residual, norm_scale = behind
@@ -127,7 +127,7 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books):
         **facts,
         uniform=uniform,
     )
-    planar.check_residual(outputs, behind, expected, size)
+    planar.check_residual(outputs, behind, [e.then(factor=inverse) for e in wanted.expectations()])
 
 
 @pytest.mark.parametrize(("bits", "uniform"), DECODERS)

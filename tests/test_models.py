@@ -10,6 +10,7 @@ import decode_attention
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import ptx_machine
 import pytest
 from backends import ONLY_WITH_A_GPU, for_a_gpu
@@ -19,6 +20,7 @@ from safetensors.numpy import save_file
 
 import fdk_jax
 from fdk_jax import models
+from fdk_jax.benchmark import accuracy
 from fdk_jax.models import attention, platforms, rope
 from fdk_jax.models.cache import append
 from fdk_jax.models.config import ModelConfig, custom_llama
@@ -303,7 +305,8 @@ def test_dense_kernel(rng, m, k, n, dtype):
     found = dense.matmul(x, w, out_dtype=jnp.float32, interpret=True)
     assert relative(found, wanted) < 1e-5
     assert relative(platforms.linear(x, w, jnp.float32), wanted) < 1e-5
-    assert relative(platforms.linear(x, w, x.dtype).astype(jnp.float32), wanted) < 1e-2
+    rows = np.asarray(w, np.float64).T
+    oracle.check(platforms.linear(x, w, x.dtype), oracle.expectations(x, [rows]))
     with pytest.raises(ValueError, match="multiples"):
         dense.matmul(x, w[:, 1:], out_dtype=jnp.float32, interpret=True)
 
@@ -324,13 +327,18 @@ def test_add_rms_norm_kernel(rng, features, dtype):
     total = np.asarray(x, np.float64) + np.asarray(delta, np.float64)
     root = np.sqrt((total**2).mean(-1, keepdims=True) + 1e-5)
     wanted = total / root * np.asarray(scale, np.float64)
-    tolerance = 1e-6 if dtype == "float32" else 1e-2
     for found in (
         norm.add_rms_norm(x, delta, scale, eps=1e-5, interpret=True),
         platforms.add_rms_norm(x, delta, scale, 1e-5),
     ):
-        assert relative(found[0].astype(jnp.float32), total) < tolerance
-        assert relative(found[1].astype(jnp.float32), wanted) < tolerance
+        oracle.check_values(found[0], total)
+        # Some normalise the sum as it was rounded.
+        near = np.asarray(found[0], np.float64)
+        again = near / np.sqrt((near**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(scale, float)
+        slack = 1e-6 * (1 + np.abs(wanted))
+        # And some round what is normalised before they scale it.
+        noise = 0.0 if dtype == "float32" else accuracy.half_ulp(wanted, x.dtype)
+        oracle.check(found[1], [accuracy.Expected.of(a, slack, noise) for a in (wanted, again)])
 
 
 @ONLY_WITH_A_GPU
@@ -586,7 +594,7 @@ def test_decode_attention_at_the_edges_of_blocks(rng, capacity, splits, head_dim
     q = qkv.reshape(batch, group + 2, head_dim)[:, :group]
     wide = [a.astype(jnp.float32) for a in (q, *cache)]
     wanted = attention.over_cache(*wide, lengths + 1).reshape(found.shape)
-    assert relative(found.astype(jnp.float32), wanted) < (1e-5 if dtype == "float32" else 1e-2)
+    assert relative(found.astype(jnp.float32), wanted) < (1e-5 if dtype == "float32" else 4e-3)
 
 
 @KERNELS
