@@ -151,6 +151,13 @@ struct Level {
   bool (*preferred)() = nullptr;  // null: wherever it is available
 };
 
+// A build for tests that runs every x86 level by emulation (tests/emulated).
+#if defined(FDK_EMULATED)
+inline constexpr bool kEmulated = true;
+#else
+inline constexpr bool kEmulated = false;
+#endif
+
 // Every level in this build, the best first, "scalar" last (levels.cpp).
 std::span<const Level *const> all_levels();
 

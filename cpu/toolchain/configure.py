@@ -26,6 +26,7 @@ X86_LEVELS = {
     " -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
 X86_LEVELS["avx512bf16"] = X86_LEVELS["avx512vnni"] + " -mavx512bf16"
+X86_LEVELS["amx"] = X86_LEVELS["avx512bf16"] + " -mamx-tile -mamx-int8 -mamx-bf16"
 ARM_LEVELS = {
     "neon": "-march=armv8-a",
     "dotprod": "-march=armv8.2-a+dotprod",
@@ -108,7 +109,7 @@ def main() -> None:
     write(folder / "module", module)
     for levels, wanted in ((X86_LEVELS, x86), (ARM_LEVELS, arm)):
         for name, options in levels.items():
-            if name.startswith("avx512") and "clang" not in version:
+            if name.startswith(("avx512", "amx")) and "clang" not in version:
                 options += GCC_AVX512
             write(folder / f"{name}.rsp", options if wanted else "")
 

@@ -6,7 +6,7 @@
 // and a multiply-add each.
 #pragma once
 
-#include "avx512.h"
+#include "x86/avx512_direct.h"
 
 namespace fdk {
 namespace {

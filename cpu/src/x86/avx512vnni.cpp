@@ -1,12 +1,12 @@
 // AVX-512 with VBMI and VNNI (Intel from Ice Lake, AMD from Zen 4): integer arithmetic, and float32.
 #if defined(__x86_64__)
 
-#include "avx512.h"
-#include "avx512_dense.h"
-#include "avx512_probes.h"
-#include "avx512_sums.h"
 #include "decoding.h"
 #include "levels.h"
+#include "x86/avx512_dense.h"
+#include "x86/avx512_panel.h"
+#include "x86/avx512_probes.h"
+#include "x86/avx512_sums.h"
 
 namespace fdk {
 namespace {
@@ -63,6 +63,7 @@ constexpr Kernel kKernels[] = {
 };
 
 bool available() {
+  if (kEmulated) return true;
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&

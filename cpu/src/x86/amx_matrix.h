@@ -1,0 +1,236 @@
+// AMX kernels for many tokens: weights are decoded by AVX-512 into the shape of matrix registers.
+//
+// Decoded vectors are 16 rows x 32 bits, and prepared activations are words of 32 bits in the same
+// order: sixteen vectors one below the other are a matrix register of weights, sixteen words of
+// sixteen tokens one of activations. Two groups of 16 tokens by two tiles are multiplied at a time.
+// A block has sums of its own, which leave the registers for the float32 totals because scales differ
+// from block to block; those of a block are added while the next one is multiplied.
+#pragma once
+
+#include <algorithm>
+
+#include "kernel.h"
+#include "x86/amx_tiles.h"
+#include "x86/avx512_outputs.h"
+#include "x86/avx512_streams.h"
+
+namespace fdk {
+namespace {
+
+inline constexpr int64_t kMatrixTiles = 8;       // tiles that are decoded together
+inline constexpr int64_t kMatrixRegisters = 8;   // a tile's decoded at a time: the L1 cache holds two tiles' and 32 tokens'
+inline constexpr int64_t kMatrixBytes = kMatrixRows * 64;
+// The most that a block of kMaxBlock columns takes, with the steps that it shares with others.
+template <typename A>
+inline constexpr int64_t kMatrixBlockRegisters =
+    ceil_div((ceil_div(kMaxBlock, step_k(A::kBits)) + 1) * A::kVectors, kMatrixRows);
+
+// Blocks [begin, end) of a plan, whose first word is `word`.
+struct Stretch {
+  size_t begin, end;
+  int64_t word;
+};
+
+// scratch: totals [kMatrixTiles][tokens][16] float32; weights [kMatrixTiles][register]; sums [4].
+template <typename A>
+struct MatrixScratch {
+  float *totals;
+  char *weights;
+  char *sums;
+  static constexpr int64_t kTileBytes = (kMatrixRegisters + kMatrixBlockRegisters<A>) * kMatrixBytes;
+
+  MatrixScratch(void *scratch, int64_t tokens)
+      : totals(static_cast<float *>(scratch)),
+        weights(reinterpret_cast<char *>(totals + kMatrixTiles * tokens * kTileRows)),
+        sums(weights + kMatrixTiles * kTileBytes) {}
+  static size_t bytes(const Plan &plan) {
+    return static_cast<size_t>(kMatrixTiles * (plan.m * kTileRows * 4 + kTileBytes) +
+                               4 * kMatrixBytes);
+  }
+};
+
+// The blocks of [stretch.begin, ...) that fit, decoded for the tiles from `tile` on.
+template <typename A>
+size_t decode_stretch(const Plan &plan, const A &arithmetic, int64_t tile, int64_t tiles,
+                      size_t begin, char *weights) {
+  size_t end = begin;
+  for (int64_t i = 0; i < tiles; ++i) {
+    auto *target = reinterpret_cast<__m512i *>(weights + i * MatrixScratch<A>::kTileBytes);
+    int64_t vectors = 0;
+    for (end = begin; end < plan.blocks.size() && vectors < kMatrixRegisters * kMatrixRows; ++end) {
+      const Block &block = plan.blocks[end];
+      int64_t at = vectors;
+      for (int64_t s = block.step_begin; s < block.step_end; ++s, at += A::kVectors) {
+        const uint8_t *step = plan.tile_packed(tile + i) + s * kStepBytes;
+        prefetch(step + kPrefetchBytes);
+        __m512i decoded[A::kVectors];
+        arithmetic.decode(step, decoded);
+        for (int v = 0; v < A::kVectors; ++v) _mm512_store_si512(target + at + v, decoded[v]);
+      }
+      vectors += block_words<A>(block);
+      for (; at < vectors; ++at) _mm512_store_si512(target + at, _mm512_setzero_si512());
+    }
+  }
+  return end;
+}
+
+// What a block's sums add to the totals of `rows` tokens: sums x scales, and for integers the scale
+// of the activations and the codebook's offset (see Finish).
+template <typename A>
+void add_block(const Finish<A> &finish, const Prepared<A> &layout, const void *prepared,
+               __m512 scales, int64_t token, int64_t rows, size_t b, const char *sums,
+               float *totals) {
+  if constexpr (A::kInteger) scales = _mm512_mul_ps(scales, _mm512_set1_ps(finish.factor));
+  const __m512 ratio = _mm512_set1_ps(finish.ratio);
+  for (int64_t r = 0; r < rows; ++r) {
+    __m512 added;
+    if constexpr (A::kInteger) {
+      const BlockFactor &x = layout.factors(prepared, token + r)[b];
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + r * 64));
+      added = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps(x.sum), ratio, sum),
+                            _mm512_set1_ps(x.scale));
+    } else {
+      added = _mm512_load_ps(reinterpret_cast<const float *>(sums + r * 64));
+    }
+    float *total = totals + r * kTileRows;
+    _mm512_store_ps(total, _mm512_fmadd_ps(added, scales, _mm512_load_ps(total)));
+  }
+}
+
+// A stretch of two tiles by up to 32 tokens from `token` on; kSecond: more than 16 of them.
+template <typename A, bool kSecond>
+void multiply_stretch(const Plan &plan, const Finish<A> &finish, const void *prepared,
+                      const Stretch &stretch, const char *weights, char *sums, float *totals,
+                      int64_t total_stride, int64_t token, int64_t tokens, int64_t tile,
+                      int64_t last_tile) {
+  const Prepared<A> layout(plan);
+  const int64_t first = std::min(tokens, kMatrixRows);
+  const auto add = [&](size_t b) {
+    for (int64_t i = 0; i < 2; ++i) {
+      const __m512 scales =
+          load_tile_scales(plan, std::min(tile + i, last_tile), plan.blocks[b].group);
+      float *own = totals + i * total_stride;
+      add_block<A>(finish, layout, prepared, scales, token, first, b, sums + i * kMatrixBytes, own);
+      if constexpr (kSecond)
+        add_block<A>(finish, layout, prepared, scales, token + kMatrixRows, tokens - kMatrixRows, b,
+                     sums + (2 + i) * kMatrixBytes, own + kMatrixRows * kTileRows);
+    }
+  };
+  const int32_t *words = layout.token_words(prepared, token) + stretch.word;
+  const int32_t *second_words =
+      layout.token_words(prepared, kSecond ? token + kMatrixRows : token) + stretch.word;
+  const auto stride = static_cast<size_t>(layout.stride);
+  const char *second_weights = weights + MatrixScratch<A>::kTileBytes;
+  stores_before_tile_loads();
+  for (size_t b = stretch.begin; b < stretch.end; ++b) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kSecond) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    const int64_t count = block_words<A>(plan.blocks[b]);
+    for (int64_t w = 0; w < count; w += kMatrixRows) {
+      _tile_loadd(4, words, stride);
+      _tile_loadd(6, weights, 64);
+      multiply_matrices<A, 0, 0>();
+      _tile_loadd(7, second_weights, 64);
+      multiply_matrices<A, 0, 1>();
+      if constexpr (kSecond) {
+        _tile_loadd(5, second_words, stride);
+        multiply_matrices<A, 1, 0>();
+        multiply_matrices<A, 1, 1>();
+      }
+      words += kMatrixRows;
+      second_words += kMatrixRows;
+      weights += kMatrixBytes;
+      second_weights += kMatrixBytes;
+    }
+    if (b > stretch.begin) add(b - 1);
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + kMatrixBytes, 64);
+    if constexpr (kSecond) {
+      _tile_stored(2, sums + 2 * kMatrixBytes, 64);
+      _tile_stored(3, sums + 3 * kMatrixBytes, 64);
+    }
+  }
+  add(stretch.end - 1);
+}
+
+// Up to kMatrixTiles tiles from `tile` on, for all tokens of the range.
+template <typename A>
+void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
+                      const void *prepared, void *scratch, const Range &range, int64_t tile) {
+  constexpr int64_t together = 2 * kMatrixRows;
+  const int64_t tiles = std::min(kMatrixTiles, range.tile_end - tile);
+  const int64_t tokens = range.token_end - range.token_begin;
+  const int64_t total_stride = tokens * kTileRows;
+  const MatrixScratch<A> own(scratch, tokens);
+  std::fill(own.totals, own.totals + kMatrixTiles * total_stride, 0.0F);
+  if (tiles % 2 != 0)  // the last pair's second tile: its sums are dropped
+    std::memset(own.weights + tiles * MatrixScratch<A>::kTileBytes, 0, MatrixScratch<A>::kTileBytes);
+  Stretch stretch{0, 0, 0};
+  for (; stretch.begin < plan.blocks.size(); stretch.begin = stretch.end) {
+    stretch.end = decode_stretch(plan, arithmetic, tile, tiles, stretch.begin, own.weights);
+    const auto multiply = [&](int64_t t, int64_t count) {
+      for (int64_t i = 0; i < tiles; i += 2) {
+        const char *weights = own.weights + i * MatrixScratch<A>::kTileBytes;
+        float *totals = own.totals + i * total_stride + t * kTileRows;
+        if (count > kMatrixRows)
+          multiply_stretch<A, true>(plan, finish, prepared, stretch, weights, own.sums, totals,
+                                    total_stride, range.token_begin + t, count, tile + i,
+                                    tile + tiles - 1);
+        else
+          multiply_stretch<A, false>(plan, finish, prepared, stretch, weights, own.sums, totals,
+                                     total_stride, range.token_begin + t, count, tile + i,
+                                     tile + tiles - 1);
+      }
+    };
+    int64_t t = 0;
+    if (tokens >= together) configure_matrices(kMatrixRows, kMatrixRows);
+    for (; t + together <= tokens; t += together) multiply(t, together);
+    if (t < tokens) {
+      configure_matrices(std::min(tokens - t, kMatrixRows), tokens - t - kMatrixRows);
+      multiply(t, tokens - t);
+    }
+    for (size_t b = stretch.begin; b < stretch.end; ++b)
+      stretch.word += block_words<A>(plan.blocks[b]);
+  }
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < tiles; ++i)
+      store_sums(plan, range.token_begin + t, tile + i, range,
+                 _mm512_load_ps(own.totals + i * total_stride + t * kTileRows));
+}
+
+template <typename A>
+size_t matrix_scratch_bytes(const Plan &plan) {
+  return MatrixScratch<A>::bytes(plan);
+}
+
+template <typename A>
+void run_matrix(const Plan &plan, const void *prepared, void *scratch, const Range &range) {
+  const A arithmetic(plan, range.codebook);
+  const Finish<A> finish(plan, range.codebook);
+  for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += kMatrixTiles)
+    run_matrix_tiles(plan, arithmetic, finish, prepared, scratch, range, tile);
+  _tile_release();
+}
+
+// Blocks that fill less than half of their registers are as fast in AVX-512.
+template <typename A>
+bool fills_registers(const Plan &plan) {
+  int64_t words = 0;
+  for (const Block &block : plan.blocks) words += (block.step_end - block.step_begin) * A::kVectors;
+  int64_t padded = 0;
+  for (const Block &block : plan.blocks) padded += block_words<A>(block);
+  return padded <= 2 * words;
+}
+
+template <typename A>
+constexpr Kernel make_matrix_kernel(const char *name, bool (*supports)(const Plan &)) {
+  return {name,           supports,      prepared_bytes<A>, prepare<A>, matrix_scratch_bytes<A>,
+          run_matrix<A>, kMatrixTiles / 2};
+}
+
+}  // namespace
+}  // namespace fdk
