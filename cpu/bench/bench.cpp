@@ -14,6 +14,7 @@
 #include <regex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cases.h"
@@ -73,6 +74,15 @@ class BusyCores {
   std::vector<std::thread> threads_;
 };
 
+// Every element of one with every one of the other.
+std::vector<std::pair<std::string, std::string>> pairs(const std::vector<std::string> &first,
+                                                       const std::vector<std::string> &second) {
+  std::vector<std::pair<std::string, std::string>> all;
+  for (const std::string &a : first)
+    for (const std::string &b : second) all.emplace_back(a, b);
+  return all;
+}
+
 std::vector<Case> make_cases(const Options &o, int64_t threads) {
   std::vector<Case> cases;
   const std::regex include(o.include);
@@ -89,8 +99,9 @@ std::vector<Case> make_cases(const Options &o, int64_t threads) {
         for (const std::string &kind : o.codebook) {
           std::shared_ptr<Weights> weights;
           for (const int64_t m : o.m)
-            for (const std::string &arithmetic : o.arithmetic) {
+            for (const auto &[arithmetic, level] : pairs(o.arithmetic, o.level)) {
               Case c = codebook_case(o, m, k, n, bits, arithmetic, kind, threads);
+              c.level = level;
               if (!std::regex_search(c.name, include)) continue;
               if (weights == nullptr)
                 weights = make_weights(o, n, k, static_cast<int>(bits), kind);
@@ -109,14 +120,15 @@ std::vector<Case> make_cases(const Options &o, int64_t threads) {
 double rate(const Case &c) { return c.bytes / quantile(c.samples_us, 0.5) * 1e-3; }
 
 void run(const Options &o, int64_t threads, std::ofstream &output) {
+  const std::string level = fdk_level();
   std::vector<Case> cases = make_cases(o, threads);
   int64_t copy = 0;
   for (int round = -1; round < o.rounds; ++round)
     for (Case &c : cases) sample(c, o.round_ms, copy, round >= 0);
   const Bounds bounds{rate(cases[1]), rate(cases[0])};
-  std::printf("\n%s, level %s, %d thread(s)\n", processor_name().c_str(), fdk_level(),
+  std::printf("\n%s, level %s, %d thread(s)\n", processor_name().c_str(), level.c_str(),
               static_cast<int>(threads));
-  std::printf("%-28s %5s %6s %6s %4s %-8s %10s %9s %9s %7s %9s\n", "case", "m", "k", "n", "bits",
+  std::printf("%-28s %-10s %5s %6s %6s %4s %-8s %10s %9s %9s %7s %9s\n", "case", "level", "m", "k", "n", "bits",
               "codebook", "median us", "GB/s", "GFLOP/s", "of read", "error");
   for (const Case &c : cases) {
     // The share of the bandwidth is taken round by round, neighbours in time.
@@ -124,8 +136,8 @@ void run(const Options &o, int64_t threads, std::ofstream &output) {
     for (size_t i = 0; i < c.samples_us.size(); ++i)
       shares.push_back(c.bytes / c.samples_us[i] / (cases[0].bytes / cases[0].samples_us[i]));
     const double median = quantile(c.samples_us, 0.5);
-    std::printf("%-28s %5lld %6lld %6lld %4lld %-8s %10.1f %9.2f %9.1f %6.1f%% %9.2g\n",
-                c.name.c_str(), static_cast<long long>(c.m), static_cast<long long>(c.k),
+    std::printf("%-28s %-10s %5lld %6lld %6lld %4lld %-8s %10.1f %9.2f %9.1f %6.1f%% %9.2g\n",
+                c.name.c_str(), c.level.c_str(), static_cast<long long>(c.m), static_cast<long long>(c.k),
                 static_cast<long long>(c.n), static_cast<long long>(c.bits), c.codebook.c_str(),
                 median, rate(c), c.ops / median * 1e-3, 100.0 * quantile(shares, 0.5), c.error);
     if (output.is_open()) output << to_json(o, c, bounds) << "\n" << std::flush;

@@ -90,7 +90,7 @@ inline std::string to_json(const Options &o, const Case &c, const Bounds &bounds
     << ", \"fdk_abi\": " << fdk_abi_version() << "}, \"digest\": " << quoted(o.digest)
     << ", \"commit\": null, \"date\": " << quoted(date)
     << ", \"status\": \"ok\", \"reason\": null, \"arithmetic\": " << quoted(c.arithmetic)
-    << ", \"level\": " << quoted(fdk_level()) << ", \"kernel\": " << quoted(c.kernel)
+    << ", \"level\": " << quoted(c.level.empty() ? fdk_level() : c.level) << ", \"kernel\": " << quoted(c.kernel)
     << ", \"busy_cores\": " << o.busy_cores << "}";
   return s.str();
 }
