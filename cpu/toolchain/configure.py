@@ -2,6 +2,7 @@
 
     cxx          the compiler: $CXX, else the first of clang++ and g++ that compiles C++20
     LEVEL.rsp    its options for each instruction set, none on another processor
+    emulated/    the same where AVX-512 and AMX are SIMDe's plain loops
     openmp.rsp   -fopenmp, or nothing when the compiler lacks it (then std::thread is used)
     user.rsp     $CXXFLAGS; link.rsp: $LDFLAGS
     python.rsp   include folders of Python, pybind11 and XLA's FFI headers
@@ -36,6 +37,8 @@ ARM_LEVELS = {
 }
 # GCC's own AVX-512 header reads a variable before it is set (GCC bug 105593).
 GCC_AVX512 = " -Wno-uninitialized -Wno-maybe-uninitialized"
+# SIMDe passes the emulated vectors in memory.
+EMULATED = "-DFDK_EMULATED -isystem tests/emulated -mavx2 -mfma -mf16c -Wno-psabi"
 OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }\n"
 CXX20 = "#include <span>\nint main() { return static_cast<int>(std::span<int>().size()); }\n"
 
@@ -85,6 +88,7 @@ def write(path: Path, text: str) -> None:
     """Writes a line unless it is there already, so that ninja sees only real changes."""
     text += "\n"
     if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(text)
         partial.replace(path)
@@ -93,7 +97,6 @@ def write(path: Path, text: str) -> None:
 def main() -> None:
     """Writes the files into the folder that the command line names."""
     folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
     compiler, openmp = find_compiler()
     version = subprocess.run(
         [*compiler.split(), "--version"], capture_output=True, text=True
@@ -107,11 +110,18 @@ def main() -> None:
     write(folder / "link.rsp", os.environ.get("LDFLAGS", ""))
     write(folder / "python.rsp", includes)
     write(folder / "module", module)
+    simde = folder_of("simde_py")
+    emulated = EMULATED if simde is None else f"{EMULATED} -isystem {simde / 'simde'}"
     for levels, wanted in ((X86_LEVELS, x86), (ARM_LEVELS, arm)):
         for name, options in levels.items():
-            if name.startswith(("avx512", "amx")) and "clang" not in version:
-                options += GCC_AVX512
-            write(folder / f"{name}.rsp", options if wanted else "")
+            wide = name.startswith(("avx512", "amx"))
+            extra = GCC_AVX512 if wide and "clang" not in version else ""
+            write(folder / f"{name}.rsp", options + extra if wanted else "")
+            write(
+                folder / "emulated" / f"{name}.rsp",
+                (emulated if wide else options) + extra if wanted else "",
+            )
+
 
 
 if __name__ == "__main__":

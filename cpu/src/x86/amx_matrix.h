@@ -99,11 +99,10 @@ void add_block(const Finish<A> &finish, const Prepared<A> &layout, const void *p
 
 // A stretch of two tiles by up to 32 tokens from `token` on; kSecond: more than 16 of them.
 template <typename A, bool kSecond>
-void multiply_stretch(const Plan &plan, const Finish<A> &finish, const void *prepared,
-                      const Stretch &stretch, const char *weights, char *sums, float *totals,
+void multiply_stretch(const Plan &plan, const Finish<A> &finish, const Prepared<A> &layout,
+                      const void *prepared, const Stretch &stretch, const char *weights, char *sums, float *totals,
                       int64_t total_stride, int64_t token, int64_t tokens, int64_t tile,
                       int64_t last_tile) {
-  const Prepared<A> layout(plan);
   const int64_t first = std::min(tokens, kMatrixRows);
   const auto add = [&](size_t b) {
     for (int64_t i = 0; i < 2; ++i) {
@@ -160,7 +159,8 @@ void multiply_stretch(const Plan &plan, const Finish<A> &finish, const void *pre
 // Up to kMatrixTiles tiles from `tile` on, for all tokens of the range.
 template <typename A>
 void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
-                      const void *prepared, void *scratch, const Range &range, int64_t tile) {
+                      const Prepared<A> &layout, const void *prepared, void *scratch,
+                      const Range &range, int64_t tile) {
   constexpr int64_t together = 2 * kMatrixRows;
   const int64_t tiles = std::min(kMatrixTiles, range.tile_end - tile);
   const int64_t tokens = range.token_end - range.token_begin;
@@ -177,11 +177,11 @@ void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &fi
         const char *weights = own.weights + i * MatrixScratch<A>::kTileBytes;
         float *totals = own.totals + i * total_stride + t * kTileRows;
         if (count > kMatrixRows)
-          multiply_stretch<A, true>(plan, finish, prepared, stretch, weights, own.sums, totals,
+          multiply_stretch<A, true>(plan, finish, layout, prepared, stretch, weights, own.sums, totals,
                                     total_stride, range.token_begin + t, count, tile + i,
                                     tile + tiles - 1);
         else
-          multiply_stretch<A, false>(plan, finish, prepared, stretch, weights, own.sums, totals,
+          multiply_stretch<A, false>(plan, finish, layout, prepared, stretch, weights, own.sums, totals,
                                      total_stride, range.token_begin + t, count, tile + i,
                                      tile + tiles - 1);
       }
@@ -211,8 +211,9 @@ template <typename A>
 void run_matrix(const Plan &plan, const void *prepared, void *scratch, const Range &range) {
   const A arithmetic(plan, range.codebook);
   const Finish<A> finish(plan, range.codebook);
+  const Prepared<A> layout(plan);
   for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += kMatrixTiles)
-    run_matrix_tiles(plan, arithmetic, finish, prepared, scratch, range, tile);
+    run_matrix_tiles(plan, arithmetic, finish, layout, prepared, scratch, range, tile);
   _tile_release();
 }
 

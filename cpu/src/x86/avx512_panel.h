@@ -45,10 +45,9 @@ void panel_block(const __m512i *panel, int64_t vectors, const int32_t *const wor
 
 // Blocks [block_begin, block_end), whose first word is `word`, for kTokens tokens.
 template <typename A, int kTokens>
-void panel_tokens(const Plan &plan, const Finish<A> &finish, const void *prepared,
-                  const __m512i *panel, float *totals, int64_t tile, int64_t tiles, int64_t token,
+void panel_tokens(const Plan &plan, const Finish<A> &finish, const Prepared<A> &layout,
+                  const void *prepared, const __m512i *panel, float *totals, int64_t tile, int64_t tiles, int64_t token,
                   size_t block_begin, size_t block_end, int64_t word) {
-  const Prepared<A> layout(plan);
   for (size_t b = block_begin; b < block_end; ++b) {
     const Block &block = plan.blocks[b];
     const int64_t vectors = (block.step_end - block.step_begin) * A::kVectors;
@@ -72,7 +71,8 @@ void panel_tokens(const Plan &plan, const Finish<A> &finish, const void *prepare
 
 template <typename A>
 void run_panel(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
-               const void *prepared, void *scratch, const Range &range, int64_t tile) {
+               const Prepared<A> &layout, const void *prepared, void *scratch, const Range &range,
+               int64_t tile) {
   const int64_t tiles = std::min(kPanelTiles, range.tile_end - tile);
   const int64_t tokens = range.token_end - range.token_begin;
   float *totals = static_cast<float *>(scratch);
@@ -98,13 +98,13 @@ void run_panel(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
     int64_t t = 0;
     const auto at = [&](int64_t token) { return totals + token * kPanelTiles * kTileRows; };
     for (; t + kPanelTokens <= tokens; t += kPanelTokens)
-      panel_tokens<A, kPanelTokens>(plan, finish, prepared, panel, at(t), tile, tiles,
+      panel_tokens<A, kPanelTokens>(plan, finish, layout, prepared, panel, at(t), tile, tiles,
                                     range.token_begin + t, begin, end, word);
     for (; t + 2 <= tokens; t += 2)
-      panel_tokens<A, 2>(plan, finish, prepared, panel, at(t), tile, tiles, range.token_begin + t,
+      panel_tokens<A, 2>(plan, finish, layout, prepared, panel, at(t), tile, tiles, range.token_begin + t,
                          begin, end, word);
     for (; t < tokens; ++t)
-      panel_tokens<A, 1>(plan, finish, prepared, panel, at(t), tile, tiles, range.token_begin + t,
+      panel_tokens<A, 1>(plan, finish, layout, prepared, panel, at(t), tile, tiles, range.token_begin + t,
                          begin, end, word);
     word += vectors;
     begin = end;
@@ -120,8 +120,9 @@ void run(const Plan &plan, const void *prepared, void *scratch, const Range &ran
   const A arithmetic(plan, range.codebook);
   const Finish<A> finish(plan, range.codebook);
   if (range.token_end - range.token_begin > kDirectTokens) {
+    const Prepared<A> layout(plan);
     for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += kPanelTiles)
-      run_panel(plan, arithmetic, finish, prepared, scratch, range, tile);
+      run_panel(plan, arithmetic, finish, layout, prepared, scratch, range, tile);
     return;
   }
   run_direct(plan, arithmetic, finish, prepared, range);

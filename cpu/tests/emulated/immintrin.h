@@ -3,6 +3,10 @@
 // build `emulated` of build.ninja. Slow: for tests only.
 #pragma once
 
+#if !__has_include("simde/x86/avx512.h")
+#error "the emulated build needs SIMDe's headers: pip install simde-py, then configure again"
+#endif
+
 #define SIMDE_NO_NATIVE
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #pragma GCC diagnostic push
