@@ -3,8 +3,10 @@
 // All cases of a run take turns, round by round, so that a machine whose speed drifts treats them
 // alike. Weights rotate through copies that no cache holds. Prints a table, and rows of the
 // project's JSONL schema with --output.
+#if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
+#endif
 
 #include <atomic>
 #include <chrono>
@@ -47,6 +49,9 @@ void sample(Case &c, double round_ms, int64_t &copy, bool keep) {
 class BusyCores {
  public:
   explicit BusyCores(int64_t count) {
+#if !defined(__linux__)
+    if (count > 0) fail("--busy_cores needs Linux");
+#else
     cpu_set_t allowed;
     if (count == 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
     for (int cpu = CPU_SETSIZE - 1; cpu >= 0 && count > 0; --cpu)
@@ -54,6 +59,7 @@ class BusyCores {
         threads_.emplace_back([this, cpu] { spin(cpu); });
         --count;
       }
+#endif
   }
   ~BusyCores() {
     stop_ = true;
@@ -63,6 +69,7 @@ class BusyCores {
   BusyCores &operator=(const BusyCores &) = delete;
 
  private:
+#if defined(__linux__)
   void spin(int cpu) const {
     cpu_set_t one;
     CPU_ZERO(&one);
@@ -70,6 +77,7 @@ class BusyCores {
     if (sched_setaffinity(0, sizeof one, &one) != 0) fail("cannot bind a busy thread");
     while (!stop_) continue;
   }
+#endif
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;
 };

@@ -13,13 +13,14 @@
 #include "layout.h"
 #include "numeric.h"
 #include "options.h"
+#include "platform.h"
 
 namespace fdk::bench {
 
 // Memory that is aligned and touched.
 struct Buffer {
   explicit Buffer(size_t bytes)
-      : size(bytes), data(std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free) {
+      : size(bytes), data(allocate_aligned(64, (bytes + 63) / 64 * 64), free_aligned) {
     if (data == nullptr) fail("out of memory: use a smaller --rotate_mib");
     std::memset(data.get(), 0, (bytes + 63) / 64 * 64);
   }

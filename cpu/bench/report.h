@@ -1,11 +1,14 @@
 // Rows of the project's JSONL schema.
 #pragma once
 
+#if !defined(_WIN32)
 #include <sys/utsname.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <ctime>
 #include <fstream>
 #include <sstream>
@@ -31,9 +34,14 @@ inline std::string processor_name() {
   for (std::string line; std::getline(file, line);)
     if (line.rfind("model name", 0) == 0 || line.rfind("Hardware", 0) == 0)
       return line.substr(line.find(':') + 2);
+#if defined(_WIN32)
+  const char *name = std::getenv("PROCESSOR_IDENTIFIER");
+  return name == nullptr ? "unknown" : name;
+#else
   utsname name{};
   uname(&name);
   return name.machine;
+#endif
 }
 
 inline std::string number(double value) {

@@ -10,6 +10,7 @@
 
 #include "levels.h"
 #include "plan.h"
+#include "platform.h"
 
 namespace fdk {
 namespace {
@@ -20,7 +21,10 @@ constexpr const Level *kLevels[] = {
     &kAmxLevel, &kAvx512Bf16Level, &kAvx512VnniLevel, &kAvx2Level,
 #endif
 #if defined(__aarch64__) && !defined(FDK_WITHOUT_SIMD)
-    &kSve2Level, &kBf16Level, &kI8mmLevel, &kDotprodLevel, &kNeonLevel,
+#if defined(__linux__)
+    &kSve2Level,
+#endif
+    &kBf16Level, &kI8mmLevel, &kDotprodLevel, &kNeonLevel,
 #endif
     &kScalarLevel,
 };
@@ -56,7 +60,7 @@ bool any_usable_level(Use use) {
 }
 
 struct FreeAligned {
-  void operator()(void *p) const { std::free(p); }
+  void operator()(void *p) const { free_aligned(p); }
 };
 using Buffer = std::unique_ptr<void, FreeAligned>;
 
@@ -66,7 +70,7 @@ size_t round_up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * k
 
 Buffer allocate(size_t bytes) {
   if (bytes == 0) return nullptr;
-  void *p = std::aligned_alloc(kAlignment, round_up(bytes));
+  void *p = allocate_aligned(kAlignment, round_up(bytes));
   if (p == nullptr) throw std::bad_alloc();
   return Buffer(p);
 }
@@ -130,8 +134,9 @@ void take_part(void *context) {
       const int64_t tile = begin % plan.tiles;
       const int64_t count = std::min(end - begin, plan.tiles - tile);
       Range range{};
-      range.token_begin = part * plan.m / job.token_parts;
-      range.token_end = (part + 1) * plan.m / job.token_parts;
+      const int64_t groups = ceil_div(plan.m, kTokenGroup);
+      range.token_begin = part * groups / job.token_parts * kTokenGroup;
+      range.token_end = std::min((part + 1) * groups / job.token_parts * kTokenGroup, plan.m);
       run_tiles(job, scratch, range, tile, tile + count);
       begin += count;
     }

@@ -68,6 +68,9 @@ struct Plan {
   const uint8_t *tile_packed(int64_t tile) const { return packed + tile * steps * kStepBytes; }
 };
 
+// Tokens are divided among pieces of work at multiples of this many.
+inline constexpr int64_t kTokenGroup = 16;
+
 // A piece of work: some tokens by whole tiles that use one codebook. Only rows in
 // [row_begin, row_end) are stored (a tile may be shared by two codebooks, and the last one may be
 // ragged).

@@ -19,7 +19,7 @@ extern const Level kNeonLevel;     // armv8-a
 extern const Level kDotprodLevel;  // + dotprod
 extern const Level kI8mmLevel;     // + i8mm
 extern const Level kBf16Level;     // + bf16
-extern const Level kSve2Level;     // + sve2
+extern const Level kSve2Level;     // + sve2 (Linux)
 #endif
 
 }  // namespace fdk

@@ -10,25 +10,24 @@
 #include <algorithm>
 
 #include "kernel.h"
-#include "x86/amx_tiles.h"
+#include "x86/amx_activations.h"
 #include "x86/avx512_outputs.h"
 #include "x86/avx512_streams.h"
 
 namespace fdk {
 namespace {
 
-inline constexpr int64_t kMatrixTiles = 8;       // tiles that are decoded together
-inline constexpr int64_t kMatrixRegisters = 8;   // a tile's decoded at a time: the L1 cache holds two tiles' and 32 tokens'
+inline constexpr int64_t kMatrixTiles = 8;  // tiles that are decoded together, for many tokens
+// For up to this many, two: what is decoded stays in the L1 cache.
+inline constexpr int64_t kFewMatrixTokens = 32;
+// Of a tile's registers so many are decoded at a time: the L1 cache holds two tiles' and 32 tokens'.
+inline constexpr int64_t kMatrixRegisters = 8;
 inline constexpr int64_t kMatrixBytes = kMatrixRows * 64;
-// The most that a block of kMaxBlock columns takes, with the steps that it shares with others.
-template <typename A>
-inline constexpr int64_t kMatrixBlockRegisters =
-    ceil_div((ceil_div(kMaxBlock, step_k(A::kBits)) + 1) * A::kVectors, kMatrixRows);
 
-// Blocks [begin, end) of a plan, whose first word is `word`.
+// Blocks [begin, end) of a plan, the first one at the register `index`.
 struct Stretch {
   size_t begin, end;
-  int64_t word;
+  int64_t index;
 };
 
 // scratch: totals [kMatrixTiles][tokens][16] float32; weights [kMatrixTiles][register]; sums [4].
@@ -37,7 +36,7 @@ struct MatrixScratch {
   float *totals;
   char *weights;
   char *sums;
-  static constexpr int64_t kTileBytes = (kMatrixRegisters + kMatrixBlockRegisters<A>) * kMatrixBytes;
+  static constexpr int64_t kTileBytes = (kMatrixRegisters + kMaxBlockRegisters<A>) * kMatrixBytes;
 
   MatrixScratch(void *scratch, int64_t tokens)
       : totals(static_cast<float *>(scratch)),
@@ -51,8 +50,9 @@ struct MatrixScratch {
 
 // The blocks of [stretch.begin, ...) that fit, decoded for the tiles from `tile` on.
 template <typename A>
-size_t decode_stretch(const Plan &plan, const A &arithmetic, int64_t tile, int64_t tiles,
+size_t decode_stretch(const Plan &plan, const A &tables, int64_t tile, int64_t tiles,
                       size_t begin, char *weights) {
+  const A arithmetic = tables;  // a copy, which no store can change: it stays in registers
   size_t end = begin;
   for (int64_t i = 0; i < tiles; ++i) {
     auto *target = reinterpret_cast<__m512i *>(weights + i * MatrixScratch<A>::kTileBytes);
@@ -67,7 +67,7 @@ size_t decode_stretch(const Plan &plan, const A &arithmetic, int64_t tile, int64
         arithmetic.decode(step, decoded);
         for (int v = 0; v < A::kVectors; ++v) _mm512_store_si512(target + at + v, decoded[v]);
       }
-      vectors += block_words<A>(block);
+      vectors += block_registers<A>(block) * kMatrixRows;
       for (; at < vectors; ++at) _mm512_store_si512(target + at, _mm512_setzero_si512());
     }
   }
@@ -77,18 +77,16 @@ size_t decode_stretch(const Plan &plan, const A &arithmetic, int64_t tile, int64
 // What a block's sums add to the totals of `rows` tokens: sums x scales, and for integers the scale
 // of the activations and the codebook's offset (see Finish).
 template <typename A>
-void add_block(const Finish<A> &finish, const Prepared<A> &layout, const void *prepared,
-               __m512 scales, int64_t token, int64_t rows, size_t b, const char *sums,
-               float *totals) {
+void add_block(const Finish<A> &finish, const BlockFactor *factors, __m512 scales, int64_t rows,
+               const char *sums, float *totals) {
   if constexpr (A::kInteger) scales = _mm512_mul_ps(scales, _mm512_set1_ps(finish.factor));
   const __m512 ratio = _mm512_set1_ps(finish.ratio);
   for (int64_t r = 0; r < rows; ++r) {
     __m512 added;
     if constexpr (A::kInteger) {
-      const BlockFactor &x = layout.factors(prepared, token + r)[b];
       const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + r * 64));
-      added = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps(x.sum), ratio, sum),
-                            _mm512_set1_ps(x.scale));
+      added = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps(factors[r].sum), ratio, sum),
+                            _mm512_set1_ps(factors[r].scale));
     } else {
       added = _mm512_load_ps(reinterpret_cast<const float *>(sums + r * 64));
     }
@@ -99,7 +97,7 @@ void add_block(const Finish<A> &finish, const Prepared<A> &layout, const void *p
 
 // A stretch of two tiles by up to 32 tokens from `token` on; kSecond: more than 16 of them.
 template <typename A, bool kSecond>
-void multiply_stretch(const Plan &plan, const Finish<A> &finish, const Prepared<A> &layout,
+void multiply_stretch(const Plan &plan, const Finish<A> &finish, const MatrixPrepared<A> &layout,
                       const void *prepared, const Stretch &stretch, const char *weights, char *sums, float *totals,
                       int64_t total_stride, int64_t token, int64_t tokens, int64_t tile,
                       int64_t last_tile) {
@@ -109,16 +107,15 @@ void multiply_stretch(const Plan &plan, const Finish<A> &finish, const Prepared<
       const __m512 scales =
           load_tile_scales(plan, std::min(tile + i, last_tile), plan.blocks[b].group);
       float *own = totals + i * total_stride;
-      add_block<A>(finish, layout, prepared, scales, token, first, b, sums + i * kMatrixBytes, own);
+      const BlockFactor *factors = layout.factors(prepared, b, token);
+      add_block<A>(finish, factors, scales, first, sums + i * kMatrixBytes, own);
       if constexpr (kSecond)
-        add_block<A>(finish, layout, prepared, scales, token + kMatrixRows, tokens - kMatrixRows, b,
+        add_block<A>(finish, factors + kMatrixRows, scales, tokens - kMatrixRows,
                      sums + (2 + i) * kMatrixBytes, own + kMatrixRows * kTileRows);
     }
   };
-  const int32_t *words = layout.token_words(prepared, token) + stretch.word;
-  const int32_t *second_words =
-      layout.token_words(prepared, kSecond ? token + kMatrixRows : token) + stretch.word;
-  const auto stride = static_cast<size_t>(layout.stride);
+  const char *words = layout.words(prepared, token, stretch.index);
+  const char *second_words = words + (kSecond ? layout.registers * kMatrixBytes : 0);
   const char *second_weights = weights + MatrixScratch<A>::kTileBytes;
   stores_before_tile_loads();
   for (size_t b = stretch.begin; b < stretch.end; ++b) {
@@ -128,20 +125,20 @@ void multiply_stretch(const Plan &plan, const Finish<A> &finish, const Prepared<
       _tile_zero(2);
       _tile_zero(3);
     }
-    const int64_t count = block_words<A>(plan.blocks[b]);
-    for (int64_t w = 0; w < count; w += kMatrixRows) {
-      _tile_loadd(4, words, stride);
+    const int64_t count = block_registers<A>(plan.blocks[b]);
+    for (int64_t i = 0; i < count; ++i) {
+      _tile_loadd(4, words, 64);
       _tile_loadd(6, weights, 64);
       multiply_matrices<A, 0, 0>();
       _tile_loadd(7, second_weights, 64);
       multiply_matrices<A, 0, 1>();
       if constexpr (kSecond) {
-        _tile_loadd(5, second_words, stride);
+        _tile_loadd(5, second_words, 64);
         multiply_matrices<A, 1, 0>();
         multiply_matrices<A, 1, 1>();
       }
-      words += kMatrixRows;
-      second_words += kMatrixRows;
+      words += kMatrixBytes;
+      second_words += kMatrixBytes;
       weights += kMatrixBytes;
       second_weights += kMatrixBytes;
     }
@@ -156,13 +153,12 @@ void multiply_stretch(const Plan &plan, const Finish<A> &finish, const Prepared<
   add(stretch.end - 1);
 }
 
-// Up to kMatrixTiles tiles from `tile` on, for all tokens of the range.
+// `tiles` tiles from `tile` on, at most kMatrixTiles, for all tokens of the range.
 template <typename A>
 void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
-                      const Prepared<A> &layout, const void *prepared, void *scratch,
-                      const Range &range, int64_t tile) {
+                      const MatrixPrepared<A> &layout, const void *prepared, void *scratch,
+                      const Range &range, int64_t tile, int64_t tiles) {
   constexpr int64_t together = 2 * kMatrixRows;
-  const int64_t tiles = std::min(kMatrixTiles, range.tile_end - tile);
   const int64_t tokens = range.token_end - range.token_begin;
   const int64_t total_stride = tokens * kTileRows;
   const MatrixScratch<A> own(scratch, tokens);
@@ -194,7 +190,7 @@ void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &fi
       multiply(t, tokens - t);
     }
     for (size_t b = stretch.begin; b < stretch.end; ++b)
-      stretch.word += block_words<A>(plan.blocks[b]);
+      stretch.index += block_registers<A>(plan.blocks[b]);
   }
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t i = 0; i < tiles; ++i)
@@ -211,9 +207,12 @@ template <typename A>
 void run_matrix(const Plan &plan, const void *prepared, void *scratch, const Range &range) {
   const A arithmetic(plan, range.codebook);
   const Finish<A> finish(plan, range.codebook);
-  const Prepared<A> layout(plan);
-  for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += kMatrixTiles)
-    run_matrix_tiles(plan, arithmetic, finish, layout, prepared, scratch, range, tile);
+  const MatrixPrepared<A> layout(plan);
+  const int64_t tokens = range.token_end - range.token_begin;
+  const int64_t together = tokens > kFewMatrixTokens ? kMatrixTiles : 2;
+  for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += together)
+    run_matrix_tiles(plan, arithmetic, finish, layout, prepared, scratch, range, tile,
+                     std::min(together, range.tile_end - tile));
   _tile_release();
 }
 
@@ -221,16 +220,18 @@ void run_matrix(const Plan &plan, const void *prepared, void *scratch, const Ran
 template <typename A>
 bool fills_registers(const Plan &plan) {
   int64_t words = 0;
-  for (const Block &block : plan.blocks) words += (block.step_end - block.step_begin) * A::kVectors;
-  int64_t padded = 0;
-  for (const Block &block : plan.blocks) padded += block_words<A>(block);
-  return padded <= 2 * words;
+  int64_t registers = 0;
+  for (const Block &block : plan.blocks) {
+    words += (block.step_end - block.step_begin) * A::kVectors;
+    registers += block_registers<A>(block);
+  }
+  return registers * kMatrixRows <= 2 * words;
 }
 
 template <typename A>
 constexpr Kernel make_matrix_kernel(const char *name, bool (*supports)(const Plan &)) {
-  return {name,           supports,      prepared_bytes<A>, prepare<A>, matrix_scratch_bytes<A>,
-          run_matrix<A>, kMatrixTiles / 2};
+  return {name,           supports,      matrix_prepared_bytes<A>,
+          prepare_matrix<A>, matrix_scratch_bytes<A>, run_matrix<A>, kMatrixTiles / 2};
 }
 
 }  // namespace

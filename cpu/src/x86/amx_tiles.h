@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "x86/avx512_activations.h"
+#include "x86/avx512_decode.h"
 
 namespace fdk {
 namespace {
@@ -48,10 +48,6 @@ template <typename Decoder>
 struct Matrix : Decoder {
   using Decoder::Decoder;
 };
-
-// Registers are full or end with zeros: the foreign words behind a block never meet its weights.
-template <typename Decoder>
-inline constexpr int64_t kWordMultiple<Matrix<Decoder>> = kMatrixRows;
 
 // Adds the products of activations `kGroup` (0, 1) and weights `kTile` (0, 1) to their sums.
 template <typename A, int kGroup, int kTile>

@@ -35,23 +35,13 @@ struct BlockFactor {
   float scale, sum;
 };
 
-// A block's words are padded with zeros to a multiple of this many, where the arithmetic says so.
-template <typename A>
-inline constexpr int64_t kWordMultiple = 1;
-
-template <typename A>
-inline int64_t block_words(const Block &block) {
-  const int64_t words = (block.step_end - block.step_begin) * A::kVectors;
-  return ceil_div(words, kWordMultiple<A>) * kWordMultiple<A>;
-}
-
 template <typename A>
 struct Prepared {
   int64_t words;  // of a token
   int64_t stride;
   explicit Prepared(const Plan &plan) {
     words = 0;
-    for (const Block &block : plan.blocks) words += block_words<A>(block);
+    for (const Block &block : plan.blocks) words += (block.step_end - block.step_begin) * A::kVectors;
     const int64_t factors = A::kInteger ? static_cast<int64_t>(plan.blocks.size() * sizeof(BlockFactor)) : 0;
     factor_bytes = ceil_div(factors, 64) * 64;
     stride = factor_bytes + ceil_div(words * 4, 64) * 64 + 64;
@@ -150,31 +140,35 @@ inline void load_block(const Plan &plan, int64_t token, const Block &block, __m5
                        first_lanes(block.length - 16 * i));
 }
 
+// The words of a block of a token, and its factor; whole vectors are written, up to 60 bytes too many.
 template <typename A>
-void prepare(const Plan &plan, void *prepared, int64_t token_begin, int64_t token_end) {
+BlockFactor prepare_block(const Plan &plan, int64_t token, const Block &block, int32_t *words) {
   using Element = std::conditional_t<A::kColumns == 4, int8_t,
                                      std::conditional_t<A::kColumns == 2, int16_t, float>>;
+  const int64_t lead = block.k0 - block.step_begin * step_k(A::kBits);
+  alignas(64) Element natural[kNaturalElements] = {};
+  __m512 x[4];
+  load_block(plan, token, block, x);
+  BlockFactor factor{1.0F, 0.0F};
+  if constexpr (A::kInteger)
+    factor = quantise_block<A>(x, A::kColumns == 4 ? 127 : plan.levels[0].x_limit16, natural + lead);
+  else
+    A::store_block(x, natural + lead);
+  write_words<A>(natural, block.step_end - block.step_begin, words);
+  return factor;
+}
+
+template <typename A>
+void prepare(const Plan &plan, void *prepared, int64_t token_begin, int64_t token_end) {
   const Prepared<A> layout(plan);
-  const int32_t limit =
-      !A::kInteger ? 0 : A::kColumns == 4 ? 127 : plan.levels[0].x_limit16;
   for (int64_t token = token_begin; token < token_end; ++token) {
     auto *factors = const_cast<BlockFactor *>(layout.factors(prepared, token));
     auto *words = const_cast<int32_t *>(layout.token_words(prepared, token));
     for (size_t b = 0; b < plan.blocks.size(); ++b) {
       const Block &block = plan.blocks[b];
-      const int64_t steps = block.step_end - block.step_begin;
-      const int64_t lead = block.k0 - block.step_begin * step_k(A::kBits);
-      alignas(64) Element natural[kNaturalElements] = {};
-      __m512 x[4];
-      load_block(plan, token, block, x);
-      if constexpr (A::kInteger)
-        factors[b] = quantise_block<A>(x, limit, natural + lead);
-      else
-        A::store_block(x, natural + lead);
-      write_words<A>(natural, steps, words);
-      const int64_t padded = block_words<A>(block);
-      std::fill(words + steps * A::kVectors, words + padded, 0);
-      words += padded;
+      const BlockFactor factor = prepare_block<A>(plan, token, block, words);
+      if constexpr (A::kInteger) factors[b] = factor;
+      words += (block.step_end - block.step_begin) * A::kVectors;
     }
   }
 }

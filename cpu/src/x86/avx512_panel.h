@@ -27,34 +27,29 @@ size_t panel_scratch_bytes(const Plan &plan) {
   return static_cast<size_t>(totals + kPanelBytes + block_bytes);
 }
 
-template <typename A, int kTokens>
-void panel_block(const __m512i *panel, int64_t vectors, const int32_t *const words[],
-                 typename A::Sum sums[kTokens][kPanelTiles]) {
-  for (int t = 0; t < kTokens; ++t)
-    for (int i = 0; i < kPanelTiles; ++i) sums[t][i] = A::zero();
-  for (int64_t v = 0; v < vectors; ++v) {
-    __m512i weights[kPanelTiles];
-    for (int i = 0; i < kPanelTiles; ++i) weights[i] = _mm512_load_si512(panel + v * kPanelTiles + i);
-    for (int t = 0; t < kTokens; ++t) {
-      const __m512i word = _mm512_set1_epi32(words[t][v]);
-      for (int i = 0; i < kPanelTiles; ++i)
-        sums[t][i] = A::multiply_add(sums[t][i], weights[i], word);
-    }
-  }
-}
-
 // Blocks [block_begin, block_end), whose first word is `word`, for kTokens tokens.
 template <typename A, int kTokens>
 void panel_tokens(const Plan &plan, const Finish<A> &finish, const Prepared<A> &layout,
-                  const void *prepared, const __m512i *panel, float *totals, int64_t tile, int64_t tiles, int64_t token,
-                  size_t block_begin, size_t block_end, int64_t word) {
+                  const void *prepared, const __m512i *panel, float *totals, int64_t tile,
+                  int64_t tiles, int64_t token, size_t block_begin, size_t block_end, int64_t word) {
   for (size_t b = block_begin; b < block_end; ++b) {
     const Block &block = plan.blocks[b];
     const int64_t vectors = (block.step_end - block.step_begin) * A::kVectors;
     const int32_t *words[kTokens];
     for (int t = 0; t < kTokens; ++t) words[t] = layout.token_words(prepared, token + t) + word;
-    typename A::Sum sums[kTokens][kPanelTiles];
-    panel_block<A, kTokens>(panel, vectors, words, sums);
+    typename A::Sum sums[kTokens][kPanelTiles];  // never by address: they must stay in registers
+    for (auto &of_token : sums)
+      for (auto &sum : of_token) sum = A::zero();
+    for (int64_t v = 0; v < vectors; ++v) {
+      __m512i weights[kPanelTiles];
+      for (int i = 0; i < kPanelTiles; ++i)
+        weights[i] = _mm512_load_si512(panel + v * kPanelTiles + i);
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512i word = _mm512_set1_epi32(words[t][v]);
+        for (int i = 0; i < kPanelTiles; ++i)
+          sums[t][i] = A::multiply_add(sums[t][i], weights[i], word);
+      }
+    }
     for (int i = 0; i < kPanelTiles; ++i) {
       // Tiles beyond the panel's end hold zeros; they borrow the first one's scales.
       const __m512 scales = load_tile_scales(plan, i < tiles ? tile + i : tile, block.group);
@@ -70,9 +65,10 @@ void panel_tokens(const Plan &plan, const Finish<A> &finish, const Prepared<A> &
 }
 
 template <typename A>
-void run_panel(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
+void run_panel(const Plan &plan, const A &tables, const Finish<A> &finish,
                const Prepared<A> &layout, const void *prepared, void *scratch, const Range &range,
                int64_t tile) {
+  const A arithmetic = tables;  // a copy, which no store can change: it stays in registers
   const int64_t tiles = std::min(kPanelTiles, range.tile_end - tile);
   const int64_t tokens = range.token_end - range.token_begin;
   float *totals = static_cast<float *>(scratch);
@@ -100,12 +96,12 @@ void run_panel(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
     for (; t + kPanelTokens <= tokens; t += kPanelTokens)
       panel_tokens<A, kPanelTokens>(plan, finish, layout, prepared, panel, at(t), tile, tiles,
                                     range.token_begin + t, begin, end, word);
-    for (; t + 2 <= tokens; t += 2)
-      panel_tokens<A, 2>(plan, finish, layout, prepared, panel, at(t), tile, tiles, range.token_begin + t,
-                         begin, end, word);
+    for (; t + 3 <= tokens; t += 3)
+      panel_tokens<A, 3>(plan, finish, layout, prepared, panel, at(t), tile, tiles,
+                         range.token_begin + t, begin, end, word);
     for (; t < tokens; ++t)
-      panel_tokens<A, 1>(plan, finish, layout, prepared, panel, at(t), tile, tiles, range.token_begin + t,
-                         begin, end, word);
+      panel_tokens<A, 1>(plan, finish, layout, prepared, panel, at(t), tile, tiles,
+                         range.token_begin + t, begin, end, word);
     word += vectors;
     begin = end;
   }
