@@ -2,6 +2,7 @@
 
     cxx          the compiler: $CXX, else the first of clang++ and g++ that compiles C++20
     LEVEL.rsp    its options for each instruction set, none on another processor
+    zig/         the same for zig.ninja, by processor
     emulated/    the same where AVX-512 and AMX are SIMDe's plain loops
     openmp.rsp   -fopenmp, or nothing when the compiler lacks it (then std::thread is used)
     user.rsp     $CXXFLAGS; link.rsp: $LDFLAGS
@@ -34,6 +35,14 @@ ARM_LEVELS = {
     "i8mm": "-march=armv8.2-a+dotprod+i8mm",
     "bf16": "-march=armv8.2-a+dotprod+i8mm+bf16",
     "sve2": "-march=armv8.2-a+dotprod+i8mm+bf16+sve2",
+}
+# For zig's clang, which takes features behind the name of a processor. No SVE2 outside Linux.
+ZIG_ARM_LEVELS = {
+    "neon": "",
+    "dotprod": "-mcpu=generic+dotprod",
+    "i8mm": "-mcpu=generic+dotprod+i8mm",
+    "bf16": "-mcpu=generic+dotprod+i8mm+bf16",
+    "sve2": "",
 }
 # GCC's own AVX-512 header reads a variable before it is set (GCC bug 105593).
 GCC_AVX512 = " -Wno-uninitialized -Wno-maybe-uninitialized"
@@ -110,6 +119,9 @@ def main() -> None:
     write(folder / "link.rsp", os.environ.get("LDFLAGS", ""))
     write(folder / "python.rsp", includes)
     write(folder / "module", module)
+    for name in (*X86_LEVELS, *ARM_LEVELS):
+        write(folder / "zig" / "x86" / f"{name}.rsp", X86_LEVELS.get(name, ""))
+        write(folder / "zig" / "arm" / f"{name}.rsp", ZIG_ARM_LEVELS.get(name, ""))
     simde = folder_of("simde_py")
     emulated = EMULATED if simde is None else f"{EMULATED} -isystem {simde / 'simde'}"
     for levels, wanted in ((X86_LEVELS, x86), (ARM_LEVELS, arm)):

@@ -51,14 +51,16 @@ constexpr Kernel kKernels[] = {
     make_kernel<Int8<1, false>>("avx512vnni.int8_1bit", supports_int8<1, false>),
     make_kernel<Int16<8>>("avx512vnni.int16_8bit", supports_int16<8>),
     make_kernel<Int16<4>>("avx512vnni.int16_4bit", supports_int16<4>),
+    Sums<2, true>::kernel("avx512vnni.integer_sums_2bit"),
     make_kernel<Int16<2>>("avx512vnni.int16_2bit", supports_int16<2>),
+    Sums<1, true>::kernel("avx512vnni.integer_sums_1bit"),
     make_kernel<Int16<1>>("avx512vnni.int16_1bit", supports_int16<1>),
     make_kernel<Float32Wide8>("avx512vnni.float32_8bit_bfloat16", supports_wide8),
     make_kernel<Float32<8>>("avx512vnni.float32_8bit", supports_exact<8>),
     make_kernel<Float32<4>>("avx512vnni.float32_4bit", supports_exact<4>),
-    Sums<2>::kernel("avx512vnni.sums_2bit"),
+    Sums<2, false>::kernel("avx512vnni.sums_2bit"),
     make_kernel<Float32<2>>("avx512vnni.float32_2bit", supports_exact<2>),
-    Sums<1>::kernel("avx512vnni.sums_1bit"),
+    Sums<1, false>::kernel("avx512vnni.sums_1bit"),
     make_kernel<Float32<1>>("avx512vnni.float32_1bit", supports_exact<1>),
 };
 
