@@ -135,6 +135,5 @@ def main() -> None:
             )
 
 
-
 if __name__ == "__main__":
     main()
