@@ -73,7 +73,7 @@ def backends() -> dict[str, str]:
     """For each backend what runs it here, or why nothing does."""
     gpus = [d for d in jax.devices() if d.platform in ("gpu", "cuda")]
     gpu = target.current()
-    if gpus and not gpu.has_pallas:
+    if gpus and not gpu.has_kernels:
         pallas = f"missing: {gpu.unknown}"
     elif gpus:
         pallas = f"{gpu} x {len(gpus)}"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import triton_compat
+from pallas_kernels import xla_call
 from pallas_kernels.target import Target
 
 PLANE = 64
@@ -163,7 +163,7 @@ class Case:
         outputs = (row,)
         if self.residual:
             outputs = (row, row, jax.ShapeDtypeStruct((squares,), jnp.float32))
-        return triton_compat.ptx_call(
+        return xla_call.ptx_call(
             source,
             operands + others,
             outputs,

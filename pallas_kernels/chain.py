@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import integer, ring, stream, triton_compat
+from pallas_kernels import integer, ring, stream, xla_call
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.ptx import Ptx
 from pallas_kernels.target import Target
@@ -132,7 +132,7 @@ def matmul(
             names["norm_scale"] = norm_scales[place // 2]
         arrays |= {f"{name}{place}": array for name, array in names.items()}
     shapes = outputs(products, config, target)
-    results = triton_compat.ptx_call(
+    results = xla_call.ptx_call(
         source(products, config, target),
         tuple(arrays.values()),
         tuple(shapes.values()),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import decoding, matvec, triton_compat
+from pallas_kernels import decoding, matvec, xla_call
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.matvec import Config
 from pallas_kernels.ptx import at, vector
@@ -33,7 +33,7 @@ def matmul(case: Case, arrays: Arrays, target: Target) -> Array:
 def dequantise(case: Case, packed: Array, scales: Array, codebook: Array, target: Target) -> Array:
     """The weight in the dtype of x, padded to whole tiles: [ceil(N / 16) * 16, blocks * span]."""
     shape = 16 * case.tiles, case.blocks * case.span
-    [weight] = triton_compat.ptx_call(
+    [weight] = xla_call.ptx_call(
         source(case, target),
         (packed, scales, codebook),
         (jax.ShapeDtypeStruct(shape, case.x_dtype),),

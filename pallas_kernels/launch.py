@@ -84,6 +84,17 @@ def matmul(
     return tuning.launch(case, chosen.kernel, chosen.config, arrays, gpu)[0]
 
 
+def has_kernel(w: Arrays, **facts: Any) -> bool:
+    """Whether `matmul` has a kernel for a product, on the GPU at hand.
+
+    Args:
+        w: its arrays, or their shapes and dtypes.
+        facts: bits, group_size, out_features and uniform, see `matmul`.
+    """
+    case = _case(w, out_dtype=w.x.dtype, **facts)
+    return tuning.choose(case, target.current()).kernel != "xla"
+
+
 class Scaled(NamedTuple):
     """A residual sum on its way through a norm.
 

@@ -1,5 +1,7 @@
 """Writes PTX: registers, operations and the few idioms that the kernels share."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -132,6 +134,12 @@ class Writer:
 def shared_declaration(size: int | str) -> str:
     """The declaration of a program's shared memory; its only one."""
     return f".shared .align 128 .b8 fdk_shared[{size}];"
+
+
+def shared_bytes(source: str) -> int:
+    """The size of `fdk_shared`, zero if a block of PTX has none."""
+    size = re.search(r"fdk_shared\[(\d+)\]", source)
+    return int(size[1]) if size else 0
 
 
 def vector(registers: list[str]) -> str:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import decoding, triton_compat
+from pallas_kernels import decoding, xla_call
 from pallas_kernels.ptx import (
     LOG2_E,
     Ptx,
@@ -78,7 +78,7 @@ def decode(
 ) -> tuple[Array, Array, Array]:
     """See `attention.decode`."""
     batch = qkv.shape[0]
-    mixed, keys, values = triton_compat.ptx_call(
+    mixed, keys, values = xla_call.ptx_call(
         source(case, target),
         (qkv, cos, sin, lengths, keys, values, *norms),
         (

@@ -6,6 +6,7 @@ newer GPU:
 
     FDK_JAX_TARGET=sm_80 python ...          the architecture, with its shared memory
     FDK_JAX_TARGET=sm_89:multiprocessors=58,shared_bytes=101376 python ...
+    FDK_JAX_TRITON=0 python ...              as if Pallas had no Triton lowering, see `triton_compat`
 
 Kernels whose thread blocks wait for each other across the grid (`chain`) need every one of them resident at
 once. Where another process may hold a part of the GPU (MPS, MIG) that is not certain, and separate launches are
@@ -15,6 +16,7 @@ used; FDK_JAX_GRID_BARRIERS=0 turns such kernels off everywhere.
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import os
 import re
 import warnings
@@ -49,6 +51,7 @@ _MPS = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MP
 _MPS_PIPE = Path("/tmp/nvidia-mps/control")  # where its daemon listens by default
 _BARRIERS = "FDK_JAX_GRID_BARRIERS"
 _PRETEND = "FDK_JAX_TARGET"
+_TRITON = "FDK_JAX_TRITON"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Target:
         shared_bytes: shared memory that a thread block may have.
         kind: as JAX names the device, e.g. "NVIDIA H200": rows of the tuned table measured on it come first.
         no_grid_barriers: why thread blocks may not wait for each other across the grid; empty if they may.
+        triton: whether Pallas lowers kernels through Triton.
     """
 
     capability: tuple[int, int] | None
@@ -68,6 +72,7 @@ class Target:
     shared_bytes: int
     kind: str
     no_grid_barriers: str = ""
+    triton: bool = True
 
     @staticmethod
     def of(device: Any) -> "Target":
@@ -87,6 +92,7 @@ class Target:
             int(getattr(device, "shared_memory_per_block_optin", 48 * _KIB)),
             device.device_kind,
             _no_grid_barriers(device.device_kind),
+            _has_triton(),
         )
 
     @staticmethod
@@ -116,12 +122,14 @@ class Target:
             fields[name] = int(value)
         base = base or Target(None, _MULTIPROCESSORS[capability], 0, "")
         same = base.capability == capability
+        name = text.partition(":")[0]
+        named = f"{base.kind} as {name}" if base.kind else name
         return dataclasses.replace(
             base,
             **{
                 "capability": capability,
                 "shared_bytes": SHARED_BYTES[capability],
-                "kind": base.kind if same else f"{text.partition(':')[0]}",
+                "kind": base.kind if same else named,
                 **fields,
             },
         )
@@ -146,8 +154,13 @@ class Target:
 
     @property
     def has_pallas(self) -> bool:
-        """Whether kernels in ordinary Pallas operations run here: an NVIDIA GPU from sm_80 on."""
-        return self.capability is not None and self.capability >= _OLDEST
+        """Whether kernels in ordinary Pallas operations run here: an NVIDIA GPU from sm_80 on, by Triton."""
+        return self.triton and self.capability is not None and self.capability >= _OLDEST
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether any kernels run here."""
+        return not self.unknown or self.has_pallas
 
     @property
     def has_wgmma(self) -> bool:
@@ -223,11 +236,13 @@ def _at_hand() -> Target:
     if gpus:
         found = common([Target.of(device) for device in gpus])
     else:
-        found = dataclasses.replace(H200, no_grid_barriers="no GPU is at hand")
+        found = dataclasses.replace(
+            H200, no_grid_barriers="no GPU is at hand", triton=_has_triton()
+        )
     if text := os.environ.get(_PRETEND):
         found = Target.parse(text, found)
     if found.unknown:
-        instead = "plain, slower kernels run" if found.has_pallas else "XLA runs, without kernels"
+        instead = "plain, slower kernels run" if found.has_kernels else "XLA runs, without kernels"
         warnings.warn(f"{found.unknown}: {instead}", stacklevel=2)
     return found
 
@@ -246,6 +261,17 @@ def common(targets: Sequence[Target]) -> Target:
         shared_bytes=min(target.shared_bytes for target in targets),
         no_grid_barriers=next((t.no_grid_barriers for t in targets if t.no_grid_barriers), ""),
     )
+
+
+def _has_triton() -> bool:
+    """Whether Pallas lowers through Triton: JAX has that, and it is not switched off."""
+    switch = os.environ.get(_TRITON, "1")
+    if switch not in ("0", "1"):
+        raise ValueError(f"{_TRITON}={switch!r} must be 0 or 1")
+    try:
+        return switch == "1" and importlib.util.find_spec("jax._src.pallas.triton") is not None
+    except ValueError:  # taken out of `sys.modules`
+        return False
 
 
 def _no_grid_barriers(kind: str) -> str:

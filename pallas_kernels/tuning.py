@@ -28,15 +28,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import dequantise, integer, matvec, wgmma
+from pallas_kernels import dequantise, integer, matvec, mma, wgmma
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.target import H200, Target, current
 
-KERNELS = {"matvec": matvec, "integer": integer, "wgmma": wgmma}
-Config = matvec.Config | integer.Config | wgmma.Config
+KERNELS = {"matvec": matvec, "integer": integer, "mma": mma, "wgmma": wgmma}
+Config = matvec.Config | integer.Config | mma.Config | wgmma.Config
 _SHIPPED = Path(__file__).with_name("tuned.json")
-_FEW = 16  # most rows of x a program of `matvec` takes, if there is `wgmma` for more
-_MANY = 32  # the same, if there is none
+_FEW = 16  # most rows of x a program of `matvec` takes
 # A row of another device, or of another kind of codebook, counts like one of a shape twice as large.
 _ANOTHER = math.log(2)
 
@@ -46,8 +45,8 @@ class Plan:
     """The choice for one product.
 
     Attributes:
-        kernel: "matvec", "integer", "wgmma", "dequantise" (then dot), "gather", or "xla" where no kernel runs.
-        config: launch configuration of the first three, else None.
+        kernel: a key of `KERNELS`; "dequantise" (then dot); "gather"; "xla" where no kernel runs.
+        config: launch configuration of a kernel of `KERNELS`, else None.
         reason: why, in words.
     """
 
@@ -98,11 +97,12 @@ def plan(
 
 def choose(case: Case, target: Target) -> Plan:
     """As `plan`, from everything that is static about a product."""
-    if target.unknown and not target.has_pallas:
-        return Plan("xla", None, f"dequantises, then dots, because {target.unknown}")
     reason = matvec.unsupported_reason(case, matvec.Config(tiles=1, warps=8), target)
-    if reason is not None:
+    if reason is not None and target.has_pallas:
         return Plan("gather", None, f"looks every code up in memory, because {reason}")
+    if reason is not None:
+        without = "" if target.triton else ", and Pallas has no Triton lowering"
+        return Plan("xla", None, f"dequantises, then dots, because {reason}{without}")
     rows = _by_nearness(case, target)
     if not rows:
         why = "then dot: more tokens than any for which decoding again paid"
@@ -118,20 +118,22 @@ def choose(case: Case, target: Target) -> Plan:
         reason = unsupported_reason(case, config, target)
         if reason is None:
             return Plan(row["kernel"], config, why)
-    return Plan(
-        "matvec", _portable(case, target), f"untuned for {target.architecture}, since {reason}"
-    )
+    config = _portable(case, target)
+    return Plan(kernel_of(config), config, f"untuned for {target.architecture}, since {reason}")
 
 
-def _portable(case: Case, target: Target) -> matvec.Config:
+def _portable(case: Case, target: Target) -> matvec.Config | mma.Config:
     """What runs on every GPU, as good a guess as there is."""
     smallest = fit(case, matvec.Config(tiles=1, warps=8), target)
     if target.has_wgmma:
         return smallest
+    if case.m > _FEW:
+        config = mma.Config(32 if case.m <= 32 else 64, 2, 2, 4, 2, 2)
+        return smallest if unsupported_reason(case, config, target) else config
     diagonal = case.bits < 4 and case.m == 1
     config = matvec.Config(
         tiles=1,
-        warps=8 if case.bits < 4 or case.m > _FEW else 16,
+        warps=8 if case.bits < 4 else 16,
         stages=8 // case.planes if diagonal else 1,
         diagonal=diagonal,
     )
@@ -155,10 +157,7 @@ def configuration(row: dict, target: Target) -> Any:
 def fit(case: Case, config: Any, target: Target) -> Any:
     """A configuration with what follows from the number of tokens."""
     if isinstance(config, matvec.Config):
-        most = _FEW if target.has_wgmma else _MANY
-        columns = 1
-        while 8 * columns < min(case.m, most):
-            columns *= 2
+        columns = 1 if case.m <= _FEW // 2 else _FEW // 8
         diagonal, programs = (config.diagonal, config.programs) if case.m == 1 else (False, 0)
         cluster = config.cluster if target.has_clusters else 1
         return dataclasses.replace(
@@ -185,14 +184,16 @@ def _class_of(architecture: str) -> str:
 
 def _by_nearness(case: Case, target: Target) -> list[dict]:
     """The rows to follow, best first; none if the product has more tokens than all rows."""
-    rows = [row for row in _table() if row["bits"] == case.bits]
     mine = _class_of(target.architecture)
-    rows = [row for row in rows if _class_of(_architecture(row)) == mine] or rows
+    classes = {"wgmma": ("wgmma",), "mma": ("mma",), "bulk copies": ("bulk copies", "mma")}[mine]
+    rows = [row for row in _table() if row["bits"] == case.bits]
+    rows = [row for row in rows if _class_of(_architecture(row)) in classes] or rows
     m = min((row["m"] for row in rows if row["m"] >= case.m), default=None)
 
     def distance(row: dict) -> float:
         shape = abs(math.log(row["n"] / case.n)) + abs(math.log(row["k"] / case.k))
         others = (row["device"] != target.kind) + (_is_even(row) != case.even)
+        others += 2 * (_class_of(_architecture(row)) != mine)
         return shape + _ANOTHER * others
 
     return sorted((row for row in rows if row["m"] == m), key=distance)
@@ -266,6 +267,15 @@ _WGMMA = {
 }
 
 
+# (tokens, tiles, row_warps, teams, x_stages) of `mma` for at least so many tokens.
+_MMA = {
+    9: ((16, 2, 2, 8, 2), (16, 2, 2, 4, 4)),
+    17: ((32, 2, 2, 8, 2), (32, 2, 2, 4, 4), (32, 2, 2, 4, 2), (32, 1, 4, 4, 4)),
+    33: ((64, 2, 2, 4, 2), (64, 2, 2, 4, 4), (64, 1, 4, 4, 2), (64, 1, 4, 2, 2)),
+    65: ((64, 2, 4, 2, 4), (64, 2, 2, 2, 2), (64, 2, 2, 4, 2), (128, 1, 4, 2, 2)),
+}
+
+
 def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
     """(kernel, configuration) pairs that may be the fastest for a case: those that ever were.
 
@@ -281,12 +291,15 @@ def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
             config = matvec.Config(*facts, row_warps=row_warps, programs=programs)
             if matvec.takes_turns(case, config):
                 yield "matvec", config
-    if case.m <= 2 * (_FEW if target.has_wgmma else _MANY):
+    if case.m <= (2 * _FEW if target.has_wgmma else _FEW):
         for facts in _ONE_TOKEN if case.m == 1 else _TOKENS:
             yield "matvec", fit(case, matvec.Config(*facts[:3], row_warps=facts[3]), target)
     if case.m >= min(_WGMMA) and target.has_wgmma:
         for facts in _WGMMA[max(m for m in _WGMMA if m <= case.m)]:
             yield "wgmma", wgmma.Config(*facts)
+    if case.m >= min(_MMA):
+        for *facts, x_stages in _MMA[max(m for m in _MMA if m <= case.m)]:
+            yield "mma", mma.Config(*facts, max(2, x_stages // case.planes), x_stages)
     if case.m >= (128 if target.has_wgmma else 64):
         yield "dequantise", None
 

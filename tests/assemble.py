@@ -25,7 +25,8 @@ if __name__ == "__main__":  # from the project's root
 import golden
 import jax.numpy as jnp
 
-from pallas_kernels import chain, dequantise, ring, short_attention, stream, triton_compat, tuning
+from pallas_kernels import chain, dequantise, ring, short_attention, stream, tuning, xla_call
+from pallas_kernels.ptx import shared_bytes
 from pallas_kernels.target import H200, Target
 
 ARCHITECTURES = (
@@ -97,12 +98,12 @@ def kernels(architecture: str, quick: bool = False) -> Iterator[Kernel]:
         if source in seen or ("wgmma." in source and architecture == "sm_90"):
             continue
         seen.add(source)
-        entry = triton_compat.entry(
+        entry = xla_call.entry(
             source, f"k{len(seen)}", target, operands=_OPERANDS, threads=32 * warps
         )
         if architecture == "sm_90":
             entry = entry.replace(".target sm_90a", ".target sm_90")
-        yield Kernel(family, name, entry, triton_compat.shared_bytes(source))
+        yield Kernel(family, name, entry, shared_bytes(source))
 
 
 def _sources(target: Target, quick: bool) -> Iterator[tuple[str, str, str, int]]:

@@ -61,7 +61,8 @@ class _Program:
     def __init__(self, source, operands, place, threads, cluster):
         self.threads, self.registers, self.labels, self.code = threads * cluster, {}, {}, []
         self.memory, starts = _Memory(), []
-        self.copies, self.groups = [], []
+        # Of each warp the copies since its last group of them, and its groups.
+        self.copies, self.groups = {}, {}
         self.acquired = np.full((self.threads, 2), -1)
         self.barriers, self.bulk = {}, []
         self.chance = np.random.default_rng(place[0])
@@ -276,22 +277,27 @@ class _Program:
         self.still[:] = False
 
     def copy(self, opcode, operands, active):
-        """Asynchronous copies: they arrive when a thread waits for them, not before."""
-        if opcode[2] == "commit_group":
-            self.groups.append(self.copies)
-            self.copies = []
-        elif opcode[2] == "wait_group":
-            ready = len(self.groups) - int(operands[0])
-            for target, values in (c for group in self.groups[:ready] for c in group):
-                self.shared.store(target, 4, values)
-            self.groups = self.groups[max(ready, 0) :]
-        else:
-            (to, to_offset), (base, offset), size = *operands[:2], int(operands[2])
-            target = (self.read(to).astype(np.int64) + self.window)[active] + to_offset
-            source = self.read(base).astype(np.int64)[active] + offset
-            assert not (target % size).any() and not (source % size).any(), "misaligned"
-            for i in range(0, size, 4):
-                self.copies.append((target + i, self.memory.load(source + i, 4)))
+        """Asynchronous copies: they arrive when their warp waits for them, not before."""
+        threads = np.arange(self.threads)
+        for warp in np.unique(threads[active] // 32):
+            copies = self.copies.setdefault(warp, [])
+            groups = self.groups.setdefault(warp, [])
+            if opcode[2] == "commit_group":
+                groups.append(copies)
+                self.copies[warp] = []
+            elif opcode[2] == "wait_group":
+                ready = max(len(groups) - int(operands[0]), 0)
+                for target, values in (c for group in groups[:ready] for c in group):
+                    self.shared.store(target, 4, values)
+                self.groups[warp] = groups[ready:]
+            else:
+                (to, to_offset), (base, offset), size = *operands[:2], int(operands[2])
+                mine = active & (threads // 32 == warp)
+                target = (self.read(to).astype(np.int64) + self.window)[mine] + to_offset
+                source = self.read(base).astype(np.int64)[mine] + offset
+                assert not (target % size).any() and not (source % size).any(), "misaligned"
+                for i in range(0, size, 4):
+                    copies.append((target + i, self.memory.load(source + i, 4)))
 
     def meet(self, active, count):
         """Which threads have met: all that still run, or so many of a program; the others stand still."""

@@ -13,7 +13,7 @@ import ptx_machine
 import pytest
 
 import pallas_kernels
-from pallas_kernels import chain, ring, stream, triton_compat
+from pallas_kernels import chain, ring, stream, xla_call
 from pallas_kernels.case import Case
 from pallas_kernels.target import H200
 
@@ -126,7 +126,7 @@ def test_chains_assemble(tmp_path, bits):
     source = chain.source(cases, config, H200)
     file = tmp_path / "chain.ptx"
     threads = 32 * config.warps
-    file.write_text(triton_compat.entry(source, "chain", H200, operands=count, threads=threads))
+    file.write_text(xla_call.entry(source, "chain", H200, operands=count, threads=threads))
     command = ["ptxas", "-arch=sm_90a", str(file), "-o", str(file.with_suffix(".cubin"))]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

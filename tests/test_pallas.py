@@ -19,9 +19,9 @@ from fdk_jax import models
 from fdk_jax.format import codebooks, packing
 from fdk_jax.models.cache import KVCache
 from fdk_jax.models.config import ModelConfig
-from pallas_kernels import dequantise, integer, matvec, triton_compat, tuning, wgmma
+from pallas_kernels import dequantise, integer, matvec, mma, tuning, wgmma, xla_call
 from pallas_kernels.case import Arrays, Case
-from pallas_kernels.ptx import Ptx, at
+from pallas_kernels.ptx import Ptx, at, shared_bytes
 from pallas_kernels.target import H200, Target
 
 HALF = jnp.dtype(jnp.bfloat16)
@@ -132,7 +132,7 @@ def test_what_triton_does_not_launch_is_launched_as_it_stands(m, config, grid):
     assert (launch["block_x"], operands) == (32 * config.warps, 5)
     assert tuple(launch[f"grid_{axis}"] for axis in "xyz") == grid
     source = tuning.KERNELS[kernel].source(case, config, H200)
-    assert launch["shared_mem_bytes"] == triton_compat.shared_bytes(source)
+    assert launch["shared_mem_bytes"] == shared_bytes(source)
     assert (".reqnctapercluster 2, 1, 1" in launch["kernel_data"]) == (config.cluster == 2)
 
 
@@ -163,7 +163,7 @@ def test_candidates_assemble(tmp_path, bits, uniform, m, dtype):
         if config is None or tuning.unsupported_reason(case, config, H200) is not None:
             continue
         source = tuning.KERNELS[kernel].source(case, config, H200)
-        text = triton_compat.entry(source, "kernel", H200, operands=5, threads=32 * config.warps)
+        text = xla_call.entry(source, "kernel", H200, operands=5, threads=32 * config.warps)
         files.append(tmp_path / f"{i}.ptx")
         files[-1].write_text(text)
     for file in files:
@@ -295,6 +295,10 @@ def _run_ptx(case, config, arrays, bias):
         (5, 64, 1100, 16, 1, "float16", wgmma.Config(16, 1, 1, 4, ring=True)),
         (70, 130, 1100, 64, 1, "float16", wgmma.Config(64, 2, 1, 2, cluster=4)),
         (130, 130, 300, 64, 1, "bfloat16", wgmma.Config(128, 2, 2, 2, cluster=2)),
+        (35, 70, 1300, 64, 1, "bfloat16", mma.Config(32, 2, 2, 2, 2, 2)),
+        (19, 96, 900, 32, 3, "float16", mma.Config(32, 1, 2, 3, 4, 4)),
+        (9, 33, 600, 16, 1, "bfloat16", mma.Config(16, 1, 1, 4, 4, 4)),
+        (70, 40, 520, 128, 1, "float16", mma.Config(64, 1, 2, 2, 2, 2)),
     ],
 )
 def test_ptx_values_and_bounds(rng, bits, uniform, m, n, k, group_size, books, dtype, config):

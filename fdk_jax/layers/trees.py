@@ -144,7 +144,7 @@ def default_backend() -> str:
     """The backend whose kernels run on JAX's default platform: "pallas", "cpu" or "xla"."""
     platform = jax.default_backend()
     if platform in ("gpu", "cuda"):
-        return "pallas" if target.current().has_pallas else "xla"
+        return "pallas" if target.current().has_kernels else "xla"
     return "cpu" if platform == "cpu" and cpu_backend.unavailable_reason() is None else "xla"
 
 

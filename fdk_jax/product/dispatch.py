@@ -26,7 +26,6 @@ import pallas_kernels
 from fdk_jax.format import packing
 from fdk_jax.format.quantised_tensor import FACTS, FLOAT_DTYPES, QuantisedTensor
 from fdk_jax.product import cpu_backend, partitioning, reference
-from pallas_kernels import target
 from pallas_kernels.case import Arrays
 
 BACKENDS = ("pallas", "cpu", "xla")
@@ -246,7 +245,7 @@ def _on_platform(product: Product, operands: Arrays) -> Array:
     """One product by the chosen backend, or by the platform that the program is lowered for."""
     if product.backend is not None:
         return _run(product.backend, product, operands)
-    kernel = _kernel_of(product)
+    kernel = _kernel_of(product, operands)
     if kernel is None:
         return _run("xla", product, operands)
     branches = {_PLATFORM_OF[kernel]: functools.partial(_run, kernel, product)}
@@ -255,10 +254,12 @@ def _on_platform(product: Product, operands: Arrays) -> Array:
     )
 
 
-def _kernel_of(product: Product) -> str | None:
+def _kernel_of(product: Product, operands: Arrays) -> str | None:
     """The kernel whose layout the weight has, if it exists here."""
     if product.layout == "planar":
-        return "pallas" if target.current().has_pallas else None
+        names = ("bits", "group_size", "out_features", "uniform")
+        facts = {name: getattr(product, name) for name in names}
+        return "pallas" if pallas_kernels.has_kernel(operands, **facts) else None
     if product.layout == "tiled" and cpu_backend.unsupported_reason(product.group_size) is None:
         return "cpu"
     return None

@@ -63,9 +63,10 @@ def explain(
         return _path("xla", x, w, reason)
     if w.layout == "planar" and platform == "cuda":
         gpu = target.current()
-        if not gpu.has_pallas:
-            return _path("xla", x, w, gpu.unknown)
-        return _path("pallas", x, w, f"the weight is prepared for it, on {gpu}")
+        path = _path("pallas", x, w, f"the weight is prepared for it, on {gpu}")
+        if path.kernel.startswith("xla"):
+            return _path("xla", x, w, path.kernel.partition(": ")[2])
+        return path
     if w.layout == "tiled" and platform == "cpu":
         missing = cpu_backend.unsupported_reason(w.group_size)
         if missing is None:

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "x86/avx512_streams.h"
+#include "avx512.h"
 
 namespace fdk {
 namespace {

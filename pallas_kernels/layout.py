@@ -1,0 +1,66 @@
+"""The planar order of codes and scales: where in a tile a code is, and which code is at a place.
+
+A tile is 16 rows by E = 8 / bits planes of 64 weights. Its codes are uint16 [2, 8, 32]: words [a, r, place]
+have codes of the rows r and r + 8, 16 / bits of each word. `fdk_jax.format.packing` writes and draws this
+order; here is its arithmetic, for kernels that index words.
+"""
+
+import dataclasses
+from typing import Any
+
+PLANE = 64  # weights of a row in a plane
+TILE_ROWS = 16
+PLACES = 32  # words of a row and half of a tile
+HALVES = 2
+SCALE_GROUPS = 4  # groups whose scales are neighbours
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    """The codes that one shift brings to the lowest bits of a half's words: one of each.
+
+    Words at even and odd places differ in one of row, plane and place within it, by the width of a code.
+
+    Attributes:
+        bits: width of a code.
+        half: a, the half of the tile.
+        number: of the shift, which is by `number * bits`.
+    """
+
+    bits: int
+    half: int
+    number: int
+
+    def _slot(self, odd: int) -> int:
+        """The number of the code among the 64 / bits of a lane and step."""
+        if self.bits == 1:
+            return 32 * self.half + 2 * self.number + odd
+        return (2 * self.half + odd) * (16 // self.bits) + self.number
+
+    def lower(self, odd: int) -> bool:
+        """Whether the code at an even or odd place is of the row r + 8."""
+        return bool(self._slot(odd) >> 1 & 1)
+
+    def plane(self, odd: int) -> int:
+        """The plane of the code at an even or odd place."""
+        return self._slot(odd) >> 3
+
+    def column(self, place: Any) -> Any:
+        """The column in the tile of the code at a place, or at an array of places."""
+        first, second = (self._column(odd) for odd in range(2))
+        step, half, eighth = place >> 1 & 1, place >> 2 & 1, place >> 3
+        return first + (second - first) * (place & 1) + 32 * half + 8 * eighth + 4 * step
+
+    def _column(self, odd: int) -> int:
+        slot = self._slot(odd)
+        return PLANE * (slot >> 3) + 2 * (slot >> 2 & 1) + (slot & 1)
+
+
+def shifts(bits: int) -> list[Shift]:
+    """All shifts of both halves of a tile: with them each code of it is found once."""
+    return [Shift(bits, half, i) for half in range(HALVES) for i in range(16 // bits)]
+
+
+def scale_place(row: Any, group: Any) -> tuple[Any, Any]:
+    """Where among the scales [quads, 64] of a tile's rows that of a row (0 to 15) and a group is."""
+    return group >> 2, ((row & 7) * SCALE_GROUPS + (group & 3)) * 2 + (row >> 3)
