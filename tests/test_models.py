@@ -151,9 +151,9 @@ def test_unknown_size():
     ("change", "words"),
     [
         (dict(model_type="mamba"), "mamba"),
-        (dict(hidden_act="gelu"), "gelu"),
+        (dict(hidden_act="relu"), "relu"),
         (dict(use_sliding_window=True), "sliding"),
-        (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), "yarn"),
+        (dict(rope_scaling=dict(rope_type="spiral", factor=2.0)), "spiral"),
         (dict(num_attention_heads=5), "num_heads=5"),
         (dict(hidden_size=None), None),
     ],
@@ -220,7 +220,7 @@ def test_ignored_names_do_not_matter(copy):
 
 
 def test_missing_files(copy, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         models.load(tmp_path / "nowhere")
     folder = copy("llama2")
     gone = next(folder.glob("model-00002*"))

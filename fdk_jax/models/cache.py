@@ -16,11 +16,13 @@ class KVCache:
         keys: One [batch, kv_heads, cache_length, head_dim] a layer, RoPE applied.
         values: Like keys.
         lengths: int32 [batch], tokens held for each sequence: the position of its next one.
+        ends: int32 [batch], tokens that each sequence will have at most, where RoPE has to know; else None.
     """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     lengths: Array
+    ends: Array | None = None
 
     @property
     def capacity(self) -> int:

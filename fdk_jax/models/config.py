@@ -6,30 +6,55 @@ from collections.abc import Mapping
 from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")  # to compute with
-# What sets the families apart, by `model_type`. All share RMSNorm, RoPE (split halves), SwiGLU.
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-}
-
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Frequency scaling of Llama 3.1 and later, or a constant factor.
+    """How the frequencies of RoPE are changed for contexts longer than those of the first training.
 
-    `kind` "llama3" leaves wavelengths under `original_context / high_freq_factor` alone, divides the
-    frequencies of those over `original_context / low_freq_factor` by `factor` and blends between.
-    `kind` "linear" divides every frequency by `factor`.
+    Attributes:
+        kind: "linear": all are divided by `factor`. "dynamic": the base grows with the tokens that a sequence
+            has beyond `original_context`. "llama3": wavelengths under `original_context / high_freq_factor`
+            stay, those over `original_context / low_freq_factor` have their frequencies divided by `factor`,
+            with a blend between. "yarn": the same by pairs, from those with `beta_fast` rotations in
+            `original_context` tokens to those with `beta_slow`. "longrope": each is divided by a factor of its
+            own, `short_factors` or, in sequences longer than `original_context`, `long_factors`.
+        factor: See `kind`.
+        low_freq_factor: Of "llama3".
+        high_freq_factor: Of "llama3".
+        original_context: Tokens that the frequencies were made for.
+        beta_fast: Of "yarn".
+        beta_slow: Of "yarn".
+        truncate: Whether the ends of the blend of "yarn" are rounded to whole pairs.
+        short_factors: Of "longrope", one a pair.
+        long_factors: Like `short_factors`.
     """
 
     kind: str
-    factor: float
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.kind not in SCALINGS:
+            raise ValueError(f"RoPE scaling {self.kind!r} is not one of {SCALINGS}")
+        if not self.factor > 0 or self.original_context < 1:
+            raise ValueError(
+                f"factor={self.factor} and original_context={self.original_context} of RoPE must be positive"
+            )
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether the frequencies depend on how long a sequence is."""
+        return self.kind in ("dynamic", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +77,47 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: several feed-forward blocks, of which each token takes a few.
+
+    Attributes:
+        count: Experts of a layer, E.
+        per_token: Of them that a token takes, those with the highest scores.
+        size: Width of one.
+        normalised: Whether the weights of the chosen ones are the softmax of their scores alone; otherwise
+            of the scores of all, so that they add up to less than 1.
+        bias: Biases of the router and of both projections.
+        clamp: Bounds the gate from above and the other half on both sides, and adds 1 to that half; None
+            leaves them.
+        gate_slope: The gate is z * sigmoid(gate_slope * z) where there is a `clamp`.
+    """
+
+    count: int
+    per_token: int
+    size: int
+    normalised: bool = True
+    bias: bool = False
+    clamp: float | None = None
+    gate_slope: float = 1.0
+
+    def __post_init__(self):
+        if not 1 <= self.per_token <= self.count:
+            raise ValueError(f"per_token={self.per_token} must be 1 to count={self.count} experts")
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerOptions:
     """What may differ between the layers of one model.
 
     Attributes:
         window: Keys that a query sees, its own included (sliding-window attention); None for all.
         rope: Its rotary embedding; None for a layer without positions.
+        experts: A mixture of experts in the place of the feed-forward block; None for the block.
     """
 
     window: int | None = None
     rope: Rope | None = Rope()
+    experts: Experts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +153,8 @@ class ModelConfig:
         pre_norms: Norms before attention and the feed-forward block.
         post_norms: Norms behind them, before the residual sum.
         embedding_scale: Multiplies the embedding's rows, rounded to the model's dtype.
+        residual_scale: Multiplies what attention and the feed-forward block add to the residual stream.
+        logit_divisor: Divides the logits.
         logit_soft_cap: Like `attention_soft_cap`, for the logits.
         dtype: Of activations.
         family: `model_type` of the checkpoint.
@@ -128,6 +186,8 @@ class ModelConfig:
     pre_norms: bool = True
     post_norms: bool = False
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
     logit_soft_cap: float | None = None
     dtype: str = "bfloat16"
     family: str = "llama"
@@ -186,82 +246,9 @@ class ModelConfig:
         Raises:
             ValueError: an architecture or a variant of one that is not implemented, with its name.
         """
-        family = config.get("model_type")
-        if family not in _FAMILIES:
-            raise ValueError(
-                f"model_type={family!r} is not implemented; one of {sorted(_FAMILIES)} is"
-            )
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act={config['hidden_act']!r} is not implemented; silu is")
-        if config.get("use_sliding_window"):
-            raise ValueError("use_sliding_window=true is not implemented: attention is full here")
-        try:
-            heads = config["num_attention_heads"]
-            fields: dict[str, Any] = dict(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_layers=config["num_hidden_layers"],
-                num_heads=heads,
-            )
-        except KeyError as error:
-            raise ValueError(f"config.json lacks {error.args[0]!r}") from None
-        theta, scaling = _rope(config)
-        attention_bias = bool(config.get("attention_bias", False))
-        fields |= dict(
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or fields["hidden_size"] // heads,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            max_context=config.get("max_position_embeddings", 2048),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=attention_bias,
-            output_bias=attention_bias,
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            dtype=dtype or _dtype(config),
-            family=family,
-        )
-        return cls(**(fields | _FAMILIES[family]))
+        from fdk_jax.models.families import model_config  # it makes these objects
 
-
-def _dtype(config: Mapping[str, Any]) -> str:
-    """The compute dtype that a file asks for; bfloat16 where it leaves that open."""
-    value = config.get("dtype") or config.get("torch_dtype") or "auto"
-    name = value.removeprefix("torch.") if isinstance(value, str) else value
-    if name == "auto":
-        return "bfloat16"
-    if name == "float64":
-        return "float32"
-    return name
-
-
-def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling, from the old pair of fields or the newer `rope_parameters`."""
-    # transformers lets the older field win where a file has both.
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    try:
-        return _scaling(rope, config)
-    except KeyError as error:
-        raise ValueError(f"rope_parameters of config.json lack {error.args[0]!r}: {rope}") from None
-
-
-def _scaling(rope, config):
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    raise ValueError(f"rope_type={kind!r} is not implemented; default, linear and llama3 are")
+        return model_config(config, dtype)
 
 
 def custom_llama(size: str) -> ModelConfig:

@@ -21,13 +21,23 @@ from fdk_jax.models.modules import Layer, RMSNorm, add_and_norm, normed
 Turn = tuple[Array, Array]
 
 
-def turns(layers: Sequence[Layer], positions: Array) -> list[Turn]:
-    """Each layer's (cosines, sines) at `positions`; layers of equal options share theirs."""
+def turns(layers: Sequence[Layer], positions: Array, lengths: Array, ends: Array) -> list[Turn]:
+    """Each layer's (cosines, sines); layers of equal options share theirs.
+
+    Args:
+        layers: Of the model.
+        positions: int32, of the tokens.
+        lengths: int32, tokens of each sequence so far, these included.
+        ends: int32, tokens that each sequence will have: one set of frequencies has to do for all of them.
+    """
     shared: dict[Any, Turn] = {}
     for layer in layers:
         rope = layer.attention.rope
         if rope not in shared:
-            shared[rope] = layer.attention.turns(positions)
+            at_once = (
+                rope is not None and rope.scaling is not None and rope.scaling.kind == "longrope"
+            )
+            shared[rope] = layer.attention.turns(positions, ends if at_once else lengths)
     return [shared[layer.attention.rope] for layer in layers]
 
 
@@ -45,7 +55,10 @@ def step(
     Returns:
         (the normed stream [B, D], keys, values), the cache's arrays one token longer.
     """
-    arrays = x, turns(layers, cache.lengths), cache.lengths, cache.keys, cache.values
+    longer = cache.lengths + 1
+    ends = longer if cache.ends is None else cache.ends
+    turned = turns(layers, cache.lengths, longer, ends)
+    arrays = x, turned, cache.lengths, cache.keys, cache.values
     apart = functools.partial(_run, _Apart(), layers, norm)
     plan = fused_products.choose(layers, norm, x)
     if plan is None:

@@ -118,6 +118,7 @@ def _is_usual(block: Block) -> bool:
         and layer.mlp_post_norm is None
         and isinstance(layer.mlp, MLP)
         and layer.mlp.activation == "silu"
+        and layer.scale == 1
         and all(
             norm is not None and norm.offset == 0
             for norm in (layer.attention_norm, layer.mlp_norm, block.norm)

@@ -184,7 +184,8 @@ class Generator:
             row[: len(prompt)] = prompt
         lengths = np.asarray(lengths, np.int32)
         sampling = sampling or Sampling()
-        return Request(self.programs, tokens, lengths, capacity, sampling, stop_tokens)
+        ends = lengths + np.int32(max_tokens)
+        return Request(self.programs, tokens, lengths, ends, capacity, sampling, stop_tokens)
 
 
 def check_prompts(

@@ -20,9 +20,11 @@ from fdk_jax.layers.linear import QuantisedWeight
 from fdk_jax.layers.trees import default_backend
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig
+from fdk_jax.models.expert_weights import read_bias, read_stack, set_stack, stack_arrays
+from fdk_jax.models.hub import find_checkpoint
 from fdk_jax.models.parallel import Parallel
 from fdk_jax.models.transformer import Transformer
-from fdk_jax.models.weights import Placer, check_arithmetic, join_rows, set_linear, set_norm
+from fdk_jax.models.weights import Placer, check_arithmetic, join_rows, set_linear, set_vector
 
 _SHOWN = 20  # names of each kind that an error lists
 _THREADS = 8  # that read and unpack
@@ -66,7 +68,8 @@ def load(
     docs/files.md for the formats.
 
     Args:
-        path: A Hugging Face folder with `config.json` and `*.safetensors`, or a `.gguf` file.
+        path: A Hugging Face folder with `config.json` and `*.safetensors`, a `.gguf` file, or the name of a
+            model in the hub's cache.
         quantisation: Quantises the linear layers while reading, all but the final one; None keeps them.
         requantise: Bits (4 or 8) for weights of a kind that scale times codebook cannot hold, as K-quants of
             GGUF, or 16 to keep them as floats; None refuses them.
@@ -91,6 +94,7 @@ def load(
     """
     backend = backend or default_backend()
     check_arithmetic(arithmetic, backend)
+    path = find_checkpoint(path)
     checkpoint = files.read(path, requantise=requantise)
     config = ModelConfig.from_hf(checkpoint.config, dtype=dtype)
     if quantisation is not None and any(one.quantised for one in checkpoint.tensors.values()):
@@ -98,6 +102,8 @@ def load(
             f"{path} is quantised already ({checkpoint.format}); load it without quantisation"
         )
     check_names(config, checkpoint.tensors)
+    if parallel is not None:
+        names.check_cut(config)
     model = nnx.eval_shape(lambda: Transformer(config, parallel=parallel, rngs=nnx.Rngs(0)))
     placer = Placer(parallel, config.dtype, backend)
     with _Ahead(checkpoint.tensors, _stages(config)) as ahead:
@@ -120,7 +126,7 @@ def read_config(path: str | Path, *, dtype: str | None = None) -> ModelConfig:
         FileNotFoundError: there is no such checkpoint.
         ValueError: see `ModelConfig.from_hf`.
     """
-    return ModelConfig.from_hf(files.read_config(path), dtype=dtype)
+    return ModelConfig.from_hf(files.read_config(find_checkpoint(path)), dtype=dtype)
 
 
 def stored_bits(path: str | Path) -> int | None:
@@ -142,7 +148,7 @@ def check_names(config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
     wrong = [
         f"{name} is {list(found[name].shape)}, not {list(shape)}"
         for name, shape in wanted.items()
-        if name in found and found[name].shape != shape
+        if name in found and not _fits(found[name], shape)
     ]
     problems = {
         "missing": [name for name in wanted if name not in found],
@@ -158,6 +164,13 @@ def check_names(config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
         raise ValueError("the checkpoint does not fit its config.json: " + "; ".join(lines))
 
 
+def _fits(found: Stored, wanted: tuple[int, ...]) -> bool:
+    """Stacked matrices are [E, K, N] of floats and [E, N, K] where they are quantised."""
+    if found.quantised and len(wanted) == 3:
+        wanted = (wanted[0], wanted[2], wanted[1])
+    return found.shape == wanted
+
+
 def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight that a checkpoint of this model has."""
     return dict(itertools.chain.from_iterable(stage.items() for stage in _stages(config)))
@@ -169,8 +182,10 @@ def _stages(config: ModelConfig) -> list[dict[str, tuple[int, ...]]]:
         {names.EMBEDDING: (config.vocab_size, config.hidden_size)}
     ]
     for index in range(config.num_layers):
-        norms = names.layer_norms(config, index).items()
-        layer: dict[str, tuple[int, ...]] = {name: (size,) for name, (_, size) in norms}
+        vectors = names.layer_vectors(config, index).items()
+        layer: dict[str, tuple[int, ...]] = {name: (size,) for name, (_, size) in vectors}
+        for stack in names.layer_stacks(config, index):
+            layer |= stack_arrays(stack)
         for projection in names.layer_projections(config, index):
             for part in projection.parts:
                 layer[f"{part.name}.weight"] = part.shape
@@ -240,16 +255,26 @@ class _Reader:
             self.table = None
 
     def layer(self, layer: nnx.Module, index: int) -> None:
-        for name, (path, _) in names.layer_norms(self.config, index).items():
-            set_norm(layer, path, self.placer.vector(_float(self.take(name))))
+        for name, (path, _) in names.layer_vectors(self.config, index).items():
+            set_vector(layer, path, self.placer.vector(_float(self.take(name))))
         for projection in names.layer_projections(self.config, index):
             weights = [self.take(f"{part.name}.weight") for part in projection.parts]
-            self._set(layer, projection, weights, self.quantisation)
+            quantisation = None if projection.plain else self.quantisation
+            self._set(layer, projection, weights, quantisation)
+        for stack in names.layer_stacks(self.config, index):
+            weight, q = read_stack(stack, self.take), self.quantisation
+            if q is not None and not isinstance(weight, QuantisedTensor):
+                weight = self._quantised(f"layer {index}: experts' {stack.path[-1]}", weight, q)
+            bias = read_bias(stack, self.take)
+            mlp, name = (getattr(layer, stack.path[0]), stack.path[1])
+            set_stack(mlp, name, weight, bias, self.placer.dtype)
 
     def head(self, model: Transformer) -> None:
         """The final norm and the head."""
         q, projection = self.quantisation, names.head(self.config)
-        set_norm(model, ("norm",), self.placer.vector(_float(self.take(names.FINAL_NORM))))
+        set_vector(
+            model, ("norm", "scale"), self.placer.vector(_float(self.take(names.FINAL_NORM)))
+        )
         head = Quantisation(q.head_bits, q.group_size) if q and q.head_bits else None
         if self.config.tie_embeddings:
             if isinstance(self.table, QuantisedTensor):

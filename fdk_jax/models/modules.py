@@ -16,6 +16,7 @@ from jax import Array
 from fdk_jax.models import platforms, rope
 from fdk_jax.models.attention import Mask
 from fdk_jax.models.config import LayerOptions, ModelConfig
+from fdk_jax.models.experts import MixtureOfExperts
 from fdk_jax.models.parallel import Parallel
 
 _ACTIVATION = {
@@ -80,9 +81,9 @@ class Attention(nnx.Module):
         )
         self.sinks = nnx.Param(jnp.zeros(config.num_heads)) if config.attention_sinks else None
 
-    def turns(self, positions: Array) -> tuple[Array, Array]:
-        """Cosines and sines for this layer's heads at `positions`: float32 [*positions.shape, d / 2]."""
-        return rope.cos_sin(self.config, self.rope, positions)
+    def turns(self, positions: Array, lengths: Array) -> tuple[Array, Array]:
+        """Cosines and sines for this layer's heads, float32 [..., d / 2]; see `rope.cos_sin`."""
+        return rope.cos_sin(self.config, self.rope, positions, lengths)
 
     def prompt(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Maps x [B, T, D] to (output [B, T, D], keys [B, T, KV, d], values [B, T, KV, d])."""
@@ -176,7 +177,13 @@ def make_feed_forward(
     config: ModelConfig, options: LayerOptions, parallel: Parallel | None, rngs: nnx.Rngs
 ) -> nnx.Module:
     """The block behind attention, which maps [..., D] to [..., D]: the place for other kinds than `MLP`."""
-    del options  # a layer's own kind would be one of them
+    if options.experts is not None:
+        if parallel is not None:
+            raise NotImplementedError("tensor parallelism of a mixture of experts")
+        experts, hidden = options.experts, config.hidden_size
+        router = make_linear(hidden, experts.count, config, experts.bias, rngs)
+        activation = _ACTIVATION[config.activation]
+        return MixtureOfExperts(router, experts, hidden, config.dtype, activation, rngs)
     return MLP(config, parallel, rngs)
 
 
@@ -200,6 +207,7 @@ class Layer(nnx.Module):
         def norm(there: bool) -> RMSNorm | None:
             return RMSNorm(config.hidden_size, config) if there else None
 
+        self.scale = config.residual_scale
         self.attention_norm = norm(config.pre_norms)
         self.attention = Attention(config, options, parallel, rngs)
         self.attention_post_norm = norm(config.post_norms)
@@ -210,9 +218,9 @@ class Layer(nnx.Module):
     def prompt(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Maps x [B, T, D] to (x, keys, values)."""
         mixed, keys, values = self.attention.prompt(normed(self.attention_norm, x), cos, sin)
-        x = x + normed(self.attention_post_norm, mixed)
+        x = x + self._scaled(normed(self.attention_post_norm, mixed))
         y = self.mlp(normed(self.mlp_norm, x))
-        return x + normed(self.mlp_post_norm, y), keys, values
+        return x + self._scaled(normed(self.mlp_post_norm, y)), keys, values
 
     def after_attention(self, x: Array, mixed: Array) -> tuple[Array, Array]:
         """What follows the attention of one token a sequence.
@@ -225,9 +233,13 @@ class Layer(nnx.Module):
             (x, delta), whose sum is the residual stream behind this layer: it and the norm behind it are
             one operation.
         """
-        delta = normed(self.attention_post_norm, self.attention.output(mixed))
+        delta = self._scaled(normed(self.attention_post_norm, self.attention.output(mixed)))
         x, rows = add_and_norm(self.mlp_norm, x, delta)
-        return x, normed(self.mlp_post_norm, self.mlp(rows))
+        return x, self._scaled(normed(self.mlp_post_norm, self.mlp(rows)))
+
+    def _scaled(self, delta: Array) -> Array:
+        """What is added to the residual stream."""
+        return delta if self.scale == 1 else delta * jnp.asarray(self.scale, delta.dtype)
 
 
 def normed(norm: RMSNorm | None, x: Array) -> Array:

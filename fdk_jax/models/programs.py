@@ -79,7 +79,8 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
         config, by_heads = self.config, P(None, self.parallel.axis) if self.parallel else P()
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
         arrays = (self.struct(shape, config.dtype, by_heads),) * config.num_layers
-        return KVCache(arrays, arrays, self.struct((batch,), jnp.int32))
+        lengths = self.struct((batch,), jnp.int32)
+        return KVCache(arrays, arrays, lengths, lengths)
 
     def struct(
         self, shape: tuple[int, ...], dtype: Any, spec: P | None = None
@@ -125,4 +126,4 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
         if kind is not KVCache:
             return P()
         by_heads = (P(None, self.parallel.axis),) * self.config.num_layers
-        return KVCache(by_heads, by_heads, P())
+        return KVCache(by_heads, by_heads, P(), P())

@@ -18,7 +18,7 @@ from fdk_jax.layers.trees import default_backend
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.transformer import Transformer
-from fdk_jax.models.weights import check_arithmetic, join_codebooks, set_linear
+from fdk_jax.models.weights import check_arithmetic, join_codebooks, set_linear, set_vector
 from fdk_jax.product.dispatch import LAYOUT_OF
 
 
@@ -51,6 +51,8 @@ def random_model(
     """
     if codebook not in ("uniform", "kmeans"):
         raise ValueError(f"{codebook=} is not uniform or kmeans")
+    if any(config.layer(index).experts for index in range(config.num_layers)):
+        raise NotImplementedError("random weights of a mixture of experts")
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     dtype, rng = jnp.dtype(config.dtype), np.random.default_rng(seed)
     backend = backend or default_backend()
@@ -58,9 +60,6 @@ def random_model(
     layout = LAYOUT_OF[backend]
     # Far faster than the default generator, and good enough for weights that mean nothing.
     keys = _keys(seed)
-
-    def ones(norm):
-        norm.scale = nnx.Param(jnp.ones(norm.scale.shape, dtype))
 
     def weight(projection: names.Projection, bits: int, codebook: str) -> Array | QuantisedTensor:
         rows = [part.shape[0] for part in projection.parts]
@@ -74,14 +73,14 @@ def random_model(
         return QuantisedTensor(packed, scales, jnp.asarray(values), *facts)
 
     for index, layer in enumerate(model.layers):
-        for path, _ in names.layer_norms(config, index).values():
-            ones(functools.reduce(getattr, path, layer))
+        for path, size in names.layer_vectors(config, index).values():
+            set_vector(layer, path, jnp.ones(size, dtype))
         for projection in names.layer_projections(config, index):
             rows = sum(part.shape[0] for part in projection.parts)
             bias = jnp.zeros(rows, dtype) if projection.parts[0].bias else None
             matrix = weight(projection, bits, codebook)
             set_linear(layer, projection.path, matrix, bias, dtype, arithmetic)
-    ones(model.norm)
+    set_vector(model, ("norm", "scale"), jnp.ones(config.hidden_size, dtype))
     # Rows of about unit length, so that a tied head gives logits of the order of one.
     model.embedding = nnx.Param(
         _matrix(next(keys), (config.vocab_size, config.hidden_size), dtype, config.hidden_size)

@@ -22,6 +22,7 @@ class Request:
         programs: Of the model.
         tokens: int32 [B, T], each row padded on the right.
         lengths: int32 [B], tokens of each prompt.
+        ends: int32 [B], tokens of each prompt and its answer at most.
         capacity: Slots of the cache, at least T.
         sampling: How tokens are chosen.
         stop_tokens: Tokens that end a sequence.
@@ -32,6 +33,7 @@ class Request:
         programs: Programs,
         tokens: np.ndarray,
         lengths: np.ndarray,
+        ends: np.ndarray,
         capacity: int,
         sampling: Sampling,
         stop_tokens: Sequence[int],
@@ -39,8 +41,8 @@ class Request:
         self._programs = programs
         self._capacity, self._method = capacity, sampling.method
         self._may_stop = len(stop_tokens) > 0
-        self._prompts: tuple[Array, Array] = programs.everywhere(
-            (jnp.asarray(tokens), jnp.asarray(lengths))
+        self._prompts: tuple[Array, Array, Array] = programs.everywhere(
+            (jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(ends))
         )
         self._options: Options = programs.everywhere(
             Options(
@@ -80,8 +82,8 @@ class Request:
     def _prefill_program(self):
         capacity, method = self._capacity, self._method
 
-        def run(model, tokens, lengths, options):
-            logits, cache = model.prefill(tokens, lengths, capacity)
+        def run(model, tokens, lengths, ends, options):
+            logits, cache = model.prefill(tokens, lengths, capacity, ends)
             return cache, loops.first_progress(logits, options, method)
 
         name = ("prefill", self._prompts[0].shape[1], *self._key)

@@ -10,19 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fdk_jax.models.config import ModelConfig, Rope
+from fdk_jax.models.config import ModelConfig, Rope, RopeScaling
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians that a position rotates each pair by: float32 [rotary_dim / 2], scaling applied."""
-    rotary = rope.rotary_dim or head_dim
+    """Radians that a position rotates each pair by: float32 [rotary_dim / 2], scaling applied.
+
+    Of a scaling that follows the length of a sequence: those of short ones.
+    """
+    rotary, scaling = rope.rotary_dim or head_dim, rope.scaling
     exponents = np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary)
     freq = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
-    scaling = rope.scaling
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":
         return freq
     if scaling.kind == "linear":
-        return (freq / scaling.factor).astype(np.float32)
+        freq = freq / scaling.factor
+    elif scaling.kind == "llama3":
+        freq = _llama3(freq, scaling)
+    elif scaling.kind == "yarn":
+        freq = _yarn(freq, scaling, rope.theta)
+    else:
+        freq = freq / np.asarray(scaling.short_factors, np.float32)
+    return freq.astype(np.float32)
+
+
+def _llama3(freq: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     wavelength = 2 * math.pi / freq
     low = scaling.original_context / scaling.low_freq_factor
     high = scaling.original_context / scaling.high_freq_factor
@@ -32,7 +44,43 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     blended = (1 - blend) * freq / scaling.factor + blend * freq
     scaled = np.where(wavelength > low, freq / scaling.factor, freq)
     middle = (wavelength <= low) & (wavelength >= high)
-    return np.where(middle, blended, scaled).astype(np.float32)
+    return np.where(middle, blended, scaled)
+
+
+def _yarn(freq: np.ndarray, scaling: RopeScaling, theta: float) -> np.ndarray:
+    """Interpolates pairs with few rotations in the original context (arXiv 2309.00071, section 3.2)."""
+    rotary = 2 * len(freq)
+
+    def pair_of(rotations: float) -> float:
+        wavelength = scaling.original_context / (rotations * 2 * math.pi)
+        return rotary * math.log(wavelength) / (2 * math.log(theta))
+
+    first, last = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary - 1)
+    width = last - first if last != first else 0.001
+    ramp = np.clip((np.arange(len(freq), dtype=np.float32) - first) / width, 0, 1)
+    return freq / scaling.factor * ramp + freq * (1 - ramp)
+
+
+def _of_length(rope: Rope, head_dim: int, lengths: Array) -> Array:
+    """The frequencies in sequences of these lengths: float32 [*lengths.shape, rotary_dim / 2]."""
+    scaling, rotary = rope.scaling, rope.rotary_dim or head_dim
+    freq = inverse_frequencies(rope, head_dim)
+    lead = tuple(range(lengths.ndim))
+    short = jnp.expand_dims(freq, lead)
+    if scaling is None or not scaling.follows_length:
+        return short
+    if scaling.kind == "longrope":
+        ratio = np.asarray(scaling.short_factors, np.float32) / np.asarray(scaling.long_factors)
+        long = jnp.expand_dims((freq * ratio).astype(np.float32), lead)
+        return jnp.where((lengths > scaling.original_context)[..., None], long, short)
+    over = jnp.maximum(lengths, scaling.original_context).astype(jnp.float32)
+    growth = scaling.factor * over / scaling.original_context - (scaling.factor - 1)
+    base = rope.theta * growth ** (rotary / (rotary - 2))
+    exponents = np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary)
+    return base[..., None] ** -jnp.expand_dims(exponents, lead)
 
 
 def order(rope: Rope | None, head_dim: int) -> np.ndarray | None:
@@ -49,20 +97,31 @@ def order(rope: Rope | None, head_dim: int) -> np.ndarray | None:
     return None if (found == np.arange(head_dim)).all() else found
 
 
-def cos_sin(config: ModelConfig, rope: Rope | None, positions: Array) -> tuple[Array, Array]:
-    """Cosines and sines of the angles at `positions`: float32 [*positions.shape, head_dim / 2].
+def cos_sin(
+    config: ModelConfig, rope: Rope | None, positions: Array, lengths: Array
+) -> tuple[Array, Array]:
+    """Cosines and sines of the angles at `positions`: float32 [..., head_dim / 2].
+
+    Args:
+        config: Of the model.
+        rope: Of the layer.
+        positions: int32.
+        lengths: int32, broadcast against `positions` where a scaling of the frequencies follows it: tokens of
+            the sequences that they are in.
 
     Pairs that carry no position have the angle 0. `rope.factor` and a `query_scale` of the model that is
     not the usual one multiply both, so that the scores have them in every kernel; a key is kept so.
     """
     dim = config.head_dim
-    freq = np.zeros(dim // 2, np.float32)
-    if rope is not None:
-        rotated = inverse_frequencies(rope, dim)
-        freq[: len(rotated)] = rotated
-    angles = positions.astype(jnp.float32)[..., None] * jnp.expand_dims(
-        freq, tuple(range(positions.ndim))
-    )
+    if rope is None:
+        angles = jnp.zeros((*positions.shape, dim // 2), jnp.float32)
+    else:
+        if rope.scaling is not None and rope.scaling.follows_length:
+            positions, lengths = jnp.broadcast_arrays(positions, lengths)
+        freq = _of_length(rope, dim, lengths)
+        angles = positions.astype(jnp.float32)[..., None] * freq
+        still = [(0, 0)] * positions.ndim + [(0, dim // 2 - angles.shape[-1])]
+        angles = jnp.pad(angles, still)
     factor = 1.0
     if config.query_scale is not None:
         factor = math.sqrt(config.query_scale * math.sqrt(dim))

@@ -45,36 +45,46 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         """Logits of every position: int [B, T] -> float32 [B, T, V]."""
-        return self._logits(self.norm(self._prompt(tokens)[0]))
+        length = jnp.asarray([[tokens.shape[1]]], jnp.int32)
+        return self._logits(self.norm(self._prompt(tokens, length, length)[0]))
 
-    def prefill(self, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, KVCache]:
+    def prefill(
+        self, tokens: Array, lengths: Array, cache_length: int, ends: Array | None = None
+    ) -> tuple[Array, KVCache]:
         """Reads prompts.
 
         Args:
             tokens: int [B, T], each row padded on the right.
             lengths: int32 [B], tokens of each prompt, at least 1.
             cache_length: Slots of the new cache, at least T.
+            ends: int32 [B], tokens of each prompt and its answer, as far as known; RoPE that has frequencies
+                of its own for long sequences chooses by them.
 
         Returns:
             float32 [B, V], the logits behind each prompt's last token; and the cache.
         """
-        x, keys, values = self._prompt(tokens)
+        lengths = lengths.astype(jnp.int32)
+        ends = lengths if ends is None else ends.astype(jnp.int32)
+        x, keys, values = self._prompt(tokens, lengths[:, None], ends[:, None])
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         cache = KVCache(
             tuple(fill(k, cache_length) for k in keys),
             tuple(fill(v, cache_length) for v in values),
-            lengths.astype(jnp.int32),
+            lengths,
+            ends,
         )
         return self._logits(self.norm(last)), cache
 
     def decode(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Reads one token a sequence: int [B] -> (logits float32 [B, V], the longer cache)."""
         x, keys, values = decoding.step(self.layers, self.norm, self._embed(tokens), cache)
-        return self._logits(x), KVCache(keys, values, cache.lengths + 1)
+        return self._logits(x), KVCache(keys, values, cache.lengths + 1, cache.ends)
 
-    def _prompt(self, tokens: Array) -> tuple[Array, list[Array], list[Array]]:
+    def _prompt(
+        self, tokens: Array, lengths: Array, ends: Array
+    ) -> tuple[Array, list[Array], list[Array]]:
         x = self._embed(tokens)
-        turns = decoding.turns(self.layers, jnp.arange(tokens.shape[1])[None])
+        turns = decoding.turns(self.layers, jnp.arange(tokens.shape[1])[None], lengths, ends)
         keys, values = [], []
         for layer, turn in zip(self.layers, turns, strict=True):
             x, k, v = _run_layer(*nnx.split(layer), x, *turn)
@@ -108,6 +118,8 @@ class Transformer(nnx.Module):
             logits = head(x, jnp.float32)
         else:
             logits = head(x).astype(jnp.float32)
+        if self.config.logit_divisor != 1:
+            logits = logits / self.config.logit_divisor
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)
         if self.parallel is None:

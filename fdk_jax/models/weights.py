@@ -217,7 +217,7 @@ def check_arithmetic(arithmetic: str, backend: str) -> None:
         raise ValueError(f'{arithmetic=} needs backend="cpu", not {backend!r}')
 
 
-def set_norm(module: nnx.Module, path: Sequence[str], scale: Array) -> None:
-    """Gives the norm at `path` its scale."""
-    norm: Any = functools.reduce(getattr, path, module)
-    norm.scale = nnx.Param(scale)
+def set_vector(module: nnx.Module, path: Sequence[str], value: Array) -> None:
+    """Gives the parameter at `path`, the scale of a norm say, its value."""
+    *above, name = path
+    setattr(functools.reduce(getattr, above, module), name, nnx.Param(value))
