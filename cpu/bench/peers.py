@@ -48,6 +48,7 @@ from peer_cases import (  # noqa: E402
 KEYS = (
     "suite", "name", "backend", "m", "k", "n", "bits", "group_size", "codebook", "dtype", "threads",
     "bytes_rw", "ops", "samples_us", "median_us", "p95_us", "mean_us", "stderr_us", "rel_rms_error",
+    "plain_rel_rms_error",
     "copy_gb_s", "read_gb_s", "bound_us", "device", "driver", "versions", "digest", "commit", "date",
     "status", "reason",
 )  # fmt: skip

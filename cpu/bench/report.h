@@ -81,7 +81,7 @@ inline std::string to_json(const Options &o, const Case &c, const Bounds &bounds
     << "], \"median_us\": " << number(quantile(c.samples_us, 0.5))
     << ", \"p95_us\": " << number(quantile(c.samples_us, 0.95)) << ", \"mean_us\": " << number(mean)
     << ", \"stderr_us\": " << number(std::sqrt(variance / count))
-    << ", \"rel_rms_error\": " << number(c.error)
+    << ", \"rel_rms_error\": " << number(c.error) << ", \"plain_rel_rms_error\": null"
     << ", \"copy_gb_s\": " << number(bounds.copy_gb_s)
     << ", \"read_gb_s\": " << number(bounds.read_gb_s) << ", \"bound_us\": "
     << number(weights ? c.bytes / bounds.read_gb_s * 1e-3 : std::nan(""))

@@ -3,25 +3,21 @@
 The oracle shares no code with the library: it reads the bytes of the interchange format itself.
 """
 
+import concurrent.futures
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from fdk_jax.benchmark import accuracy
 from fdk_jax.benchmark.cases import KernelCase
 from fdk_jax.format import codebooks
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 
-# Largest relative RMS error of a correct kernel: the rounding of its output and of its arithmetic.
-TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
-ARITHMETIC_TOLERANCES = {"exact": 0.0, "int16": 2e-2, "int8": 4e-2}
-_ROWS = 1024
-
-
-def tolerance(case: KernelCase) -> float:
-    """The relative RMS error above which a case has failed."""
-    return max(TOLERANCES[case.dtype], ARITHMETIC_TOLERANCES[case.arithmetic])
+_ROWS = 256  # of a weight, decoded at a time by one thread
 
 
 def activations(case: KernelCase, rng: np.random.Generator) -> np.ndarray:
@@ -76,24 +72,100 @@ def _codebook(kind: str, bits: int) -> np.ndarray:
     return codebooks.nf4()
 
 
-def oracle(x: np.ndarray, w: np.ndarray | QuantisedTensor) -> np.ndarray:
-    """The product of x [m, k] and a weight [n, k], transposed, in float64: [m, n]."""
-    x = x.astype(np.float64)
-    if isinstance(w, QuantisedTensor):
-        arrays = [np.asarray(a) for a in (w.packed, w.scales, w.codebook)]
-        rows = w.out_features
-        part = functools.partial(_decode, *arrays, w.bits, w.group_size, w.in_features)
-    else:
-        rows, part = w.shape[0], lambda rows: w[rows].astype(np.float64)
-    blocks = [x @ part(slice(r, r + _ROWS)).T for r in range(0, rows, _ROWS)]
-    return np.concatenate(blocks, axis=1)
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What a case should give.
+
+    Attributes:
+        expected: by each way of rounding a weight that kernels have, see `accuracy.compare`.
+        plain: relative RMS error of the same product with a weight that was dequantised to the dtype of the
+            activations and exact sums: what is lost without any kernel of ours.
+    """
+
+    expected: list[accuracy.Expected]
+    plain: float
 
 
-def _decode(packed, scales, codebook, bits, group_size, k, rows: slice) -> np.ndarray:
+def reference(case: KernelCase, x: np.ndarray, w: np.ndarray | QuantisedTensor) -> Reference:
+    """The product of x [m, k] and a weight [n, k], transposed, in float64.
+
+    Integer activations and levels are noise: each is off by up to half a step. Levels may lean to one side by a
+    fifth of a percent.
+    """
+    wide = x.astype(np.float64)
+    rows = w.out_features if isinstance(w, QuantisedTensor) else w.shape[0]
+    noisy = functools.partial(_integer_noise, case, wide) if case.arithmetic != "exact" else None
+
+    def block(first: int) -> list[accuracy.Expected]:
+        part = slice(first, min(first + _ROWS, rows))
+        found = []
+        for matrix in _matrices(w, part, x.dtype):
+            e = accuracy.product(wide, matrix)
+            if noisy is not None:
+                slack = e.slack + 2e-3 * np.abs(e.value)
+                e = accuracy.Expected(e.value, slack, noisy(matrix, w, part))
+            found.append(e)
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        blocks = list(pool.map(block, range(0, rows, _ROWS)))
+    expected = [
+        accuracy.Expected(
+            *(np.concatenate(arrays, 1) for arrays in zip(*map(_arrays, parts), strict=True))
+        )
+        for parts in zip(*blocks, strict=True)
+    ]
+    exact, narrow = expected[0].value, expected[1 if len(expected) > 1 else 0].value
+    return Reference(expected, relative_rms_error(narrow.astype(np.float32).astype(x.dtype), exact))
+
+
+def _arrays(e: accuracy.Expected) -> tuple[np.ndarray, ...]:
+    return e.value, e.slack, e.noise
+
+
+def _matrices(w: np.ndarray | QuantisedTensor, rows: slice, dtype: np.dtype) -> list[np.ndarray]:
+    """Rows [R, K] in float64: as the format says, with each weight rounded, and by distances in steps."""
+    if not isinstance(w, QuantisedTensor):
+        return [w[rows].astype(np.float64)]
+
+    def rounded(a: np.ndarray) -> np.ndarray:
+        return a.astype(np.float32).astype(dtype).astype(np.float64)
+
+    packed, scales, codebook = (np.asarray(a) for a in (w.packed, w.scales, w.codebook))
+    decode = functools.partial(
+        _decode, packed, scales, bits=w.bits, group_size=w.group_size, k=w.in_features
+    )
+    exact = decode(codebook.astype(scales.dtype), rows=rows)
+    if dtype == np.float32:
+        return [exact]
+    found = [exact, rounded(exact)]
+    if w.uniform:
+        step = (float(codebook[-1]) - float(codebook[0])) / (len(codebook) - 1)
+        in_steps = decode(rounded(codebook.astype(np.float64) / step), rows=rows)
+        found += [in_steps * step, rounded(in_steps) * step]
+    return found
+
+
+def _decode(packed, scales, codebook, *, bits, group_size, k, rows: slice) -> np.ndarray:
     shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
     codes = (packed[rows, :, None] >> shifts) & np.uint8(2**bits - 1)
-    values = codebook.astype(scales.dtype).astype(np.float64)[codes.reshape(len(codes), -1)[:, :k]]
+    values = codebook.astype(np.float64)[codes.reshape(len(codes), -1)[:, :k]]
     return values * np.repeat(scales[rows].astype(np.float64), group_size, axis=1)[:, :k]
+
+
+def _integer_noise(
+    case: KernelCase, x: np.ndarray, matrix: np.ndarray, w: Any, rows: slice
+) -> np.ndarray:
+    """The standard deviation of each output's error [m, R] if x and the levels are integers."""
+    limit, levels = (127, 223) if case.arithmetic == "int8" else (8191, 8190)
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % w.group_size)))
+    largest = np.abs(padded).reshape(len(x), -1, w.group_size).max(-1)
+    steps = np.repeat(largest, w.group_size, -1)[:, : x.shape[1]] / limit
+    level = float(np.ptp(np.asarray(w.codebook))) / levels / 2
+    scales = np.repeat(np.asarray(w.scales)[rows].astype(np.float64), w.group_size, -1)[
+        :, : x.shape[1]
+    ]
+    return np.sqrt(steps**2 @ (matrix**2).T / 12 + x**2 @ ((level * scales) ** 2).T)
 
 
 def relative_rms_error(y: np.ndarray, expected: np.ndarray) -> float:

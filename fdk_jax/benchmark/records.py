@@ -14,8 +14,8 @@ MIN_SAMPLES = 10  # of a measurement that is worth keeping
 KEYS = (
     "schema", "suite", "name", "backend", "m", "k", "n", "bits", "group_size", "codebook", "dtype",
     "threads", "bytes_rw", "ops", "samples_us", "median_us", "p95_us", "mean_us", "stderr_us",
-    "rel_rms_error", "copy_gb_s", "read_gb_s", "bound_us", "device", "driver", "versions", "digest",
-    "commit", "date", "status", "reason",
+    "rel_rms_error", "plain_rel_rms_error", "copy_gb_s", "read_gb_s", "bound_us", "device",
+    "driver", "versions", "digest", "commit", "date", "status", "reason",
 )  # fmt: skip
 STATUSES = ("ok", "skipped", "failed")
 
