@@ -42,11 +42,36 @@ def test_vmapped_gradients(rng):
     assert oracle.relative_rms(dx, expected) < 1e-5
 
 
-def test_the_weight_gets_no_gradient(rng):
-    q = fdk_jax.quantise(rng.standard_normal((8, 64)).astype(np.float32), 4)
-    x = jnp.ones((2, 64))
-    grads = jax.grad(lambda w: fdk_jax.matmul(x, w).sum(), allow_int=True)(q)
-    assert not np.asarray(grads.scales).any() and not np.asarray(grads.codebook).any()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("bits", "n", "k", "group"), [(4, 17, 130, 64), (1, 8, 64, 32), (8, 5, 24, 8)]
+)
+def test_gradients_of_scales_and_codebooks(backend, bits, n, k, group, rng):
+    """DW = g^T x; a scale and a codebook entry get the sums over the weights that they make."""
+    w = rng.standard_normal((n, k)).astype(np.float32)
+    q = fdk_jax.quantise(w, bits, group_size=group, codebook="kmeans")
+    x, g = rng.standard_normal((3, k)), rng.standard_normal((3, n))
+    prepared = fdk_jax.prepare(q, backend)
+
+    def loss(w):
+        y = fdk_jax.matmul(jnp.asarray(x, jnp.float32), w, backend=backend)
+        return (y * jnp.asarray(g, jnp.float32)).sum()
+
+    with running(backend):
+        grads = jax.grad(loss, allow_int=True)(prepared)
+    dense = g.T @ x
+    codes = oracle.unpack(np.asarray(q.packed), bits, k)
+    values, scales = np.asarray(q.codebook, np.float64)[codes], np.asarray(q.scales, np.float64)
+    dscales = np.stack(
+        [(dense * values)[:, i : i + group].sum(1) for i in range(0, k, group)], axis=1
+    )
+    dcodebook = np.zeros(2**bits)
+    np.add.at(dcodebook, codes, dense * np.repeat(scales, group, axis=1)[:, :k])
+    _, got = fdk_jax.packing.convert(
+        prepared.packed, grads.scales, prepared.layout, "interchange", **q.facts
+    )
+    assert oracle.relative_rms(got, dscales) < 1e-5
+    assert oracle.relative_rms(grads.codebook, dcodebook) < 1e-5
 
 
 def test_forward_mode_says_so(rng):

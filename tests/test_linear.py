@@ -134,8 +134,12 @@ def test_linen_layers_without_a_quantised_form_say_so():
     x = jnp.ones((1, 5, 64))
     params = model.init(jax.random.key(0), x)["params"]
     q = fdk_jax.quantise(params, 4, axes={"kernel": "kkn"})
-    with pytest.raises(NotImplementedError, match="Conv"):
-        fdk_jax.quantised_apply(model.apply)({"params": q}, x)
+    with pytest.raises(ValueError, match="conv_general_dilated"):
+        fdk_jax.quantised_apply(model.apply, unfused="raise")({"params": q}, x)
+    with pytest.warns(fdk_jax.UnfusedWarning, match="kernel.*conv_general_dilated"):
+        got = fdk_jax.quantised_apply(model.apply)({"params": q}, x)
+    expected = model.apply({"params": fdk_jax.dequantise(q)}, x)
+    assert oracle.relative_rms(got, np.asarray(expected, np.float64)) < 1e-6
 
 
 def test_low_rank_adapters_train_around_frozen_weights(tokens):

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from fdk_jax.format import codebooks, densities, packing
-from fdk_jax.format.orientation import to_matrix
+from fdk_jax.format.orientation import check_axes, to_matrix
 from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
 
 SCALES = ("auto", "absmax", "absmean", "rms", "none")
@@ -47,8 +47,8 @@ def quantise_array(
             "student" (cube-root-density levels, see `fdk_jax.format.densities.cube_root`), "kmeans", or at
             most 2**bits ascending values.
         scale: "absmax", "absmean", "rms", "none" (ones) or "auto": absmean up to 2 bits, else absmax.
-        axes: "k" (contracted) or "n" (output) for each trailing axis: "nk" for a [N, K] matrix, "kn"
-            for a Flax kernel. Axes to the left of them are stacked matrices.
+        axes: "k" (contracted), "n" (output) or "b" (batch) for each trailing axis: "nk" for a [N, K] matrix,
+            "kn" for a Flax kernel, "bkn" for experts. Axes to the left of them are stacked matrices.
         dtype: compute dtype, to which the weight is cast first; None keeps its own.
         importance: for "kmeans": non-negative weights of the same shape as `weight`.
         seed: for "kmeans".
@@ -126,8 +126,7 @@ def as_matrix(
     weight: ArrayLike, axes: str, dtype: Any
 ) -> tuple[Array, tuple[int, ...], tuple[int, ...]]:
     """[..., N, K] of a weight in `dtype` (None: its own), its leading shape and its own shape; checked."""
-    if set(axes) != {"k", "n"}:
-        raise ValueError(f'{axes=} must hold a "k" or an "n" for each axis, e.g. "kn"')
+    check_axes(axes)
     # A float64 beyond float32 becomes an infinity, which is refused later.
     with np.errstate(over="ignore"):
         weight = jnp.asarray(weight)

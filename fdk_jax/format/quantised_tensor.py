@@ -13,7 +13,8 @@ from jax import Array
 from jax.core import Tracer
 
 from fdk_jax.format import codebooks, dequantisation, packing
-from fdk_jax.format.orientation import from_matrix
+from fdk_jax.format.array_like import ArrayLike
+from fdk_jax.format.orientation import check_axes, from_matrix
 
 FLOAT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
 _DATA_FIELDS = ("packed", "scales", "codebook")
@@ -26,14 +27,15 @@ _checked: weakref.WeakValueDictionary[tuple[int, bool], Array] = weakref.WeakVal
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class QuantisedTensor:
+class QuantisedTensor(ArrayLike):
     """A weight matrix of `bits`-bit codes, one scale a group and a codebook.
 
         w[n, k] = scales[n, k // group_size] * codebook[codes[n, k]]
 
     with the codebook rounded to the dtype of the scales. N is the number of output features, K of
-    input features, G the group size, E = 8 / bits. The arrays may have leading axes (stacked layers);
-    `vmap` and `scan` take them off. Invariants, checked by `validate`:
+    input features, G the group size, E = 8 / bits. The arrays may have leading axes: those of stacked
+    layers, then the batch axes ("b") of `axes`; `vmap` and `scan` take them off from the left. A batch axis
+    that was taken off no longer counts, see `orientation`. Invariants, checked by `validate`:
 
     Attributes:
         packed: uint8 [..., N, ceil(K / E)] in the layout "interchange" (`fdk_jax.format.packing`); the
@@ -44,8 +46,9 @@ class QuantisedTensor:
         bits: 1, 2, 4 or 8.
         group_size: G >= 1.
         shape: shape of the original weight without leading axes, e.g. (K, N) for a Flax kernel.
-        axes: one letter for each axis of `shape`: "k" contracted, "n" output; "kn" is a Flax kernel,
-            "nk" a PyTorch weight, "knn" and "kkn" are DenseGeneral kernels.
+        axes: one letter for each axis of `shape`: "k" contracted, "n" output, "b" batch (one matrix for
+            each index, e.g. experts); "kn" is a Flax kernel, "nk" a PyTorch weight, "knn" and "kkn" are
+            DenseGeneral kernels, "bkn" are experts [E, K, N].
         layout: "interchange", "planar" (Pallas kernels) or "tiled" (CPU library).
         uniform: the values of the codebook are evenly spaced, and 0 is one of them or lies halfway between
             two (at 1 bit: always); kernels may then compute them from the first and the last one, without
@@ -88,6 +91,19 @@ class QuantisedTensor:
         return tuple(self.packed.shape[: self.packed.ndim - len(self._struct()[0].shape)])
 
     @property
+    def orientation(self) -> tuple[tuple[int, ...], str]:
+        """Shape and axes of the weight as it is now: without batch axes that `vmap` or `scan` took off."""
+        gone = max(0, self.axes.count("b") - len(self.batch_shape))
+        batch = [i for i, a in enumerate(self.axes) if a == "b"][:gone]
+        keep = [i for i in range(len(self.axes)) if i not in batch]
+        return tuple(self.shape[i] for i in keep), "".join(self.axes[i] for i in keep)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """The leading axes that `axes` does not name: stacked layers."""
+        return self.batch_shape[: max(0, len(self.batch_shape) - self.axes.count("b"))]
+
+    @property
     def dtype(self) -> Any:
         """Compute dtype of the weight: the dtype of its scales."""
         return self.scales.dtype
@@ -101,8 +117,12 @@ class QuantisedTensor:
     @property
     def bytes_per_weight(self) -> float:
         """Measured bytes a weight: close to bits / 8 + scale bytes / group_size."""
-        weights = math.prod(self.batch_shape) * math.prod(self.shape)
-        return self.nbytes / weights if weights else 0.0
+        return self.nbytes / self.size if self.size else 0.0
+
+    @property
+    def size(self) -> int:
+        """Number of weights, stacked ones included."""
+        return math.prod(self.batch_shape) * self.in_features * self.out_features
 
     def validate(self) -> None:
         """Checks every invariant of the class docstring.
@@ -142,6 +162,11 @@ class QuantisedTensor:
             )
         if len(tail) == 2 and (tail[0] == 0 or self.out_features % tail[0]):
             raise ValueError(f"{tail[0]} codebooks do not divide {self.out_features} output rows")
+        expected = tuple(d for d, a in zip(*self.orientation, strict=True) if a == "b")
+        if batch[len(batch) - len(expected) :] != expected:
+            raise ValueError(
+                f"the leading axes {batch} must end in the batch axes {expected} of {self._metadata()}"
+            )
         _validate_values(self.codebook, self.uniform)
 
     def to_layout(self, layout: str) -> "QuantisedTensor":
@@ -163,7 +188,7 @@ class QuantisedTensor:
         )
         for _ in w.batch_shape:
             one = jax.vmap(one)
-        return from_matrix(one(w.packed, w.scales, w.codebook), w.shape, w.axes)
+        return from_matrix(one(w.packed, w.scales, w.codebook), *w.orientation)
 
     def _struct(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         return packing.layout_struct(self.layout, dtype=self.scales.dtype, **self.facts)
@@ -172,16 +197,22 @@ class QuantisedTensor:
         return ", ".join(f"{f}={getattr(self, f)!r}" for f in _META_FIELDS)
 
     def __repr__(self) -> str:
-        if not all(hasattr(a, "shape") for a in (self.packed, self.scales, self.codebook)):
-            # jax puts placeholders of any kind into pytrees (axis numbers, None, object()).
+        if not all(_is_shaped(a) for a in (self.packed, self.scales, self.codebook)):
+            # jax and flax put placeholders of any kind into pytrees (axis numbers, None, text to print).
             return f"QuantisedTensor({self._metadata()})"
-        shape = "x".join(map(str, (*self.batch_shape, *self.shape)))
-        before = math.prod(self.batch_shape) * math.prod(self.shape) * self.dtype.itemsize
+        shape, axes = self.orientation
+        shown = "x".join(map(str, (*self.stack_shape, *shape)))
+        before = self.size * self.dtype.itemsize
         return (
-            f"QuantisedTensor({shape} {self.axes}, {self.bits} bits, group {self.group_size},"
+            f"QuantisedTensor({shown} {axes}, {self.bits} bits, group {self.group_size},"
             f" {self.dtype}, {self.layout}, {self.nbytes:,} bytes, {before / max(1, self.nbytes):.2f}x"
             f" smaller)"
         )
+
+
+def _is_shaped(a: Any) -> bool:
+    """Whether a child is an array, or stands for one as a `jax.ShapeDtypeStruct` does."""
+    return isinstance(a, (Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
 def _validate_static(w: QuantisedTensor) -> None:
@@ -190,8 +221,9 @@ def _validate_static(w: QuantisedTensor) -> None:
         raise TypeError(f"uniform must be a bool, got {w.uniform!r}")
     if not all(type(d) is int and d >= 0 for d in w.shape):
         raise ValueError(f"shape must hold non-negative integers, got {w.shape}")
-    if len(w.axes) != len(w.shape) or set(w.axes) != {"k", "n"}:
-        raise ValueError(f'axes={w.axes!r} must have a "k" or "n" for each axis of shape={w.shape}')
+    check_axes(w.axes)
+    if len(w.axes) != len(w.shape):
+        raise ValueError(f"axes={w.axes!r} must have a letter for each axis of shape={w.shape}")
     if w.layout not in packing.LAYOUTS:
         raise ValueError(f"layout={w.layout!r} is not one of {tuple(packing.LAYOUTS)}")
 

@@ -1,15 +1,16 @@
-"""Flax layers with quantised weights: the nnx module, its linen twin, and linen models left as they are."""
+"""Flax layers with quantised weights: linear, with a low-rank adapter, embedding; and the linen twin."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from fdk_jax.format.array_like import take_rows
 from fdk_jax.format.quantisation import quantise_array
 from fdk_jax.format.quantised_tensor import QuantisedTensor, is_quantised
 from fdk_jax.product.dispatch import matmul
@@ -21,11 +22,13 @@ class QuantisedWeight(nnx.Variable):
 
 def apply_linear(
     x: Array,
-    w: QuantisedTensor,
+    w: QuantisedTensor | Array,
     bias: Array | None = None,
     *,
+    axes: str | None = None,
     axis: int | Sequence[int] | None = None,
     dtype: DTypeLike | None = None,
+    out_dtype: DTypeLike | None = None,
     backend: str | None = None,
     arithmetic: str = "exact",
 ) -> Array:
@@ -33,30 +36,45 @@ def apply_linear(
 
     Args:
         x: float array whose axes `axis` have the sizes of the "k" axes of `w`.
-        w: the weight; its "n" axes become the last axes of the result.
+        w: the weight; its "n" axes become the last axes of the result. A float array inside a traced call of
+            `quantised_apply`.
         bias: any shape with N elements, or None.
+        axes: the axes of a float `w`.
         axis: axes of x to contract; None for the last ones.
         dtype: computation dtype; None promotes x and the weight as Flax does.
+        out_dtype: dtype of the result; None for the computation dtype.
         backend: see `fdk_jax.matmul`.
         arithmetic: see `fdk_jax.matmul`.
 
     Returns:
-        Array [..., *n_shape] in the computation dtype.
+        Array [..., *n_shape].
     """
-    k_shape = tuple(d for d, a in zip(w.shape, w.axes, strict=True) if a == "k")
-    n_shape = tuple(d for d, a in zip(w.shape, w.axes, strict=True) if a == "n")
+    shape, letters = w.orientation if is_quantised(w) else (w.shape, axes or "kn")
+    k_shape = tuple(d for d, a in zip(shape, letters, strict=True) if a == "k")
+    n_shape = tuple(d for d, a in zip(shape, letters, strict=True) if a == "n")
     dtype = jnp.promote_types(x.dtype, w.dtype) if dtype is None else dtype
     if axis is not None:
-        axes = [axis] if isinstance(axis, int) else list(axis)
-        x = jnp.moveaxis(x, axes, range(-len(axes), 0))
+        moved = [axis] if isinstance(axis, int) else list(axis)
+        x = jnp.moveaxis(x, moved, range(-len(moved), 0))
     lead = x.shape[: x.ndim - len(k_shape)]
     if x.shape[len(lead) :] != k_shape:
-        raise ValueError(f"the contracted axes of {x.shape=} must be {k_shape} for {w}")
+        raise ValueError(
+            f"the contracted axes of {x.shape=} must be {k_shape} for {w}; if it was quantised along the wrong"
+            " axes, say the right ones with axes={regular expression: orientation} of fdk_jax.quantise"
+        )
+    if not is_quantised(w):
+        contracted = [i for i, a in enumerate(letters) if a == "k"]
+        dims = ((range(len(lead), x.ndim), contracted), ((), ()))
+        y = jax.lax.dot_general(
+            x.astype(dtype), w.astype(dtype), dims, preferred_element_type=out_dtype
+        )
+        return y if bias is None else y + bias.reshape((1,) * len(lead) + n_shape).astype(y.dtype)
     y = matmul(
         x.reshape(*lead, w.in_features).astype(dtype),
         w,
         backend=backend,
         bias=None if bias is None else bias.reshape(-1),
+        out_dtype=out_dtype,
         arithmetic=arithmetic,
     )
     return y.reshape(*lead, *n_shape)
@@ -84,6 +102,7 @@ class QuantisedLinear(nnx.Module):
             initial one void.
         bias: beside `weight`: N elements (an `nnx.Param` is shared, not copied), or None.
         axis: axes of the input to contract; None for the last ones.
+        out_dtype: dtype of the output; None for the computation dtype.
     """
 
     def __init__(
@@ -100,9 +119,10 @@ class QuantisedLinear(nnx.Module):
         backend: str | None = None,
         arithmetic: str = "exact",
         rngs: nnx.Rngs | None = None,
-        weight: QuantisedTensor | None = None,
+        weight: QuantisedTensor | QuantisedWeight | None = None,
         bias: Array | nnx.Variable | None = None,
         axis: int | Sequence[int] | None = None,
+        out_dtype: DTypeLike | None = None,
     ):
         if weight is None:
             if rngs is None:
@@ -114,59 +134,146 @@ class QuantisedLinear(nnx.Module):
                 kernel, bits, group_size=group_size, codebook=codebook, axes="kn"
             )
             bias = jnp.zeros((out_features,), jnp.dtype(param_dtype)) if use_bias else None
-        self.weight = QuantisedWeight(weight)
+        self.weight = weight if isinstance(weight, QuantisedWeight) else QuantisedWeight(weight)
+        self.axes = self.weight.get_value().orientation[1]
+        self.in_features = self.weight.get_value().in_features
+        self.out_features = self.weight.get_value().out_features
         self.bias = bias if bias is None or isinstance(bias, nnx.Variable) else nnx.Param(bias)
         self.axis = axis if axis is None or isinstance(axis, int) else tuple(axis)
         self.dtype = dtype
+        self.out_dtype = out_dtype
         self.backend = backend
         self.arithmetic = arithmetic
+
+    @property
+    def kernel(self) -> QuantisedWeight:
+        """The variable that holds the weight, under Flax's name."""
+        return self.weight
+
+    @property
+    def use_bias(self) -> bool:
+        """Whether there is a bias."""
+        return self.bias is not None
 
     @classmethod
     def from_weight(
         cls,
-        weight: QuantisedTensor,
+        weight: QuantisedTensor | QuantisedWeight,
         bias: Array | nnx.Variable | None = None,
         *,
         axis: int | Sequence[int] | None = None,
         dtype: DTypeLike | None = None,
+        out_dtype: DTypeLike | None = None,
         backend: str | None = None,
         arithmetic: str = "exact",
     ) -> "QuantisedLinear":
         """A layer around a weight that is quantised already.
 
         Args:
-            weight: any `axes`; leading axes are for layers under `nnx.scan` or `nnx.vmap`.
+            weight: any `axes` without "b", or a variable that holds it and is then shared; leading axes are for
+                layers under `nnx.scan` or `nnx.vmap`.
             bias: N elements (an `nnx.Param` is shared, not copied), or None.
             axis: axes of the input to contract; None for the last ones.
             dtype: computation dtype; None promotes input and weight.
+            out_dtype: dtype of the output; None for the computation dtype.
             backend: see `fdk_jax.matmul`.
             arithmetic: see `fdk_jax.matmul`.
         """
+        tensor = weight.get_value() if isinstance(weight, QuantisedWeight) else weight
         return cls(
-            weight.in_features,
-            weight.out_features,
+            tensor.in_features,
+            tensor.out_features,
             weight=weight,
             bias=bias,
             axis=axis,
             dtype=dtype,
+            out_dtype=out_dtype,
             backend=backend,
             arithmetic=arithmetic,
         )
 
     def __call__(self, inputs: Array, out_sharding: None = None) -> Array:
         """Returns inputs times kernel plus bias; the last axes are the output features."""
-        if out_sharding is not None:
-            raise NotImplementedError(
-                "QuantisedLinear follows its weight's sharding; leave out_sharding"
-            )
+        _no_out_sharding(self, out_sharding)
         return apply_linear(
             inputs,
             self.weight.get_value(),
             None if self.bias is None else self.bias.get_value(),
+            axes=self.axes,
             axis=self.axis,
+            dtype=self.dtype,
+            out_dtype=self.out_dtype,
+            backend=self.backend,
+            arithmetic=self.arithmetic,
+        )
+
+
+class QuantisedLoRALinear(QuantisedLinear):
+    """`nnx.LoRALinear` with a quantised kernel; `lora` is the layer's own adapter, and trains as before."""
+
+    lora: nnx.LoRA
+
+    def __call__(self, inputs: Array, out_sharding: None = None) -> Array:
+        """Returns what the quantised layer gives plus what the adapter gives."""
+        return super().__call__(inputs, out_sharding) + self.lora(inputs)
+
+
+class QuantisedEmbed(nnx.Module):
+    """`nnx.Embed` with a quantised table: rows are unpacked after they were looked up; `attend` is a `matmul`.
+
+    Args:
+        table: an [N, K] weight with axes "nk" and one codebook: N rows of K features.
+        dtype: dtype of the output; None for the dtype of the table.
+        backend: see `fdk_jax.matmul`; for `attend`.
+        arithmetic: see `fdk_jax.matmul`; for `attend`.
+    """
+
+    def __init__(
+        self,
+        table: QuantisedTensor,
+        *,
+        dtype: DTypeLike | None = None,
+        backend: str | None = None,
+        arithmetic: str = "exact",
+    ):
+        if table.axes != "nk":
+            raise ValueError(f'a table has axes "nk", one row for each index, got {table}')
+        self.embedding = QuantisedWeight(table)
+        self.num_embeddings, self.features = table.shape
+        self.dtype = table.dtype if dtype is None else dtype
+        self.backend = backend
+        self.arithmetic = arithmetic
+
+    def __call__(self, inputs: Array, out_sharding: None = None) -> Array:
+        """Rows of the table: [..., K] for integers [...]; NaN for indices out of range."""
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ValueError(f"indices must be integers, got {inputs.dtype}")
+        _no_out_sharding(self, out_sharding)
+        table = self.embedding.get_value()
+        if self.num_embeddings == 1:
+            inputs = jnp.zeros_like(inputs)
+        inputs = jnp.where(inputs < 0, inputs + self.num_embeddings, inputs)
+        if not is_quantised(table):
+            return jnp.take(table, inputs, axis=0, mode="fill").astype(self.dtype)
+        return take_rows(table, inputs, fill=True).astype(self.dtype)
+
+    def attend(self, query: Array, out_sharding: None = None) -> Array:
+        """Query [..., K] times every row: [..., N], as a tied final projection does."""
+        _no_out_sharding(self, out_sharding)
+        return apply_linear(
+            query,
+            self.embedding.get_value(),
+            axes="nk",
             dtype=self.dtype,
             backend=self.backend,
             arithmetic=self.arithmetic,
+        )
+
+
+def _no_out_sharding(layer: nnx.Module, out_sharding: Any) -> None:
+    if out_sharding is not None:
+        raise NotImplementedError(
+            f"{type(layer).__name__} follows its weight's sharding; leave out_sharding"
         )
 
 
@@ -227,57 +334,3 @@ class QuantisedDense(nn.Module):
             backend=self.backend,
             arithmetic=self.arithmetic,
         )
-
-
-def quantised_apply(
-    apply: Callable, *, backend: str | None = None, arithmetic: str = "exact"
-) -> Callable:
-    """Lets an unchanged linen model run on quantised parameters.
-
-        apply = fdk_jax.quantised_apply(model.apply)
-        logits = apply({"params": fdk_jax.quantise(params)}, tokens)
-
-    Args:
-        apply: `model.apply`, or a function that calls it.
-        backend: see `fdk_jax.matmul`.
-        arithmetic: see `fdk_jax.matmul`.
-
-    Returns:
-        A function of the same signature, in which `nn.Dense` and `nn.DenseGeneral` take kernels that are
-        `QuantisedTensor`s.
-    """
-
-    def intercept(call, args, kwargs, context):
-        module = context.module
-        quantised = (
-            context.method_name == "__call__"
-            and module.scope is not None
-            and module.has_variable("params", "kernel")
-            and is_quantised(module.get_variable("params", "kernel"))
-        )
-        if not quantised or isinstance(module, QuantisedDense):
-            return call(*args, **kwargs)
-        if not isinstance(module, (nn.Dense, nn.DenseGeneral)) or getattr(module, "batch_dims", ()):
-            raise NotImplementedError(
-                f"{type(module).__name__} {'/'.join(module.path)} cannot use a quantised kernel;"
-                " leave it out with the skip argument of fdk_jax.quantise"
-            )
-        kernel = module.get_variable("params", "kernel")
-        bias = module.get_variable("params", "bias") if module.use_bias else None
-        (inputs,) = args
-        return apply_linear(
-            inputs,
-            kernel,
-            bias,
-            axis=getattr(module, "axis", None),
-            dtype=module.dtype,
-            backend=backend,
-            arithmetic=arithmetic,
-        )
-
-    @functools.wraps(apply)
-    def wrapped(*args, **kwargs):
-        with nn.intercept_methods(intercept):
-            return apply(*args, **kwargs)
-
-    return wrapped

@@ -1,28 +1,31 @@
-"""`quantise`, `dequantise`, `prepare` and `summary` of arrays, parameter trees and nnx modules."""
+"""`quantise`, `dequantise` and `prepare` of arrays, parameter trees and nnx modules."""
 
-import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
-import numpy as np
 from flax import nnx
 from jax import Array
 
-from fdk_jax.format.quantisation import quantise_array
-from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, is_quantised
-from fdk_jax.layers.linear import QuantisedLinear, QuantisedWeight
-from fdk_jax.layers.surgery import from_flax, replace_layers, to_flax
+from fdk_jax.format.quantisation import check_options, quantise_array
+from fdk_jax.format.quantised_tensor import is_quantised
+from fdk_jax.layers import rules
+from fdk_jax.layers.interpreted import interpreted_class
+from fdk_jax.layers.linear import QuantisedEmbed, QuantisedLinear, QuantisedWeight
+from fdk_jax.layers.rules import SKIP, Rules
+from fdk_jax.layers.surgery import (
+    axes_of,
+    from_flax,
+    replace_layers,
+    to_flax,
+    to_flax_embed,
+    why_not,
+)
 from fdk_jax.product import cpu_backend
 from fdk_jax.product.dispatch import check_backend, prepare_tensor
 from pallas_kernels import target
-
-_KERNELS = ("kernel", "weight")
-_NEVER = re.compile(
-    r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|conv\w*|\w*norm\w*|ln\w*)([._]|$)", re.I
-)
 
 
 def quantise(
@@ -32,34 +35,37 @@ def quantise(
     group_size: int = 64,
     codebook: Any = "uniform",
     scale: str = "auto",
-    skip: str | None = r"^lm_head$",
-    axes: str | Mapping[str, str] | None = None,
+    skip: str | None = SKIP,
+    axes: str | Mapping[str, str | None] | None = None,
     dtype: Any = None,
     importance: Any = None,
     seed: int = 0,
 ) -> Any:
     """Turns the weights of linear layers into `QuantisedTensor`s in the interchange layout.
 
-    In a tree, every float leaf called "kernel" or "weight" with two or more axes is a linear layer's,
-    unless its name matches `skip` or says embedding, norm or convolution. All other leaves stay as they
-    are; `fdk_jax.summary` of the result tells what became of each.
+    In a tree, the float leaves called "kernel", "weight" or "w" whose orientation is plain from their name,
+    shape and bias are linear layers'; not so embeddings, convolutions, normalisations, routers and states of
+    optimisers. In an nnx model, `nnx.Linear`, `nnx.LinearGeneral` and `nnx.LoRALinear` (which keeps its
+    adapter) become `QuantisedLinear`s; subclasses, layers with functions of their own and Einsum modules keep
+    their class and their computation and run it on packed codes. A weight that would grow stays as it is. All
+    other leaves stay too; `fdk_jax.summary` tells what became of each, and why.
 
     Args:
-        source: an array; a tree of parameters (dict, FrozenDict, nnx.State, lists, tuples); or an
-            `nnx.Module`, which comes back as a new module with its Linears replaced (layers that were
-            shared stay shared; the original is untouched).
+        source: an array; a tree of parameters (dicts, also flat ones with names "a/b" or tuples as keys,
+            FrozenDict, nnx.State, lists, tuples, dataclasses, `nn.Partitioned` boxes); or an `nnx.Module`,
+            which comes back as a new module (shared layers stay shared; the original is untouched).
         bits: 1, 2, 4 or 8.
         group_size: weights along K that share a scale.
         codebook: "uniform", "nf4", "fp4", "ternary", "normal", "laplace", "student", "kmeans" (fitted to
             each weight), ascending values for all weights, or {regular expression on the dotted name: any
             of these} (all others are uniform). See `quantise_array`; `fdk_jax.calibrate` does better.
         scale: "absmax", "absmean", "rms", "none" or "auto" (absmean up to 2 bits, else absmax).
-        skip: regular expression, searched in the dotted name (without "params" and "kernel"); None skips
-            nothing.
-        axes: for an array, its orientation (see `QuantisedTensor`), "nk" if None. For a tree,
-            {regular expression: orientation} for leaves whose default is wrong: a "kernel" is "kn", with
-            stacked layers in front; below attention's query, key and value "knn", below its out "kkn";
-            a "weight" is "nk".
+        skip: regular expression, searched in the dotted name of the layer (without "params" and "kernel"); None
+            skips nothing.
+        axes: for an array, its orientation (see `QuantisedTensor`), "nk" if None. Otherwise {regular expression
+            on the dotted name of a leaf: its orientation, or None to leave it out}, for leaves whose
+            default is wrong or that have none (a table is "nk"); the first that matches counts.
+            `fdk_jax.infer_axes` makes these rules from a model and its inputs.
         dtype: compute dtype of the weights; None keeps their own.
         importance: for "kmeans" of an array: non-negative weights of the same shape.
         seed: for "kmeans".
@@ -69,32 +75,199 @@ def quantise(
 
     Raises:
         TypeError: `source` holds nothing that can be quantised, or has a wrong dtype.
-        ValueError: an argument out of range; the message names the leaf.
+        ValueError: an argument out of range; the message names the leaf, and the rule if there was one.
     """
     options: dict[str, Any] = dict(group_size=group_size, scale=scale, dtype=dtype, seed=seed)
-    if isinstance(source, nnx.Module):
-        return _quantise_module(source, bits, codebook, skip, options)
-    if _is_array(source):
+    if rules.is_array(source):
         if not isinstance(axes, (str, type(None))):
             raise ValueError(f'{axes=} must be an orientation such as "kn" for an array')
         options |= dict(codebook=codebook, axes=axes or "nk", importance=importance)
         return quantise_array(source, bits, **options)
     if isinstance(axes, str) or importance is not None:
         raise ValueError("for a tree, axes maps names to orientations and importance must be None")
+    check_options(bits, group_size, "uniform" if isinstance(codebook, Mapping) else codebook, scale)
+    rules.check_rules(axes or {})
+    chosen = Rules(bits, group_size, skip, axes or {}, dtype)
 
-    def convert(name: str, leaf: Any) -> Any:
-        orientation = _orientation(name, leaf, axes or {})
-        module = _module_name(name)
-        if orientation is None or _skipped(module, skip):
+    def one(name: str, leaf: Array, orientation: str) -> Any:
+        try:
+            levels = _codebook_of(codebook, rules.layer_of(name))
+            return quantise_array(leaf, bits, codebook=levels, axes=orientation, **options)
+        except (TypeError, ValueError) as error:
+            rule = chosen.rule(name)
+            by = f" (by the rule {rule[0]!r}: {rule[1]!r} of axes)" if rule else ""
+            raise type(error)(f"{name}: {error}{by}") from error
+
+    decisions: dict[str, str | None] = {}
+    if isinstance(source, nnx.Module):
+        result = _quantise_module(source, chosen, one, decisions)
+    else:
+        result = _quantise_tree(source, chosen, one, decisions)
+    _check_something(source, decisions)
+    return result
+
+
+def _check_something(source: Any, decisions: dict[str, str | None]) -> None:
+    """Raises TypeError if no decision is None, which stands for a quantised weight."""
+    if any(reason is None for reason in decisions.values()):
+        return
+    seen = [f"{name or 'the source'} ({reason})" for name, reason in decisions.items()]
+    shown = "; ".join(seen[:8]) + (f"; and {len(seen) - 8} more" if len(seen) > 8 else "")
+    raise TypeError(
+        f"nothing in this {type(source).__name__} can be quantised: {shown or 'it holds no arrays'}."
+        " Say the orientation of a leaf with axes={regular expression on its name: e.g. 'kn'};"
+        " fdk_jax.infer_axes(function, tree, *inputs) finds them all. A linen, haiku or keras module holds no"
+        " weights: give its parameters"
+    )
+
+
+def _quantise_tree(
+    tree: Any, chosen: Rules, one: Callable, decisions: dict[str, str | None]
+) -> Any:
+    leaves = named_leaves(tree)
+
+    def convert(path: tuple, leaf: Any) -> Any:
+        name = dotted(path)
+        value = _value(leaf)
+        if is_quantised(value):
+            decisions[name] = None
             return leaf
-        return _named(
-            name,
-            lambda: quantise_array(
-                leaf, bits, codebook=_codebook_of(codebook, module), axes=orientation, **options
-            ),
+        orientation, reason = decide(
+            name, value, chosen, leaves, classes_on(tree, path), _box_names(leaf)
         )
+        decisions[name] = reason
+        if orientation is None:
+            return leaf
+        new = one(name, value, orientation)
+        return QuantisedWeight(new) if isinstance(leaf, nnx.Variable) else new
 
-    return _map(convert, source, QuantisedWeight)
+    return jax.tree_util.tree_map_with_path(convert, tree, is_leaf=is_leaf)
+
+
+def decide(
+    name: str,
+    leaf: Any,
+    chosen: Rules,
+    leaves: Mapping[str, Any],
+    classes: tuple[str, ...] = (),
+    box: tuple[Any, ...] = (),
+) -> tuple[str | None, str | None]:
+    """(axes, None) of a leaf that is to be quantised, or (None, why it is not).
+
+    Args:
+        name: dotted name of the leaf.
+        leaf: its value.
+        chosen: the rules of the call.
+        leaves: all leaves by name.
+        classes: names of the classes that hold it, outermost first.
+        box: names of its axes, if it is an `nn.Partitioned`.
+    """
+    rule = chosen.rule(name)
+    if rule is not None:
+        if rule[1] is None:
+            return None, f"the rule {rule[0]!r}: None of axes"
+        # A rule says "kernel" and means kernels: what has too few axes for it is left alone.
+        reason = chosen.fits(name, leaf, rule[1])
+        if reason is not None:
+            reason += f" (the rule {rule[0]!r}: {rule[1]!r} of axes)"
+        return (rule[1] if reason is None else None), reason
+    reason = (
+        rules.unfit(leaf, chosen.dtype)
+        or rules.not_linear(name, classes)
+        or chosen.skipped(rules.layer_of(name))
+    )
+    if reason is not None:
+        return None, reason
+    bias = leaves.get(name.rpartition(".")[0] + ".bias")
+    orientation, reason = rules.orientation_of(name, leaf, bias)
+    if orientation is not None and "layers" in box:
+        at = box.index("layers") - (leaf.ndim - len(orientation))
+        if at >= 0:  # the layers are not in front, as the shape suggested
+            orientation = "k" * at + "b" + "n" * (leaf.ndim - at - 1) if at else orientation
+    if orientation is None:
+        return None, reason
+    reason = chosen.fits(name, leaf, orientation)
+    return (orientation if reason is None else None), reason
+
+
+def _quantise_module(
+    module: nnx.Module, chosen: Rules, one: Callable, decisions: dict[str, str | None]
+) -> nnx.Module:
+    shared: dict[Any, QuantisedWeight] = {}
+
+    def weight_of(name: str, variable: nnx.Variable, orientation: str) -> QuantisedWeight:
+        # Layers that share a variable share the quantised one.
+        key = (id(variable), orientation)
+        if key not in shared:
+            shared[key] = QuantisedWeight(one(name, variable.get_value(), orientation))
+        return shared[key]
+
+    def replace(layer_name: str, layer: nnx.Module) -> nnx.Module | None:
+        if isinstance(layer, (QuantisedLinear, QuantisedEmbed)):
+            decisions[layer_name] = None
+            return layer
+        chosen_axes = {}
+        for attribute, orientation, reason in module_weights(layer_name, layer, chosen):
+            name = f"{layer_name}.{attribute}" if layer_name else attribute
+            decisions[name] = reason
+            if orientation is not None:
+                chosen_axes[attribute] = (name, orientation)
+        if not chosen_axes:
+            return None
+        if type(layer) is nnx.Embed and chosen_axes["embedding"][1] == "nk" and _is_plain(layer):
+            table = one(chosen_axes["embedding"][0], layer.embedding.get_value(), "nk")
+            return QuantisedEmbed(table, dtype=layer.dtype)
+        if why_not(layer) is None:
+            ((name, orientation),) = chosen_axes.values()
+            variable = layer.kernel
+            return from_flax(layer, lambda *_: weight_of(name, variable, orientation))
+        for attribute, (name, orientation) in chosen_axes.items():
+            setattr(layer, attribute, weight_of(name, getattr(layer, attribute), orientation))
+        layer.__class__ = interpreted_class(type(layer))
+        return None
+
+    return replace_layers(module, replace)
+
+
+def _is_plain(layer: nnx.Embed) -> bool:
+    return layer.promote_dtype is nnx.nn.dtypes.promote_dtype
+
+
+def module_weights(
+    name: str, layer: nnx.Module, chosen: Rules
+) -> list[tuple[str, str | None, str | None]]:
+    """(attribute, axes, None) or (attribute, None, reason) of each weight that a module itself holds."""
+    known = axes_of(layer)
+    found = []
+    for attribute, variable in vars(layer).items():
+        if not isinstance(variable, nnx.Variable):
+            continue
+        value, full = variable.get_value(), f"{name}.{attribute}" if name else attribute
+        if is_quantised(value):
+            found.append((attribute, None, "quantised already"))
+            continue
+        rule = chosen.rule(full)
+        orientation = known.get(attribute)
+        if rule is not None:
+            if rule[1] is None:
+                found.append((attribute, None, f"the rule {rule[0]!r}: None of axes"))
+                continue
+            orientation, reason = rule[1], chosen.fits(full, value, rule[1])
+        elif isinstance(variable, getattr(nnx, "OptState", ())):
+            reason = "state of an optimiser"
+        elif (unfit := rules.unfit(value, chosen.dtype)) is not None:
+            reason = unfit
+        elif orientation is None:
+            kind = type(layer).__name__
+            reason = rules.not_linear(full, (kind,)) or (
+                f"{kind} is no layer whose computation is known: name it in axes="
+            )
+        else:
+            router = rules.not_linear(full)
+            reason = router if router and "router" in router else chosen.skipped(name)
+            reason = reason or chosen.fits(full, value, orientation)
+        found.append((attribute, orientation if reason is None else None, reason))
+    return found
 
 
 def dequantise(source: Any, dtype: Any = None) -> Any:
@@ -107,8 +280,17 @@ def dequantise(source: Any, dtype: Any = None) -> Any:
     """
     if isinstance(source, nnx.Module):
 
-        def back(_, layer):
-            return to_flax(layer, dtype) if isinstance(layer, QuantisedLinear) else None
+        def back(_: str, layer: nnx.Module) -> nnx.Module | None:
+            if isinstance(layer, QuantisedLinear):
+                return to_flax(layer, dtype)
+            if isinstance(layer, QuantisedEmbed):
+                return to_flax_embed(layer, dtype)
+            for name, variable in list(vars(layer).items()):
+                if isinstance(variable, QuantisedWeight):
+                    setattr(layer, name, nnx.Param(variable.get_value().dequantise(dtype)))
+            if (cls := getattr(type(layer), "quantised_class", None)) is not None:
+                layer.__class__ = cls
+            return None
 
         return replace_layers(source, back)
     return _map(
@@ -148,80 +330,56 @@ def default_backend() -> str:
     return "cpu" if platform == "cpu" and cpu_backend.unavailable_reason() is None else "xla"
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What `quantise` made of a tree.
-
-    Attributes:
-        quantised: name of each quantised weight, with its `QuantisedTensor` repr.
-        kept: name of each other leaf, with shape and dtype.
-        bytes_before: of the whole tree with its weights in their compute dtype.
-        bytes_after: of the whole tree as it is.
-    """
-
-    quantised: dict[str, str]
-    kept: dict[str, str]
-    bytes_before: int
-    bytes_after: int
-
-    def __str__(self) -> str:
-        lines = [f"{name}: {text}" for name, text in self.quantised.items()]
-        lines += [f"{name}: kept, {text}" for name, text in self.kept.items()]
-        ratio = self.bytes_before / max(1, self.bytes_after)
-        lines.append(
-            f"{len(self.quantised)} quantised, {len(self.kept)} kept; {self.bytes_before:,} bytes"
-            f" before, {self.bytes_after:,} after ({ratio:.2f}x smaller)"
-        )
-        return "\n".join(lines)
+def is_leaf(x: Any) -> bool:
+    """Whether a node of a tree is one weight: quantised, a Variable, or a box with names of axes."""
+    return is_quantised(x) or isinstance(x, (nnx.Variable, nn.meta.AxisMetadata))
 
 
-def summary(source: Any) -> Summary:
-    """Lists what is quantised in a tree or module and what was kept, with the bytes before and after."""
-    if isinstance(source, nnx.Module):
-        source = nnx.state(source)
-    quantised, kept, before, after = {}, {}, 0, 0
-    for path, leaf in _leaves(source):
-        name, value = _dotted(path), leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-        if is_quantised(value):
-            quantised[name] = repr(value)
-            count = math.prod(value.batch_shape) * math.prod(value.shape)
-            before += count * value.dtype.itemsize
-            after += value.nbytes
-        elif hasattr(value, "dtype"):
-            kept[name] = f"{value.dtype}{list(value.shape)}"
-            size = math.prod(value.shape) * getattr(value.dtype, "itemsize", 0)
-            before, after = before + size, after + size
-    return Summary(quantised, kept, before, after)
+def _value(leaf: Any) -> Any:
+    if isinstance(leaf, nnx.Variable):
+        return leaf.get_value()
+    return leaf.unbox(apply_constraint=False) if _has_names(leaf) else nn.meta.unbox(leaf)
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray))
+def _has_names(leaf: Any) -> bool:
+    return isinstance(leaf, nn.Partitioned)
 
 
-def _is_leaf(x: Any) -> bool:
-    return is_quantised(x) or isinstance(x, nnx.Variable)
+def _box_names(leaf: Any) -> tuple[Any, ...]:
+    """Names of the axes of a boxed leaf."""
+    return tuple(leaf.names) if _has_names(leaf) else ()
 
 
-def _leaves(tree: Any):
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]
+def leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
+    """The leaves of a tree with their paths; see `is_leaf`."""
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
 
 
-def _dotted(path: tuple) -> str:
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The values of the leaves of a tree by dotted name."""
+    return {dotted(path): _value(leaf) for path, leaf in leaves_with_path(tree)}
+
+
+def dotted(path: tuple) -> str:
+    """The dotted name of a leaf: names with slashes and tuples of names, as flat dictionaries have, too."""
     keys = [getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path]
-    return ".".join(map(str, keys))
+    parts = [p for key in keys for p in (key if isinstance(key, tuple) else (key,))]
+    return ".".join(str(p).replace("/", ".") for p in parts)
 
 
-def _module_name(name: str) -> str:
-    """The layer that a leaf belongs to: "params.block.q_proj.kernel" is of "block.q_proj"."""
-    parts = name.split(".")
-    return ".".join(parts[parts[0] == "params" : -1])
-
-
-def _named(name: str, action: Callable[[], Any]) -> Any:
-    try:
-        return action()
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
+def classes_on(tree: Any, path: tuple) -> tuple[str, ...]:
+    """Names of the classes that hold a leaf, outermost first, as far as its path can be followed."""
+    names = []
+    for key in path:
+        names.append(type(tree).__name__)
+        try:
+            if hasattr(key, "name"):
+                tree = getattr(tree, key.name)
+            else:
+                tree = tree[key.key if hasattr(key, "key") else key.idx]
+        except (AttributeError, KeyError, IndexError, TypeError):
+            break
+    return tuple(names)
 
 
 def _map(function: Callable[[str, Any], Any], tree: Any, variable: type) -> Any:
@@ -229,18 +387,14 @@ def _map(function: Callable[[str, Any], Any], tree: Any, variable: type) -> Any:
 
     def one(path, leaf):
         if not isinstance(leaf, nnx.Variable):
-            return function(_dotted(path), leaf)
+            return function(dotted(path), leaf)
         value = leaf.get_value()
-        changed = function(_dotted(path), value)
+        changed = function(dotted(path), value)
         if changed is value:
             return leaf
         return variable(changed)
 
-    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_leaf)
-
-
-def _skipped(module: str, skip: str | None) -> bool:
-    return skip is not None and re.search(skip, module) is not None
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_leaf)
 
 
 def _codebook_of(codebook: Any, module: str) -> Any:
@@ -250,38 +404,3 @@ def _codebook_of(codebook: Any, module: str) -> Any:
         if re.search(pattern, module):
             return values
     return "uniform"
-
-
-def _orientation(name: str, leaf: Any, axes: Mapping[str, str]) -> str | None:
-    """The `axes` of a leaf, or None where it is no linear layer's weight."""
-    if not _is_array(leaf) or leaf.ndim < 2 or leaf.dtype not in FLOAT_DTYPES:
-        return None
-    for pattern, orientation in axes.items():
-        if re.search(pattern, name):
-            return orientation
-    parts = name.split(".")
-    if parts[-1] not in _KERNELS or _NEVER.search(_module_name(name)):
-        return None
-    if parts[-1] == "weight":
-        return "nk"
-    layer = parts[-2] if len(parts) > 1 else ""
-    if leaf.ndim >= 3 and layer in ("query", "key", "value"):
-        return "knn"
-    if leaf.ndim >= 3 and layer == "out":
-        return "kkn"
-    return "kn" if leaf.ndim <= 3 else None
-
-
-def _quantise_module(module, bits, codebook, skip, options) -> nnx.Module:
-    def replace(name: str, layer: nnx.Module) -> nnx.Module | None:
-        if _skipped(name, skip):
-            return None
-
-        def one(kernel: Array, axes: str):
-            return quantise_array(
-                kernel, bits, codebook=_codebook_of(codebook, name), axes=axes, **options
-            )
-
-        return _named(name, lambda: from_flax(layer, one))
-
-    return replace_layers(module, replace)

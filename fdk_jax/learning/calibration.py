@@ -27,6 +27,7 @@ from fdk_jax.format.quantisation import (
 )
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedLinear
+from fdk_jax.layers.rules import SKIP
 from fdk_jax.layers.surgery import from_flax, replace_layers
 from fdk_jax.learning import statistics
 from fdk_jax.learning.rounding import corrected, nearest, refit_scales, search_scales, spread
@@ -225,7 +226,7 @@ def calibrate(
     importance: str = "auto",
     rounding: str = "auto",
     damping: float = 0.05,
-    skip: str | None = r"^lm_head$",
+    skip: str | None = SKIP,
     dtype: Any = None,
     forward: Forward = default_forward,
     loss: Callable[[nnx.Module, Any], Array] = statistics.default_loss,

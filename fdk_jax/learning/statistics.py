@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from fdk_jax.layers.surgery import replace_layers
+from fdk_jax.layers.surgery import axes_of, replace_layers, why_not
 from fdk_jax.learning.losses import next_token_loss
 
 Forward = Callable[[nnx.Module, Any], Any]
@@ -66,21 +66,17 @@ class LinearLayer(NamedTuple):
 
 
 def linear_layers(model: nnx.Module, skip: Callable[[str], bool]) -> dict[str, LinearLayer]:
-    """The `nnx.Linear`s and `nnx.LinearGeneral`s of a model by dotted name, shared ones once."""
+    """The layers of a model that compute as `nnx.Linear`s do, by dotted name, shared ones once."""
     found: dict[str, LinearLayer] = {}
 
     def look(name: str, layer: nnx.Module) -> None:
         if skip(name):
             return
-        if isinstance(layer, nnx.Linear):
-            shape, axes, inputs = layer.kernel.get_value().shape, "kn", (-1,)
-        elif isinstance(layer, nnx.LinearGeneral) and not layer.batch_axis:
-            shape = layer.kernel.get_value().shape
-            axes = "k" * len(layer.in_features) + "n" * len(layer.out_features)
-            axis = layer.axis
-            inputs = (axis,) if isinstance(axis, int) else tuple(axis)
-        else:
+        if why_not(layer) is not None:
             return
+        shape, axes = layer.kernel.get_value().shape, axes_of(layer)["kernel"]
+        axis = getattr(layer, "axis", -1)
+        inputs = (axis,) if isinstance(axis, int) else tuple(axis)
         lead = len(shape) - len(axes)
         k = int(np.prod(shape[lead : lead + axes.count("k")]))
         found[name] = LinearLayer(layer, axes, shape[:lead], k, inputs)

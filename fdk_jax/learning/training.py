@@ -37,6 +37,7 @@ from fdk_jax.format.quantisation import (
 )
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedLinear
+from fdk_jax.layers.rules import SKIP
 from fdk_jax.layers.surgery import replace_layers
 from fdk_jax.learning.rounding import spread
 from fdk_jax.learning.statistics import linear_layers
@@ -219,7 +220,7 @@ def quantisation_aware(
     group_size: int = 64,
     codebook: Any = "uniform",
     scale: str = "auto",
-    skip: str | None = r"^lm_head$",
+    skip: str | None = SKIP,
     dtype: Any = None,
     seed: int = 0,
 ) -> nnx.Module:
@@ -242,7 +243,14 @@ def quantisation_aware(
         TypeError: the model has no such layers.
         ValueError: an argument out of range.
     """
-    layers = linear_layers(model, lambda name: bool(skip and re.search(skip, name)))
+    found = linear_layers(model, lambda name: bool(skip and re.search(skip, name)))
+    # An adapter, or an output of another dtype, would be lost here.
+    layers = {
+        name: linear
+        for name, linear in found.items()
+        if not isinstance(linear.layer, nnx.LoRALinear)
+        and linear.layer.preferred_element_type is None
+    }
     if not layers:
         raise TypeError("the model has no nnx.Linear or nnx.LinearGeneral that is not skipped")
     options: dict[str, Any] = dict(

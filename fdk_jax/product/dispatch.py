@@ -92,9 +92,10 @@ def matmul(
 
         y[..., n] = sum_k x[..., k] * w[n, k] + bias[n]
 
-    Differentiable with respect to x and bias in reverse mode; the weight gets no gradient. Works under
-    jit, vmap, scan, remat and shard_map; under plain jit a weight sharded along N or K is multiplied where
-    it lies (K adds an all-reduce).
+    Differentiable in reverse mode with respect to x, bias, and the scales and the codebook of w (the codes
+    stay as they are): `jax.grad(loss, allow_int=True)` of a tensor gives them. Works under jit, vmap, scan,
+    remat and shard_map; under plain jit a weight sharded along N or K is multiplied where it lies (K adds an
+    all-reduce).
 
     Args:
         x: bfloat16, float16 or float32 [..., K]; no leading axes, or empty ones, are fine.
@@ -191,18 +192,13 @@ def _forward(product, operands):
 def _backward(product, operands, g):
     x, packed, scales, codebook, bias = operands
     packed, scales = packing.convert(packed, scales, product.layout, "interchange", **product.facts)
-    dx = reference.transposed_matmul(
-        g,
-        packed,
-        scales,
-        codebook,
-        bits=product.bits,
-        group_size=product.group_size,
-        in_features=product.in_features,
-        out_dtype=x.dtype,
-    )
+    widths = dict(bits=product.bits, group_size=product.group_size, in_features=product.in_features)
+    dx = reference.transposed_matmul(g, packed, scales, codebook, out_dtype=x.dtype, **widths)
     dbias = None if bias is None else g.astype(jnp.float32).sum(0).astype(bias.dtype)
-    return (Arrays._make((dx, None, None, None, dbias)),)
+    # Compilers drop the gradients that nobody asks for.
+    dscales, dcodebook = reference.weight_gradients(x, g, packed, scales, codebook, **widths)
+    _, dscales = packing.convert(packed, dscales, "interchange", product.layout, **product.facts)
+    return (Arrays._make((dx, None, dscales, dcodebook, dbias)),)
 
 
 _differentiable.defvjp(_forward, _backward)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fdk_jax.format.dequantisation import dequantise_matrix
+from fdk_jax.format import packing
+from fdk_jax.format.dequantisation import dequantise_matrix, lookup
 
 
 def matmul(
@@ -61,6 +62,38 @@ def transposed_matmul(
         dtype=g.dtype,
     )
     return dot(g, weight, contract=(1, 0)).astype(out_dtype)
+
+
+def weight_gradients(
+    x: Array,
+    g: Array,
+    packed: Array,
+    scales: Array,
+    codebook: Array,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> tuple[Array, Array]:
+    """Gradients with respect to scales [N, ceil(K / G)] and codebook, given X [M, K] and G [M, N].
+
+    The codes are constants. A codebook entry that no code names has gradient 0.
+    """
+    dense = dot(
+        g.astype(jnp.float32), x.astype(jnp.float32), contract=(0, 0)
+    )  # of the weight: [N, K]
+    codes = packing.unpack(packed, bits, in_features)
+    values = lookup(codes, codebook.astype(scales.dtype).astype(jnp.float32))
+    groups = scales.shape[-1]
+    group = jnp.arange(in_features) // group_size
+    dscales = jax.ops.segment_sum((dense * values).T, group, groups).T
+    spread = jnp.repeat(scales.astype(jnp.float32), max(1, min(group_size, in_features)), axis=-1)
+    rows = codebook.reshape(-1, codebook.shape[-1])
+    block = jnp.arange(codes.shape[0]) // (codes.shape[0] // rows.shape[0])
+    entry = block[:, None] * rows.shape[1] + codes.astype(jnp.int32)
+    terms = dense * spread[:, :in_features]
+    dcodebook = jax.ops.segment_sum(terms.reshape(-1), entry.reshape(-1), rows.size)
+    return dscales.astype(scales.dtype), dcodebook.reshape(codebook.shape).astype(codebook.dtype)
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:

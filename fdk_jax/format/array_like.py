@@ -1,0 +1,117 @@
+"""What an ordinary array does and a `QuantisedTensor` does too."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+if TYPE_CHECKING:
+    from fdk_jax.format.quantised_tensor import QuantisedTensor
+
+FUSED = (
+    "fdk_jax.matmul(x, w), fdk_jax.einsum(equation, x, w) and functions inside fdk_jax.quantised_apply"
+    " multiply by the packed codes; fdk_jax.dequantise(w) unpacks on purpose"
+)
+
+
+class UnfusedWarning(UserWarning):
+    """A weight is unpacked as a whole where a fused product was within reach."""
+
+
+class ArrayLike:
+    """The array protocol of `QuantisedTensor`.
+
+    Results are those of the dequantised weight. `w[i]` along a leading axis, `w[...]`, `w.T` and `w.astype`
+    stay quantised; `w[ids]` of an [N, K] table unpacks the rows of `ids` alone; all else unpacks the whole
+    weight, with an `UnfusedWarning` where JAX asked for it and not the caller.
+    """
+
+    @property
+    def ndim(self: Any) -> int:
+        """Number of axes in `shape`."""
+        return len(self.shape)
+
+    @property
+    def T(self: Any) -> "QuantisedTensor":
+        """A matrix with its axes swapped: the same arrays."""
+        shape, axes = self.orientation
+        if len(shape) != 2 or self.batch_shape:
+            raise ValueError(f"{self} is no single matrix: {FUSED}, which can be transposed freely")
+        return dataclasses.replace(self, shape=shape[::-1], axes=axes[::-1])
+
+    def astype(self: Any, dtype: Any) -> "QuantisedTensor":
+        """The same codes with scales in another float dtype, which is the dtype of the weight."""
+        if jnp.dtype(dtype) == self.dtype:
+            return self
+        return dataclasses.replace(self, scales=self.scales.astype(dtype))
+
+    def __array__(self: Any, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError(
+                "a QuantisedTensor holds no float array to share: leave out copy=False"
+            )
+        return np.asarray(self.dequantise(), dtype)
+
+    def __jax_array__(self: Any) -> Array:
+        warnings.warn(
+            f"{self} is unpacked for an ordinary operation: {FUSED}", UnfusedWarning, stacklevel=3
+        )
+        return self.dequantise()
+
+    def __len__(self: Any) -> int:
+        return (*self.stack_shape, *self.orientation[0])[0]
+
+    def __iter__(self: Any) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self: Any, index: Any) -> Any:
+        first = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+        if first is Ellipsis or (isinstance(first, (tuple, slice)) and first in ((), slice(None))):
+            return self
+        if isinstance(first, (int, np.integer)) or _is_indices(first):
+            letters = "b" * len(self.stack_shape) + self.orientation[1]
+            if letters[0] == "b":
+                return _take_matrix(self, first)
+            if letters == "nk" and self.codebook.ndim == 1:
+                rows = jnp.asarray(first)
+                return take_rows(self, jnp.where(rows < 0, rows + self.out_features, rows))
+        return self.dequantise()[index]
+
+
+def take_rows(w: Any, rows: Array, *, fill: bool = False) -> Array:
+    """Rows of an [N, K] weight with one codebook: [*rows.shape, K], unpacked after they were chosen.
+
+    Args:
+        w: the weight; a kernel's layout is turned back as a whole first.
+        rows: integers, counted from 0.
+        fill: rows out of range are NaN; otherwise the nearest row is taken.
+    """
+    w = w.to_layout("interchange")
+    flat = rows.reshape(-1)
+    packed = jnp.take(w.packed, flat, axis=0, mode="clip")
+    scales = jnp.take(w.scales, flat, axis=0, mode="clip")
+    if fill:
+        inside = (flat >= 0) & (flat < w.out_features)
+        scales = jnp.where(inside[:, None], scales, jnp.asarray(jnp.nan, scales.dtype))
+    shape = (flat.size, w.in_features)
+    part = dataclasses.replace(w, packed=packed, scales=scales, shape=shape, axes="nk")
+    return part.dequantise().reshape(*rows.shape, w.in_features)
+
+
+def _take_matrix(w: Any, index: Any) -> Any:
+    """W[index] along the first leading axis of the arrays; an array of indices gives as many leading axes."""
+    shape, axes = w.orientation
+    if not w.stack_shape:  # the axis is the first batch axis of `axes`: it is no longer named there
+        at = axes.index("b")
+        shape, axes = shape[:at] + shape[at + 1 :], axes[:at] + axes[at + 1 :]
+    taken = jax.tree.map(lambda a: a[index], w)
+    return dataclasses.replace(taken, shape=shape, axes=axes)
+
+
+def _is_indices(index: Any) -> bool:
+    return isinstance(index, (Array, np.ndarray)) and jnp.issubdtype(index.dtype, jnp.integer)

@@ -1,0 +1,147 @@
+"""`quantised_apply`, and nnx modules of any class that run on quantised weights."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from fdk_jax.format.quantised_tensor import is_quantised
+from fdk_jax.product.dispatch import ARITHMETIC, check_backend
+from fdk_jax.product.interpretation import UNFUSED, Options, interpreted
+
+_classes: dict[type, type] = {}
+
+
+def quantised_apply(
+    apply: Callable,
+    *,
+    backend: str | None = None,
+    arithmetic: str = "exact",
+    unfused: str = "warn",
+) -> Callable:
+    """Lets an unchanged function (linen, nnx, haiku, equinox, keras, JAX) run on quantised parameters.
+
+        apply = fdk_jax.quantised_apply(model.apply)
+        logits = apply({"params": fdk_jax.quantise(params)}, tokens)
+
+    The function is traced, and what its program does with a quantised weight is done from the packed codes:
+    a product that contracts the "k" axes becomes `fdk_jax.matmul`, a lookup unpacks single rows. Whatever else
+    it does (its own arithmetic, adapters, activations, transformations) is kept. An operation that has no fused
+    form gets the unpacked weight. Use it under `jax.jit`: each call outside of it traces anew.
+
+    Args:
+        apply: `model.apply`, `module.__call__` or any function of trees. Arguments that are not arrays are
+            passed as they are.
+        backend: see `fdk_jax.matmul`.
+        arithmetic: see `fdk_jax.matmul`.
+        unfused: what happens where a weight must be unpacked: "warn" (an `UnfusedWarning` with its name and
+            the reason), "raise" (a ValueError) or "allow".
+
+    Returns:
+        A function of the same signature, whose arguments may hold `QuantisedTensor`s.
+    """
+    if backend is not None:
+        check_backend(backend)
+    if arithmetic not in ARITHMETIC:
+        raise ValueError(f"{arithmetic=} is not one of {ARITHMETIC}")
+    if unfused not in UNFUSED:
+        raise ValueError(f"{unfused=} is not one of {UNFUSED}")
+    options = Options(backend, arithmetic, unfused)
+    of_trees = interpreted(apply, options)
+
+    @functools.wraps(apply)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_module)
+        modules = [leaf for leaf in leaves if _is_module(leaf)]
+        if not modules:
+            return of_trees(*args, **kwargs)
+        others = [None if _is_module(leaf) else leaf for leaf in leaves]
+        return _of_modules(apply, options, modules, others, tree, list(map(_is_module, leaves)))
+
+    return call
+
+
+def _is_module(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Module)
+
+
+def _of_modules(
+    apply: Callable,
+    options: Options,
+    modules: list[nnx.Module],
+    others: list[Any],
+    tree: Any,
+    is_module: list[bool],
+) -> Any:
+    """A call with nnx modules among its leaves, whose variables it may change."""
+    graph, state = nnx.split(modules)
+
+    def pure(state: Any, others: list[Any]) -> Any:
+        inner = nnx.merge(graph, state)
+        it = iter(inner)
+        leaves = [next(it) if m else o for m, o in zip(is_module, others, strict=True)]
+        args, kwargs = jax.tree.unflatten(tree, leaves)
+        out = apply(*args, **kwargs)
+        after, changed = nnx.split(inner)
+        if after != graph:
+            raise NotImplementedError(
+                f"{getattr(apply, '__qualname__', apply)} adds or removes attributes of a module (as nnx.sow"
+                " does), which a quantised call cannot: make them beforehand"
+            )
+        return out, changed
+
+    out, changed = interpreted(pure, options)(state, others)
+    nnx.update(modules, changed)
+    return out
+
+
+def owns_quantised(module: nnx.Module) -> bool:
+    """Whether a module has a quantised weight among its own attributes."""
+    return any(
+        is_quantised(value.get_value())
+        for value in vars(module).values()
+        if isinstance(value, nnx.Variable)
+    )
+
+
+def interpreted_class(cls: type) -> type:
+    """A subclass of an nnx module class whose methods run on quantised weights; one for each class.
+
+    Inside a traced call the weights are arrays, and the methods are those of `cls`.
+    """
+    if cls in _classes or getattr(cls, "quantised_class", None) is not None:
+        return _classes.get(cls, cls)
+    methods = {}
+    for base in reversed(cls.__mro__[: cls.__mro__.index(nnx.Module)]):
+        for name, value in vars(base).items():
+            if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_")):
+                methods[name] = _method(value)
+    doc = {"__doc__": cls.__doc__, "__module__": cls.__module__, "quantised_class": cls}
+    made = type(cls)(f"Packed{cls.__name__}", (cls,), {**methods, **doc, "__reduce__": _reduce})
+    _classes[cls] = made
+    return made
+
+
+def _method(function: Callable) -> Callable:
+    run = quantised_apply(function)
+
+    @functools.wraps(function)
+    def method(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        return (run if owns_quantised(self) else function)(self, *args, **kwargs)
+
+    return method
+
+
+def _reduce(self: nnx.Module) -> Any:
+    """Pickles a module of a made class by the class that it was made from."""
+    return _restore, (type(self).quantised_class, dict(vars(self)))
+
+
+def _restore(cls: type, state: dict[str, Any]) -> nnx.Module:
+    made = interpreted_class(cls)
+    module = made.__new__(made)
+    vars(module).update(state)
+    return module
