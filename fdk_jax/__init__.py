@@ -6,6 +6,7 @@ from fdk_jax.format.array_like import UnfusedWarning as UnfusedWarning
 from fdk_jax.format.quantised_tensor import QuantisedTensor as QuantisedTensor
 from fdk_jax.format.quantised_tensor import is_quantised as is_quantised
 from fdk_jax.layers import serialisation as serialisation
+from fdk_jax.layers.interpreted import infer_axes as infer_axes
 from fdk_jax.layers.interpreted import quantised_apply as quantised_apply
 from fdk_jax.layers.linear import QuantisedDense as QuantisedDense
 from fdk_jax.layers.linear import QuantisedEmbed as QuantisedEmbed
@@ -26,4 +27,3 @@ from fdk_jax.product.dispatch import matmul as matmul
 from fdk_jax.product.einsum import einsum as einsum
 from fdk_jax.product.explain import explain as explain
 from fdk_jax.product.grouped import grouped_matmul as grouped_matmul
-from fdk_jax.product.interpretation import infer_axes as infer_axes

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from fdk_jax.format import packing
+
 if TYPE_CHECKING:
     from fdk_jax.format.quantised_tensor import QuantisedTensor
 
@@ -87,20 +89,53 @@ def take_rows(w: Any, rows: Array, *, fill: bool = False) -> Array:
     """Rows of an [N, K] weight with one codebook: [*rows.shape, K], unpacked after they were chosen.
 
     Args:
-        w: the weight; a kernel's layout is turned back as a whole first.
+        w: the weight; of a kernel's layout the tiles that hold the rows are turned back.
         rows: integers, counted from 0.
         fill: rows out of range are NaN; otherwise the nearest row is taken.
     """
-    w = w.to_layout("interchange")
     flat = rows.reshape(-1)
-    packed = jnp.take(w.packed, flat, axis=0, mode="clip")
-    scales = jnp.take(w.scales, flat, axis=0, mode="clip")
+    packed, scales = _packed_rows(w, jnp.clip(flat, 0, w.out_features - 1))
     if fill:
         inside = (flat >= 0) & (flat < w.out_features)
         scales = jnp.where(inside[:, None], scales, jnp.asarray(jnp.nan, scales.dtype))
     shape = (flat.size, w.in_features)
-    part = dataclasses.replace(w, packed=packed, scales=scales, shape=shape, axes="nk")
+    part = dataclasses.replace(
+        w, packed=packed, scales=scales, shape=shape, axes="nk", layout="interchange"
+    )
     return part.dequantise().reshape(*rows.shape, w.in_features)
+
+
+def _packed_rows(w: Any, rows: Array) -> tuple[Array, Array]:
+    """(packed, scales) of rows [R] in the interchange layout."""
+    tile = _tile_of_rows(w)
+    if tile is None:  # the rows lie in no tiles of their own
+        whole = w.to_layout("interchange")
+        return jnp.take(whole.packed, rows, axis=0), jnp.take(whole.scales, rows, axis=0)
+    facts = w.facts | dict(out_features=tile)
+    structs = packing.layout_struct(w.layout, dtype=w.scales.dtype, **facts)
+
+    def one(row: Array) -> tuple[Array, Array]:
+        parts = [
+            jax.lax.dynamic_slice_in_dim(array, row // tile * struct.shape[0], struct.shape[0])
+            for array, struct in zip((w.packed, w.scales), structs, strict=True)
+        ]
+        packed, scales = packing.convert(*parts, w.layout, "interchange", **facts)
+        return packed[row % tile], scales[row % tile]
+
+    return jax.vmap(one)(rows)
+
+
+def _tile_of_rows(w: Any) -> int | None:
+    """The fewest rows whose prepared form is a slice of the prepared weight along its first axis."""
+    for tile in (1, 8, 16, 32, 64, 128):
+        facts = w.facts | dict(out_features=tile)
+        structs = packing.layout_struct(w.layout, dtype=w.scales.dtype, **facts)
+        if w.out_features % tile == 0 and all(
+            array.shape == (w.out_features // tile * struct.shape[0], *struct.shape[1:])
+            for array, struct in zip((w.packed, w.scales), structs, strict=True)
+        ):
+            return tile
+    return None
 
 
 def _take_matrix(w: Any, index: Any) -> Any:

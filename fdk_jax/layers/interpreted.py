@@ -10,7 +10,7 @@ from flax import nnx
 
 from fdk_jax.format.quantised_tensor import is_quantised
 from fdk_jax.product.dispatch import ARITHMETIC, check_backend
-from fdk_jax.product.interpretation import UNFUSED, Options, interpreted
+from fdk_jax.product.interpretation import UNFUSED, Options, axes_in, interpreted
 
 _classes: dict[type, type] = {}
 
@@ -62,6 +62,37 @@ def quantised_apply(
         return _of_modules(apply, options, modules, others, tree, list(map(_is_module, leaves)))
 
     return call
+
+
+def infer_axes(
+    function: Callable, source: Any, *args: Any, tables: bool = False, **kwargs: Any
+) -> dict[str, str]:
+    """Finds the orientation of every weight that a function multiplies by. Runs nothing.
+
+        axes = fdk_jax.infer_axes(model.apply, variables, tokens)
+        small = fdk_jax.quantise(variables, axes=axes)
+
+    Args:
+        function: takes a tree of arrays, as `model.apply` does, or an nnx module.
+        source: its first argument, in which weights are sought; arrays or `jax.ShapeDtypeStruct`s.
+        *args: its other arguments.
+        tables: also tables whose rows are looked up, as those of embeddings are.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        {regular expression that matches the dotted name of one leaf of `source`: its axes}, for the axes
+        argument of `fdk_jax.quantise`. Leaves with a use that needs the unpacked weight are left out.
+    """
+    if not _is_module(source):
+        return axes_in(function, (source, *args), kwargs, tables)
+    graph, state = nnx.split(source)
+
+    def of_values(values: Any, *args: Any, **kwargs: Any) -> Any:
+        filled = jax.tree.map(lambda x: x, state)
+        nnx.replace_by_pure_dict(filled, values)
+        return function(nnx.merge(graph, filled), *args, **kwargs)
+
+    return axes_in(of_values, (nnx.to_pure_dict(state), *args), kwargs, tables)
 
 
 def _is_module(leaf: Any) -> bool:

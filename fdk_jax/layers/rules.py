@@ -111,6 +111,8 @@ def not_linear(name: str, kinds: tuple[str, ...] = ()) -> str | None:
         kinds: names of the classes that hold it, where they are known.
     """
     layer = layer_of(name)
+    if name.rpartition(".")[2] in ("bias", "b"):
+        return "a bias"
     if _STATE.search(name):
         return "state of an optimiser or running statistics"
     if _ROUTER.search(layer):

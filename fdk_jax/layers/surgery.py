@@ -122,7 +122,8 @@ def axes_of(layer: nnx.Module) -> dict[str, str]:
     """The weights that a layer multiplies by, by attribute, with their axes: of Flax's layers and of Einsums.
 
     A module with an equation ("BTD,DNH->BTNH" in an attribute called einsum_str, equation or eqn) and one
-    variable of the rank that its second operand has is an Einsum, whoever wrote it.
+    variable of the rank that its second operand has is an Einsum, whoever wrote it; variables [E, K, N] of a
+    module with `num_experts` E are experts.
     """
     if isinstance(layer, nnx.Linear):
         return {"kernel": "kn"}
@@ -141,7 +142,14 @@ def axes_of(layer: nnx.Module) -> dict[str, str]:
         ]
         if len(fitting) == 1:
             return {fitting[0]: found}
-    return {}
+    experts = getattr(layer, "num_experts", None)
+    return {
+        attribute: "bkn"
+        for attribute, value in vars(layer).items()
+        if isinstance(value, nnx.Variable)
+        and getattr(value.get_value(), "ndim", 0) == 3
+        and value.get_value().shape[0] == experts
+    }
 
 
 def axes_of_equation(equation: Any) -> str | None:

@@ -83,25 +83,8 @@ def interpreted(function: Callable, options: Options) -> Callable:
     return call
 
 
-def infer_axes(
-    function: Callable, *args: Any, tables: bool = False, **kwargs: Any
-) -> dict[str, str]:
-    """Finds the orientation of every weight that a function multiplies by. Runs nothing.
-
-        axes = fdk_jax.infer_axes(model.apply, variables, tokens)
-        small = fdk_jax.quantise(variables, axes=axes)
-
-    Args:
-        function: takes trees of arrays, as `model.apply` does.
-        *args: its arguments (or `jax.ShapeDtypeStruct`s); the weights are sought in the first one.
-        tables: also weights whose rows are looked up, as embeddings are, if they are multiplied by too; and,
-            as "nk", those that are only looked up.
-        **kwargs: its keyword arguments.
-
-    Returns:
-        {regular expression that matches the dotted name of one leaf in the first argument: its axes}, for
-        `fdk_jax.quantise`. Leaves with a use that needs the unpacked weight are left out.
-    """
+def axes_in(function: Callable, args: tuple, kwargs: dict, tables: bool) -> dict[str, str]:
+    """See `fdk_jax.infer_axes`; of trees without nnx modules."""
     notes = Notes()
     flat, tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
     is_weight = [
