@@ -3,8 +3,10 @@
 // All cases of a run take turns, round by round, so that a machine whose speed drifts treats them
 // alike. Weights rotate through copies that no cache holds. Prints a table, and rows of the
 // project's JSONL schema with --output.
+#if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
+#endif
 
 #include <atomic>
 #include <chrono>
@@ -14,6 +16,7 @@
 #include <regex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cases.h"
@@ -46,6 +49,9 @@ void sample(Case &c, double round_ms, int64_t &copy, bool keep) {
 class BusyCores {
  public:
   explicit BusyCores(int64_t count) {
+#if !defined(__linux__)
+    if (count > 0) fail("--busy_cores needs Linux");
+#else
     cpu_set_t allowed;
     if (count == 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
     for (int cpu = CPU_SETSIZE - 1; cpu >= 0 && count > 0; --cpu)
@@ -53,6 +59,7 @@ class BusyCores {
         threads_.emplace_back([this, cpu] { spin(cpu); });
         --count;
       }
+#endif
   }
   ~BusyCores() {
     stop_ = true;
@@ -62,6 +69,7 @@ class BusyCores {
   BusyCores &operator=(const BusyCores &) = delete;
 
  private:
+#if defined(__linux__)
   void spin(int cpu) const {
     cpu_set_t one;
     CPU_ZERO(&one);
@@ -69,9 +77,19 @@ class BusyCores {
     if (sched_setaffinity(0, sizeof one, &one) != 0) fail("cannot bind a busy thread");
     while (!stop_) continue;
   }
+#endif
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;
 };
+
+// Every element of one with every one of the other.
+std::vector<std::pair<std::string, std::string>> pairs(const std::vector<std::string> &first,
+                                                       const std::vector<std::string> &second) {
+  std::vector<std::pair<std::string, std::string>> all;
+  for (const std::string &a : first)
+    for (const std::string &b : second) all.emplace_back(a, b);
+  return all;
+}
 
 std::vector<Case> make_cases(const Options &o, int64_t threads) {
   std::vector<Case> cases;
@@ -89,8 +107,9 @@ std::vector<Case> make_cases(const Options &o, int64_t threads) {
         for (const std::string &kind : o.codebook) {
           std::shared_ptr<Weights> weights;
           for (const int64_t m : o.m)
-            for (const std::string &arithmetic : o.arithmetic) {
+            for (const auto &[arithmetic, level] : pairs(o.arithmetic, o.level)) {
               Case c = codebook_case(o, m, k, n, bits, arithmetic, kind, threads);
+              c.level = level;
               if (!std::regex_search(c.name, include)) continue;
               if (weights == nullptr)
                 weights = make_weights(o, n, k, static_cast<int>(bits), kind);
@@ -109,14 +128,15 @@ std::vector<Case> make_cases(const Options &o, int64_t threads) {
 double rate(const Case &c) { return c.bytes / quantile(c.samples_us, 0.5) * 1e-3; }
 
 void run(const Options &o, int64_t threads, std::ofstream &output) {
+  const std::string level = fdk_level();
   std::vector<Case> cases = make_cases(o, threads);
   int64_t copy = 0;
   for (int round = -1; round < o.rounds; ++round)
     for (Case &c : cases) sample(c, o.round_ms, copy, round >= 0);
   const Bounds bounds{rate(cases[1]), rate(cases[0])};
-  std::printf("\n%s, level %s, %d thread(s)\n", processor_name().c_str(), fdk_level(),
+  std::printf("\n%s, level %s, %d thread(s)\n", processor_name().c_str(), level.c_str(),
               static_cast<int>(threads));
-  std::printf("%-28s %5s %6s %6s %4s %-8s %10s %9s %9s %7s %9s\n", "case", "m", "k", "n", "bits",
+  std::printf("%-28s %-10s %5s %6s %6s %4s %-8s %10s %9s %9s %7s %9s\n", "case", "level", "m", "k", "n", "bits",
               "codebook", "median us", "GB/s", "GFLOP/s", "of read", "error");
   for (const Case &c : cases) {
     // The share of the bandwidth is taken round by round, neighbours in time.
@@ -124,8 +144,8 @@ void run(const Options &o, int64_t threads, std::ofstream &output) {
     for (size_t i = 0; i < c.samples_us.size(); ++i)
       shares.push_back(c.bytes / c.samples_us[i] / (cases[0].bytes / cases[0].samples_us[i]));
     const double median = quantile(c.samples_us, 0.5);
-    std::printf("%-28s %5lld %6lld %6lld %4lld %-8s %10.1f %9.2f %9.1f %6.1f%% %9.2g\n",
-                c.name.c_str(), static_cast<long long>(c.m), static_cast<long long>(c.k),
+    std::printf("%-28s %-10s %5lld %6lld %6lld %4lld %-8s %10.1f %9.2f %9.1f %6.1f%% %9.2g\n",
+                c.name.c_str(), c.level.c_str(), static_cast<long long>(c.m), static_cast<long long>(c.k),
                 static_cast<long long>(c.n), static_cast<long long>(c.bits), c.codebook.c_str(),
                 median, rate(c), c.ops / median * 1e-3, 100.0 * quantile(shares, 0.5), c.error);
     if (output.is_open()) output << to_json(o, c, bounds) << "\n" << std::flush;

@@ -13,13 +13,14 @@
 #include "layout.h"
 #include "numeric.h"
 #include "options.h"
+#include "platform.h"
 
 namespace fdk::bench {
 
 // Memory that is aligned and touched.
 struct Buffer {
   explicit Buffer(size_t bytes)
-      : size(bytes), data(std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free) {
+      : size(bytes), data(allocate_aligned(64, (bytes + 63) / 64 * 64), free_aligned) {
     if (data == nullptr) fail("out of memory: use a smaller --rotate_mib");
     std::memset(data.get(), 0, (bytes + 63) / 64 * 64);
   }
@@ -49,7 +50,7 @@ inline void fill_normal(const Buffer &buffer, fdk_dtype dtype, float mean, float
 }
 
 struct Case {
-  std::string name, backend = "cpu", codebook, dtype = "bfloat16", arithmetic, kernel;
+  std::string name, backend = "cpu", codebook, dtype = "bfloat16", arithmetic, kernel, level;
   int64_t m = 0, k = 0, n = 0, bits = 0, group_size = 0, threads = 1;
   double bytes = 0, ops = 0, error = std::nan("");
   std::function<void(int64_t)> call;  // argument: number of the copy
@@ -58,6 +59,11 @@ struct Case {
 
 inline void check(fdk_status status) {
   if (status != FDK_OK) fail(fdk_last_error());
+}
+
+// Forces the level of the case, if it names one.
+inline void use_level(const Case &c) {
+  if (!c.level.empty()) check(fdk_set_level(c.level.c_str()));
 }
 
 // --- codebook products -------------------------------------------------------------------------
@@ -191,12 +197,14 @@ inline void bind_codebook(Case &c, const std::shared_ptr<Weights> &w) {
   auto x = std::make_shared<Buffer>(static_cast<size_t>(c.m * c.k) * size);
   auto y = std::make_shared<Buffer>(static_cast<size_t>(c.m * c.n) * size);
   fill_normal(*x, c.dtype == "float32" ? FDK_F32 : FDK_BF16, 0.0F, 1.0F);
+  use_level(c);
   const Product p = make_product(c, *w, 0, *x, *y);
   const char *kernel = "";
   check(fdk_kernel_name(&p.weight, &p.args, &kernel));
   c.kernel = kernel;
   c.error = measure_error(c, *w, *x, *y);
   c.call = [c, w, x, y](int64_t copy) {
+    use_level(c);
     const Product product = make_product(c, *w, copy % w->copies, *x, *y);
     check(fdk_matmul(&product.weight, &product.args));
   };

@@ -6,6 +6,9 @@ type, otherwise in the plain one: what ggml itself does when it loads a model.
 
 import ctypes
 import importlib.util
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
@@ -143,7 +146,32 @@ class Ggml:
 
 @cache
 def _ggml() -> Ggml:
+    """The libraries, after another process has found that their instructions run here.
+
+    Raises:
+        Unavailable: they are not there, or they kill the process that uses them.
+    """
+    trial = "import ggml_case; ggml_case._trial()"
+    folder = Path(__file__).parent
+    run = subprocess.run([sys.executable, "-c", trial], cwd=folder, capture_output=True)
+    if run.returncode < 0:
+        name = signal.Signals(-run.returncode).name
+        raise Unavailable(
+            f"llama-cpp-python's ggml ends with {name} on this processor: build it for it, `pip install"
+            " --no-binary llama-cpp-python llama-cpp-python`"
+        )
     return Ggml()
+
+
+def _trial() -> None:
+    """Small products of one and of many tokens by every type."""
+    ggml = Ggml()
+    for name, (number, _) in TYPES.items():
+        if ggml.type_name(number) != name.encode():
+            continue
+        for m in (1, 16):
+            graph, _, _ = ggml.product(number, m, 256, _quantised(ggml, number, 256))
+            ggml.backend_graph_compute(ggml.backend, graph)
 
 
 def _quantised(ggml: Ggml, number: int, k: int) -> np.ndarray:

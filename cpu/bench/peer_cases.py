@@ -76,14 +76,18 @@ class Arguments(ctypes.Structure):
 
 def fdk_case(bits: int, arithmetic: str, copies: Callable[[int], int]):
     """fdk_matmul by k-means codebooks, bfloat16 activations and results."""
+    rng = np.random.default_rng()
 
-    def make(m: int, k: int, threads: int) -> Product:
-        library = ctypes.CDLL(str(LIBRARY))
-        rng = np.random.default_rng()
+    @cache
+    def weights(k: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         size = k * k * bits // 8
         first = rng.integers(0, 256, size, np.uint8)
         packed = [first.copy() for _ in range(copies(size))]
-        scales = [np.full(k * k // GROUP, 0x3C00, np.uint16) for _ in packed]
+        return packed, [np.full(k * k // GROUP, 0x3C00, np.uint16) for _ in packed]
+
+    def make(m: int, k: int, threads: int) -> Product:
+        library = ctypes.CDLL(str(LIBRARY))
+        packed, scales = weights(k)
         codebook = np.sort(rng.standard_normal(2**bits)).astype(np.float32)
         x = rng.integers(0x3F00, 0x3FFF, (m, k), np.uint16)
         y = np.empty((m, k), np.uint16)
@@ -101,13 +105,24 @@ def fdk_case(bits: int, arithmetic: str, copies: Callable[[int], int]):
             if library.fdk_matmul(ctypes.byref(w), ctypes.byref(a)):
                 raise RuntimeError(ctypes.string_at(library.fdk_last_error()))
 
-        return Product(call, size + scales[0].nbytes + x.nbytes + y.nbytes)
+        return Product(call, packed[0].nbytes + scales[0].nbytes + x.nbytes + y.nbytes)
 
     return make
 
 
 def torch_case(kind: str, copies: Callable[[int], int]):
     """PyTorch's dense bfloat16 product, or its int4 one, with bfloat16 activations."""
+
+    @cache
+    def weights_of(k: int) -> list:
+        import torch
+
+        if kind == "dense":
+            first = torch.randn(k, k).to(torch.bfloat16)
+        else:
+            codes = torch.randint(0, 16, (k, k), dtype=torch.int32)
+            first = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+        return [first.clone() for _ in range(copies(first.nbytes))]
 
     def make(m: int, k: int, threads: int) -> Product:
         try:
@@ -116,16 +131,11 @@ def torch_case(kind: str, copies: Callable[[int], int]):
             raise Unavailable(str(error)) from error
         torch.set_num_threads(threads)
         x = torch.randn(m, k, dtype=torch.bfloat16)
+        weights = weights_of(k)
+        size = weights[0].nbytes
         if kind == "dense":
-            size = k * k * 2
-            first = torch.randn(k, k).to(torch.bfloat16)
-            weights = [first.clone() for _ in range(copies(size))]
             linear = torch.nn.functional.linear
             return Product(lambda i: linear(x, weights[i % len(weights)]), size + 2 * x.nbytes)
-        size = k * k // 2
-        codes = torch.randint(0, 16, (k, k), dtype=torch.int32)
-        first = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-        weights = [first.clone() for _ in range(copies(size))]
         scales = [torch.ones(k // GROUP, k, 2, dtype=torch.bfloat16) for _ in weights]
         product = torch.ops.aten._weight_int4pack_mm_for_cpu
 

@@ -113,6 +113,12 @@ def source_digest() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def use_small_pages() -> None:
+    """Pages of 4 KiB for everybody from now on, where the system has a choice."""
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+
+
 def facts() -> dict:
     """What all rows of a run share."""
     versions = {}
@@ -145,10 +151,10 @@ def statistics_of(samples: list[float]) -> dict:
     }
 
 
-def measure(bits: int, m: int, k: int, threads: int, rounds: int, shared: dict) -> list[dict]:
-    """Rows of one number of bits and one shape."""
+def measure(cases, m: int, k: int, threads: int, rounds: int, shared: dict) -> list[dict]:
+    """Rows of one shape for the cases (see `cases_of`), which take turns."""
     rows, running = [], []
-    for backend, name, width, make in cases_of(bits):
+    for backend, name, width, make in cases:
         row = dict.fromkeys((*KEYS, "kernel")) | shared
         row |= {"backend": backend, "name": name, "bits": width, "m": m, "k": k, "n": k}
         row |= {"threads": threads, "ops": 2 * m * k * k, "group_size": GROUP}
@@ -212,13 +218,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    if platform.system() == "Linux":
-        ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    use_small_pages()
     shared = facts()
     for k in args.k:
         for m in args.m:
             for bits in args.bits:
-                rows = measure(bits, m, k, args.threads, args.rounds, shared)
+                rows = measure(cases_of(bits), m, k, args.threads, args.rounds, shared)
                 show(rows)
                 gc.collect()
                 if args.output:

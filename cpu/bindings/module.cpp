@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "api.h"
 #include "compiler.h"
@@ -308,6 +309,43 @@ void from_tiled(const Bytes &tiled_packed, const Bytes &tiled_scales, Bytes &pac
   check(status);
 }
 
+// The kernel that a product would take. It does not depend on the rows of the weight beyond their
+// codebooks, so that one row a codebook stands for all.
+std::string kernel_name(int64_t m, int64_t k, int32_t bits, int64_t group_size, bool uniform,
+                        int64_t num_codebooks, int32_t x_size, bool x_is_f16, int32_t scales_size,
+                        bool scales_are_f16, int32_t arithmetic) {
+  const auto dtype = [](int32_t size, bool f16) {
+    return size == 4 ? FDK_F32 : f16 ? FDK_F16 : FDK_BF16;
+  };
+  size_t packed_bytes = 0;
+  size_t scales_count = 0;
+  check(fdk_tiled_packed_bytes(num_codebooks, k, bits, &packed_bytes));
+  check(fdk_tiled_scales_count(num_codebooks, k, group_size, &scales_count));
+  const auto element = static_cast<size_t>(x_size);
+  const auto rows = static_cast<size_t>(m);
+  const std::vector<uint8_t> packed(packed_bytes);
+  const std::vector<uint8_t> scales(scales_count * static_cast<size_t>(scales_size));
+  const std::vector<uint8_t> x(rows * static_cast<size_t>(k) * element);
+  std::vector<uint8_t> y(rows * static_cast<size_t>(num_codebooks) * element);
+  const std::vector<float> codebook(static_cast<size_t>(num_codebooks) << bits);
+  const fdk_weight weight{sizeof(fdk_weight), num_codebooks, k, bits, uniform ? 1 : 0, group_size,
+                          packed.data(), packed.size(), scales.data(), scales.size(),
+                          dtype(scales_size, scales_are_f16), 0, codebook.data(),
+                          codebook.size() * sizeof(float), num_codebooks};
+  fdk_matmul_args args{};
+  args.struct_size = sizeof args;
+  args.m = m;
+  args.x = x.data();
+  args.x_bytes = x.size();
+  args.x_dtype = args.y_dtype = dtype(x_size, x_is_f16);
+  args.y = y.data();
+  args.y_bytes = y.size();
+  args.arithmetic = static_cast<fdk_arithmetic>(arithmetic);
+  const char *name = nullptr;
+  check(fdk_kernel_name(&weight, &args, &name));
+  return name;
+}
+
 int64_t reduce_sum(const py::array_t<int32_t, py::array::c_style> &source) {
   const size_t bytes = static_cast<size_t>(source.nbytes());
   int64_t sum = 0;
@@ -346,6 +384,10 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("reduce_sum", reduce_sum, py::arg("source").noconvert(),
              "The sum of int32 values, read as fast as the machine does: a probe of bandwidth.");
   module.def("level", [] { return std::string(fdk_level()); }, "The instruction-set level in use.");
+  module.def("kernel_name", kernel_name, py::kw_only(), py::arg("m"), py::arg("k"), py::arg("bits"),
+             py::arg("group_size"), py::arg("uniform"), py::arg("num_codebooks"), py::arg("x_size"),
+             py::arg("x_is_f16"), py::arg("scales_size"), py::arg("scales_are_f16"),
+             py::arg("arithmetic"), "The kernel that a product takes at the level in use.");
   module.def("levels", [] {
     py::list names;
     for (int32_t i = 0; i < fdk_num_levels(); ++i)

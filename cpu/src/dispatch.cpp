@@ -10,6 +10,7 @@
 
 #include "levels.h"
 #include "plan.h"
+#include "platform.h"
 
 namespace fdk {
 namespace {
@@ -17,17 +18,22 @@ namespace {
 // The best first. A build without a level's translation unit leaves it out (FDK_WITHOUT_SIMD).
 constexpr const Level *kLevels[] = {
 #if defined(__x86_64__) && !defined(FDK_WITHOUT_SIMD)
-    &kAvx512Bf16Level, &kAvx512VnniLevel, &kAvx2Level,
+    &kAmxLevel, &kAvx512Bf16Level, &kAvx512VnniLevel, &kAvx2Level,
 #endif
 #if defined(__aarch64__) && !defined(FDK_WITHOUT_SIMD)
-    &kSve2Level, &kBf16Level, &kI8mmLevel, &kDotprodLevel, &kNeonLevel,
+#if defined(__linux__)
+    &kSve2Level,
+#endif
+    &kBf16Level, &kI8mmLevel, &kDotprodLevel, &kNeonLevel,
 #endif
     &kScalarLevel,
 };
 
+bool is_preferred(const Level &level) { return level.preferred == nullptr || level.preferred(); }
+
 const Level *best_level() {
   for (const Level *level : kLevels)
-    if (level->available() && (level->preferred == nullptr || level->preferred())) return level;
+    if (level->available() && is_preferred(*level)) return level;
   return &kScalarLevel;
 }
 
@@ -41,17 +47,20 @@ const Level *initial_level() {
 
 std::atomic<const Level *> g_level{nullptr};
 
-// The current level and those below it.
-std::span<const Level *const> usable_levels() {
-  const auto all = all_levels();
+// Calls use(level) for the current level and those below it that are preferred, until one returns true.
+template <typename Use>
+bool any_usable_level(Use use) {
   const Level *current = &current_level();
-  for (size_t i = 0; i < all.size(); ++i)
-    if (all[i] == current) return all.subspan(i);
-  return all.last(1);
+  bool below = false;
+  for (const Level *level : kLevels) {
+    below = below || level == current;
+    if (below && (level == current || is_preferred(*level)) && use(*level)) return true;
+  }
+  return false;
 }
 
 struct FreeAligned {
-  void operator()(void *p) const { std::free(p); }
+  void operator()(void *p) const { free_aligned(p); }
 };
 using Buffer = std::unique_ptr<void, FreeAligned>;
 
@@ -61,7 +70,7 @@ size_t round_up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * k
 
 Buffer allocate(size_t bytes) {
   if (bytes == 0) return nullptr;
-  void *p = std::aligned_alloc(kAlignment, round_up(bytes));
+  void *p = allocate_aligned(kAlignment, round_up(bytes));
   if (p == nullptr) throw std::bad_alloc();
   return Buffer(p);
 }
@@ -125,8 +134,9 @@ void take_part(void *context) {
       const int64_t tile = begin % plan.tiles;
       const int64_t count = std::min(end - begin, plan.tiles - tile);
       Range range{};
-      range.token_begin = part * plan.m / job.token_parts;
-      range.token_end = (part + 1) * plan.m / job.token_parts;
+      const int64_t groups = ceil_div(plan.m, kTokenGroup);
+      range.token_begin = part * groups / job.token_parts * kTokenGroup;
+      range.token_end = std::min((part + 1) * groups / job.token_parts * kTokenGroup, plan.m);
       run_tiles(job, scratch, range, tile, tile + count);
       begin += count;
     }
@@ -144,8 +154,9 @@ int64_t choose_token_parts(const Plan &plan, const Kernel &kernel, int threads) 
 // The first entry that a usable level has.
 template <typename T>
 T first_of(T Level::*member) {
-  for (const Level *level : usable_levels())
-    if (level->*member != nullptr) return level->*member;
+  T found = nullptr;
+  if (any_usable_level([&](const Level &level) { return (found = level.*member) != nullptr; }))
+    return found;
   throw Error(FDK_INTERNAL, "no level offers the function");
 }
 
@@ -181,9 +192,13 @@ void set_level(const char *name) {
 }
 
 const Kernel &choose_kernel(const Plan &plan) {
-  for (const Level *level : usable_levels())
-    for (const Kernel &kernel : level->kernels)
-      if (kernel.supports(plan)) return kernel;
+  const Kernel *found = nullptr;
+  const auto has_kernel = [&](const Level &level) {
+    for (const Kernel &kernel : level.kernels)
+      if (found == nullptr && kernel.supports(plan)) found = &kernel;
+    return found != nullptr;
+  };
+  if (any_usable_level(has_kernel)) return *found;
   throw Error(FDK_INTERNAL, "no kernel supports the plan");
 }
 

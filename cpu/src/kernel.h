@@ -68,6 +68,9 @@ struct Plan {
   const uint8_t *tile_packed(int64_t tile) const { return packed + tile * steps * kStepBytes; }
 };
 
+// Tokens are divided among pieces of work at multiples of this many.
+inline constexpr int64_t kTokenGroup = 16;
+
 // A piece of work: some tokens by whole tiles that use one codebook. Only rows in
 // [row_begin, row_end) are stored (a tile may be shared by two codebooks, and the last one may be
 // ragged).
@@ -150,6 +153,13 @@ struct Level {
   const Decoding *decoding = nullptr;
   bool (*preferred)() = nullptr;  // null: wherever it is available
 };
+
+// A build for tests that runs every x86 level by emulation (tests/emulated).
+#if defined(FDK_EMULATED)
+inline constexpr bool kEmulated = true;
+#else
+inline constexpr bool kEmulated = false;
+#endif
 
 // Every level in this build, the best first, "scalar" last (levels.cpp).
 std::span<const Level *const> all_levels();

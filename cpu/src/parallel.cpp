@@ -3,8 +3,6 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -13,6 +11,8 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "platform.h"
 
 namespace fdk {
 namespace {
@@ -26,12 +26,6 @@ void in_forked_child() {
 #if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR)
   g_alone.store(true);  // GNU's runtime waits forever for threads that fork() did not copy
 #endif
-}
-
-int affinity_count() {
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
 // The positive number that an environment variable begins with, 0 if it is none.
@@ -61,15 +55,15 @@ class Share {
 
 void run_openmp(const Team &, int threads, Body body, void *context) {
   static std::once_flag once;
-  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, in_forked_child); });
+  std::call_once(once, [] { on_fork(in_forked_child); });
   if (threads <= 1 || g_alone.load(std::memory_order_relaxed)) return body(context);
-  const Share share(threads, std::max(threads, affinity_count()));
+  const Share share(threads, std::max(threads, processors_of_process()));
   if (share.taken() == 1) return body(context);
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(share.taken())
   body(context);
 #else
-  std::vector<std::jthread> others;
+  std::vector<std::thread> others;
   others.reserve(static_cast<size_t>(share.taken()));
   try {
     while (static_cast<int>(others.size()) + 1 < share.taken()) others.emplace_back(body, context);
@@ -77,6 +71,7 @@ void run_openmp(const Team &, int threads, Body body, void *context) {
     // The process may start no more threads: those that there are do the work.
   }
   body(context);
+  for (std::thread &other : others) other.join();
 #endif
 }
 
@@ -88,7 +83,7 @@ const Team &openmp_team() {
 }
 
 int default_num_threads() {
-  const int processors = affinity_count();
+  const int processors = processors_of_process();
   if (const int wanted = number_in("FDK_NUM_THREADS")) return std::min(wanted, processors);
 #if defined(_OPENMP)
   return std::clamp(omp_get_max_threads(), 1, processors);

@@ -2,8 +2,12 @@
 // test. A buffer is placed against one end of its pages, so each case runs against both ends.
 #pragma once
 
+#if defined(_WIN32)
+#include <windows.h>
+#else
 #include <sys/mman.h>
 #include <unistd.h>
+#endif
 
 #include <cstdint>
 #include <cstdio>
@@ -16,20 +20,44 @@ namespace fdk_test {
 
 enum class Side { kFront, kBack };
 
+#if defined(_WIN32)
+inline size_t page_size() {
+  SYSTEM_INFO info;
+  GetSystemInfo(&info);
+  return info.dwPageSize;
+}
+inline void *map_pages(size_t bytes) {
+  return VirtualAlloc(nullptr, bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
+}
+inline void forbid_page(void *page, size_t bytes) {
+  DWORD before = 0;
+  VirtualProtect(page, bytes, PAGE_NOACCESS, &before);
+}
+inline void unmap_pages(void *pages, size_t) { VirtualFree(pages, 0, MEM_RELEASE); }
+#else
+inline size_t page_size() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+inline void *map_pages(size_t bytes) {
+  void *pages =
+      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return pages == MAP_FAILED ? nullptr : pages;
+}
+inline void forbid_page(void *page, size_t bytes) { mprotect(page, bytes, PROT_NONE); }
+inline void unmap_pages(void *pages, size_t bytes) { munmap(pages, bytes); }
+#endif
+
 class Guarded {
  public:
   Guarded(size_t bytes, Side side) : bytes_(bytes) {
-    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t page = page_size();
     const size_t inner = (bytes + page - 1) / page * page;
     mapped_ = inner + 2 * page;
-    base_ = static_cast<char *>(
-        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED) {
-      std::perror("mmap");
+    base_ = static_cast<char *>(map_pages(mapped_));
+    if (base_ == nullptr) {
+      std::fputs("no memory for a guarded buffer\n", stderr);
       std::exit(2);
     }
-    mprotect(base_, page, PROT_NONE);
-    mprotect(base_ + page + inner, page, PROT_NONE);
+    forbid_page(base_, page);
+    forbid_page(base_ + page + inner, page);
     data_ = side == Side::kFront ? base_ + page : base_ + page + inner - bytes;
     std::memset(data_, 0xff, bytes);  // NaN in every floating-point format
   }
@@ -43,7 +71,7 @@ class Guarded {
         base_(std::exchange(other.base_, nullptr)),
         data_(other.data_) {}
   ~Guarded() {
-    if (base_ != nullptr) munmap(base_, mapped_);
+    if (base_ != nullptr) unmap_pages(base_, mapped_);
   }
   Guarded(const Guarded &) = delete;
   Guarded &operator=(const Guarded &) = delete;

@@ -2,6 +2,8 @@
 
     cxx          the compiler: $CXX, else the first of clang++ and g++ that compiles C++20
     LEVEL.rsp    its options for each instruction set, none on another processor
+    zig/         the same for zig.ninja, by processor
+    emulated/    the same where AVX-512 and AMX are SIMDe's plain loops
     openmp.rsp   -fopenmp, or nothing when the compiler lacks it (then std::thread is used)
     user.rsp     $CXXFLAGS; link.rsp: $LDFLAGS
     python.rsp   include folders of Python, pybind11 and XLA's FFI headers
@@ -26,6 +28,7 @@ X86_LEVELS = {
     " -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
 X86_LEVELS["avx512bf16"] = X86_LEVELS["avx512vnni"] + " -mavx512bf16"
+X86_LEVELS["amx"] = X86_LEVELS["avx512bf16"] + " -mamx-tile -mamx-int8 -mamx-bf16"
 ARM_LEVELS = {
     "neon": "-march=armv8-a",
     "dotprod": "-march=armv8.2-a+dotprod",
@@ -33,8 +36,18 @@ ARM_LEVELS = {
     "bf16": "-march=armv8.2-a+dotprod+i8mm+bf16",
     "sve2": "-march=armv8.2-a+dotprod+i8mm+bf16+sve2",
 }
+# For zig's clang, which takes features behind the name of a processor. No SVE2 outside Linux.
+ZIG_ARM_LEVELS = {
+    "neon": "",
+    "dotprod": "-mcpu=generic+dotprod",
+    "i8mm": "-mcpu=generic+dotprod+i8mm",
+    "bf16": "-mcpu=generic+dotprod+i8mm+bf16",
+    "sve2": "",
+}
 # GCC's own AVX-512 header reads a variable before it is set (GCC bug 105593).
 GCC_AVX512 = " -Wno-uninitialized -Wno-maybe-uninitialized"
+# SIMDe passes the emulated vectors in memory.
+EMULATED = "-DFDK_EMULATED -isystem tests/emulated -mavx2 -mfma -mf16c -Wno-psabi"
 OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }\n"
 CXX20 = "#include <span>\nint main() { return static_cast<int>(std::span<int>().size()); }\n"
 
@@ -77,13 +90,17 @@ def python_module() -> tuple[str, str]:
         return "", f"none: {python} has no Python.h (Debian: apt install python3-dev)"
     folders = (python, pybind11 / "include", jaxlib / "include")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    return " ".join(f"-isystem {folder}" for folder in folders), f"_cpu{suffix}"
+    options = [f"-isystem {folder}" for folder in folders]
+    if sys.platform == "darwin":  # Python's own symbols are found when it loads the module
+        options.append("-undefined dynamic_lookup")
+    return " ".join(options), f"_cpu{suffix}"
 
 
 def write(path: Path, text: str) -> None:
     """Writes a line unless it is there already, so that ninja sees only real changes."""
     text += "\n"
     if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(text)
         partial.replace(path)
@@ -92,7 +109,6 @@ def write(path: Path, text: str) -> None:
 def main() -> None:
     """Writes the files into the folder that the command line names."""
     folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
     compiler, openmp = find_compiler()
     version = subprocess.run(
         [*compiler.split(), "--version"], capture_output=True, text=True
@@ -106,11 +122,20 @@ def main() -> None:
     write(folder / "link.rsp", os.environ.get("LDFLAGS", ""))
     write(folder / "python.rsp", includes)
     write(folder / "module", module)
+    for name in (*X86_LEVELS, *ARM_LEVELS):
+        write(folder / "zig" / "x86" / f"{name}.rsp", X86_LEVELS.get(name, ""))
+        write(folder / "zig" / "arm" / f"{name}.rsp", ZIG_ARM_LEVELS.get(name, ""))
+    simde = folder_of("simde_py")
+    emulated = EMULATED if simde is None else f"{EMULATED} -isystem {simde / 'simde'}"
     for levels, wanted in ((X86_LEVELS, x86), (ARM_LEVELS, arm)):
         for name, options in levels.items():
-            if name.startswith("avx512") and "clang" not in version:
-                options += GCC_AVX512
-            write(folder / f"{name}.rsp", options if wanted else "")
+            wide = name.startswith(("avx512", "amx"))
+            extra = GCC_AVX512 if wide and "clang" not in version else ""
+            write(folder / f"{name}.rsp", options + extra if wanted else "")
+            write(
+                folder / "emulated" / f"{name}.rsp",
+                (emulated if wide else options) + extra if wanted else "",
+            )
 
 
 if __name__ == "__main__":

@@ -94,6 +94,32 @@ def describe() -> str:
     return f"C++ library, {library().level()}, {library().num_threads()} threads"
 
 
+def kernel_name(x: Any, w: Any, arithmetic: str = "exact") -> str | None:
+    """The kernel that a product takes, such as "amx.bfloat16_4bit"; None where there is no such library.
+
+    Args:
+        x: activations [..., K], or their shape and dtype.
+        w: the weight, a `QuantisedTensor`.
+        arithmetic: as given to `matmul`.
+    """
+    module = _load()
+    if isinstance(module, str) or w.group_size % 8 or not hasattr(module, "kernel_name"):
+        return None
+    return module.kernel_name(
+        m=max(math.prod(x.shape[:-1]), 1),
+        k=w.facts["in_features"],
+        bits=w.bits,
+        group_size=w.group_size,
+        uniform=w.uniform,
+        num_codebooks=1 if w.codebook.ndim == 1 else w.codebook.shape[-2],
+        x_size=jnp.dtype(x.dtype).itemsize,
+        x_is_f16=x.dtype == jnp.float16,
+        scales_size=jnp.dtype(w.scales.dtype).itemsize,
+        scales_are_f16=w.scales.dtype == jnp.float16,
+        arithmetic=ARITHMETIC[arithmetic],
+    )
+
+
 def matmul(
     x: Array,
     packed: Array,

@@ -81,6 +81,8 @@ def _path(backend: str, x: Any, w: QuantisedTensor, reason: str) -> Explanation:
         kernel = str(pallas_kernels.plan(m, uniform=w.uniform, dtype=x.dtype, **w.facts))
     elif backend == "cpu":
         kernel = cpu_backend.describe()
+        if (name := cpu_backend.kernel_name(x, w)) is not None:
+            kernel += f", {name}"
     else:
         kernel = "dequantise, then dot"
     return Explanation(backend, kernel, reason)

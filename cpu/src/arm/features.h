@@ -13,7 +13,6 @@ struct ArmFeatures {
   bool sve2;
 };
 
-// Defined in neon.cpp, the translation unit that any machine can run.
 const ArmFeatures &arm_features();
 
 }  // namespace fdk

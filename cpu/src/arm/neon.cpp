@@ -1,11 +1,8 @@
 // Plain NEON: what every 64-bit ARM machine since 2013 runs.
 #if defined(__aarch64__)
-#include <sys/auxv.h>
-
 #include "../decoding.h"
 #include "../levels.h"
 #include "column_panel.h"
-#include "features.h"
 #include "int8_panel.h"
 #include "tables1.h"
 
@@ -127,24 +124,10 @@ constexpr Kernel kKernels[] = {
      Exact::scratch_bytes, Exact::run, 1},
 };
 
-// Advanced SIMD is part of every 64-bit ARM processor that runs Linux or Android.
+// Advanced SIMD is part of every 64-bit ARM processor that runs Linux, macOS or Windows.
 bool available() { return true; }
 
-// Bits of the kernel's interface (Linux, arch/arm64/include/uapi/asm/hwcap.h); old headers lack them.
-constexpr unsigned long kHwcapDotprod = 1UL << 20;
-constexpr unsigned long kHwcap2Sve2 = 1UL << 1;
-constexpr unsigned long kHwcap2I8mm = 1UL << 13;
-constexpr unsigned long kHwcap2Bf16 = 1UL << 14;
-
 }  // namespace
-
-const ArmFeatures &arm_features() {
-  static const ArmFeatures features = {(getauxval(AT_HWCAP) & kHwcapDotprod) != 0,
-                                       (getauxval(AT_HWCAP2) & kHwcap2I8mm) != 0,
-                                       (getauxval(AT_HWCAP2) & kHwcap2Bf16) != 0,
-                                       (getauxval(AT_HWCAP2) & kHwcap2Sve2) != 0};
-  return features;
-}
 
 const Level kNeonLevel = {"neon", available, kKernels, dense_rows, probe_copy, probe_sum,
                           &kDecoding};

@@ -3,7 +3,7 @@
 // The packed bytes are those of every other machine: a step's 64 bytes are one register at 512
 // bits and two at 256. At 128 bits, the length of every core sold today, the registers are NEON's
 // and so is the speed; the kernels offer themselves from 256 bits on.
-#if defined(__aarch64__)
+#if defined(__aarch64__) && defined(__linux__)
 #include <arm_sve.h>
 
 #include "../levels.h"

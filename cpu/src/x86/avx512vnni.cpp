@@ -1,12 +1,12 @@
 // AVX-512 with VBMI and VNNI (Intel from Ice Lake, AMD from Zen 4): integer arithmetic, and float32.
 #if defined(__x86_64__)
 
-#include "avx512.h"
-#include "avx512_dense.h"
-#include "avx512_probes.h"
-#include "avx512_sums.h"
 #include "decoding.h"
 #include "levels.h"
+#include "x86/avx512_dense.h"
+#include "x86/avx512_panel.h"
+#include "x86/avx512_probes.h"
+#include "x86/avx512_sums.h"
 
 namespace fdk {
 namespace {
@@ -51,18 +51,21 @@ constexpr Kernel kKernels[] = {
     make_kernel<Int8<1, false>>("avx512vnni.int8_1bit", supports_int8<1, false>),
     make_kernel<Int16<8>>("avx512vnni.int16_8bit", supports_int16<8>),
     make_kernel<Int16<4>>("avx512vnni.int16_4bit", supports_int16<4>),
+    Sums<2, true>::kernel("avx512vnni.integer_sums_2bit"),
     make_kernel<Int16<2>>("avx512vnni.int16_2bit", supports_int16<2>),
+    Sums<1, true>::kernel("avx512vnni.integer_sums_1bit"),
     make_kernel<Int16<1>>("avx512vnni.int16_1bit", supports_int16<1>),
     make_kernel<Float32Wide8>("avx512vnni.float32_8bit_bfloat16", supports_wide8),
     make_kernel<Float32<8>>("avx512vnni.float32_8bit", supports_exact<8>),
     make_kernel<Float32<4>>("avx512vnni.float32_4bit", supports_exact<4>),
-    Sums<2>::kernel("avx512vnni.sums_2bit"),
+    Sums<2, false>::kernel("avx512vnni.sums_2bit"),
     make_kernel<Float32<2>>("avx512vnni.float32_2bit", supports_exact<2>),
-    Sums<1>::kernel("avx512vnni.sums_1bit"),
+    Sums<1, false>::kernel("avx512vnni.sums_1bit"),
     make_kernel<Float32<1>>("avx512vnni.float32_1bit", supports_exact<1>),
 };
 
 bool available() {
+  if (kEmulated) return true;
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&

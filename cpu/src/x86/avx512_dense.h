@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "avx512.h"
+#include "x86/avx512_streams.h"
 
 namespace fdk {
 namespace {

@@ -1,0 +1,53 @@
+// AVX2, FMA and F16C (Intel from Haswell, AMD from Zen 1).
+#if defined(__x86_64__)
+
+#include "decoding.h"
+#include "levels.h"
+#include "x86/avx2_products.h"
+#include "x86/avx2_sums.h"
+
+namespace fdk {
+namespace {
+
+template <int kBits, bool kUniform8>
+bool supports_integer(const Plan &plan) {
+  return plan.arithmetic != FDK_EXACT && plan.bits == kBits && (!kUniform8 || plan.uniform);
+}
+template <int kBits>
+bool supports_exact(const Plan &plan) {
+  return plan.arithmetic == FDK_EXACT && plan.bits == kBits;
+}
+
+// Every value of the codebook is a bfloat16: they are rounded to the dtype of the scales.
+template <int kBits>
+bool supports_short(const Plan &plan) {
+  return supports_exact<kBits>(plan) && plan.scales_dtype == FDK_BF16;
+}
+
+constexpr Kernel kKernels[] = {
+    Sums<FDK_EXACT>::kernel("avx2.sums_1bit"),
+    Sums<FDK_INT16>::kernel("avx2.integer_sums_1bit"),
+    make_kernel<Integer<8, true>>("avx2.integer_8bit_uniform", supports_integer<8, true>),
+    make_kernel<Integer<8, false>>("avx2.integer_8bit", supports_integer<8, false>),
+    make_kernel<Integer<4, false>>("avx2.integer_4bit", supports_integer<4, false>),
+    make_kernel<Integer<2, false>>("avx2.integer_2bit", supports_integer<2, false>),
+    make_kernel<Integer<1, false>>("avx2.integer_1bit", supports_integer<1, false>),
+    make_kernel<Float32<8>>("avx2.float32_8bit", supports_exact<8>),
+    make_kernel<Float32Short<4>>("avx2.float32_4bit_bfloat16", supports_short<4>),
+    make_kernel<Float32<4>>("avx2.float32_4bit", supports_exact<4>),
+    make_kernel<Float32<2>>("avx2.float32_2bit", supports_exact<2>),
+    make_kernel<Float32<1>>("avx2.float32_1bit", supports_exact<1>),
+};
+
+bool available() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+}  // namespace
+
+const Level kAvx2Level = {"avx2", available, kKernels, nullptr, nullptr, nullptr, &kDecoding};
+
+}  // namespace fdk
+
+#endif
