@@ -7,9 +7,11 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from fdk_jax import models
 
@@ -51,6 +53,7 @@ QUICK = (
     "gemma3",
     "qwen3_moe, not normalised",
     "gpt_oss",
+    "ministral3",
 )
 ROWS = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in golden.MODELS
@@ -70,3 +73,26 @@ def test_logits_and_greedy_tokens_equal_transformers(name, expected, tmp_path):
     greedy = expected[f"{name}/greedy"]
     out = generator.generate(tokens[:, :prompt].tolist(), max_tokens=greedy.shape[1])
     assert out.tokens == greedy.tolist()
+
+
+@pytest.mark.parametrize("inner", ["model.language_model.", "language_model.model."])
+def test_the_text_part_of_a_model_that_reads_images(inner, expected, tmp_path):
+    plain = models.load(write("gemma3", expected, tmp_path / "text"), dtype="float32")
+    folder = tmp_path / "images"
+    write("gemma3", expected, folder)
+    text = json.loads((folder / "config.json").read_text())
+    config = dict(model_type="gemma3", text_config=text, vision_config={}, dtype="bfloat16")
+    (folder / "config.json").write_text(json.dumps(config))
+    arrays = {
+        f"{inner}{name.removeprefix('model.')}": value
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
+    more = {"vision_tower.x.weight": np.ones((2, 2), np.float32)}
+    save_file(arrays | more, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match="of 'gemma3' only the text part is read"):
+        found = models.load(folder, dtype="float32")
+    assert found.config == plain.config
+    for ours, wanted in zip(
+        jax.tree.leaves(nnx.state(found)), jax.tree.leaves(nnx.state(plain)), strict=True
+    ):
+        assert np.array_equal(ours, wanted)

@@ -64,7 +64,11 @@ REFUSED = [
     ("llama", dict(rope_scaling=dict(type="linear")), "'linear' needs 'factor'"),
     ("llama", dict(rope_scaling=dict(type="llama3", factor=2.0)), "'low_freq_factor'"),
     ("llama", dict(rope_scaling=YARN | dict(mrope_section=[1, 2])), r"mrope_section=\[1, 2\]"),
-    ("llama", dict(rope_parameters=YARN | dict(llama_4_scaling_beta=0.1)), "llama_4_scaling_beta"),
+    (
+        "mistral",
+        dict(rope_parameters=YARN | dict(llama_4_scaling_beta=0.1)),
+        "llama_4_scaling_beta",
+    ),
     ("llama", dict(rope_scaling=dict(type="longrope", short_factor=[1.0])), "'long_factor'"),
     (
         "llama",
@@ -159,6 +163,21 @@ def test_layers_of_families():
     assert read("mixtral").layer(3).experts == Experts(8, 2, 64)
     dense = read("qwen3_moe", mlp_only_layers=[0], decoder_sparse_step=2)
     assert [dense.layer(i).experts is None for i in range(4)] == [True, False, True, False]
+
+
+def test_text_parts():
+    """As published: what the text part does not say are the defaults of its class."""
+    sparse = dict(model_type="gemma3_text", hidden_size=2560, num_hidden_layers=34)
+    scaled = dict(rope_scaling=dict(rope_type="linear", factor=8.0), sliding_window=1024)
+    config = ModelConfig.from_hf(
+        dict(model_type="gemma3", text_config=sparse | scaled, dtype="float16")
+    )
+    assert (config.vocab_size, config.num_heads, config.head_dim) == (262208, 8, 256)
+    assert config.dtype == "float16" and config.tie_embeddings and config.family == "gemma3_text"
+    assert config.layer(5).rope.scaling.factor == 8 and config.layer(0).window == 1024
+    text = SMALL | dict(model_type="ministral3", tie_word_embeddings=True)
+    config = ModelConfig.from_hf(dict(model_type="mistral3", text_config=text))
+    assert config.tie_embeddings and config.layer(0).rope.query_growth == (0.1, 16384)
 
 
 def test_a_config_that_contradicts_itself_is_refused():

@@ -67,6 +67,7 @@ class Rope:
         rotary_dim: Leading elements of a head that are rotated, the others carry no position; None for all.
         interleaved: Whether pairs are neighbours (2i, 2i + 1) instead of halves (i, i + rotary_dim / 2).
         factor: Multiplies cosines and sines (YaRN's attention factor).
+        query_growth: (b, c): a query at position p is multiplied by 1 + b log(1 + floor(p / c)); None for not.
     """
 
     theta: float = 10000.0
@@ -74,6 +75,7 @@ class Rope:
     rotary_dim: int | None = None
     interleaved: bool = False
     factor: float = 1.0
+    query_growth: tuple[float, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,6 +140,30 @@ _GPT_OSS_ROPE = dict(
     truncate=False,
     original_max_position_embeddings=4096,
 )
+_MINISTRAL_ROPE = dict(
+    rope_type="yarn",
+    rope_theta=1000000.0,
+    factor=16.0,
+    original_max_position_embeddings=16384,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.1,
+)
+# Models that read images as well: what their text part is where it does not say, and their own defaults for it.
+_TEXT_PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3_text",
+        dict(
+            vocab_size=262208,
+            hidden_size=2304,
+            intermediate_size=9216,
+            num_hidden_layers=26,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+        ),
+    ),
+    "mistral3": ("mistral", {}),
+}
 # Of all families, as far as their own do not say otherwise.
 _DEFAULTS: dict[str, Any] = dict(
     attention_bias=False,
@@ -158,6 +182,16 @@ FAMILIES: dict[str, Family] = {
     "ministral": Family(
         dict(sliding_window=4096, max_position_embeddings=131072),
         layers=family_layers.typed(lambda c, _: c.get("sliding_window") is not None),
+    ),
+    "ministral3": Family(
+        dict(
+            head_dim=128,
+            rope_theta=1000000.0,
+            rope_parameters=_MINISTRAL_ROPE,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=262144,
+        ),
+        layers=family_layers.grown_queries,
     ),
     "qwen2": Family(
         dict(use_sliding_window=False, max_window_layers=28, sliding_window=4096),
@@ -273,9 +307,11 @@ FAMILIES: dict[str, Family] = {
 
 def model_config(config: Mapping[str, Any], dtype: str | None = None) -> ModelConfig:
     """See `ModelConfig.from_hf`."""
+    config = _text_part(config)
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"model_type={family!r} is not implemented; one of {sorted(FAMILIES)} is")
+        known = sorted([*FAMILIES, *_TEXT_PARTS])
+        raise ValueError(f"model_type={family!r} is not implemented; one of {known} is")
     row = FAMILIES[family]
     c = Keys(config, _DEFAULTS | dict(row.defaults))
     hidden, heads, count = (
@@ -308,6 +344,17 @@ def model_config(config: Mapping[str, Any], dtype: str | None = None) -> ModelCo
     fields |= row.read(c) | dict(row.options)
     _check_unread(c, config, family)
     return ModelConfig(**fields)
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the text part of a model that has others; any other as it is."""
+    family, own = config.get("model_type"), config.get("text_config")
+    if family not in _TEXT_PARTS or not isinstance(own, Mapping):
+        return config
+    kind, defaults = _TEXT_PARTS[family]
+    shared = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+    above = {key: config[key] for key in shared if key in config}
+    return dict(model_type=kind) | defaults | above | dict(own)
 
 
 def _activation(c: Keys) -> str:

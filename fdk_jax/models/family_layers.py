@@ -56,6 +56,13 @@ def one_window(c: Keys, head_dim: int) -> list[LayerOptions]:
     return _of_windows(c, head_dim, [c.get("sliding_window")] * c.need("num_hidden_layers"))
 
 
+def grown_queries(c: Keys, head_dim: int) -> list[LayerOptions]:
+    """Ministral 3: queries far into a sequence are longer."""
+    parameters = c.get("rope_scaling") or c["rope_parameters"]
+    rope = read_rope(parameters, c, theta=c["rope_theta"], head_dim=head_dim, grows=True)
+    return [LayerOptions(c.get("sliding_window"), rope)] * c.need("num_hidden_layers")
+
+
 def typed(usual: Callable[[Keys, int], bool]) -> Layers:
     """Layers of two types; `usual` tells, where the file does not, whether one has the window."""
 

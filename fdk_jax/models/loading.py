@@ -97,6 +97,13 @@ def load(
     path = find_checkpoint(path)
     checkpoint = files.read(path, requantise=requantise)
     config = ModelConfig.from_hf(checkpoint.config, dtype=dtype)
+    if "text_config" in checkpoint.config:
+        kept = names.text_part(checkpoint.tensors)
+        tensors = {new: checkpoint.tensors[old] for old, new in kept.items()}
+        note = f"of {checkpoint.config.get('model_type')!r} only the text part is read"
+        checkpoint = dataclasses.replace(
+            checkpoint, tensors=tensors, notes=(*checkpoint.notes, note)
+        )
     if quantisation is not None and any(one.quantised for one in checkpoint.tensors.values()):
         raise ValueError(
             f"{path} is quantised already ({checkpoint.format}); load it without quantisation"

@@ -121,7 +121,7 @@ class Attention(nnx.Module):
             norm_eps=self.config.norm_eps,
             mask=self.mask,
             sinks=self._sinks,
-            fusible=plain and order is None,
+            fusible=plain and order is None and not (self.rope and self.rope.query_growth),
         )
 
     def output(self, mixed: Array) -> Array:
@@ -143,7 +143,8 @@ class Attention(nnx.Module):
         order = rope.order(self.rope, c.head_dim)
         if order is not None:
             q, k = (jnp.take(a, order, axis=-1) for a in (q, k))
-        return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
+        key_turn = rope.of_keys(c, self.rope, cos, sin)
+        return rope.rotate(q, cos, sin), rope.rotate(k, *key_turn), v
 
 
 def _norm_heads(norm: RMSNorm, heads: Array) -> Array:

@@ -5,6 +5,7 @@ several of them along the outputs.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from fdk_jax.models.config import ModelConfig
 
@@ -177,6 +178,19 @@ def layer_vectors(config: ModelConfig, index: int) -> dict[str, tuple[tuple[str,
     if c.attention_sinks:
         vectors[f"{base}.self_attn.sinks"] = (("attention", "sinks"), c.num_heads)
     return vectors
+
+
+def text_part(names: Iterable[str]) -> dict[str, str]:
+    """{name in a checkpoint that reads images as well: name in its text part}, without all others."""
+    found = {}
+    for name in names:
+        short = name.removeprefix("model.")
+        if short.startswith("language_model."):
+            rest = short.removeprefix("language_model.").removeprefix("model.")
+            found[name] = rest if rest.startswith("lm_head.") else f"model.{rest}"
+        elif name.startswith("lm_head."):
+            found[name] = name
+    return found
 
 
 def head(config: ModelConfig) -> Projection:

@@ -122,19 +122,35 @@ def cos_sin(
         angles = positions.astype(jnp.float32)[..., None] * freq
         still = [(0, 0)] * positions.ndim + [(0, dim // 2 - angles.shape[-1])]
         angles = jnp.pad(angles, still)
-    factor = 1.0
-    if config.query_scale is not None:
-        factor = math.sqrt(config.query_scale * math.sqrt(dim))
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    rotation = 1.0 if rope is None else rope.factor
-    if factor == rotation == 1.0:
+    each = _factors(config, rope)
+    if rope is not None and rope.query_growth is not None:
+        growth, context = rope.query_growth
+        grown = 1 + growth * jnp.log(1 + (positions // context).astype(jnp.float32))
+        cos, sin = cos * grown[..., None], sin * grown[..., None]
+    if (each == 1).all():
         return cos, sin
-    # The factor of RoPE leaves what it does not rotate as it is.
-    each = np.full(dim // 2, factor, np.float32)
-    if rope is not None:
-        each[: (rope.rotary_dim or dim) // 2] *= rotation
     each = jnp.expand_dims(each, tuple(range(positions.ndim)))
     return cos * each, sin * each
+
+
+def _factors(config: ModelConfig, rope: Rope | None) -> np.ndarray:
+    """What cosines and sines of each pair are multiplied by at every position: float32 [head_dim / 2]."""
+    dim, factor = config.head_dim, 1.0
+    if config.query_scale is not None:
+        factor = math.sqrt(config.query_scale * math.sqrt(dim))
+    each = np.full(dim // 2, factor, np.float32)
+    if rope is not None:  # its factor leaves what it does not rotate as it is
+        each[: (rope.rotary_dim or dim) // 2] *= rope.factor
+    return each
+
+
+def of_keys(config: ModelConfig, rope: Rope | None, cos: Array, sin: Array) -> tuple[Array, Array]:
+    """Cosines and sines for keys: `cos_sin` without the growth of queries, which is the length of each pair."""
+    if rope is None or rope.query_growth is None:
+        return cos, sin
+    grown = jnp.hypot(cos[..., :1], sin[..., :1]) / _factors(config, rope)[0]
+    return cos / grown, sin / grown
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

@@ -43,6 +43,7 @@ def read_rope(
     theta: float,
     head_dim: int,
     partial: float | None = None,
+    grows: bool = False,
 ) -> Rope:
     """The rotary embedding of one kind of layer.
 
@@ -53,6 +54,7 @@ def read_rope(
         head_dim: Width of a head.
         partial: Share of it that is rotated, where the parameters do not say; None in families that rotate
             whole heads.
+        grows: Whether the family multiplies queries by what grows with their position.
 
     Raises:
         ValueError: a kind or a parameter that is not implemented, or one that is missing, by its name.
@@ -61,6 +63,9 @@ def read_rope(
     if kind not in _KEYS:
         raise ValueError(f"rope_type={kind!r} is not implemented; one of {sorted(_KEYS)} is")
     understood = {*_COMMON, *_KEYS[kind], *(_KEYS["llama3"] if kind == "default" else ())}
+    growth = parameters.get("llama_4_scaling_beta") if grows else None
+    if grows:
+        understood |= {"llama_4_scaling_beta", "max_position_embeddings"}
     for name, value in parameters.items():
         if name not in understood and value is not None:
             raise ValueError(f"{name}={value!r} of rope_type={kind!r} is not implemented")
@@ -70,7 +75,13 @@ def read_rope(
         raise ValueError(f"partial_rotary_factor={share} is not implemented for this model_type")
     rotary = int(head_dim * share)
     scaling, factor = _scaling(kind, parameters, config, rotary)
-    return Rope(theta, scaling, None if rotary == head_dim else rotary, factor=factor)
+    return Rope(
+        theta,
+        scaling,
+        None if rotary == head_dim else rotary,
+        factor=factor,
+        query_growth=(float(growth), scaling.original_context) if growth and scaling else None,
+    )
 
 
 def _scaling(

@@ -62,6 +62,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", dict(sliding_window=None)),
     "mistral, window": ("mistral", WINDOW),
     "ministral": ("ministral", dict(WINDOW, layer_types=TWO_TYPES)),
+    "ministral3": (
+        "ministral3",
+        dict(
+            sliding_window=None,
+            rope_parameters=dict(YARN, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.4),
+        ),
+    ),
     "qwen2, YaRN": ("qwen2", dict(rope_parameters=YARN)),
     "qwen2, windows": (
         "qwen2",
