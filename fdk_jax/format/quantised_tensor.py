@@ -137,7 +137,10 @@ class QuantisedTensor(ArrayLike):
         if self.scales.dtype not in FLOAT_DTYPES:
             raise TypeError(f"scales must be bfloat16, float16 or float32, got {self.scales.dtype}")
         if self.codebook.dtype != jnp.float32:
-            raise TypeError(f"codebook must be float32, got {self.codebook.dtype}")
+            raise TypeError(
+                f"codebook must be float32, got {self.codebook.dtype}; w.astype(dtype) casts a whole"
+                " QuantisedTensor, jax.tree.map casts its parts"
+            )
         packed, scales = self._struct()
         if self.packed.dtype != packed.dtype:
             raise TypeError(f"packed must be {packed.dtype}, got {self.packed.dtype}")

@@ -103,12 +103,14 @@ def layer_of(name: str) -> str:
     return ".".join(parts[parts[0] == "params" : -1])
 
 
-def not_linear(name: str, kinds: tuple[str, ...] = ()) -> str | None:
+def not_linear(name: str, kinds: tuple[str, ...] = (), ndim: int = 0) -> str | None:
     """Why a name says that a weight is not a linear layer's, or None.
 
     Args:
         name: dotted name of a leaf.
         kinds: names of the classes that hold it, where they are known.
+        ndim: its number of axes, where it is known: a "kernel" or "w" with two is a linear layer's, whatever
+            the layer is called.
     """
     layer = layer_of(name)
     if name.rpartition(".")[2] in ("bias", "b"):
@@ -117,6 +119,8 @@ def not_linear(name: str, kinds: tuple[str, ...] = ()) -> str | None:
         return "state of an optimiser or running statistics"
     if _ROUTER.search(layer):
         return "a router: small, and its choices are sensitive"
+    if ndim == 2 and name.rpartition(".")[2] in ("kernel", "w"):
+        return None
     if _TABLE.search(layer) or any("embed" in kind.lower() for kind in kinds[-1:]):
         return "a table of embeddings"
     if _TAPS.search(layer) or any("conv" in kind.lower() for kind in kinds[-1:]):

@@ -173,17 +173,17 @@ def decide(
         return (rule[1] if reason is None else None), reason
     reason = (
         rules.unfit(leaf, chosen.dtype)
-        or rules.not_linear(name, classes)
+        or rules.not_linear(name, classes, leaf.ndim)
         or chosen.skipped(rules.layer_of(name))
     )
     if reason is not None:
         return None, reason
     bias = leaves.get(name.rpartition(".")[0] + ".bias")
     orientation, reason = rules.orientation_of(name, leaf, bias)
-    if orientation is not None and "layers" in box:
-        at = box.index("layers") - (leaf.ndim - len(orientation))
-        if at >= 0:  # the layers are not in front, as the shape suggested
-            orientation = "k" * at + "b" + "n" * (leaf.ndim - at - 1) if at else orientation
+    if orientation is not None and "layers" in box and (at := box.index("layers")) > 0:
+        if leaf.ndim > 3:
+            return None, f"its layers are axis {at} of {leaf.ndim}: say its orientation with axes="
+        orientation = "kn"[:at] + "b" + "kn"[at:]
     if orientation is None:
         return None, reason
     reason = chosen.fits(name, leaf, orientation)

@@ -1,0 +1,174 @@
+"""What `quantise` takes, what it leaves and why, and what it refuses: never a silent nothing."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from flax.traverse_util import flatten_dict
+
+import fdk_jax
+
+W = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+STACK = np.stack([W, W, W])
+
+
+def names(tree):
+    return set(fdk_jax.summary(tree).quantised)
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"a/kernel": W}, {"a.kernel"}),
+        ({"a.kernel": W}, {"a.kernel"}),
+        (flatten_dict({"a": {"b": {"kernel": W}}}), {"a.b.kernel"}),
+        ({"linear": {"w": W, "b": W[0]}}, {"linear.w"}),
+        ({"a": {"kernel": W.astype(np.float64)}}, {"a.kernel"}),
+        ({"params": {"a": {"kernel": nn.Partitioned(W, ("x", "y"))}}}, {"params.a.kernel"}),
+        ({"a": {"kernel": nn.LogicallyPartitioned(W, ("x", "y"))}}, {"a.kernel"}),
+        (
+            {"embed_proj": {"kernel": W}, "norm_in": {"kernel": W}},
+            {"embed_proj.kernel", "norm_in.kernel"},
+        ),
+        (
+            {"a": {"kernel": W}, "lm_head": {"kernel": W}, "m": {"lm_head": {"kernel": W}}},
+            {"a.kernel"},
+        ),
+        ({"q_proj": {"kernel": W.reshape(64, 4, 16), "bias": np.ones((4, 16))}}, {"q_proj.kernel"}),
+        ({"layers": {"kernel": STACK, "bias": np.ones((3, 64))}}, {"layers.kernel"}),
+    ],
+)
+def test_what_is_taken(tree, expected):
+    assert names(fdk_jax.quantise(tree, 4)) == expected
+
+
+def test_orientations_from_the_bias_and_the_names_of_boxes():
+    tree = {
+        "q": {"kernel": W.reshape(64, 4, 16), "bias": np.ones((4, 16))},
+        "s": {"kernel": STACK, "bias": np.ones((3, 64))},
+        "t": {"kernel": STACK.swapaxes(0, 1), "bias": np.ones((64, 3))},
+        "u": {"kernel": nn.Partitioned(STACK.swapaxes(0, 1), ("in", "layers", "out"))},
+    }
+    q = fdk_jax.quantise(tree, 4)
+    found = {name: q[name]["kernel"].axes for name in tree}
+    assert found == {"q": "knn", "s": "kn", "t": "kbn", "u": "kbn"}
+    assert q["s"]["kernel"].batch_shape == q["t"]["kernel"].batch_shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("tree", "reason"),
+    [
+        ({"q_einsum": {"w": np.ones((4, 64, 16), np.float32)}}, "no known orientation"),
+        ({"tok": {"weight": W}}, "table"),
+        ({"patch": {"weight": np.ones((8, 4, 3), np.float32)}}, "taps"),
+        (
+            {"stem": {"kernel": np.ones((3, 64, 32), np.float32), "bias": np.ones(32)}},
+            "no orientation",
+        ),
+        ({"router": {"kernel": W}}, "router"),
+        ({"moe": {"gate": {"kernel": W}}}, "router"),
+        ({"opt_state": {"mu": {"a": {"kernel": W}}}}, "optimiser"),
+        ({"lm_head": {"kernel": W}}, "skip="),
+        ({"a": {"kernel": np.ones((3, 4), np.float32)}}, r"grow from 48 to \d+ bytes"),
+        ({"a": {"kernel": np.ones((64, 64), np.int32)}}, "int32"),
+        ({"a": {"bias": W[0]}}, "fewer than two axes"),
+        ({"a": {"table": W}}, "no known name"),
+        (["a", [W]], "no known name"),
+        (nn.Dense(3), "Dense, not an array"),
+        (None, "no arrays"),
+        ({}, "no arrays"),
+        (nnx.Embed(64, 64, rngs=nnx.Rngs(0)), "table"),
+        (nnx.Conv(3, 4, (3,), rngs=nnx.Rngs(0)), "convolution"),
+    ],
+)
+def test_nothing_is_never_silent(tree, reason):
+    with pytest.raises(TypeError, match=reason) as error:
+        fdk_jax.quantise(tree)
+    assert "infer_axes" in str(error.value) and "axes=" in str(error.value)
+
+
+def test_the_summary_says_why():
+    tree = {"a": {"kernel": W}, "small": {"kernel": W[:3, :4]}, "tok": {"weight": W}}
+    text = fdk_jax.summary(fdk_jax.quantise(tree))
+    assert set(text.reasons) == {"small.kernel", "tok.weight"}
+    assert "grow" in text.reasons["small.kernel"] and "table" in str(text)
+    larger = fdk_jax.summary({"a": fdk_jax.quantise(W[:2, :4], 8)})
+    assert "x larger" in str(larger)
+
+
+def test_states_of_optimisers_are_left_alone():
+    params = {"a": {"kernel": jnp.asarray(W)}}
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.adam(1e-3))
+    small = fdk_jax.quantise(state)
+    assert isinstance(small, TrainState) and names(small) == {"params.a.kernel"}
+    with pytest.raises(TypeError, match="optimiser"):
+        fdk_jax.quantise(state.opt_state)
+    model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    optimiser = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    with pytest.raises(TypeError, match="can be quantised"):
+        fdk_jax.quantise(nnx.state(optimiser))
+
+
+def test_rules_name_themselves():
+    tree = {"q_proj": {"kernel": W, "bias": W[0]}}
+    assert names(fdk_jax.quantise(tree, axes={"q_proj": "nk"})) == {"q_proj.kernel"}
+    with pytest.raises(TypeError, match=re.escape("the rule 'q_proj': 'knn'")):
+        fdk_jax.quantise(tree, axes={"q_proj": "knn"})
+    with pytest.raises(TypeError, match=r"the rule 'q_proj': None"):
+        fdk_jax.quantise(tree, axes={"q_proj": None})
+    with pytest.raises(ValueError, match="the rule 'q_proj': 'xy'"):
+        fdk_jax.quantise(tree, axes={"q_proj": "xy"})
+    with pytest.raises(ValueError, match=r"the rule '\('"):
+        fdk_jax.quantise(tree, axes={"(": "kn"})
+
+
+class Holder(nnx.Module):
+    """Layers in a tuple, tied ones, and a parameter of its own."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.pair = nnx.data((nnx.Linear(64, 64, rngs=rngs), nnx.Linear(64, 64, rngs=rngs)))
+        self.tied = nnx.Linear(64, 64, rngs=rngs)
+        self.tied.kernel = self.pair[0].kernel
+        self.own = nnx.Param(jnp.asarray(W))
+
+    def __call__(self, x):
+        for layer in (*self.pair, self.tied):
+            x = jnp.tanh(layer(x))
+        return x @ self.own
+
+
+def test_nnx_models_with_tuples_ties_and_parameters_of_their_own():
+    model, x = Holder(), jnp.ones((2, 64))
+    small = fdk_jax.quantise(model, 8)
+    assert isinstance(small.pair[1], fdk_jax.QuantisedLinear)
+    assert small.tied.weight is small.pair[0].weight
+    assert "Holder is no layer whose computation is known" in fdk_jax.summary(small).reasons["own"]
+    all_of_it = fdk_jax.quantise(model, 8, axes={"^own$": "kn"})
+    expected = np.asarray(model(x), np.float64)
+    for got in (small(x), all_of_it(x), jax.jit(lambda m, x: m(x))(all_of_it, x)):
+        assert oracle.relative_rms(got, expected) < 3e-2
+    with pytest.raises(TypeError, match="no layer whose computation is known"):
+        fdk_jax.quantise(_Own())
+
+
+class _Own(nnx.Module):
+    def __init__(self):
+        self.own = nnx.Param(jnp.asarray(W))
+
+
+def test_a_state_is_merged_and_runs():
+    model, x = nnx.Linear(64, 64, rngs=nnx.Rngs(0)), jnp.ones((2, 64))
+    graph, state = nnx.split(model)
+    merged = nnx.merge(graph, fdk_jax.quantise(state, 8))
+    fused = fdk_jax.quantised_apply(lambda m, x: m(x), unfused="raise")
+    np.testing.assert_allclose(fused(merged, x), model(x), atol=0.05)
+    with pytest.warns(fdk_jax.UnfusedWarning):
+        np.testing.assert_allclose(merged(x), model(x), atol=0.05)
