@@ -89,9 +89,9 @@ class _Writer(matvec._Writer):
         self.single = False
         self.plane_bytes = config.tokens * _ROW_BYTES
         # As many tokens as have their sums in the memory of the table and of x at the end.
-        self.sum_tokens = config.tokens
-        while self.sum_tokens > 8 and self.sum_tokens * self._token_bytes > self._x_end:
-            self.sum_tokens //= 2
+        room = max(8, self._x_end // self._token_bytes)
+        parts = (t for t in range(config.tokens, 0, -8) if config.tokens % t == 0)
+        self.sum_tokens = next(tokens for tokens in parts if tokens <= room)
 
     @property
     def _token_bytes(self) -> int:

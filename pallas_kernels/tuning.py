@@ -128,7 +128,7 @@ def _portable(case: Case, target: Target) -> matvec.Config | mma.Config:
     if target.has_wgmma:
         return smallest
     if case.m > _FEW:
-        config = mma.Config(32 if case.m <= 32 else 64, 2, 2, 4, 2, 2)
+        config = mma.Config(next((t for t in (32, 48) if case.m <= t), 64), 2, 2, 4, 2, 2)
         return smallest if unsupported_reason(case, config, target) else config
     diagonal = case.bits < 4 and case.m == 1
     config = matvec.Config(
@@ -271,7 +271,8 @@ _WGMMA = {
 _MMA = {
     9: ((16, 2, 2, 8, 2), (16, 2, 2, 4, 4)),
     17: ((32, 2, 2, 8, 2), (32, 2, 2, 4, 4), (32, 2, 2, 4, 2), (32, 1, 4, 4, 4)),
-    33: ((64, 2, 2, 4, 2), (64, 2, 2, 4, 4), (64, 1, 4, 4, 2), (64, 1, 4, 2, 2)),
+    33: ((48, 2, 2, 4, 2), (48, 2, 2, 4, 4)),
+    49: ((64, 2, 2, 4, 2), (64, 2, 2, 4, 4), (64, 1, 4, 4, 2), (64, 1, 4, 2, 2)),
     65: ((64, 2, 4, 2, 4), (64, 2, 2, 2, 2), (64, 2, 2, 4, 2), (128, 1, 4, 2, 2)),
 }
 

@@ -33,8 +33,9 @@ ARCHITECTURES = (
     *("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a"),
     *("sm_100", "sm_103", "sm_110", "sm_120", "sm_121"),
 )
-# Bytes that kernels spill outside of their loops: chains of 4 bits by 24 warps of 72 registers; one of `wgmma`.
-SPILLS = {"chain": 16, "wgmma": 56}
+# Bytes that kernels spill outside of their loops: chains of 4 bits by 24 warps of 72 registers; one of `wgmma`;
+# products whose warps have just the registers that they need.
+SPILLS = {"chain": 16, "wgmma": 56, "matvec": 8, "matvec+sum": 8}
 _TOKENS = (1, 4, 16, 32, 64, 128, 256)
 _OPERANDS = 40  # at least as many as any kernel has
 
@@ -117,7 +118,8 @@ def _sources(target: Target, quick: bool) -> Iterator[tuple[str, str, str, int]]
             groups = (64,) if quick else (64, 32, 128, 16)
             for m, group_size in ((m, g) for m in _TOKENS for g in groups):
                 case = golden.case(m, 4096, 4096, bits, uniform, dtype=dtype, group_size=group_size)
-                yield from _products(case, target, quick or group_size != 64)
+                plain = group_size == 64 and dtype == "bfloat16"
+                yield from _products(case, target, quick or not plain)
             config = ring.Config(16, target.multiprocessors)
             case = golden.case(1, 4096, 4096, bits, uniform, dtype=half)
             reason = ring.unsupported_reason(case, config, target, stream.Product)
@@ -134,11 +136,13 @@ def _sources(target: Target, quick: bool) -> Iterator[tuple[str, str, str, int]]
 
 
 def _products(case, target, quick) -> Iterator[tuple[str, str, str, int]]:
-    """The kernel that a product takes; else with those that the search tries; with a residual."""
+    """The kernel that a product takes, else with all of the table's rows for it, also with a residual."""
     plan = tuning.choose(case, target)
     found = [] if plan.config is None else [(plan.kernel, plan.config)]
-    if not quick:
-        found += [c for c in tuning.candidates(case, target) if c[1] is not None]
+    for row in tuning._by_nearness(case, target) if not quick else ():
+        if row["kernel"] in tuning.KERNELS:
+            config = tuning.fit(case, tuning.configuration(row, target), target)
+            found.append((row["kernel"], config))
     for kernel, config in found:
         if tuning.unsupported_reason(case, config, target) is not None:
             continue
