@@ -31,7 +31,7 @@ class Case:
 
     Attributes:
         uniform: the values of each codebook are evenly spaced, see `fdk_jax.QuantisedTensor`.
-        squares: if not nought, x is to be divided by its root mean square; the launch before has left the sum
+        squares: if not zero, x is to be divided by its root mean square; the launch before has left the sum
             of the squares in so many parts.
         norm_eps: what is added to that mean.
         residual: the product is added to a residual, and leaves what the next one's norm needs.
@@ -126,7 +126,7 @@ class Case:
         return None
 
     def pad(self, x: Array) -> Array:
-        """X [M, K] with noughts behind K, to whole tiles."""
+        """X [M, K] with zeros behind K, to whole tiles."""
         behind = self.blocks * self.span - x.shape[1]
         return jnp.pad(x, ((0, 0), (0, behind))) if behind else x
 
@@ -153,7 +153,7 @@ class Case:
             warps: warps a program.
             cluster: programs of a thread block cluster.
             name: of the kernel.
-            others: the operands behind the bias.
+            others: the operands after the bias.
             squares: how many the kernel leaves, if there is a residual.
         """
         operands = (self.pad(arrays.x), *arrays[1:4])

@@ -1,11 +1,11 @@
-"""Products one behind the other in one launch: from a token's attention to the next layer's queries.
+"""Products one after another in one launch: from a token's attention to the next layer's queries.
 
     total = residual + out x                          scaled = total * norm_scale
     inner = silu(gate scaled / rms(total)) * (up scaled / rms(total))
     total' = total + down inner                       scaled' = total' * norm_scale'
     y = qkv scaled' / rms(total')
 
-As launches of their own each would start with an empty pipe and end with an idle one; here the warps that copy
+As launches of their own each would start with an empty pipe and end with an idle one; here the producer warps
 never stop, see `ring`. What the products leave to each other goes through memory, that is, through L2.
 """
 
@@ -35,7 +35,7 @@ def config(bits: int, target: Target) -> ring.Config:
 
 
 class Outputs(NamedTuple):
-    """What a chain leaves: a `Scaled` in parts, and the product behind it, if there is one."""
+    """What a chain leaves: a `Scaled` in parts, and the product after it, if there is one."""
 
     total: Array
     scaled: Array
@@ -50,7 +50,7 @@ def cases(
 
     Args:
         products: as `residual_plan` has them.
-        eps: of the norms behind the two sums.
+        eps: of the norms after the two sums.
         config: W and P.
         target: the GPU.
     """
@@ -119,7 +119,7 @@ def matmul(
         weights: of the products; their `x` is not read.
         x: [1, K] of the first one.
         residual: [1, D].
-        norm_scales: [D] of the norms behind the two sums.
+        norm_scales: [D] of the norms after the two sums.
         config: W and P. P programs have to fit on the device at once, or they never end.
         target: the GPU.
     """

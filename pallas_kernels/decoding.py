@@ -135,23 +135,23 @@ class _Table(Decoder):
         self.copy = ptx.op("mad.lo.u32", lane_copy, self.entry_bytes, table)
         for i in range(-(-256 // threads)):
             byte = ptx.op("add.u32", thread, i * threads)
-            mine = ptx.op("setp.lt.u32", byte, 256, kind="pred") if 256 % threads else None
-            pattern = self._pattern(byte, codebook, mine)
+            is_owner = ptx.op("setp.lt.u32", byte, 256, kind="pred") if 256 % threads else None
+            pattern = self._pattern(byte, codebook, is_owner)
             row = ptx.op("mad.lo.u32", byte, _TABLE_ROW, table)
             for turn in range(_TABLE_ROW // 16):
                 # Lanes start at different columns: otherwise all would write to the same banks.
                 column = ptx.op("add.u32", thread, turn)
                 column = ptx.op("and.b32", column, _TABLE_ROW // 16 - 1)
                 address = ptx.op("mad.lo.u32", column, 16, row)
-                ptx.do("st.shared.v4.b32", at(address), vector(pattern), when=mine)
+                ptx.do("st.shared.v4.b32", at(address), vector(pattern), when=is_owner)
 
-    def _pattern(self, byte: str, codebook: str, mine: str | None) -> list[str]:
+    def _pattern(self, byte: str, codebook: str, is_owner: str | None) -> list[str]:
         """16 bytes of a table row: the values of `byte`, repeated."""
         ptx, bits = self.ptx, self.bits
         values = []
         for i in range(8 // bits):
             code = ptx.op("and.b32", ptx.op("shr.u32", byte, bits * i), 2**bits - 1)
-            values.append(self.value(codebook, code, mine))
+            values.append(self.value(codebook, code, is_owner))
         if bits == 8:
             values *= 2
         pairs = [self.pack(values[i], values[i + 1]) for i in range(0, len(values), 2)]
@@ -169,7 +169,7 @@ class _Table(Decoder):
     def _look_up(self, word: str, byte: int) -> list[str]:
         """The pairs of values of a byte of a word."""
         ptx = self.ptx
-        # The dot product of a word's bytes with one row's size and three noughts is an address.
+        # The dot product of a word's bytes with one row's size and three zeros is an address.
         row = f"0x{_TABLE_ROW << 8 * byte:08x}"
         address = ptx.op("dp4a.u32.u32", word, row, self.copy)
         pairs = ptx.registers("b32", self.entry_bytes // 4)
@@ -179,14 +179,14 @@ class _Table(Decoder):
 
 
 class _Evenly(Decoder):
-    """Evenly spaced values, of which the nought is one or lies halfway between two.
+    """Evenly spaced values, of which the zero is one or lies halfway between two.
 
-    A code becomes its distance from the nought in steps, divided by a power of two; that power times the step
+    A code becomes its distance from the zero in steps, divided by a power of two; that power times the step
     is `factor`. It is rounded only if it has more digits than `dtype` (bfloat16, 8 bits, halves above 128).
     """
 
     def _measure(self, codebook: str) -> str:
-        """Computes `factor`; returns the place of the nought among the codes, float32, a multiple of a half."""
+        """Computes `factor`; returns the place of the zero among the codes, float32, a multiple of a half."""
         ptx, last_code = self.ptx, 2**self.bits - 1
         first, last = (self.value(codebook, code) for code in (0, last_code))
         span = ptx.op("sub.f32", last, first, kind="f32")

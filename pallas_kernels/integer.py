@@ -7,11 +7,11 @@ by the largest of 64 neighbours, as a high and a low byte. With two values any c
     sum x w = scale (first * sum x + (second - first) * sum of the x whose code is set)
 
 The eight columns of the instruction are the high and low bytes of four planes of x. Codes of two planes are in
-one operand, a byte each in turns, where the columns of the other have noughts; and the columns of the two
+one operand, a byte each in turns, where the columns of the other have zeros; and the columns of the two
 planes whose codes it has not hold sums that nobody reads. A mask leaves a code at one bit of its byte, the
 same for all codes of a register: what that makes of the sums is divided out again, in x for the registers of
 upper and lower halves of a step, and at the end for upper and lower rows and for planes. An infinity in x makes
-the scale infinite and itself the only integer that is not nought.
+the scale infinite and itself the only integer that is not zero.
 
 The program is that of `ring`. A block of 512 weights a row is two fourfolds of four planes of 64.
 """
@@ -37,7 +37,7 @@ _LARGEST = 32512.0  # of the integers: its high byte, rounded, is 127
 _MAGIC = 1.5 * 2**23 + 128
 _MAGIC_BITS = 0x4B400080
 _FINITE = 2.0**127
-_TINY = 2.0**-112  # smaller x are not told apart from nought, if there are no others
+_TINY = 2.0**-112  # smaller x are not told apart from zero, if there are no others
 
 
 Config = ring.Config
@@ -102,16 +102,16 @@ class Product(ring.Product):
         for first in range(0, turns, 3):
             here = range(first, min(first + 3, turns))
             blocks = [ptx.op("add.u32", self.warp, turn * self.workers) for turn in here]
-            there = [ptx.op("setp.lt.u32", b, case.blocks, kind="pred") for b in blocks]
+            in_bounds = [ptx.op("setp.lt.u32", b, case.blocks, kind="pred") for b in blocks]
             pairs = [ptx.registers("b32", 8) for _ in here]
-            for turn, registers, guard in zip(here, pairs, there, strict=True):
+            for turn, registers, guard in zip(here, pairs, in_bounds, strict=True):
                 for half in range(2):
                     source = at(address, turn * self.workers * _X + half * PLANE)
                     part = vector(registers[4 * half : 4 * half + 4])
                     ptx.do(f"{self.load}.v4.b32", part, source, when=guard)
             if not first:
                 meanwhile()
-            for turn, registers, block, guard in zip(here, pairs, blocks, there, strict=True):
+            for turn, registers, block, guard in zip(here, pairs, blocks, in_bounds, strict=True):
                 ptx.do("bra", f"fdk_no_x_{turn}", when=f"!{guard}")
                 halves = (decoding.unpack(ptx, pair, case.x_dtype) for pair in registers)
                 self._prepare_block([x for half in halves for x in half], block, f"{turn}")
@@ -123,17 +123,17 @@ class Product(ring.Product):
         loads = []
         for start in range(0, case.books, 32 * self.workers):
             book = ptx.op("add.u32", self.thread, start)
-            there = ptx.op("setp.lt.u32", book, case.books, kind="pred")
+            in_bounds = ptx.op("setp.lt.u32", book, case.books, kind="pred")
             source = ptx.op("mad.wide.u32", book, 8, self.operands["codebook"], kind="b64")
-            values = [decoder.value(source, code, there) for code in range(2)]
-            loads.append((ptx.op("mad.lo.u32", book, _BOOK, self.shared), values, there))
+            values = [decoder.value(source, code, in_bounds) for code in range(2)]
+            loads.append((ptx.op("mad.lo.u32", book, _BOOK, self.shared), values, in_bounds))
 
         def store() -> None:
-            for place, values, there in loads:
+            for place, values, in_bounds in loads:
                 _, first, second = decoder.rounded(*values)
                 step = ptx.op("sub.f32", second, first, kind="f32")
                 target = at(place, self.books_place)
-                ptx.do("st.shared.v2.b32", target, vector([first, step]), when=there)
+                ptx.do("st.shared.v2.b32", target, vector([first, step]), when=in_bounds)
 
         return store
 
@@ -175,9 +175,9 @@ class Product(ring.Product):
         whole = ptx.op("cvt.rn.f32.s32", sum_, kind="f32")
         place = ptx.op("mad.lo.u32", block, 2 * _PLANES * _SUMS, self.shared)
         place = ptx.op("mad.lo.u32", self.row, _SUMS, place)
-        mine = ptx.op("setp.eq.u32", self.quad, 0, kind="pred")
+        is_owner = ptx.op("setp.eq.u32", self.quad, 0, kind="pred")
         target = at(place, self.places["plane_sums"])
-        ptx.do("st.shared.v2.b32", target, vector([scale, whole]), when=mine)
+        ptx.do("st.shared.v2.b32", target, vector([scale, whole]), when=is_owner)
 
     def _scale_of(self, x: list[str], name: str) -> tuple[str, list[str]]:
         """The scale of the lane's plane, and what makes integers of its x: all of them, a quarter of them.

@@ -96,7 +96,7 @@ def has_kernel(w: Arrays, **facts: Any) -> bool:
 
 
 class Scaled(NamedTuple):
-    """A residual sum on its way through a norm.
+    """A residual sum with a deferred normalisation.
 
     Attributes:
         total: [1, D], the sum.
@@ -143,7 +143,7 @@ def residual_matmul(
     residual: Array | None = None,
     norm_scale: Array | None = None,
 ) -> Array | Scaled:
-    """A product with the norm before it, or with the residual sum behind it and half of the next norm.
+    """A product with the norm before it, or with the residual sum after it and half of the next norm.
 
     A norm needs the mean over all of a sum, which no program of the launch that adds it knows; so the launch
     leaves the parts of that mean, and the next one divides its outputs by the root.
@@ -160,7 +160,7 @@ def residual_matmul(
         bias: See `matmul`.
         eps: Added to the mean square, if x is a `Scaled`.
         residual: bfloat16 [1, N], to which the product is added; or None.
-        norm_scale: bfloat16 [N], the scale of the norm behind the sum, if there is a residual.
+        norm_scale: bfloat16 [N], the scale of the norm after the sum, if there is a residual.
 
     Returns:
         bfloat16 [1, N]; with a residual a `Scaled` of the sum.
@@ -232,7 +232,7 @@ def chain_matmul(
         residual: bfloat16 [1, D].
         weights: of the product back from attention, of gate and up in one, of the product back from them and,
             if there is a next layer, of its queries, keys and values; see `chain_plan`.
-        norm_scales: bfloat16 [D], of the norms behind the two residual sums.
+        norm_scales: bfloat16 [D], of the norms after the two residual sums.
         eps: Of these norms.
 
     Returns:
@@ -245,9 +245,7 @@ def chain_matmul(
     _check_chain(x, residual, weights, norm_scales)
     found = chain_plan(weights)
     if found is None:
-        raise NotImplementedError(
-            "no kernel runs these products one behind the other; run them apart"
-        )
+        raise NotImplementedError("no kernel runs these products one after another; run them apart")
     products, config = found
     arrays = [arrays for arrays, _ in weights]
     gpu = target.current()

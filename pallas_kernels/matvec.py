@@ -45,7 +45,7 @@ class Config:
     Attributes:
         diagonal: whether eight planes of x take the columns of one token.
         ring: whether blocks in flight are in shared memory instead of registers.
-        programs: nought for as many as there are rows for; a product with a residual has always as many.
+        programs: zero for as many as there are rows for; a product with a residual has always as many.
     """
 
     tiles: int = 2
@@ -100,7 +100,7 @@ def grid(case: Case, config: Config) -> tuple[int, int]:
     return programs, -(-case.m // (8 * config.columns))
 
 
-def takes_turns(case: Case, config: Config) -> bool:
+def is_persistent_loop(case: Case, config: Config) -> bool:
     """Whether a program has more than `Config.rows` rows, and takes them in turns."""
     return grid(case, config)[0] < -(-case.n // config.rows)
 
@@ -136,7 +136,7 @@ class _Writer(OutputWriter):
         # Of each codebook: shares of `Config.rows` rows, and programs that take them.
         self.shares = -(-case.n // config.rows) // case.books
         self.programs = grid(case, config)[0] // case.books
-        self.in_turns = takes_turns(case, config)
+        self.is_persistent = is_persistent_loop(case, config)
 
     @property
     def shared_bytes(self) -> int:
@@ -146,7 +146,7 @@ class _Writer(OutputWriter):
     @property
     def _squares_place(self) -> int:
         """Where the sum of the squares of x is, behind everything else."""
-        if self.in_turns:
+        if self.is_persistent:
             return self.decoder.shared_bytes + 2 * self._sums_bytes
         return max(self.decoder.shared_bytes + self.ring_bytes, self._sums_bytes)
 
@@ -173,13 +173,13 @@ class _Writer(OutputWriter):
         self._set_up_decoder()
         if self.case.squares:
             self._add_squares(config.warps - 1, self._squares_place)
-        if not self.in_turns:
+        if not self.is_persistent:
             self._loop(buffers)
             self._reduce()
             return ptx.text()
         ptx.label("fdk_turn")
         self._loop(buffers)
-        more = self._start_turn(buffers)
+        more = self._start_next_share(buffers)
         totals = [total for [totals] in self.totals for total in totals]
         self._reduce()
         for total in totals:
@@ -187,7 +187,7 @@ class _Writer(OutputWriter):
         ptx.do("bra", "fdk_turn", when=more)
         return ptx.text()
 
-    def _start_turn(self, buffers) -> str:
+    def _start_next_share(self, buffers) -> str:
         """Starts the loads of the next turn; whether there is one."""
         ptx = self.ptx
         ptx.do("mov.u32", self.output_row, self.program_row)
@@ -232,7 +232,7 @@ class _Writer(OutputWriter):
         self._locate_lane()
         self._locate_program()
         self.sums, self.output_row = self.shared, self.program_row
-        if self.in_turns:
+        if self.is_persistent:
             self.sums = ptx.op("add.u32", self.shared, self.decoder.shared_bytes)
             self.output_row = ptx.register("b32")
         # Which of the program's rows are this warp's, and which of its blocks along K.
@@ -286,7 +286,7 @@ class _Writer(OutputWriter):
 
     def _locate_program(self) -> None:
         ptx, config, place = self.ptx, self.config, self._place_along_x()
-        if self.in_turns:
+        if self.is_persistent:
             book = ptx.quotient(place, self.programs)
             self.share = ptx.remainder(place, self.programs)
             place = ptx.op("mad.lo.u32", book, self.shares, self.share)
@@ -302,7 +302,7 @@ class _Writer(OutputWriter):
             for j in range(config.columns):
                 self.has_token.append(ptx.op("setp.lt.u32", self._token(j), case.m, kind="pred"))
         if config.diagonal:
-            self.mine = [ptx.op("setp.eq.u32", self.quad, i, kind="pred") for i in range(4)]
+            self.is_owner = [ptx.op("setp.eq.u32", self.quad, i, kind="pred") for i in range(4)]
             self.x_block = ptx.quotient(self.row, case.planes)
         self.x = self._x_addresses()
         zero = ptx.op("mov.f32", float_constant(0.0), kind="f32")
@@ -368,19 +368,21 @@ class _Writer(OutputWriter):
             "scales": [self.ptx.registers("b32", self.scale_words) for _ in tiles],
         }
 
-    def _start(self, target, first: int, count: int, address: str, offset: int, there: str) -> None:
+    def _start(
+        self, target, first: int, count: int, address: str, offset: int, in_bounds: str
+    ) -> None:
         """Starts loading words of a buffer from the `first` on, as `_fetch` takes them."""
         if not self.config.ring:
             hint = ".L1::no_allocate" if count == 4 else ""
             registers = target[first : first + count]
-            self._load_vector(registers, address, offset, there, f"global.nc{hint}")
+            self._load_vector(registers, address, offset, in_bounds, f"global.nc{hint}")
             return
         for i in range(first, first + count, 4):
             width = min(count, 4)
             place = at(self.lane_places[width], target + 128 * i)
             kind = "cg" if width == 4 else "ca"
             source = at(address, offset + 4 * (i - first))
-            self.ptx.do(f"cp.async.{kind}.shared.global", place, source, 4 * width, when=there)
+            self.ptx.do(f"cp.async.{kind}.shared.global", place, source, 4 * width, when=in_bounds)
 
     def _fetch(self, buffer) -> dict[str, list]:
         """The registers of the oldest block in flight."""
@@ -411,19 +413,19 @@ class _Writer(OutputWriter):
     def _load(self, buffer, ahead: int) -> None:
         """Starts the loads of the block `ahead` steps of this warp after the current one."""
         ptx, config = self.ptx, self.config
-        there = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
+        in_bounds = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
         step = ahead * config.k_warps * _TILE_BYTES
         for words, packed in zip(buffer["words"], self.packed, strict=True):
             for half in range(2):
-                self._start(words, 4 * half, 4, packed, step + half * 512, there)
+                self._start(words, 4 * half, 4, packed, step + half * 512, in_bounds)
         if self.scale_mode == "vector":
-            self._load_scale_vectors(buffer, ahead, there)
+            self._load_scale_vectors(buffer, ahead, in_bounds)
         else:
-            self._load_scales(buffer, ahead, there)
+            self._load_scales(buffer, ahead, in_bounds)
         if config.ring:
             ptx.do("cp.async.commit_group")
 
-    def _load_scales(self, buffer, ahead: int, there: str) -> None:
+    def _load_scales(self, buffer, ahead: int, in_bounds: str) -> None:
         ptx, config, width = self.ptx, self.config, self._scale_width
         block = ptx.op("add.u32", self.block, ahead * config.k_warps)
         for run in range(self.scale_runs):
@@ -433,7 +435,7 @@ class _Writer(OutputWriter):
             for registers, scales in zip(buffer["scales"], self.scales, strict=True):
                 address = ptx.op("mad.wide.u32", quad, 64 * self.scale_bytes, scales, kind="b64")
                 address = ptx.op("mad.wide.u32", within, 2 * self.scale_bytes, address, kind="b64")
-                self._start(registers, run * width, width, address, 0, there)
+                self._start(registers, run * width, width, address, 0, in_bounds)
 
     def _group(self, block: str, run: int) -> str:
         """The group of a run in a block (scale modes "single", "plane" and "lane")."""
@@ -447,7 +449,7 @@ class _Writer(OutputWriter):
         eighth = ptx.op("add.u32", eighth, self.quad)
         return ptx.quotient(eighth, case.group_size // 8)
 
-    def _load_scale_vectors(self, buffer, ahead: int, there: str) -> None:
+    def _load_scale_vectors(self, buffer, ahead: int, in_bounds: str) -> None:
         case, config = self.case, self.config
         per_block = case.span // case.group_size
         # All powers of two: a warp's blocks start at places of a quad that the offsets below hit.
@@ -457,20 +459,22 @@ class _Writer(OutputWriter):
         for registers, scales in zip(buffer["scales"], self.scales, strict=True):
             for i in range(self.scale_words // width):
                 offset = start + i * 64 * self.scale_bytes
-                self._start(registers, i * width, width, scales, offset, there)
+                self._start(registers, i * width, width, scales, offset, in_bounds)
 
     def _load_vector(
         self,
         registers: list[str],
         address: str,
         offset: int,
-        there: str | None = None,
+        in_bounds: str | None = None,
         space: str = "global.nc",
     ) -> None:
         for i in range(0, len(registers), 4):
             part = registers[i : i + 4]
             width, values = wide(part)
-            self.ptx.do(f"ld.{space}{width}.b32", values, at(address, offset + 4 * i), when=there)
+            self.ptx.do(
+                f"ld.{space}{width}.b32", values, at(address, offset + 4 * i), when=in_bounds
+            )
 
     # The loop over K
 
@@ -499,7 +503,7 @@ class _Writer(OutputWriter):
         ptx.label("fdk_done")
 
     def _multiply(self, buffer, stage: int) -> None:
-        """Decodes a block and multiplies it with its stretch of x."""
+        """Decodes a block and multiplies it with its range of x."""
         case, ptx = self.case, self.ptx
         sums = [[ptx.registers("f32", 4) for _ in self.x] for _ in self.packed]
         per_run = 1 if self.config.diagonal else max(1, case.planes // self.scale_runs)
@@ -526,11 +530,11 @@ class _Writer(OutputWriter):
         """Starts the loads of a plane's x: for each lane the two pairs of each step."""
         ptx, case = self.ptx, self.case
         block = ptx.op("add.u32", self.x_block, ahead) if self.config.diagonal else ahead
-        there = [ptx.op("setp.gt.u32", self.left, block, kind="pred")] * len(self.x)
+        in_bounds = [ptx.op("setp.gt.u32", self.left, block, kind="pred")] * len(self.x)
         if self.has_token:
-            there = [ptx.op("and.pred", t, there[0], kind="pred") for t in self.has_token]
+            in_bounds = [ptx.op("and.pred", t, in_bounds[0], kind="pred") for t in self.has_token]
         offset = (ahead * self.config.k_warps * case.span + plane * PLANE) * 2
-        for address, values, guard in zip(self.x, self.x_buffers[buffer], there, strict=True):
+        for address, values, guard in zip(self.x, self.x_buffers[buffer], in_bounds, strict=True):
             for half in range(2):
                 part = vector(values[4 * half : 4 * half + 4])
                 ptx.do("ld.global.nc.v4.b32", part, at(address, offset + PLANE * half), when=guard)
@@ -587,7 +591,7 @@ class _Writer(OutputWriter):
     def _accumulate(self, sums, factors, column: int) -> None:
         """Adds the sums of a group, times its scale, to the totals."""
         # The lanes whose sums are those of the column; all, if columns are tokens.
-        when = self.mine[column // 2] if self.config.diagonal else None
+        when = self.is_owner[column // 2] if self.config.diagonal else None
         for row_totals, row_sums, scale in zip(self.totals, sums, factors, strict=True):
             for totals, column_sums in zip(row_totals, row_sums, strict=True):
                 for i in (0, 2) if self.single else range(4):
@@ -609,7 +613,7 @@ class _Writer(OutputWriter):
         if self.config.diagonal:
             self._add_lanes()
         # In turns a warp may still read the sums of the last one, but those before it nobody.
-        if self.in_turns:
+        if self.is_persistent:
             offsets = 2 * self.decoder.shared_bytes + self._sums_bytes
             both = ptx.op("mad.lo.u32", self.shared, 2, offsets)
             ptx.do("sub.u32", self.sums, both, self.sums)
@@ -619,9 +623,9 @@ class _Writer(OutputWriter):
         address = ptx.op("mad.lo.u32", self.k_warp_here, per_warp, self.sums)
         row = ptx.op("mad.lo.u32", self.row_warp, config.tiles * TILE_ROWS, self.row)
         address = ptx.op("mad.lo.u32", row, 4, address)
-        mine = None
+        is_owner = None
         if self.single:  # every column holds the one token
-            mine = ptx.op("setp.eq.u32", self.quad, 0, kind="pred")
+            is_owner = ptx.op("setp.eq.u32", self.quad, 0, kind="pred")
         else:
             address = ptx.op("mad.lo.u32", self.quad, 2 * self.sum_stride * 4, address)
         for r, row_totals in enumerate(self.totals):
@@ -629,7 +633,7 @@ class _Writer(OutputWriter):
                 for i in (0, 2) if self.single else range(4):
                     token, row = 8 * j + i % 2, TILE_ROWS * r + 8 * (i // 2)
                     offset = (token * self.sum_stride + row) * 4
-                    ptx.do("st.shared.f32", at(address, offset), totals[i], when=mine)
+                    ptx.do("st.shared.f32", at(address, offset), totals[i], when=is_owner)
         self._join_programs()
         self._write_outputs(tokens, per_warp)
         self._leave_cluster()

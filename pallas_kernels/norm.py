@@ -1,4 +1,4 @@
-"""A residual sum and the RMS norm behind it in one launch, where XLA makes two."""
+"""A residual sum and the RMS norm after it in one launch, where XLA makes two."""
 
 import functools
 

@@ -41,15 +41,15 @@ class OutputWriter(Writer):
     def _add_squares(self, warp: int, place: int) -> None:
         """Adds the squares that the launch before this one has left: a warp does, into shared memory."""
         ptx, count = self.ptx, self.case.squares
-        mine = ptx.op("setp.eq.u32", self.warp, warp, kind="pred")
-        ptx.do("bra", "fdk_no_squares", when=f"!{mine}")
+        is_owner = ptx.op("setp.eq.u32", self.warp, warp, kind="pred")
+        ptx.do("bra", "fdk_no_squares", when=f"!{is_owner}")
         total = ptx.op("mov.f32", float_constant(0.0), kind="f32")
         address = ptx.op("mad.wide.u32", self.lane, 4, self.operands["squares"], kind="b64")
         parts = ptx.registers("f32", -(-count // 32))
         for i, part in enumerate(parts):
             ptx.do("mov.f32", part, float_constant(0.0))
-            there = ptx.op("setp.lt.u32", self.lane, min(count - 32 * i, 32), kind="pred")
-            ptx.do(f"{self.load}.f32", part, at(address, 128 * i), when=there)
+            in_bounds = ptx.op("setp.lt.u32", self.lane, min(count - 32 * i, 32), kind="pred")
+            ptx.do(f"{self.load}.f32", part, at(address, 128 * i), when=in_bounds)
         for part in parts:
             ptx.do("add.f32", total, total, part)
         total = over_lanes(ptx, "add.f32", total)
@@ -104,5 +104,5 @@ class OutputWriter(Writer):
         address = ptx.op("mad.wide.u32", place, 4, self.operands["squares_out"], kind="b64")
         first = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
         writer = ptx.op("selp.b32", self.warp, warps, first)
-        there = ptx.op("setp.lt.u32", writer, warps, kind="pred")
-        ptx.do("st.global.f32", at(address), total, when=there)
+        in_bounds = ptx.op("setp.lt.u32", writer, warps, kind="pred")
+        ptx.do("st.global.f32", at(address), total, when=in_bounds)

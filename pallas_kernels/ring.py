@@ -1,18 +1,18 @@
-"""A program a multiprocessor that never pauses reading: one token, and products one behind the other.
+"""A program a multiprocessor that never pauses reading: one token, and products one after another.
 
 At batch 1 memory is what there is to wait for, and it must never stand still. A program's rows of a weight are
-one stretch of memory. A warp of its own copies that in bulk to a ring in shared memory, as far ahead as there
+one range of memory. A warp of its own copies that in bulk to a ring in shared memory, as far ahead as there
 is room, from the first instruction on; the others prepare x, once a program, and multiply. How they do that is
 `integer` for codes of one bit and `stream` for the others.
 
 A launch may have several products, each with the outputs of the one before it as its x. Between two of them all
 programs of the grid meet at a counter in memory, while the copies of what comes next go on; but stores queue up
 behind copies, so that all but a few of those wait for the program's outputs. There are as many programs as the
-device runs at once: more would never meet. The first launch finds the counters at nought, and each leaves them
+device runs at once: more would never meet. The first launch finds the counters at zero, and each leaves them
 so.
 
-Glossary: W warps that multiply (`Config.workers`), P programs (`Config.programs`). A tile has 16 rows, a block
-of it `Case.span` weights a row. A slot of the ring holds a block for each of the W warps. A run is a stretch of
+Glossary: W consumer warps (`Config.workers`), P programs (`Config.programs`). A tile has 16 rows, a block
+of it `Case.span` weights a row. A slot of the ring holds a block for each of the W warps. A run is a range of
 rows; a product whose outputs are gated has two, those of the gate and those of what it lets through.
 """
 
@@ -94,13 +94,13 @@ class Product(OutputWriter, abc.ABC):
         self.workers, self.programs, self.gated = workers, programs, gated
         self.runs = 2 if gated else 1
         self.run_tiles = case.tiles // self.runs
-        self.most_tiles = self._most_tiles()
+        self.max_tiles = self._max_tiles()
         self.block_scales = case.planes * TILE_ROWS * jnp.dtype(case.scale_dtype).itemsize
         self.slot_bytes = workers * (_CODES + self.block_scales)
-        self.partial_bytes = self.runs * self.most_tiles * workers * TILE_ROWS * 4
+        self.partial_bytes = self.runs * self.max_tiles * workers * TILE_ROWS * 4
         self.places: dict[str, int] = {}
 
-    def _most_tiles(self) -> int:
+    def _max_tiles(self) -> int:
         """Tiles of a program of each run, or one less."""
         return -(-self.run_tiles // self.programs)
 
@@ -112,7 +112,7 @@ class Product(OutputWriter, abc.ABC):
     @property
     def parts(self) -> int:
         """How many partial sums of squares a program leaves: those of each warp with outputs, a tile's."""
-        return min(self.workers, self.most_tiles)
+        return min(self.workers, self.max_tiles)
 
     # What depends on the arithmetic
 
@@ -178,7 +178,7 @@ class Product(OutputWriter, abc.ABC):
         first = ptx.op("mad.lo.u32", program, each, before)
         return first, ptx.op("selp.b32", each + 1, each, has_more)
 
-    def stretch(self, run: int) -> tuple[str, str, str]:
+    def weight_range(self, run: int) -> tuple[str, str, str]:
         """Where the codes and the scales of the program's rows start, and how many blocks there are."""
         ptx, case = self.ptx, self.case
         tile = ptx.op("add.u32", self.first_tile, run * self.run_tiles)
@@ -202,15 +202,15 @@ class Product(OutputWriter, abc.ABC):
         self._load_residuals()
 
     def _clear(self, start: int, size: int) -> None:
-        """Writes noughts."""
+        """Writes zeros."""
         ptx, threads = self.ptx, 32 * self.workers
         zero = ptx.op("mov.u32", 0)
         place = ptx.op("mad.lo.u32", self.thread, 16, self.shared)
         for offset in range(0, size, 16 * threads):
             last = -(-(size - offset) // 16)
-            there = ptx.op("setp.lt.u32", self.thread, min(last, threads), kind="pred")
+            in_bounds = ptx.op("setp.lt.u32", self.thread, min(last, threads), kind="pred")
             target = at(place, start + offset)
-            ptx.do("st.shared.v4.b32", target, f"{{{', '.join([zero] * 4)}}}", when=there)
+            ptx.do("st.shared.v4.b32", target, f"{{{', '.join([zero] * 4)}}}", when=in_bounds)
 
     def loop(self, ring: "Ring", place: _Place) -> None:
         """Multiplies the program's blocks of all runs."""
@@ -275,14 +275,14 @@ class Product(OutputWriter, abc.ABC):
     # The end
 
     @property
-    def _turns(self) -> range:
+    def _row_starts(self) -> range:
         """The first of the rows that the program's threads take at a time, two threads a row."""
-        return range(0, self.most_tiles * TILE_ROWS, TILE_ROWS * self.workers)
+        return range(0, self.max_tiles * TILE_ROWS, TILE_ROWS * self.workers)
 
     def _load_residuals(self) -> None:
         """Starts loading what the outputs are added to and scaled by: at the end it would be waited for."""
         ptx, case = self.ptx, self.case
-        for start in self._turns if case.residual else ():
+        for start in self._row_starts if case.residual else ():
             row = ptx.op("shr.u32", self.thread, 1)
             row = ptx.op("mad.lo.u32", self.first_tile, TILE_ROWS, row)
             self.residuals.append(self._load_residual(ptx.op("add.u32", row, start)))
@@ -294,7 +294,7 @@ class Product(OutputWriter, abc.ABC):
         self.squares = ptx.op("mov.f32", float_constant(0.0), kind="f32")
         # One thread of a row sums up what the even warps have stored, the other one what the odd ones have.
         self.odd = ptx.op("and.b32", self.thread, 1)
-        for turn, start in enumerate(self._turns):
+        for turn, start in enumerate(self._row_starts):
             index = ptx.op("add.u32", ptx.op("shr.u32", self.thread, 1), start)
             none = ptx.op("setp.ge.u32", index, rows, kind="pred")
             ptx.do("bra", f"fdk_no_row_{start}", when=none)
@@ -339,12 +339,12 @@ class Product(OutputWriter, abc.ABC):
         place = ptx.op("mad.lo.u32", lower, 4, place)
         parts = ptx.registers("f32", -(-self.workers // 2))
         for i, part in enumerate(parts):
-            there = None
+            in_bounds = None
             if 2 * i + 1 == self.workers:
                 ptx.do("mov.f32", part, float_constant(0.0))
-                there = ptx.op("setp.eq.u32", self.odd, 0, kind="pred")
+                in_bounds = ptx.op("setp.eq.u32", self.odd, 0, kind="pred")
             source = at(place, self.places["partial"] + 2 * i * 4 * TILE_ROWS)
-            ptx.do("ld.shared.f32", part, source, when=there)
+            ptx.do("ld.shared.f32", part, source, when=in_bounds)
         total = parts[0]
         for part in parts[1:]:
             total = ptx.op("add.f32", total, part, kind="f32")
@@ -409,14 +409,16 @@ class Ring:
         self.ptx, self.workers, self.start = ptx, workers, start
         self.slots, self.slot_bytes = slots, slot_bytes
         self.barriers = start + slots * slot_bytes
-        self.said = self.barriers + slots * _BARRIERS  # where copies wait for a product's outputs
-        self.end = self.said + _BARRIER
+        self.signalled = (
+            self.barriers + slots * _BARRIERS
+        )  # where copies wait for a product's outputs
+        self.end = self.signalled + _BARRIER
         self.is_first_lane = ""
 
     def make(self, shared: str) -> None:
         """Makes the barriers: a slot is full when its bytes are there, empty when each warp says so."""
         ptx = self.ptx
-        ptx.do("mbarrier.init.shared::cta.b64", at(shared, self.said), 1)
+        ptx.do("mbarrier.init.shared::cta.b64", at(shared, self.signalled), 1)
         for slot in range(self.slots):
             full = at(shared, self.barriers + slot * _BARRIERS)
             empty = at(shared, self.barriers + slot * _BARRIERS + _BARRIER)
@@ -453,11 +455,11 @@ class Ring:
 
 
 class Launch(Writer):
-    """Writes a whole launch: products one behind the other, each with the outputs of the one before as x.
+    """Writes a whole launch: products one after another, each with the outputs of the one before as x.
 
     Args:
         products: with a common block of PTX, numbers of warps and programs, and size of a slot.
-        counters: the address of a nought for each product, if there are several.
+        counters: the address of a zero for each product, if there are several.
     """
 
     def __init__(self, products: Sequence[Product], counters: str = "") -> None:
@@ -478,7 +480,7 @@ class Launch(Writer):
             if product is not first:
                 product.load = "ld.global"
         # As many slots as there is room for, at most what a program has; two at least.
-        most = sum(p.runs * -(-p.most_tiles * p.case.blocks // p.workers) for p in products)
+        most = sum(p.runs * -(-p.max_tiles * p.case.blocks // p.workers) for p in products)
         room = (first.target.shared_bytes - end - _BARRIER) // (first.slot_bytes + _BARRIERS)
         self.ring = Ring(self.ptx, self.workers, end, max(2, min(room, most)), first.slot_bytes)
 
@@ -493,21 +495,21 @@ class Launch(Writer):
         ptx.share(self.shared_bytes)
         self._locate_lane()
         ring.is_first_lane = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
-        is_copier = ptx.op("setp.eq.u32", self.warp, self.workers, kind="pred")
+        is_producer = ptx.op("setp.eq.u32", self.warp, self.workers, kind="pred")
         copies = ptx.op("setp.eq.u32", self.thread, 32 * self.workers, kind="pred")
         first.locate(self)
         ptx.do("bra", "fdk_prepare", when=f"!{copies}")
         ring.make(self.shared)
-        place, stretch = ring.locate(self.shared, 1), first.stretch(0)
-        self._copy(first, stretch, place, "start", ring.slots, empty=True)
+        place, weight_range = ring.locate(self.shared, 1), first.weight_range(0)
+        self._copy(first, weight_range, place, "start", ring.slots, empty=True)
         ptx.label("fdk_prepare")
-        ptx.do("bra", "fdk_prepared", when=is_copier)
+        ptx.do("bra", "fdk_prepared", when=is_producer)
         first.prepare_x(self._prepare_others)
         ptx.label("fdk_prepared")
         ptx.do("barrier.sync", 0)
-        ptx.do("bra", "fdk_multiply", when=f"!{is_copier}")
+        ptx.do("bra", "fdk_multiply", when=f"!{is_producer}")
         ptx.do("bra", "fdk_end", when=f"!{copies}")
-        self._copy(first, stretch, place, "rest")
+        self._copy(first, weight_range, place, "rest")
         self._copy_others(place)
         ptx.do("bra", "fdk_end")
         ptx.label("fdk_multiply")
@@ -524,10 +526,10 @@ class Launch(Writer):
         first.beside_x()
         for store in stores:
             store()
-        self._meet()
+        self._sync_consumers()
         first.constants()
 
-    # The warp that copies
+    # The producer warp
 
     def _copy_others(self, place: _Place) -> None:
         """Copies what is behind the first run of the first product."""
@@ -535,17 +537,17 @@ class Launch(Writer):
             if number:
                 product.locate(self)
             for run in range(0 if number else 1, product.runs):
-                stretch = product.stretch(run)
+                weight_range = product.weight_range(run)
                 if number and not run:
-                    self._copy(product, stretch, place, f"{number}_ahead", _AHEAD)
-                    said = at(self.shared, self.ring.said)
-                    self.ring.wait(said, (number - 1) % 2, f"said_{number}")
-                self._copy(product, stretch, place, f"{number}_{run}")
+                    self._copy(product, weight_range, place, f"{number}_ahead", _AHEAD)
+                    signalled = at(self.shared, self.ring.signalled)
+                    self.ring.wait(signalled, (number - 1) % 2, f"said_{number}")
+                self._copy(product, weight_range, place, f"{number}_{run}")
 
     def _copy(
         self,
         product: Product,
-        stretch: tuple[str, str, str],
+        weight_range: tuple[str, str, str],
         place: _Place,
         name: str,
         slots: int | None = None,
@@ -555,7 +557,7 @@ class Launch(Writer):
 
         With `empty` they are known to be.
         """
-        ptx, workers, (codes_from, scales_from, left) = self.ptx, self.workers, stretch
+        ptx, workers, (codes_from, scales_from, left) = self.ptx, self.workers, weight_range
         count = ptx.op("mov.u32", 0)
         ptx.label(f"fdk_copy_{name}")
         none = ptx.op("setp.eq.u32", left, 0, kind="pred")
@@ -586,7 +588,7 @@ class Launch(Writer):
         ptx.do("bra", f"fdk_copy_{name}")
         ptx.label(f"fdk_copied_{name}")
 
-    # The warps that multiply
+    # The consumer warps
 
     def _multiply(self) -> None:
         place, last = self.ring.locate(self.shared, 0), len(self.products) - 1
@@ -599,30 +601,30 @@ class Launch(Writer):
                 if number == last:
                     self._clear_counters(last)
                 product.prepare_x(product.beside_x)
-                self._meet()
+                self._sync_consumers()
             product.loop(self.ring, place)
-            self._meet()
+            self._sync_consumers()
             product.write_outputs()
             if number < last:
                 # All have stored theirs, and the next product's constants may take the places of the sums.
-                self._meet()
-                self._say_outputs(number)
+                self._sync_consumers()
+                self._signal_outputs(number)
         self.ptx.prefix = ""
 
-    def _meet(self) -> None:
-        """All that multiply wait for each other."""
+    def _sync_consumers(self) -> None:
+        """All consumers wait for each other."""
         self.ptx.do("barrier.sync", _WORKERS, 32 * self.workers)
 
     def _first_thread(self) -> str:
         return self.ptx.op("setp.eq.u32", self.thread, 0, kind="pred")
 
-    def _say_outputs(self, number: int) -> None:
-        """Says that the program's outputs are in memory: to the other programs, and to the warp that copies."""
+    def _signal_outputs(self, number: int) -> None:
+        """Says that the program's outputs are in memory: to the other programs, and to the producer warp."""
         first = self._first_thread()
         counter = at(self.counters, 4 * number)
         self.ptx.do("red.release.gpu.global.add.u32", counter, 1, when=first)
-        said = at(self.shared, self.ring.said)
-        self.ptx.do("mbarrier.arrive.shared::cta.b64", "_", said, when=first)
+        signalled = at(self.shared, self.ring.signalled)
+        self.ptx.do("mbarrier.arrive.shared::cta.b64", "_", signalled, when=first)
 
     def _wait_for_programs(self, number: int) -> None:
         """Waits until the outputs of all programs are in memory."""
@@ -638,7 +640,7 @@ class Launch(Writer):
         ptx.do("bra", "fdk_others", when=again)
         ptx.do("trap")
         ptx.label("fdk_others_are_ready")
-        self._meet()
+        self._sync_consumers()
 
     def _clear_counters(self, last: int) -> None:
         """The last program that has met all others leaves the counters as it found them."""

@@ -32,7 +32,7 @@ from pallas_kernels.target import Target
 _WARPS = 8
 _BLOCK = 64  # slots that a program reads at a time
 _SLOTS = _BLOCK // _WARPS
-NEVER = -1e30  # a score whose power is nought
+NEVER = -1e30  # a score whose power is zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +141,10 @@ class _Kernel(Writer):
         self.ptx.do(f"ld.global{width}.b32", target, at(address, offset), when=when)
         return words
 
-    def _load_slots(self, address: str, there: list[str] | None = None) -> list[list[str]]:
+    def _load_slots(self, address: str, in_bounds: list[str] | None = None) -> list[list[str]]:
         """The warp's slots of a block, or those of them that are there."""
         return [
-            self._load(address, i * _WARPS * self.row_bytes, there[i] if there else None)
+            self._load(address, i * _WARPS * self.row_bytes, in_bounds[i] if in_bounds else None)
             for i in range(_SLOTS)
         ]
 
@@ -190,8 +190,8 @@ class _Kernel(Writer):
         begin = [(own, NEVER), (float_constant(1.0), 0.0)]
         begin += [(v, 0.0) for v in self._unpack(value)]
         self.peak, self.total, *self.sums = (
-            ptx.op("selp.f32", mine, float_constant(none), first, kind="f32")
-            for mine, none in begin
+            ptx.op("selp.f32", is_owner, float_constant(none), first, kind="f32")
+            for is_owner, none in begin
         )
         return query
 
@@ -281,13 +281,13 @@ class _Kernel(Writer):
         ptx.label("fdk_block")
         none = ptx.op("setp.ge.u32", slot, self.length, kind="pred")
         ptx.do("bra", "fdk_mixed", when=none)
-        there = self._are_there(slot)
+        in_bounds = self._are_in_bounds(slot)
         ptx.do("add.u32", slot, slot, _BLOCK)
         for address in addresses:
             ptx.do("add.u64", address, address, _BLOCK * self.row_bytes)
-        next_there = self._are_there(slot)
-        following = [self._load_slots(address, next_there) for address in addresses]
-        self._add(block[0], block[1], there, query)
+        next_in_bounds = self._are_in_bounds(slot)
+        following = [self._load_slots(address, next_in_bounds) for address in addresses]
+        self._add(block[0], block[1], in_bounds, query)
         for slots, next_slots in zip(block, following, strict=True):
             for words, next_words in zip(slots, next_slots, strict=True):
                 for word, next_word in zip(words, next_words, strict=True):
@@ -295,29 +295,29 @@ class _Kernel(Writer):
         ptx.do("bra", "fdk_block")
         ptx.label("fdk_mixed")
 
-    def _are_there(self, slot: str) -> list[str]:
+    def _are_in_bounds(self, slot: str) -> list[str]:
         """Which of the warp's slots of a block hold a token."""
         ptx = self.ptx
         places = [ptx.op("add.u32", slot, i * _WARPS) for i in range(_SLOTS)]
         return [ptx.op("setp.lt.u32", place, self.length, kind="pred") for place in places]
 
-    def _add(self, keys, values, there: list[str], query: list[str]) -> None:
+    def _add(self, keys, values, in_bounds: list[str], query: list[str]) -> None:
         ptx = self.ptx
         scores = [self._dot(query, self._unpack(words)) for words in keys]
         scores = [over_lanes(ptx, "add.f32", score) for score in scores]
         never = float_constant(NEVER)
         peak = self.peak
-        for score, is_there in zip(scores, there, strict=True):
-            seen = ptx.op("selp.f32", score, never, is_there, kind="f32")
+        for score, is_in_bounds in zip(scores, in_bounds, strict=True):
+            seen = ptx.op("selp.f32", score, never, is_in_bounds, kind="f32")
             peak = ptx.op("max.f32", peak, seen, kind="f32")
         shrink = self._power(self.peak, peak)
         for total in (self.total, *self.sums):
             ptx.do("mul.f32", total, total, shrink)
-        for score, words, is_there in zip(scores, values, there, strict=True):
+        for score, words, is_in_bounds in zip(scores, values, in_bounds, strict=True):
             weight = self._power(score, peak)
-            ptx.do("add.f32", self.total, self.total, weight, when=is_there)
+            ptx.do("add.f32", self.total, self.total, weight, when=is_in_bounds)
             for total, value in zip(self.sums, self._unpack(words), strict=True):
-                ptx.do("fma.rn.f32", total, weight, value, total, when=is_there)
+                ptx.do("fma.rn.f32", total, weight, value, total, when=is_in_bounds)
         ptx.do("mov.f32", self.peak, peak)
 
     def _power(self, score: str, peak: str) -> str:

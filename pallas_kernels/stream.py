@@ -46,7 +46,7 @@ class Product(ring.Product):
         ]
         self.decoder = self.decoders[0]
 
-    def _most_tiles(self) -> int:
+    def _max_tiles(self) -> int:
         return -(-(self.run_tiles // self.run_books) // self.book_programs)
 
     def areas(self) -> dict[str, int]:
@@ -85,15 +85,15 @@ class Product(ring.Product):
             source = ptx.op("add.u64", codebook, run * self.run_books * 4 * values, kind="b64")
             for start in range(0, values, threads):
                 index = ptx.op("add.u32", self.thread, start)
-                there = ptx.op("setp.lt.u32", index, values, kind="pred")
+                in_bounds = ptx.op("setp.lt.u32", index, values, kind="pred")
                 place = ptx.op("mad.lo.u32", index, 4, self.shared)
-                value = decoder.value(source, index, there)
-                loads.append((at(place, self.books_place + run * 4 * values), value, there))
+                value = decoder.value(source, index, in_bounds)
+                loads.append((at(place, self.books_place + run * 4 * values), value, in_bounds))
             decoder.space = "shared"
 
         def store() -> None:
-            for target, value, there in loads:
-                ptx.do("st.shared.f32", target, value, when=there)
+            for target, value, in_bounds in loads:
+                ptx.do("st.shared.f32", target, value, when=in_bounds)
 
         return store
 
@@ -114,15 +114,19 @@ class Product(ring.Product):
         for first in range(0, len(starts), _AT_ONCE):
             loads = []
             for start in starts[first : first + _AT_ONCE]:
-                there = ptx.op("setp.lt.u32", self.thread, min(count - start, threads), kind="pred")
+                in_bounds = ptx.op(
+                    "setp.lt.u32", self.thread, min(count - start, threads), kind="pred"
+                )
                 words = ptx.registers("b32", 4)
-                ptx.do(f"{self.load}.v4.b32", vector(words), at(address, 16 * start), when=there)
-                loads.append((start, words, there))
+                ptx.do(
+                    f"{self.load}.v4.b32", vector(words), at(address, 16 * start), when=in_bounds
+                )
+                loads.append((start, words, in_bounds))
             if not first:
                 meanwhile()
-            for start, words, there in loads:
+            for start, words, in_bounds in loads:
                 place = at(target, self.places["x"] + 16 * start)
-                ptx.do("st.shared.v4.b32", place, vector(words), when=there)
+                ptx.do("st.shared.v4.b32", place, vector(words), when=in_bounds)
 
     # The loop over the program's blocks
 

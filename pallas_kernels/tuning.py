@@ -184,8 +184,10 @@ def _class_of(architecture: str) -> str:
 
 def _by_nearness(case: Case, target: Target) -> list[dict]:
     """The rows to follow, best first; none if the product has more tokens than all rows."""
-    mine = _class_of(target.architecture)
-    classes = {"wgmma": ("wgmma",), "mma": ("mma",), "bulk copies": ("bulk copies", "mma")}[mine]
+    is_owner = _class_of(target.architecture)
+    classes = {"wgmma": ("wgmma",), "mma": ("mma",), "bulk copies": ("bulk copies", "mma")}[
+        is_owner
+    ]
     rows = [row for row in _table() if row["bits"] == case.bits]
     rows = [row for row in rows if _class_of(_architecture(row)) in classes] or rows
     m = min((row["m"] for row in rows if row["m"] >= case.m), default=None)
@@ -193,7 +195,7 @@ def _by_nearness(case: Case, target: Target) -> list[dict]:
     def distance(row: dict) -> float:
         shape = abs(math.log(row["n"] / case.n)) + abs(math.log(row["k"] / case.k))
         others = (row["device"] != target.kind) + (_is_even(row) != case.even)
-        others += 2 * (_class_of(_architecture(row)) != mine)
+        others += 2 * (_class_of(_architecture(row)) != is_owner)
         return shape + _ANOTHER * others
 
     return sorted((row for row in rows if row["m"] == m), key=distance)
@@ -235,7 +237,7 @@ _TOKENS = (
     *((1, 8, 1, 1), (1, 8, 2, 1), (1, 16, 1, 2), (1, 16, 2, 2)),
     *((2, 8, 1, 1), (2, 8, 1, 2), (2, 16, 1, 1), (2, 16, 1, 2)),
 )
-# The same, with its programs a multiprocessor, which take rows in turns.
+# The same, with its programs a multiprocessor, which loop over tiles of rows.
 _TURNS = ((1, 8, 1, 1, 4), (1, 16, 1, 1, 2), (1, 16, 1, 2, 2))
 _INTEGER = (
     (8, 1),
@@ -290,7 +292,7 @@ def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
         for *facts, row_warps, each in _TURNS:
             programs = each * target.multiprocessors
             config = matvec.Config(*facts, row_warps=row_warps, programs=programs)
-            if matvec.takes_turns(case, config):
+            if matvec.is_persistent_loop(case, config):
                 yield "matvec", config
     if case.m <= (2 * _FEW if target.has_wgmma else _FEW):
         for facts in _ONE_TOKEN if case.m == 1 else _TOKENS:

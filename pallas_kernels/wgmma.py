@@ -195,10 +195,10 @@ class _Writer(matvec._Writer):
     def _load_x(self, slot: int, ahead: int, plane: int) -> None:
         """Starts the loads of a plane of x into one of the sets of registers."""
         ptx, case = self.ptx, self.case
-        there = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
+        in_bounds = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
         offset = (ahead * self.config.k_warps * case.span + plane * PLANE) * 2
         for address, values in zip(self.x, self.x_registers[slot], strict=True):
-            ptx.do("ld.global.nc.v4.b32", vector(values), at(address, offset), when=there)
+            ptx.do("ld.global.nc.v4.b32", vector(values), at(address, offset), when=in_bounds)
 
     def _turn_x(self, loads: int) -> None:
         """Nothing to do: a turn of the loop is an even number of planes."""
