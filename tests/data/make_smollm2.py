@@ -20,7 +20,7 @@ TEXT = """The tide is the regular rise and fall of the sea. It is caused mostly 
 is stronger on the side of the Earth that faces it than on the far side, and to a smaller degree by the Sun. When
 the two pull along one line, at new and full Moon, the range between high and low water is the largest; a week
 later, when they pull at right angles, it is the smallest. In most places there are two high waters in a day of
-24 hours and 50 minutes, but the shape of the coast may delay one of them, or hide it altogether."""
+24 hours and 50 minutes, but the shape of the coast may delay one of them, or hide it altogether."""  # noqa: E501
 PROMPT = "The capital of France is"
 
 
