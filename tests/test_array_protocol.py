@@ -83,7 +83,7 @@ def test_models_are_printed():
     nnx.display(small)
     layer = small.layers[0]
     assert layer.in_features == 64 and layer.out_features == 32 and layer.use_bias
-    assert layer.kernel.get_value() is layer.weight.get_value()
+    assert layer.kernel is layer.weight
     assert layer.kernel.T.axes == "nk"
 
 

@@ -34,6 +34,7 @@ X = jnp.ones((2, 64))
         (lambda: fdk_jax.quantise(np.full((8, 64), 1e39)), ValueError, "infinity"),
         (lambda: fdk_jax.prepare(W, "tpu"), ValueError, "backend='tpu'"),
         (lambda: fdk_jax.explain(X, W, backend="tpu"), ValueError, "backend='tpu'"),
+        (lambda: fdk_jax.explain(X[:, :63], W), ValueError, "K=64"),
         (lambda: fdk_jax.matmul(X, stacked()), ValueError, "stack"),
     ],
 )

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from fdk_jax.format.quantised_tensor import is_quantised
+from fdk_jax.layers.linear import QuantisedWeight
 from fdk_jax.product.dispatch import ARITHMETIC, check_backend
 from fdk_jax.product.interpretation import UNFUSED, Options, axes_in, interpreted
 
@@ -115,7 +116,9 @@ def _of_modules(
         it = iter(inner)
         leaves = [next(it) if m else o for m, o in zip(is_module, others, strict=True)]
         args, kwargs = jax.tree.unflatten(tree, leaves)
+        restore = _as_params(inner)
         out = apply(*args, **kwargs)
+        restore()
         after, changed = nnx.split(inner)
         if after != graph:
             raise NotImplementedError(
@@ -127,6 +130,30 @@ def _of_modules(
     out, changed = interpreted(pure, options)(state, others)
     nnx.update(modules, changed)
     return out
+
+
+def _as_params(modules: list[nnx.Module]) -> Callable[[], None]:
+    """Puts an `nnx.Param` in the place of each `QuantisedWeight`, as the code of the modules expects it.
+
+    Returns:
+        A function that puts the weights back.
+    """
+    params: dict[int, nnx.Param] = {}
+    places = []
+    for _, module in nnx.iter_modules(modules):
+        for name, weight in list(vars(module).items()):
+            # QuantisedLinear and its like read their weights by themselves.
+            if isinstance(weight, QuantisedWeight) and hasattr(type(module), "quantised_class"):
+                param = params.setdefault(id(weight), nnx.Param(weight.get_value()))
+                places.append((module, name, weight))
+                setattr(module, name, param)
+
+    def restore() -> None:
+        for module, name, weight in places:
+            weight.set_value(getattr(module, name).get_value())
+            setattr(module, name, weight)
+
+    return restore
 
 
 def owns_quantised(module: nnx.Module) -> bool:

@@ -47,7 +47,12 @@ def explain(
         w: the weight.
         backend: as given to `matmul`.
         platform: "cpu", "cuda", ... that the program is lowered for; None for JAX's default.
+
+    Raises:
+        ValueError: an unknown backend, or an x that does not end in K.
     """
+    if not len(x.shape) or x.shape[-1] != w.in_features:
+        raise ValueError(f"{x.shape=} must end in K={w.in_features} of {w}")
     if backend is not None:
         check_backend(backend)
         reason = "asked for"
