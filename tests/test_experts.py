@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -181,6 +182,15 @@ def test_mxfp4_experts_of_gpt_oss(rng, tmp_path):
     assert weight.bits == 4 and weight.group_size == 32
     wanted = logits(plain)
     assert np.abs(logits(quantised) - wanted).max() < 2e-5 * wanted.std()
+
+
+def test_stacked_experts_of_a_byte_without_scales_are_refused(rng, tmp_path):
+    name = "model.layers.0.mlp.experts.down_proj"
+    for dtype in (ml_dtypes.float8_e4m3fn, np.uint8):
+        arrays = arrays_of("gpt_oss", rng)
+        arrays[name] = arrays[name].astype(dtype)
+        with pytest.raises(ValueError, match="without scales"):
+            models.load(write(tmp_path / np.dtype(dtype).name, "gpt_oss", arrays))
 
 
 def test_missing_experts_are_named(rng, tmp_path):

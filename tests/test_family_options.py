@@ -84,6 +84,7 @@ REFUSED = [
     ("ministral", dict(sliding_window=None, layer_types=["sliding_attention"] * 4), "layer_types"),
     ("smollm3", dict(no_rope_layers=[1, 0]), "no_rope_layers has 2 entries"),
     ("gemma3_text", dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    ("olmo3", dict(rope_parameters=dict(rope_type="default")), "rope_parameters has 'rope_type'"),
     ("mixtral", dict(num_experts_per_tok=9), "per_token=9"),
     ("qwen3_moe", dict(shared_expert_intermediate_size=64), "shared_expert_intermediate_size"),
 ]
@@ -140,6 +141,30 @@ def test_a_dtype_that_cannot_be_computed_with_is_named(dtype):
         read("llama", dtype=dtype)
 
 
+def test_parameters_of_a_mixture_of_experts_are_counted():
+    """Mixtral 8x7B has 46.7 billion (arXiv 2401.04088), Qwen3-30B-A3B 30.5."""
+    mixtral = read(
+        "mixtral",
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    assert mixtral.num_parameters / 1e9 == pytest.approx(46.7, abs=0.05)
+    qwen = read(
+        "qwen3_moe",
+        vocab_size=151936,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+    )
+    assert qwen.num_parameters / 1e9 == pytest.approx(30.5, abs=0.05)
+
+
 def test_layers_of_families():
     def windows(config):
         return [config.layer(i).window for i in range(4)]
@@ -178,6 +203,23 @@ def test_text_parts():
     text = SMALL | dict(model_type="ministral3", tie_word_embeddings=True)
     config = ModelConfig.from_hf(dict(model_type="mistral3", text_config=text))
     assert config.tie_embeddings and config.layer(0).rope.query_growth == (0.1, 16384)
+
+
+def test_null_is_none_where_that_means_something():
+    caps = dict(attn_logit_softcapping=None, final_logit_softcapping=None, sliding_window=None)
+    config = read("gemma2", **caps)
+    assert config.attention_soft_cap is None and config.logit_soft_cap is None
+    assert {config.layer(i).window for i in range(4)} == {None}
+    config = read("gemma2")
+    assert (config.attention_soft_cap, config.logit_soft_cap) == (50.0, 30.0)
+    assert read("qwen3", head_dim=None).head_dim == 8 and read("qwen3").head_dim == 128
+    assert read("gpt_oss", rope_parameters=None).layer(0).rope.scaling.factor == 32
+
+
+def test_experts_have_one_window_for_all_layers():
+    used = dict(use_sliding_window=True, sliding_window=16, max_window_layers=4)
+    assert [read("qwen3_moe", **used).layer(i).window for i in range(4)] == [16] * 4
+    assert [read("qwen3", **used).layer(i).window for i in range(4)] == [None] * 4
 
 
 def test_a_config_that_contradicts_itself_is_refused():

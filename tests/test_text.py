@@ -11,8 +11,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
+from fdk_jax.files.json_files import read_json
 from fdk_jax.models.chat_template import ChatTemplates, render
-from fdk_jax.models.json_files import read_json
 from fdk_jax.models.tokenizer import TextStream, Tokenizer, TokenizerParts
 
 CHATTY = Path(__file__).parent / "data" / "models" / "llama3"

@@ -22,7 +22,8 @@ from fdk_jax.files import (
     one_bit_wonder,
 )
 from fdk_jax.files.contents import Checkpoint, Stored
-from fdk_jax.files.safetensors_folder import FLOATS, read_json, read_stored
+from fdk_jax.files.json_files import read_json
+from fdk_jax.files.safetensors_folder import FLOATS, read_stored
 
 # quant_method: (name of the format, its `weights`)
 METHODS: dict[str, tuple[str, Callable[..., dict[str, Stored]]]] = {
@@ -101,10 +102,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} does not exist; a Hugging Face checkpoint folder with config.json, *.safetensors and"
             " tokenizer.json is needed, or a .gguf file"
         )
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return config
+    return read_json(path)
 
 
 def quantisation_facts(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
 from fdk_jax.files.contents import Stored
+from fdk_jax.files.json_files import read_json
 
 INDEX = "model.safetensors.index.json"
 _NUMPY = {
@@ -115,15 +115,3 @@ def _bytes_of(path: Path, name: str) -> np.ndarray:
         begin, end = json.loads(file.read(length))[name]["data_offsets"]
         file.seek(8 + length + begin)
         return np.frombuffer(file.read(end - begin), np.uint8)
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file, with or without a byte order mark.
-
-    Raises:
-        ValueError: with the file's name.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None

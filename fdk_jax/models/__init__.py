@@ -1,4 +1,4 @@
-"""Llama and Qwen models with plain or quantised weights: load, generate, share over devices."""
+"""Decoder-only language models with plain or quantised weights: load, generate, share over devices."""
 
 from fdk_jax.models.cache import KVCache as KVCache
 from fdk_jax.models.config import ModelConfig as ModelConfig

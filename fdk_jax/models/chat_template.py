@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fdk_jax.models.json_files import read_json
+from fdk_jax.files.json_files import read_json
 
 Message = Mapping[str, Any]
 

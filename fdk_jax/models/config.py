@@ -232,10 +232,16 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Weights of the matrices, embedding included (norms and biases are left out)."""
-        attention = (self.qkv_features + self.num_heads * self.head_dim) * self.hidden_size
-        layer = attention + 3 * self.hidden_size * self.intermediate_size
+        heads = self.qkv_features + self.num_heads * self.head_dim
         tables = 1 if self.tie_embeddings else 2
-        return self.num_layers * layer + tables * self.vocab_size * self.hidden_size
+        rows = tables * self.vocab_size
+        for index in range(self.num_layers):
+            experts = self.layer(index).experts
+            if experts is None:
+                rows += heads + 3 * self.intermediate_size
+            else:
+                rows += heads + experts.count * (3 * experts.size + 1)  # and the router
+        return rows * self.hidden_size
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, dtype: str | None = None) -> "ModelConfig":

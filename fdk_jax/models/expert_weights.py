@@ -31,6 +31,8 @@ def read_stack(stack: Stack, take: Callable[[str], HostArray]) -> HostArray:
     if stack.array:
         whole = take(stack.array)
         if not isinstance(whole, QuantisedTensor):
+            if not jnp.issubdtype(whole.dtype, jnp.floating) or whole.dtype.itemsize == 1:
+                raise ValueError(f"{stack.array} is {whole.dtype} without scales")
             whole = np.asarray(whole).swapaxes(-1, -2)
         return _in_halves(whole) if stack.alternating else whole
     matrices = [[take(f"{part.name}.weight") for part in parts] for parts in stack.experts]

@@ -122,6 +122,12 @@ _GEMMA = dict(
     max_position_embeddings=8192,
 )
 _GEMMA_NORMS = dict(norm_offset=1.0, post_norms=True)
+_QWEN = dict(
+    use_sliding_window=False,
+    max_window_layers=28,
+    sliding_window=4096,
+    max_position_embeddings=32768,
+)
 _QWEN_MOE = dict(
     use_sliding_window=False,
     num_experts_per_tok=8,
@@ -186,7 +192,6 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family(
         dict(
             head_dim=128,
-            rope_theta=1000000.0,
             rope_parameters=_MINISTRAL_ROPE,
             rms_norm_eps=1e-5,
             max_position_embeddings=262144,
@@ -194,12 +199,12 @@ FAMILIES: dict[str, Family] = {
         layers=family_layers.grown_queries,
     ),
     "qwen2": Family(
-        dict(use_sliding_window=False, max_window_layers=28, sliding_window=4096),
+        _QWEN,
         dict(qkv_bias=True),
         layers=family_layers.qwen_windows,
     ),
     "qwen3": Family(
-        dict(use_sliding_window=False, max_window_layers=28, sliding_window=4096, head_dim=128),
+        _QWEN | dict(head_dim=128),
         dict(qk_norm=True),
         _all_biases,
         family_layers.qwen_windows,
@@ -208,7 +213,7 @@ FAMILIES: dict[str, Family] = {
         _QWEN_MOE,
         dict(qk_norm=True),
         _all_biases,
-        family_layers.with_experts(family_layers.qwen_windows, family_layers.qwen_experts),
+        family_layers.with_experts(family_layers.used_window, family_layers.qwen_experts),
     ),
     "smollm3": Family(
         dict(

@@ -10,14 +10,21 @@ from typing import Any
 from fdk_jax.models.config import Experts, LayerOptions, Rope
 from fdk_jax.models.rope_files import read_rope
 
+# Null in a file is none of these, and not their default.
+_NULLABLE = {
+    "sliding_window",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "head_dim",
+}
+
 
 class Keys(Mapping[str, Any]):
     """A dictionary that knows which keys were asked for; null counts as absent."""
 
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any]):
         given = {key: value for key, value in values.items() if value is not None}
-        # A window that a file sets to null is none, whatever the default is.
-        nulls = {key for key, value in values.items() if value is None} & {"sliding_window"}
+        nulls = {key for key, value in values.items() if value is None} & _NULLABLE
         self._values = {k: v for k, v in defaults.items() if k not in nulls} | given
         self.asked: set[str] = set()
 
@@ -112,8 +119,11 @@ def two_ropes(key_of_local: str | None, usual: Callable[[Keys, int], bool]) -> L
         theta = c["rope_theta"]
         local = theta if key_of_local is None else c[key_of_local]
         nested = c.get("rope_parameters") or {}
-        if not {"full_attention", "sliding_attention"} & set(nested):
-            nested = dict(full_attention=nested, sliding_attention={})
+        if other := sorted(set(nested) - {"full_attention", "sliding_attention"}):
+            raise ValueError(
+                f"rope_parameters has {other[0]!r}; here it must have entries of its own for"
+                " full_attention and sliding_attention"
+            )
         full = dict(nested.get("full_attention") or {}) | dict(c.get("rope_scaling") or {})
         ropes = {
             False: read_rope(full, c, theta=theta, head_dim=head_dim),
@@ -169,6 +179,14 @@ def qwen_windows(c: Keys, head_dim: int) -> list[LayerOptions]:
         c.get("sliding_window")
         return plain(c, head_dim)
     return _of_windows(c, head_dim, _windows(c, lambda _, i: i >= first))
+
+
+def used_window(c: Keys, head_dim: int) -> list[LayerOptions]:
+    """Qwen3-MoE: one window for all layers, where it is used."""
+    if c["use_sliding_window"]:
+        return one_window(c, head_dim)
+    c.get("sliding_window")
+    return plain(c, head_dim)
 
 
 def with_experts(layers: Layers, experts: Callable[[Keys, int], Experts | None]) -> Layers:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fdk_jax import files
+from fdk_jax.files.json_files import read_json
 from fdk_jax.models import chat_template
 from fdk_jax.models.chat_template import ChatTemplates, Message
-from fdk_jax.models.json_files import read_json
 
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
