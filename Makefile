@@ -7,7 +7,7 @@ BENCH_FLAGS ?=
 TEST_FLAGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: bench test test-newest toolchains lint cpu clean fuzz matrix
+.PHONY: bench test test-all test-newest toolchains lint cpu clean fuzz matrix
 
 # Builds the C++ library and its Python module for the environment $(1).
 define build_cpu
@@ -24,7 +24,11 @@ test: $(VENV)/.ready-dev toolchains
 	$(call build_cpu,$(VENV))
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -n 2 $(TEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow" $(TEST_FLAGS)
+
+# What `make test` leaves out as well.
+test-all: test
+	$(VENV)/bin/python -m pytest -n 2 -m slow $(TEST_FLAGS)
 
 # The whole suite on the newest JAX, which needs Python 3.12.
 test-newest: $(NEWEST_VENV)/.ready-dev toolchains

@@ -11,7 +11,6 @@
 namespace fdk {
 namespace {
 
-inline constexpr int64_t kSplitTokens = 48;   // up to here decoding again takes less time than a panel
 inline constexpr int64_t kPanelTiles = 4;     // the register block of the panel path:
 inline constexpr int64_t kPanelTokens = 6;    // 24 sums, 4 weights, 1 activation word
 inline constexpr int64_t kPanelBytes = 192 << 10;  // decoded weights that stay in the L2 cache
@@ -111,36 +110,17 @@ void run_panel(const Plan &plan, const A &tables, const Finish<A> &finish,
                  _mm512_load_ps(totals + (t * kPanelTiles + i) * kTileRows));
 }
 
-// Up to kSplitTokens tokens in parts of nearly equal size, none over kDirectTokens: a few tiles at a
-// time meet all parts, and stay in the caches meanwhile.
-template <typename A>
-void run_parts(const Plan &plan, const A &arithmetic, const Finish<A> &finish, const void *prepared,
-               const Range &range) {
-  const int64_t tokens = range.token_end - range.token_begin;
-  const int64_t parts = ceil_div(tokens, kDirectTokens);
-  Range part = range;
-  for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += kPanelTiles)
-    for (int64_t i = 0; i < parts; ++i) {
-      part.tile_begin = tile;
-      part.tile_end = std::min(tile + kPanelTiles, range.tile_end);
-      part.token_begin = range.token_begin + i * tokens / parts;
-      part.token_end = range.token_begin + (i + 1) * tokens / parts;
-      run_direct(plan, arithmetic, finish, prepared, part);
-    }
-}
-
 template <typename A>
 void run(const Plan &plan, const void *prepared, void *scratch, const Range &range) {
   const A arithmetic(plan, range.codebook);
   const Finish<A> finish(plan, range.codebook);
-  const int64_t tokens = range.token_end - range.token_begin;
-  if (tokens <= kDirectTokens) return run_direct(plan, arithmetic, finish, prepared, range);
-  // Looking up 8 bits takes too long to do it again and again.
-  if (A::kBits < 8 && tokens <= kSplitTokens)
-    return run_parts(plan, arithmetic, finish, prepared, range);
-  const Prepared<A> layout(plan);
-  for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += kPanelTiles)
-    run_panel(plan, arithmetic, finish, layout, prepared, scratch, range, tile);
+  if (range.token_end - range.token_begin > kDirectTokens) {
+    const Prepared<A> layout(plan);
+    for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += kPanelTiles)
+      run_panel(plan, arithmetic, finish, layout, prepared, scratch, range, tile);
+    return;
+  }
+  run_direct(plan, arithmetic, finish, prepared, range);
 }
 
 template <typename A>

@@ -1,0 +1,241 @@
+"""Tests that can fail: a kernel that is half a percent off, or one row by a percent, passes none of them.
+
+The tests of kernels run here with the kernel's results spoilt, and have to fail by their comparison.
+"""
+
+import functools
+
+import decode_attention
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ptx_machine
+import pytest
+import test_chain
+import test_cpu
+import test_cpu_decoding
+import test_grouped
+import test_matmul
+import test_models
+import test_pallas
+from backends import BACKENDS, CPU_MISSING
+
+import fdk_jax
+import pallas_kernels
+from fdk_jax.product import cpu_backend, reference
+from pallas_kernels import integer, matvec, wgmma
+
+HALF_PERCENT = 1.005
+needs_cpu = pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
+
+
+def too_large(y: np.ndarray) -> np.ndarray:
+    """All results half a percent too large."""
+    return y * HALF_PERCENT
+
+
+def too_small(y: np.ndarray) -> np.ndarray:
+    """All results half a percent too small."""
+    return y / HALF_PERCENT
+
+
+def one_row(y: np.ndarray) -> np.ndarray:
+    """The outputs of one row of the weight a percent off: the row whose outputs are largest."""
+    y = np.array(y)
+    row = np.argmax(np.abs(y.reshape(-1, y.shape[-1])).sum(0))
+    y[..., row] *= 1.01
+    return y
+
+
+MUTATIONS = pytest.mark.parametrize("spoil", [too_large, one_row])
+
+
+def fails(test, spoil, monkeypatch, where, name, make) -> None:
+    """Runs a test with a function replaced."""
+    jax.clear_caches()  # programs that were traced with the right function
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, make(getattr(where, name), spoil))
+        with pytest.raises(AssertionError, match="worst element"):
+            test()
+    jax.clear_caches()  # those with the wrong one
+
+
+def _product(right, spoil):
+    """A backend's product whose float32 results are spoilt before they are rounded."""
+
+    @functools.wraps(right)
+    def wrong(x, *args, out_dtype=None, **options):
+        y = right(x, *args, out_dtype=jnp.float32, **options)
+        # With jnp alone, so that it can be traced.
+        if spoil is one_row:
+            row = jnp.argmax(jnp.abs(y).sum(0))
+            y = y * jnp.where(jnp.arange(y.shape[-1]) == row, 1.01, 1.0)[None].astype(y.dtype)
+        else:
+            y = y * jnp.float32(HALF_PERCENT if spoil is too_large else 1 / HALF_PERCENT)
+        return y.astype(x.dtype if out_dtype is None else out_dtype)
+
+    return wrong
+
+
+ENTRY = {
+    "xla": (reference, "matmul"),
+    "pallas": (pallas_kernels, "matmul"),
+    "cpu": (cpu_backend, "matmul"),
+}
+
+
+@pytest.mark.parametrize("spoil", [too_large, too_small, one_row])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_products(backend, dtype, spoil, rng, monkeypatch):
+    def test():
+        test_matmul.test_bits_codebooks_and_dtypes(backend, 4, "kmeans", dtype, rng)
+
+    fails(test, spoil, monkeypatch, *ENTRY[backend], _product)
+
+
+@MUTATIONS
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("lead", "n", "k", "group"), [((1,), 17, 65, 64)])
+def test_odd_shapes(backend, lead, n, k, group, spoil, rng, monkeypatch):
+    def test():
+        test_matmul.test_odd_shapes(backend, 1, lead, n, k, group, rng)
+
+    fails(test, spoil, monkeypatch, *ENTRY[backend], _product)
+
+
+@MUTATIONS
+@needs_cpu
+@pytest.mark.parametrize("arithmetic", ["exact", "int16", "int8"])
+@pytest.mark.parametrize(("m", "dtype"), [(1, "bfloat16"), (5, "float32")])
+def test_arithmetics_of_the_cpu(arithmetic, m, dtype, spoil, rng, monkeypatch):
+    def test():
+        test_cpu.test_arithmetic(rng, 4, arithmetic, m, dtype)
+
+    fails(test, spoil, monkeypatch, *ENTRY["cpu"], _product)
+
+
+@MUTATIONS
+@pytest.mark.parametrize("bits", [1, 8])
+def test_interpreted(bits, spoil, rng, monkeypatch):
+    def test():
+        test_pallas.test_interpreted_values(rng, "bfloat16", bits, 3, 33, 130, 64, 1)
+
+    fails(test, spoil, monkeypatch, *ENTRY["pallas"], _product)
+
+
+def _emulated(right, spoil):
+    """The emulator with spoilt results: of the arrays that were poisoned before the kernel ran."""
+
+    def wrong(source, arrays, *args, **options):
+        outputs = [
+            a for a in arrays if a.dtype.kind not in "iub" and np.isnan(a.astype(float)).all()
+        ]
+        result = right(source, arrays, *args, **options)
+        for a in outputs:
+            a[...] = spoil(a.astype(np.float64)).astype(a.dtype)
+        return result
+
+    return wrong
+
+
+PTX_KERNELS = [
+    ((1, 33, 600, 64, 1, "bfloat16", matvec.Config(2, 4, 1, 1)), (4, False)),
+    ((3, 48, 700, 32, 3, "float16", matvec.Config(1, 4, 2, 1)), (4, True)),
+    ((9, 192, 300, 32, 3, "float16", wgmma.Config(16, 1, 1, 2)), (2, False)),
+    ((5, 64, 1100, 16, 1, "float16", wgmma.Config(16, 1, 1, 4, ring=True)), (8, True)),
+]
+
+
+@MUTATIONS
+@pytest.mark.parametrize(("case", "decoder"), PTX_KERNELS, ids=str)
+def test_ptx(case, decoder, spoil, rng, monkeypatch):
+    def test():
+        test_pallas.test_ptx_values_and_bounds(rng, *decoder, *case)
+
+    fails(test, spoil, monkeypatch, ptx_machine, "run", _emulated)
+
+
+@MUTATIONS
+def test_ptx_of_integers(spoil, rng, monkeypatch):
+    def test():
+        test_pallas.test_integer_kernel(rng, 33, 600, 1, integer.Config(2, 2), "bfloat16", False)
+
+    fails(test, spoil, monkeypatch, ptx_machine, "run", _emulated)
+
+
+@MUTATIONS
+@pytest.mark.parametrize("residual", [False, True])
+def test_ptx_of_sums_and_norms(residual, spoil, rng, monkeypatch):
+    config = matvec.Config(2, 4, 1, 1)
+
+    def test():
+        test_pallas.test_sums_and_norms_around_a_product(
+            rng, 4, False, 33, 600, 1, config, True, residual
+        )
+
+    fails(test, spoil, monkeypatch, ptx_machine, "run", _emulated)
+
+
+@MUTATIONS
+@pytest.mark.parametrize("bits", [1, 4])
+def test_ptx_of_chains(bits, spoil, rng, monkeypatch):
+    config = test_chain.ring.Config(2, 3)
+
+    def test():
+        test_chain.test_values_of_a_chain(rng, bits, False, (1, 1, 1, 1), config, 4, False)
+
+    fails(test, spoil, monkeypatch, ptx_machine, "run", _emulated)
+
+
+@MUTATIONS
+@needs_cpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("rows", [True, False])
+def test_dense_of_the_cpu(dtype, rows, spoil, rng, monkeypatch):
+    def make(right, spoil):
+        def wrong(x, w, *, rows, out_dtype):
+            y = right(x, w, rows=rows, out_dtype=jnp.float32)
+            return _product(lambda x, out_dtype: y, spoil)(x, out_dtype=jnp.dtype(out_dtype))
+
+        return wrong
+
+    def test():
+        test_cpu_decoding.test_dense(rng, None, 3, 64, 256, rows, dtype)
+
+    fails(test, spoil, monkeypatch, cpu_backend, "dense", make)
+
+
+@MUTATIONS
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kernel", ["pallas", pytest.param("cpu", marks=needs_cpu)])
+def test_attention(kernel, dtype, spoil, rng, monkeypatch):
+    def make(right, spoil):
+        def wrong(*args, **options):
+            mixed, keys, values = right(*args, **options)
+            return jnp.asarray(spoil(np.asarray(mixed, np.float64)), mixed.dtype), keys, values
+
+        return wrong
+
+    def test():
+        arguments, norms = decode_attention.inputs(rng, 2, 2, 3, 32, 128, dtype, False)
+        found = test_models.run_attention(kernel, *arguments, norms=norms, splits=1)
+        decode_attention.check(found, arguments, norms)
+
+    fails(test, spoil, monkeypatch, test_models, "run_attention", make)
+
+
+@MUTATIONS
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups(backend, spoil, rng, monkeypatch):
+    def make(right, spoil):
+        def wrong(x, *args, out_dtype=None, **options):
+            y = right(x, *args, out_dtype=jnp.float32, **options)
+            return _product(lambda x, out_dtype: y, spoil)(x, out_dtype=out_dtype)
+
+        return wrong
+
+    def test():
+        test_grouped.test_bits_and_dtypes(backend, 8, rng)
+
+    fails(test, spoil, monkeypatch, fdk_jax, "grouped_matmul", make)
