@@ -63,10 +63,10 @@ def _define_flags() -> None:
         "Models suite: shapes with random weights, or folders of checkpoints.",
     )
     flags.DEFINE_list("batch", ["1", "4", "16", "64", "256"], "Models suite: sequences at once.")
-    flags.DEFINE_integer("prompt", 2, "Models suite: tokens of a prompt.", 1)
+    flags.DEFINE_list("prompt", ["2"], "Models suite: tokens of a prompt.")
     flags.DEFINE_integer("steps", 30, "Models suite: tokens generated after it.", 1)
 
-    for name in ("m", "k", "group_size", "batch"):
+    for name in ("m", "k", "group_size", "batch", "prompt"):
         flags.register_validator(name, _all(_is_size), "must list positive integers")
     flags.register_validator(
         "n", _all(lambda v: v == "k" or _is_size(v)), 'must list positive integers or "k"'
@@ -136,7 +136,7 @@ def _load_suite() -> tuple[Any, list[Any]]:
             group_sizes=_integers("group_size"),
             codebooks=FLAGS.codebook,
             arithmetics=FLAGS.arithmetic,
-            prompt=FLAGS.prompt,
+            prompts=_integers("prompt"),
             steps=FLAGS.steps,
         )
     return suite, suite.make_cases(

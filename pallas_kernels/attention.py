@@ -2,8 +2,9 @@
 
 Glossary: B sequences, H heads, KV key-value heads, D head size, S cache length, R = H / KV heads that
 share a key-value head. A program serves one sequence and one key-value head; with a long cache the
-keys are split over several programs, whose partial results one small fusion joins. Halves of a head
-(RoPE's pairs) stay apart in registers, because Triton has no slices of values.
+keys are split over several programs, whose partial results one small fusion joins. Halves of a head (RoPE's
+pairs) stay apart in registers, because Triton has no slices of values. This is the plain kernel; where they
+take a case, `short_attention` and `split_attention` are faster.
 """
 
 import functools
@@ -13,15 +14,32 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels import short_attention, target, triton_compat
+from pallas_kernels import short_attention, split_attention, target, triton_compat
 from pallas_kernels.short_attention import NEVER
 
 _BLOCK = 64  # keys a loop step reads
 _SPLIT = 512  # cache slots behind which another program pays (H200, 2026-11-23)
 
 
-def supported(dtype: jax.typing.DTypeLike, cache_shape: tuple[int, ...], head_dim: int) -> bool:
-    """Whether `decode` takes a cache of this shape [B, KV, S, D] and dtype."""
+_SHORT = (
+    1024  # cache slots up to which all programs of `short_attention` are done before others join
+)
+
+
+def supported(
+    dtype: jax.typing.DTypeLike,
+    cache_shape: tuple[int, ...],
+    head_dim: int,
+    heads: int,
+    window: int | None = None,
+) -> bool:
+    """Whether `decode` takes a cache of this shape [B, KV, S, D] and dtype, for so many query heads."""
+    _, kv_heads, capacity, _ = cache_shape
+    if window is not None:
+        case = split_attention.Case(
+            heads, kv_heads, head_dim, capacity, jnp.dtype(dtype), None, window
+        )
+        return case.supported(target.current())
     return (
         target.current().has_pallas
         and head_dim in (32, 64, 128, 256)
@@ -40,6 +58,7 @@ def decode(
     *,
     norms: tuple[Array, Array] | None = None,
     norm_eps: float = 1e-6,
+    window: int | None = None,
     splits: int | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
@@ -54,23 +73,35 @@ def decode(
         values: Like keys.
         norms: Scales [D] of the RMS norms of queries and keys, or None.
         norm_eps: Of these norms.
-        splits: Programs that share a key-value head's cache; None chooses by S.
+        window: Slots that the token sees, its own included; None for all.
+        splits: Programs that share a key-value head's cache in the plain kernel; None chooses one of the
+            kernels in PTX where they take the case.
         interpret: Run in Pallas' interpreter.
 
     Returns:
         ([B, H * D], keys, values).
+
+    Raises:
+        NotImplementedError: a window that no kernel takes, see `supported`.
     """
     batch, kv_heads, capacity, dim = keys.shape
     heads = qkv.shape[1] // dim - 2 * kv_heads
-    if splits is None:
-        splits = max(1, min(16, capacity // _SPLIT))
-    case = short_attention.Case(
-        heads, kv_heads, dim, capacity, keys.dtype, norm_eps if norms else None
-    )
+    gpu, eps = target.current(), norm_eps if norms else None
     alike = all(a.dtype == keys.dtype for a in (qkv, values, *(norms or ())))
-    gpu = target.current()
-    if splits == 1 and alike and not interpret and case.supported(batch, gpu):
-        return short_attention.decode(case, qkv, cos, sin, lengths, keys, values, norms or (), gpu)
+    if alike and splits is None and not interpret:
+        arrays = qkv, cos, sin, lengths, keys, values, norms or ()
+        facts = heads, kv_heads, dim, capacity, keys.dtype, eps
+        short = short_attention.Case(*facts)
+        if window is None and capacity < _SHORT and short.supported(batch, gpu):
+            return short_attention.decode(short, *arrays, gpu)
+        split = split_attention.Case(*facts, window)
+        if split.supported(gpu):
+            return split_attention.decode(split, *arrays, gpu)
+    if window is not None:
+        raise NotImplementedError(
+            f"no kernel for {window=}, {keys.dtype}{keys.shape}; see `supported`"
+        )
+    splits = splits or max(1, min(16, capacity // _SPLIT))
     kernel = functools.partial(
         _kernel, group=heads // kv_heads, kv_heads=kv_heads, eps=norm_eps, normed=bool(norms)
     )

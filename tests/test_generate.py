@@ -1,5 +1,7 @@
 """Generation and sampling."""
 
+import json
+import re
 from pathlib import Path
 
 import jax
@@ -9,7 +11,8 @@ import pytest
 
 from fdk_jax import models
 from fdk_jax.models import loops, request
-from fdk_jax.models.generation import cache_bucket, prompt_bucket
+from fdk_jax.models.programs import Programs
+from fdk_jax.models.request import cache_bucket, prompt_bucket
 from fdk_jax.models.sampling import Sampling, choose
 
 DATA = Path(__file__).parent / "data" / "models"
@@ -90,6 +93,47 @@ def test_several_devices_stop_and_no_program_takes_an_empty_array(generator):
         assert all(np.prod(aval.shape) > 0 for aval in jax.tree.leaves(program.in_avals))
 
 
+@pytest.mark.parametrize("sampling", [None, Sampling(0.9, top_k=30, seed=2)])
+def test_devices_that_share_weights_and_a_batch(generator, sampling):
+    """The same tokens, also where sequences stop at different steps; no weight and no cache moves."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"))
+    parallel = models.Parallel(mesh, data="data")
+    four = models.Generator(models.load(DATA / "qwen2", dtype="float32", parallel=parallel))
+    prompts = [*PROMPTS, [1, 2]]
+    options = dict(max_tokens=7, sampling=sampling)
+    free = generator.generate(prompts, **options).tokens
+    assert four.generate(prompts, **options).tokens == free
+    assert np.concatenate(list(four.stream(prompts, **options)), axis=1).tolist() == free
+    stops = [free[0][1]]
+    wanted = generator.generate(prompts, **options, stop_tokens=stops)
+    found = four.generate(prompts, **options, stop_tokens=stops)
+    assert (found.tokens, found.decode_steps) == (wanted.tokens, wanted.decode_steps)
+    # Four arrays a layer: sums of an activation [2, 64], and logits, never a weight.
+    for name, program in four.programs.items():
+        if name[0] == "decode":
+            moved = re.findall(
+                r"= \(?(\w+\[[\d,]*\])\S* (?:all-|collective|reduce-)", program.as_text()
+            )
+            assert moved and {s for s in moved if s[0] != "f"} <= {"s32[]", "pred[]"}
+            assert max(np.prod(json.loads(s[3:])) for s in moved if s[0] == "f") <= 2 * 128
+    with pytest.raises(ValueError, match="a batch of 3 must be divisible by the 2 parts"):
+        four.generate(PROMPTS, max_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(axis="heads"), "axis='heads' is not one of"),
+        (dict(data="rows"), "data='rows' is not one of"),
+        (dict(data="model"), "need axes of their own"),
+        (dict(), "may be larger than 1"),
+    ],
+)
+def test_meshes_that_do_not_fit(options, words):
+    with pytest.raises(ValueError, match=words):
+        models.Parallel(jax.make_mesh((2, 2), ("data", "model")), **options)
+
+
 def test_one_token_and_the_last_slot(generator):
     assert len(generator.generate([[1]], max_tokens=1).tokens[0]) == 1
     small = models.Generator(models.load(DATA / "qwen2", dtype="float32"), max_context=12)
@@ -135,6 +179,43 @@ def test_prompt_buckets(tokens, bucket):
     assert prompt_bucket(tokens, 300) == bucket
 
 
+def test_prompts_are_padded_by_an_eighth_at_most_where_tokens_cost():
+    for tokens in range(513, 70000, 61):
+        bucket = prompt_bucket(tokens, 1 << 20)
+        assert tokens <= bucket <= max(tokens * 9 / 8, tokens + 256)
+    assert len({prompt_bucket(n, 1 << 20) for n in range(1, 8193)}) <= 6 + 2 + 4 + 8 + 8
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("batch", [1, 3, 16, 64, 1000])
+def test_runs_hold_the_prompts_and_their_memory_has_a_bound(monkeypatch, platform, batch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    for longest in (1, 255, 1024, 8100, 8193, 20001, 131000):
+        runs, capacity = request.plan_runs(batch, longest, 64, 131072)
+        assert sum(runs) >= longest > sum(runs) - max(runs)
+        assert capacity >= max(sum(runs), longest + 64)
+        assert runs[:-1] == runs[:1] * (len(runs) - 1) and runs[-1] <= max(runs[0], 16)
+        assert max(runs) * batch <= max(16384, 256 * batch)
+
+
+def test_prompts_in_runs_give_the_same_tokens(generator, monkeypatch):
+    prompts = [list(np.random.default_rng(0).integers(0, 128, n)) for n in (61, 9, 40)]
+    wanted = generator.generate(prompts, max_tokens=6).tokens
+    monkeypatch.setattr(request, "_CPU_RUN_TOKENS", 48)
+    monkeypatch.setattr(request, "_SHORTEST_RUN", 16)
+    assert request.plan_runs(3, 61, 6, 256)[0] == [16, 16, 16, 16]
+    found = generator.generate(prompts, max_tokens=6)
+    assert found.tokens == wanted
+    assert {name[0] for name in generator.programs} >= {"begin", "resume", "finish"}
+
+
+def test_as_many_programs_are_kept_as_the_bound_says():
+    kept = Programs(models.load(DATA / "qwen2", dtype="float32"), most=2)
+    for name in "abac":
+        kept.program(name, lambda model, x: (x,), (jax.Array,), jnp.zeros(2))
+    assert list(kept) == ["a", "c"]
+
+
 def test_cache_buckets_hold_what_they_must():
     for tokens in range(1, 5000, 13):
         assert tokens <= cache_bucket(tokens) and cache_bucket(tokens) % 64 == 0
@@ -148,7 +229,7 @@ def draws(logits, sampling: Sampling, count: int = 4000) -> np.ndarray:
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
     tokens = choose(
         rows,
-        jax.random.key(0),
+        jax.random.split(jax.random.key(0), count),
         jnp.float32(sampling.temperature),
         jnp.float32(sampling.top_p),
         sampling.method,

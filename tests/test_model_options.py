@@ -171,3 +171,36 @@ def test_order_of_a_heads_elements(options):
 def test_options_that_make_no_model(options, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(CONFIG, **options)
+
+
+@pytest.mark.parametrize("name", ["window", "partial", "sinks", "caps"])
+def test_a_cache_filled_in_steps(name, rng):
+    """Rows of different lengths, each behind what its sequence holds already."""
+    model = model_of(OPTIONS[name])
+    tokens = rng.integers(0, CONFIG.vocab_size, (2, 24))
+    begun, more = np.array([7, 3]), np.array([4, 9])
+    _, cache = model.prefill(jnp.asarray(tokens[:, :8]), jnp.asarray(begun, jnp.int32), 64)
+    rows = np.stack([tokens[row, at : at + 10] for row, at in enumerate(begun)])
+    logits, cache = jax.jit(model.extend)(jnp.asarray(rows), jnp.asarray(more, jnp.int32), cache)
+    for row, count in enumerate(begun + more):
+        wanted = exact(model, tokens[row, :count])[-1]
+        np.testing.assert_allclose(logits[row], wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+    np.testing.assert_array_equal(cache.lengths, begun + more)
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(40)])
+@pytest.mark.parametrize("starts", [[0], [70], [5, 100]])
+def test_attention_of_a_run_over_the_cache(rng, monkeypatch, mask, starts):
+    monkeypatch.setattr(attention, "_BLOCK", 32)
+    q, k, v = (rng.normal(size=(2, h, n, 8)) for h, n in ((4, 50), (2, 170), (2, 170)))
+    arrays = (q.transpose(0, 2, 1, 3), k, v)
+    arrays = [jnp.asarray(a, jnp.float32) for a in arrays]
+    found = attention.over_chunk(*arrays, jnp.asarray(starts, jnp.int32), mask)
+    for row in range(2):
+        for t in (0, 1, 31, 32, 49):
+            end = starts[row % len(starts)] + t + 1
+            seen = slice(0 if mask.window is None else max(0, end - mask.window), end)
+            for h in range(4):
+                weights = np.exp(k[row, h // 2, seen] @ q[row, h, t] / np.sqrt(8))
+                wanted = weights @ v[row, h // 2, seen] / weights.sum()
+                np.testing.assert_allclose(found[row, t, h], wanted, rtol=1e-4, atol=1e-5)

@@ -27,7 +27,7 @@ from fdk_jax.models.config import ModelConfig, custom_llama
 from fdk_jax.models.loading import read_config
 from fdk_jax.product import cpu_backend
 from pallas_kernels import attention as pallas_attention
-from pallas_kernels import chain, dense, norm, short_attention
+from pallas_kernels import chain, dense, norm, short_attention, split_attention
 from pallas_kernels.target import H200, using
 
 DATA = Path(__file__).parent / "data" / "models"
@@ -501,6 +501,8 @@ def run_attention(kernel: str, *args, splits=None, norms=None):
         return pallas_attention.decode(*args, splits=splits, norms=norms, interpret=True)
     if kernel == "ptx":
         return run_short_attention(*args, norms=norms)
+    if kernel == "split":
+        return run_split_attention(*args, norms, splits or 2)
     if (reason := cpu_backend.unavailable_reason()) is not None:
         pytest.skip(reason)
     return jax.jit(functools.partial(cpu_backend.attention, norms=norms))(*args)
@@ -512,7 +514,7 @@ def run_short_attention(qkv, cos, sin, lengths, keys, values, norms, chance=None
     heads = qkv.shape[1] // dim - 2 * kv_heads
     eps = None if norms is None else 1e-6
     case = short_attention.Case(heads, kv_heads, dim, capacity, keys.dtype, eps)
-    if not case.supported(batch):
+    if not case.supported(batch, H200):
         pytest.skip("the kernel does not take this case")
     keys, values = np.array(keys), np.array(values)
     mixed = np.full((batch, heads * dim), np.nan, keys.dtype)
@@ -527,7 +529,33 @@ def run_short_attention(qkv, cos, sin, lengths, keys, values, norms, chance=None
     return mixed, keys, values
 
 
-KERNELS = pytest.mark.parametrize("kernel", ["pallas", "cpu", "ptx"])
+def run_split_attention(
+    qkv, cos, sin, lengths, keys, values, norms, splits, window=None, chance=None
+):
+    """The kernel for long caches on the emulator, its results poisoned before, and their sum."""
+    _, kv_heads, capacity, dim = keys.shape
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    eps = None if norms is None else 1e-6
+    case = split_attention.Case(heads, kv_heads, dim, capacity, keys.dtype, eps, window)
+    if not case.supported(H200):
+        pytest.skip("the kernel does not take this case")
+
+    def emulated(source, operands, outputs, target, *, grid, num_warps, **_):
+        found = [np.full(o.shape, np.nan, o.dtype) for o in outputs[:3]]
+        cache = [np.array(a) for a in operands[4:6]]
+        operands = [np.asarray(a) for a in operands]
+        operands[4:6] = cache
+        ptx_machine.run(source, [*operands, *found, *cache], grid, 32 * num_warps, chance=chance)
+        return *map(jnp.asarray, found), *cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split_attention.triton_compat, "ptx_call", emulated)
+        return split_attention.decode(
+            case, qkv, cos, sin, lengths, keys, values, norms or (), H200, splits
+        )
+
+
+KERNELS = pytest.mark.parametrize("kernel", ["pallas", "cpu", "ptx", "split"])
 
 
 @pytest.mark.parametrize(
@@ -558,6 +586,31 @@ def test_short_attention_at_the_edges_of_blocks(rng, length, head_dim, dtype):
     arguments, norms = decode_attention.inputs(rng, 1, 1, 2, head_dim, 192, dtype, True, [length])
     found = run_short_attention(*arguments, norms, chance=rng)
     decode_attention.check(found, arguments, norms)
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 63, 64, 65, 127, 129, 191])
+@pytest.mark.parametrize(("group", "dtype"), [(2, "float16"), (11, "bfloat16")])
+def test_split_attention_at_the_edges_of_tiles(rng, length, group, dtype):
+    arguments, norms = decode_attention.inputs(rng, 1, 1, group, 64, 192, dtype, True, [length])
+    found = run_split_attention(*arguments, norms, 3, chance=rng)
+    decode_attention.check(found, arguments, norms)
+
+
+@pytest.mark.parametrize("window", [1, 16, 37, 128])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_split_attention_within_a_window(rng, window, splits):
+    lengths = [0, 1, 36, 37, 100, 255]
+    arguments, _ = decode_attention.inputs(rng, 6, 1, 3, 64, 256, "bfloat16", False, lengths)
+    found = run_split_attention(*arguments, None, splits, window)
+    # A cache whose slots before the window are not there.
+    qkv, cos, sin, _, keys, values = arguments
+    for row, length in enumerate(lengths):
+        first = max(0, length + 1 - window)
+        cache = (jnp.roll(a[row : row + 1], -first, axis=2) for a in (keys, values))
+        one = (*(a[row : row + 1] for a in (qkv, cos, sin)), jnp.asarray([length - first]), *cache)
+        mixed, *after = (a[row : row + 1] for a in found)
+        after = [np.roll(a, -first, axis=2) for a in after]
+        decode_attention.check((mixed, *after), one, None)
 
 
 def test_short_attention_passes_a_nan_on(rng):

@@ -33,6 +33,7 @@ __all__ = ["ModelCase", "make_cases", "measure"]
 
 _CUSTOM = "custom-llama-"
 _DENSE_BITS = 16
+_PROMPT = 2  # tokens of a prompt that a case's name leaves out
 # Relative RMS of two layers beyond that of plain bfloat16: activations in integers through eight products.
 _TOLERANCE = {"exact": 1e-3, "int16": 2e-3, "int8": 8e-2}
 _CODEBOOKS = ("uniform", "kmeans")
@@ -72,7 +73,10 @@ class ModelCase:
             parts += [f"g{self.group_size}", str(self.codebook)]
         if self.arithmetic != "exact":
             parts.append(self.arithmetic)
-        return "-".join([*parts, f"batch{self.batch}"])
+        parts.append(f"batch{self.batch}")
+        if self.prompt != _PROMPT:
+            parts.append(f"prompt{self.prompt}")
+        return "-".join(parts)
 
     def fields(self) -> dict[str, Any]:
         """The keys of a row that say what is measured."""
@@ -89,7 +93,7 @@ def make_cases(
     group_sizes: Sequence[int] = (64,),
     codebooks: Sequence[str] = ("uniform",),
     arithmetics: Sequence[str] = ("exact",),
-    prompt: int = 2,
+    prompts: Sequence[int] = (_PROMPT,),
     steps: int = 30,
 ) -> list[ModelCase]:
     """Every combination once; the batch sizes of one model follow each other.
@@ -102,7 +106,7 @@ def make_cases(
         group_sizes: of the quantised models.
         codebooks: of the quantised models; a stored one stays as it is.
         arithmetics: of the quantised models; backends other than "cpu" only have "exact".
-        prompt: tokens of a prompt.
+        prompts: tokens of a prompt.
         steps: tokens after it.
     """
     cases = []
@@ -111,7 +115,8 @@ def make_cases(
             kinds: list[tuple] = [("xla", None, None, "exact")]
         else:
             kinds = list(itertools.product(backends, group_sizes, codebooks, arithmetics))
-        for (backend, group_size, codebook, arithmetic), batch in itertools.product(kinds, batches):
+        sizes = itertools.product(kinds, batches, prompts)
+        for (backend, group_size, codebook, arithmetic), batch, prompt in sizes:
             cases.append(
                 ModelCase(
                     model=model,
@@ -136,7 +141,8 @@ def group(case: ModelCase) -> ModelCase:
 def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
     """Checks the first layer against float32 dequantised weights, then times decoding.
 
-    A sample is the time of one program of `steps` tokens over its steps.
+    A sample is the time of one program of `steps` tokens over its steps. Beside it stands the time to the first
+    token, `first_token_us`: reading the prompts and choosing a token for each.
 
     Raises:
         NotImplementedError: this machine lacks the backend, or the memory.
@@ -156,18 +162,21 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
                     return result | {"status": "failed", "reason": reason}
         rng = np.random.default_rng(case.batch)
         prompts = rng.integers(0, generator.config.vocab_size, (case.batch, case.prompt)).tolist()
-        prefill: list[float] = []
+        first_token: list[float] = []
 
         def run() -> float:
             out = generator.generate(prompts, max_tokens=case.steps + 1)
-            prefill.append(out.prefill_seconds)
+            first_token.append(out.prefill_seconds)
             return out.decode_seconds / out.decode_steps
 
         seconds = yield run
     result |= timing.statistics([s * 1e6 for s in seconds])
+    first = timing.statistics([s * 1e6 for s in first_token[-len(seconds) :]])
     return result | {
         "tokens_per_s": round(case.batch / result["median_us"] * 1e6, 2),
-        "prefill_us": round(float(np.median(prefill[-len(seconds) :])) * 1e6, 2),
+        "first_token_us": first["median_us"],
+        "first_token_stderr_us": first["stderr_us"],
+        "first_token_samples_us": first["samples_us"],
         "peak_bytes": generator.peak_bytes(),
     }
 
@@ -296,7 +305,8 @@ def _whole_prompt(part: nnx.List, x: jax.Array, config: ModelConfig) -> jax.Arra
     @jax.jit
     def run(state, x):
         *layers, norm = nnx.merge(graph, state)
-        turns = decoding.turns(layers, jnp.arange(x.shape[1])[None])
+        length = jnp.asarray([[x.shape[1]]], jnp.int32)
+        turns = decoding.turns(layers, jnp.arange(x.shape[1])[None], length, length)
         with jax.default_matmul_precision("highest"):
             for layer, turn in zip(layers, turns, strict=True):
                 x, *_ = layer.prompt(x, *turn)
@@ -320,7 +330,21 @@ def _facts(case: ModelCase, generator: Generator, device: jax.Device) -> dict[st
     products = config.num_parameters - tables
     ops = 2 * case.batch * products
     facts = {"dtype": config.dtype, "parameters": config.num_parameters}
-    return facts | probes.bound(device, size, ops, config.dtype, case.arithmetic)
+    facts |= probes.bound(device, size, ops, config.dtype, case.arithmetic)
+    return facts | {"first_token_bound_us": _first_token_bound(case, config, device, size)}
+
+
+def _first_token_bound(
+    case: ModelCase, config: ModelConfig, device: jax.Device, size: int
+) -> float:
+    """Least microseconds to the first token: the weights read once, and the layers of every token."""
+    head = config.vocab_size * config.hidden_size
+    layers = config.num_parameters - head * (1 if config.tie_embeddings else 2)
+    tokens = case.batch * case.prompt
+    # Queries times keys and weights times values, each for half of all pairs.
+    pairs = 2 * case.prompt * config.num_layers * config.num_heads * config.head_dim
+    ops = 2 * tokens * layers + 2 * case.batch * head + tokens * pairs
+    return probes.bound(device, size, ops, config.dtype, case.arithmetic)["bound_us"]
 
 
 def _cache_bytes(config: ModelConfig) -> int:

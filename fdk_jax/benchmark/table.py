@@ -73,11 +73,14 @@ def _kernels(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _models(rows: Sequence[dict[str, Any]]) -> str:
-    head = ("case", "tokens/s", "ms a step", "GB/s", "of bound", "peak GB", "")
+    head = (
+        "case", "tokens/s", "ms a step", "GB/s", "of bound", "first token ms", "of bound", "peak GB", ""
+    )  # fmt: skip
     body = []
     for row in rows:
         median = row["median_us"]
-        peak = row.get("peak_bytes")
+        peak, first = row.get("peak_bytes"), row.get("first_token_us")
+        bound = row.get("first_token_bound_us")
         body.append(
             (
                 row["name"],
@@ -85,6 +88,8 @@ def _models(rows: Sequence[dict[str, Any]]) -> str:
                 _number(median and median / 1e3, ".3f"),
                 _number(median and row["bytes_rw"] and row["bytes_rw"] / median / 1e3, ".0f"),
                 _number(share_of_bound(row), ".0%"),
+                _number(first and first / 1e3, ".2f"),
+                _number(first and bound and bound / first, ".0%"),
                 _number(peak and peak / 1e9, ".1f"),
                 "" if row["status"] == "ok" else f"{row['status']}: {row['reason']}",
             )

@@ -1,6 +1,7 @@
-"""Grouped-query attention in jnp: over a prompt, and of one token over the cache."""
+"""Grouped-query attention in jnp: over a prompt, and of one token or several over the cache."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ class Mask:
 
     def scores(self, q: Array, k: Array, equation: str) -> Array:
         """float32 scores of queries and keys, before the softmax."""
-        scores = jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
+        scores = product(equation, q, k)
         scores *= jnp.float32(q.shape[-1] ** -0.5)
         if self.soft_cap is None:
             return scores
@@ -54,71 +55,98 @@ def over_prompt(
     """
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
-    if sinks is not None:
-        sinks = sinks.reshape(1, kv_heads, heads // kv_heads, 1)
-
     if tokens <= 2 * _BLOCK:
+        grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
         at = jnp.arange(tokens)
         scores = mask.scores(grouped, k, "btkgd,bskd->bkgts")
         seen = mask.seen(at[:, None], at[None, :])
+        if sinks is not None:
+            sinks = sinks.reshape(1, kv_heads, heads // kv_heads, 1)
         weights = _softmax(scores, seen[None, None, None], sinks).astype(v.dtype)
-        out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=jnp.float32)
+        out = product("bkgts,bskd->btkgd", weights, v)
         return out.astype(q.dtype).reshape(q.shape)
+    keys, values = (a.transpose(0, 2, 1, 3) for a in (k, v))
+    return over_chunk(q, keys, values, jnp.zeros(1, jnp.int32), mask, sinks)
 
-    blocks = -(-tokens // _BLOCK)
-    q_blocks, k_blocks, v_blocks = (_in_blocks(a, blocks) for a in (grouped, k, v))
-    starts = jnp.arange(blocks) * _BLOCK
+
+def over_chunk(
+    q: Array,
+    keys: Array,
+    values: Array,
+    starts: Array,
+    mask: Mask = Mask(),
+    sinks: Array | None = None,
+) -> Array:
+    """Causal attention of a run of tokens over the cache that holds them and those before them.
+
+    Of all scores only those of one block of queries and one of keys exist at a time, and blocks that no
+    query sees are skipped.
+
+    Args:
+        q: [batch, tokens, heads, head_dim].
+        keys: [batch, kv_heads, cache_length, head_dim].
+        values: Like keys.
+        starts: int32 [batch] or [1], the slot of each sequence's first token.
+        mask: Which slots a query sees.
+        sinks: See `over_prompt`.
+
+    Returns:
+        [batch, tokens, heads, head_dim]. Softmax is in float32.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads, slots = keys.shape[1:3]
+    group = heads // kv_heads
+    size, width = (min(_BLOCK, n) for n in (tokens, slots))
+    q_blocks = _in_blocks(q.reshape(batch, tokens, kv_heads, group, head_dim), size, axis=1)
+    k_blocks, v_blocks = (_in_blocks(a, width, axis=2) for a in (keys, values))
+    if sinks is not None:
+        sinks = sinks.reshape(1, kv_heads, group, 1).astype(jnp.float32)
 
     def of_queries(block: tuple[Array, Array]) -> Array:
-        start, queries = block
-        return _over_blocks(queries, start, starts, k_blocks, v_blocks, mask, sinks)
+        first, queries = block
+        at = starts[:, None] + first + jnp.arange(size)[None, :]  # [batch or 1, size]
+        run = functools.partial(_over_blocks, k_blocks, v_blocks, mask=mask, sinks=sinks)
+        return run(queries, at).astype(q.dtype)
 
-    out = jax.lax.map(of_queries, (starts, q_blocks)).astype(q.dtype)
-    return out.swapaxes(0, 1).reshape(batch, blocks * _BLOCK, heads, head_dim)[:, :tokens]
+    firsts = jnp.arange(len(q_blocks)) * size
+    out = jax.lax.map(of_queries, (firsts, q_blocks))
+    return out.swapaxes(0, 1).reshape(batch, -1, heads, head_dim)[:, :tokens]
 
 
-def _in_blocks(a: Array, blocks: int) -> Array:
-    """[batch, tokens, ...] to [blocks, batch, _BLOCK, ...], zeros past the tokens."""
+def _in_blocks(a: Array, size: int, axis: int) -> Array:
+    """Cuts an axis into blocks of `size`, zeros past its end: [blocks, ..., size, ...]."""
+    blocks = -(-a.shape[axis] // size)
     padding = [(0, 0)] * a.ndim
-    padding[1] = (0, blocks * _BLOCK - a.shape[1])
-    return jnp.pad(a, padding).reshape(a.shape[0], blocks, _BLOCK, *a.shape[2:]).swapaxes(0, 1)
+    padding[axis] = (0, blocks * size - a.shape[axis])
+    shape = (*a.shape[:axis], blocks, size, *a.shape[axis + 1 :])
+    return jnp.moveaxis(jnp.pad(a, padding).reshape(shape), axis, 0)
 
 
-def _over_blocks(queries, start, starts, k_blocks, v_blocks, mask: Mask, sinks) -> Array:
-    """A block of queries over blocks of keys, with the softmax of what has been seen so far.
+def _over_blocks(k_blocks, v_blocks, queries, at, *, mask: Mask, sinks) -> Array:
+    """Queries [B, T, KV, G, d] at positions `at` [B or 1, T] over blocks of keys, one after the other.
 
     A scan and not a loop of as many blocks as are seen, so that it has a gradient.
     """
     batch, size, kv_heads, group, head_dim = queries.shape
-    at = start + jnp.arange(size)
+    width = k_blocks.shape[3]
+    begins = jnp.arange(len(k_blocks)) * width
 
     def add(state, block):
         peak, total, mixed = state
         begin, keys, values = block
-        scores = mask.scores(queries, keys, "btkgd,bskd->bkgts")
-        seen = mask.seen(at[:, None], begin + jnp.arange(size)[None, :])[None, None, None]
-        scores = jnp.where(seen, scores, -jnp.inf)
+        scores = mask.scores(queries, keys, "btkgd,bksd->bkgts")
+        seen = mask.seen(at[:, :, None], begin + jnp.arange(width)[None, None, :])
+        scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
         higher = jnp.maximum(peak, scores.max(axis=-1))
         shrink = jnp.exp(peak - higher)
         weights = jnp.exp(scores - higher[..., None])
-        new = jnp.einsum(
-            "bkgts,bskd->bkgtd",
-            weights.astype(values.dtype),
-            values,
-            preferred_element_type=jnp.float32,
-        )
-        return (
-            higher,
-            total * shrink + weights.sum(axis=-1),
-            mixed * shrink[..., None] + new,
-        )
+        new = product("bkgts,bksd->bkgtd", weights.astype(values.dtype), values)
+        return higher, total * shrink + weights.sum(axis=-1), mixed * shrink[..., None] + new
 
     def step(state, block):
-        begin = block[0]
-        needed = begin <= start
+        needed = block[0] <= at.max()
         if mask.window is not None:
-            needed &= begin + size > start + 1 - mask.window
+            needed &= block[0] + width > at.min() + 1 - mask.window
         return jax.lax.cond(needed, add, lambda state, _: state, state, block), None
 
     rows = (batch, kv_heads, group, size)
@@ -128,9 +156,9 @@ def _over_blocks(queries, start, starts, k_blocks, v_blocks, mask: Mask, sinks) 
         jnp.zeros(rows, jnp.float32),
         jnp.zeros((*rows, head_dim), jnp.float32),
     )
-    (peak, total, mixed), _ = jax.lax.scan(step, state, (starts, k_blocks, v_blocks))
+    (peak, total, mixed), _ = jax.lax.scan(step, state, (begins, k_blocks, v_blocks))
     if sinks is not None:
-        total += jnp.exp(sinks.astype(jnp.float32) - peak)
+        total += jnp.exp(sinks - peak)
     return (mixed / total[..., None]).transpose(0, 3, 1, 2, 4)
 
 
@@ -163,8 +191,14 @@ def over_cache(
     if sinks is not None:
         sinks = sinks.reshape(1, kv_heads, heads // kv_heads)
     weights = _softmax(scores, seen[:, None, None], sinks).astype(values.dtype)
-    out = jnp.einsum("bkgs,bksd->bkgd", weights, values, preferred_element_type=jnp.float32)
+    out = product("bkgs,bksd->bkgd", weights, values)
     return out.reshape(q.shape).astype(q.dtype)
+
+
+def product(equation: str, a: Array, b: Array) -> Array:
+    """A product in float32; of float32 arrays without TensorFloat-32, whatever a GPU's default is."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _softmax(scores: Array, seen: Array, sinks: Array | None) -> Array:

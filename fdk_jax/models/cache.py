@@ -60,3 +60,20 @@ def append(cache: Array, new: Array, lengths: Array) -> Array:
     return jax.vmap(lambda c, n, i: jax.lax.dynamic_update_slice(c, n[:, None], (0, i, 0)))(
         cache, new, lengths
     )
+
+
+def write(cache: Array, new: Array, starts: Array) -> Array:
+    """Writes the keys (or values) of a run of tokens.
+
+    Args:
+        cache: [batch, kv_heads, cache_length, head_dim].
+        new: [batch, tokens, kv_heads, head_dim].
+        starts: int32 [batch] or [1], slot of the first token of each sequence. The run has to fit behind it: a
+            dynamic slice that does not is moved, over what came before.
+    """
+    rows = new.transpose(0, 2, 1, 3).astype(cache.dtype)
+    if starts.shape[0] == 1:
+        return jax.lax.dynamic_update_slice(cache, rows, (0, 0, starts[0], 0))
+    return jax.vmap(lambda c, n, i: jax.lax.dynamic_update_slice(c, n, (0, i, 0)))(
+        cache, rows, starts
+    )

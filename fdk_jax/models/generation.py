@@ -76,7 +76,8 @@ class Generator:
 
     def logits(self, tokens: np.ndarray | Array) -> Array:
         """Logits of every position: int [B, T] -> float32 [B, T, V]."""
-        tokens = self.programs.everywhere(jnp.asarray(tokens, jnp.int32))
+        self._check_batch(len(tokens))
+        tokens = self.programs.place(jnp.asarray(tokens, jnp.int32))
 
         def run(model, tokens):
             return (model(tokens),)
@@ -100,25 +101,26 @@ class Generator:
             stop_tokens: Tokens that end a sequence.
 
         Raises:
-            ValueError: an empty batch or prompt, a token outside the vocabulary, or a prompt that leaves
-                no room for `max_tokens` in the context.
+            ValueError: an empty batch or prompt, a token outside the vocabulary, a prompt that leaves no room
+                for `max_tokens` in the context, or a batch that the devices which share it do not divide.
         """
         request = self._request(prompts, max_tokens, sampling, stop_tokens)
         loop = request.loop(max_tokens - 1)
-        request.compile(loop)
+        request.compile(loop if max_tokens > 1 else None)
         begin = time.perf_counter()
         cache, progress = request.prefill()
-        columns, steps = [progress.token], 0
+        fetch, steps = self.programs.fetch, 0
         # The decoding is handed over while the prompts are read, and where the program looks, that call returns
         # with the last token: so another thread sees the first one come.
         with concurrent.futures.ThreadPoolExecutor(1) as clock:
             middle = clock.submit(_time_of, progress.token)
             if max_tokens > 1:
                 decoded = request.decode(cache, progress, max_tokens - 1, loop)
-                step, new = jax.device_get((decoded[1].step, decoded[2]))
-                steps = int(step) - 1
-                columns.append(new[:, : min(steps, max_tokens - 1)])
+                decoded[2].copy_to_host_async()
+                steps = int(decoded[1].step) - 1
+                new = fetch(decoded[2])[:, : min(steps, max_tokens - 1)]
         end = time.perf_counter()
+        columns = [fetch(progress.token), new] if steps else [fetch(progress.token)]
         tokens, stopped = _cut(np.column_stack(columns), stop_tokens)
         return Generation(tokens, stopped, middle.result() - begin, end - middle.result(), steps)
 
@@ -153,12 +155,12 @@ class Generator:
             # Queued before the tokens in hand are read: the device does not wait for the reader. At the
             # end this computes a few tokens that nobody reads.
             cache, progress, following = request.decode(cache, progress, loop.run, loop)
-            yield np.asarray(waiting)
-            if np.asarray(done).all():
+            yield self.programs.fetch(waiting)
+            if self.programs.fetch(done).all():
                 return
             waiting, done = following[:, :left], progress.done
             left -= loop.run
-        yield np.asarray(waiting)
+        yield self.programs.fetch(waiting)
 
     def compile(
         self,
@@ -175,17 +177,19 @@ class Generator:
             Loop.of_one_run(stream_every()) if streaming else request.loop(max_tokens - 1)
         )
 
+    def _check_batch(self, batch: int) -> None:
+        parallel = self.programs.parallel
+        parts = 1 if parallel is None else parallel.batches
+        if batch % parts:
+            raise ValueError(
+                f"a batch of {batch} must be divisible by the {parts} parts that devices cut it into"
+            )
+
     def _request(self, prompts, max_tokens, sampling, stop_tokens) -> Request:
-        lengths = check_prompts(self.config, prompts, max_tokens, self.max_context)
-        bucket = prompt_bucket(max(lengths), self.max_context)
-        capacity = cache_bucket(max(bucket, max(lengths) + max_tokens))
-        tokens = np.zeros((len(prompts), bucket), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        lengths = np.asarray(lengths, np.int32)
+        check_prompts(self.config, prompts, max_tokens, self.max_context)
+        self._check_batch(len(prompts))
         sampling = sampling or Sampling()
-        ends = lengths + np.int32(max_tokens)
-        return Request(self.programs, tokens, lengths, ends, capacity, sampling, stop_tokens)
+        return Request(self.programs, prompts, max_tokens, self.max_context, sampling, stop_tokens)
 
 
 def check_prompts(
@@ -223,18 +227,6 @@ def check_prompts(
             f" {max_context}; shorten the prompt, lower max_tokens or raise max_context"
         )
     return lengths
-
-
-def prompt_bucket(tokens: int, most: int) -> int:
-    """The padded length of a prompt: a power of two from 16, at most the context."""
-    return min(max(16, 1 << (tokens - 1).bit_length()), max(most, tokens))
-
-
-def cache_bucket(tokens: int) -> int:
-    """Slots of a cache for so many tokens: a power of two from 128, then steps of 1024."""
-    if tokens <= 1024:
-        return max(128, 1 << (tokens - 1).bit_length())
-    return -(-tokens // 1024) * 1024
 
 
 def _time_of(array: Array) -> float:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fdk_jax.models.cache import KVCache
+from fdk_jax.models.parallel import Parallel
 from fdk_jax.models.sampling import Method, choose
 from fdk_jax.models.transformer import Transformer
 
@@ -51,10 +52,19 @@ class Options:
         """Whether tokens [B] end their sequences."""
         return (token[:, None] == self.stops[None, :]).any(axis=1)
 
-    def choose(self, logits: Array, step: Array | int, method: Method) -> Array:
-        """The `step`-th token of each sequence."""
+    def choose(
+        self, logits: Array, step: Array | int, method: Method, parallel: Parallel | None
+    ) -> Array:
+        """The `step`-th token of each sequence.
+
+        The draw of a sequence depends on its place in the whole batch, not on how devices share it.
+        """
+        rows = jnp.arange(logits.shape[0])
+        if parallel is not None:
+            rows += parallel.first_row(logits.shape[0])
         key = jax.random.fold_in(self.key, step)
-        return choose(logits, key, self.temperature, self.top_p, method)
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+        return choose(logits, keys, self.temperature, self.top_p, method)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +87,50 @@ class Loop:
         return cls(tokens, tokens, True)
 
 
-def first_progress(logits: Array, options: Options, method: Method) -> Progress:
-    """The first new token of each sequence, from the logits [B, V] behind its prompt."""
-    token = options.choose(logits, 0, method)
-    return Progress(token, options.is_stop(token), jnp.int32(1))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Where the reading of prompts stands, besides the cache.
+
+    Attributes:
+        lengths: int32 [B], tokens of each prompt.
+        last: [B, D], the stream behind each prompt's last token, once that has been read.
+    """
+
+    lengths: Array
+    last: Array
+
+    def seen(self, x: Array, start: Array | int) -> "Reading":
+        """After a run of tokens from `start` on, with x [B, T, D] behind the layers."""
+        at = self.lengths - 1 - start
+        rows = jnp.clip(at, 0, x.shape[1] - 1)[:, None, None]
+        row = jnp.take_along_axis(x, rows, axis=1)[:, 0]
+        here = ((at >= 0) & (at < x.shape[1]))[:, None]
+        return dataclasses.replace(self, last=jnp.where(here, row, self.last))
+
+
+def begin(
+    model: Transformer, tokens: Array, lengths: Array, ends: Array, *, capacity: int
+) -> tuple[KVCache, Reading]:
+    """Reads the first run of the prompts, [B, T], into a new cache of so many slots."""
+    x, cache = model.begin(tokens, lengths, ends, capacity)
+    return cache, Reading(lengths, jnp.zeros_like(x[:, 0])).seen(x, 0)
+
+
+def resume(
+    model: Transformer, cache: KVCache, reading: Reading, tokens: Array, start: Array
+) -> tuple[KVCache, Reading]:
+    """Reads the next run of the prompts, [B, T], from token `start` (int32 scalar) of each on."""
+    x, cache = model.resume(tokens, start[None], cache)
+    return cache, reading.seen(x, start)
+
+
+def finish(
+    model: Transformer, cache: KVCache, reading: Reading, options: Options, *, method: Method
+) -> tuple[KVCache, Progress]:
+    """Chooses the first new token of each sequence behind its prompt."""
+    token = options.choose(model.logits(reading.last), 0, method, model.parallel)
+    return cache, Progress(token, options.is_stop(token), jnp.int32(1))
 
 
 def decode(
@@ -101,24 +151,32 @@ def decode(
     Returns:
         (cache, progress, tokens int32 [B, room]). A sequence that is done repeats its last token.
     """
-    begin = progress.step
+    begin, parallel = progress.step, model.parallel
 
     def step(_, carry):
         cache, at, out = carry
         logits, cache = model.decode(at.token, cache)
-        token = jnp.where(at.done, at.token, options.choose(logits, at.step, method))
+        chosen = options.choose(logits, at.step, method, parallel)
+        token = jnp.where(at.done, at.token, chosen)
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, at.step - begin))
         return cache, Progress(token, at.done | options.is_stop(token), at.step + 1), out
 
-    def unfinished(carry) -> Array:
-        _, at, _ = carry
-        return ~at.done.all() & (at.step - begin < steps)
+    def unfinished(at: Progress) -> Array:
+        running = ~at.done.all()
+        running = running if parallel is None else parallel.any(running)
+        return running & (at.step - begin < steps)
 
     def several(carry):
         return jax.lax.fori_loop(0, loop.run, step, carry) if loop.run > 1 else step(0, carry)
 
+    def poll(carry):
+        carry = several(carry[1:])
+        return unfinished(carry[1]), *carry
+
     carry = (cache, progress, jnp.zeros((progress.token.shape[0], loop.room), jnp.int32))
-    return several(carry) if loop.once else jax.lax.while_loop(unfinished, several, carry)
+    if loop.once:
+        return several(carry)
+    return jax.lax.while_loop(lambda carry: carry[0], poll, (unfinished(progress), *carry))[1:]
 
 
 def poll_every(steps: int, may_stop: bool) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from fdk_jax.models import platforms, rope
+from fdk_jax.models import cache, platforms, rope
 from fdk_jax.models.attention import Mask
 from fdk_jax.models.config import LayerOptions, ModelConfig
 from fdk_jax.models.experts import MixtureOfExperts
@@ -90,6 +90,13 @@ class Attention(nnx.Module):
         q, k, v = self._heads(self.qkv(x), cos[:, :, None], sin[:, :, None])
         mixed = platforms.prompt_attention(q, k, v, self.mask, self._sinks)
         return self.output(mixed.reshape(*x.shape[:-1], -1)), k, v
+
+    def chunk(self, x, cos, sin, starts, keys, values) -> tuple[Array, Array, Array]:
+        """A run of tokens x [B, T, D] from slots `starts` [B or 1] on: (output [B, T, D], keys, values)."""
+        q, k, v = self._heads(self.qkv(x), cos[:, :, None], sin[:, :, None])
+        keys, values = cache.write(keys, k, starts), cache.write(values, v, starts)
+        mixed = platforms.chunk_attention(q, keys, values, starts, self.mask, self._sinks)
+        return self.output(mixed.reshape(*x.shape[:-1], -1)), keys, values
 
     def mix(self, qkv, cos, sin, lengths, keys, values) -> tuple[Array, Array, Array]:
         """What is between the projections of one token a sequence; see `platforms.token_attention`.
@@ -216,9 +223,22 @@ class Layer(nnx.Module):
         self.mlp = make_feed_forward(config, options, parallel, rngs)
         self.mlp_post_norm = norm(config.post_norms)
 
-    def prompt(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
-        """Maps x [B, T, D] to (x, keys, values)."""
-        mixed, keys, values = self.attention.prompt(normed(self.attention_norm, x), cos, sin)
+    def prompt(self, x: Array, cos: Array, sin: Array, *cache: Array) -> tuple[Array, Array, Array]:
+        """A run of tokens of each sequence.
+
+        Args:
+            x: [B, T, D].
+            cos: float32 [B or 1, T, d / 2].
+            sin: Like cos.
+            *cache: Nothing, if the run is all that there is. Otherwise the slots of its first tokens, int32
+                [B or 1], and the layer's keys and values [B, KV, S, d].
+
+        Returns:
+            (x, keys, values): those of the run, [B, T, KV, d], or the cache that has them too.
+        """
+        rows = normed(self.attention_norm, x)
+        attend = self.attention.chunk if cache else self.attention.prompt
+        mixed, keys, values = attend(rows, cos, sin, *cache)
         x = x + self._scaled(normed(self.attention_post_norm, mixed))
         y = self.mlp(normed(self.mlp_norm, x))
         return x + self._scaled(normed(self.mlp_post_norm, y)), keys, values

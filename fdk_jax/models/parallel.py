@@ -1,42 +1,79 @@
-"""Tensor parallelism: which slice of each weight a device holds.
+"""Tensor and data parallelism: which slice of each weight, and which sequences, a device holds.
 
 The projections into heads and into the gated block are cut along their outputs, those back along
 their inputs, so a layer needs two all-reduces of one activation and no weight ever moves. A fused
 projection is cut part by part: device d holds its share of the queries, then of the keys, then of
-the values.
+the values. Along a second axis of the mesh devices may hold the same weights and share a batch.
 """
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from fdk_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """A mesh axis over which every weight matrix is cut.
+    """The axes of a mesh over which weights and batches are cut.
 
     Attributes:
-        mesh: The devices; axes other than `axis` must have size 1.
-        axis: Name of the mesh axis.
+        mesh: The devices; axes other than these two must have size 1.
+        axis: Name of the axis over which every weight matrix is cut.
+        data: Name of the axis over which the sequences of a batch are cut, or None.
     """
 
     mesh: Mesh
     axis: str = "model"
+    data: str | None = None
 
     def __post_init__(self):
-        if self.axis not in self.mesh.shape:
-            raise ValueError(f"axis={self.axis!r} is not one of the mesh's {self.mesh.axis_names}")
-        if self.mesh.size != self.mesh.shape[self.axis]:
+        used = (self.axis,) if self.data is None else (self.axis, self.data)
+        for name, value in zip(("axis", "data"), used, strict=False):
+            if value not in self.mesh.shape:
+                raise ValueError(
+                    f"{name}={value!r} is not one of the mesh's {self.mesh.axis_names}"
+                )
+        if self.axis == self.data:
+            raise ValueError(f"axis and data are both {self.axis!r}: they need axes of their own")
+        if self.mesh.size != self.shards * self.batches:
             raise ValueError(
-                f"a mesh with one axis larger than 1 is needed, got {dict(self.mesh.shape)}"
+                f"only the axes {used} may be larger than 1, got a mesh of {dict(self.mesh.shape)}"
             )
 
     @property
     def shards(self) -> int:
-        """Devices along the axis."""
+        """Devices that share every weight."""
         return self.mesh.shape[self.axis]
+
+    @property
+    def batches(self) -> int:
+        """Parts that a batch is cut into."""
+        return 1 if self.data is None else self.mesh.shape[self.data]
+
+    @property
+    def rows(self) -> P:
+        """How arrays with a first axis of sequences are cut."""
+        return P() if self.data is None else P(self.data)
+
+    @property
+    def cache(self) -> P:
+        """How the arrays of a key-value cache are cut: by sequences and heads."""
+        return P(self.data, self.axis)
+
+    def first_row(self, rows: int) -> Array | int:
+        """Inside shard_map: which sequence of the batch is the first of this device's `rows`."""
+        return 0 if self.data is None else jax.lax.axis_index(self.data) * rows
+
+    def any(self, value: Array) -> Array:
+        """Inside shard_map: whether a bool scalar holds for any part of the batch."""
+        if self.data is None:
+            return value
+        return jax.lax.pmax(value.astype(jnp.int32), self.data) > 0
 
     def local(self, config: ModelConfig) -> ModelConfig:
         """The shape of the slice of a model that one device runs.

@@ -13,14 +13,14 @@ from fdk_jax.models.attention import Mask
 from fdk_jax.models.cache import append
 from fdk_jax.product import cpu_backend
 from pallas_kernels import attention as pallas_attention
-from pallas_kernels import dense, norm
+from pallas_kernels import dense, norm, target
 
 
 def linear(x: Array, kernel: Array, out_dtype: Any) -> Array:
     """Multiplies by an unquantised kernel: [..., K] x [K, N] -> [..., N] in `out_dtype`."""
 
     def dot(x: Array, kernel: Array) -> Array:
-        y = jnp.einsum("...k,kn->...n", x, kernel, preferred_element_type=jnp.float32)
+        y = attention.product("...k,kn->...n", x, kernel)
         return y.astype(out_dtype)
 
     def fused(x: Array, kernel: Array) -> Array:
@@ -45,7 +45,7 @@ def linear_of_rows(x: Array, rows: Array) -> Array:
     """Multiplies by a table of rows: [..., K] x [N, K] -> float32 [..., N]."""
 
     def dot(x: Array, rows: Array) -> Array:
-        return jnp.einsum("...k,nk->...n", x, rows, preferred_element_type=jnp.float32)
+        return attention.product("...k,nk->...n", x, rows)
 
     def on_cpu(x: Array, rows: Array) -> Array:
         y = cpu_backend.dense(x.reshape(-1, rows.shape[1]), rows, rows=True, out_dtype=jnp.float32)
@@ -125,9 +125,65 @@ def _widened(function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def prompt_attention(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None) -> Array:
-    """`attention.over_prompt` by what the platform has for it."""
-    run = functools.partial(attention.over_prompt, mask=mask, sinks=sinks)
-    return in_float32_on_cpu(run, q, k, v)
+    """`attention.over_prompt`, by cuDNN on GPUs where it has the case."""
+    blocked = functools.partial(attention.over_prompt, mask=mask, sinks=sinks)
+    window = None if mask.window is None else (mask.window - 1, 0)
+    library = functools.partial(_cudnn, is_causal=True, local_window_size=window)
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        cuda=library if _cudnn_takes(library, mask, sinks, q, k, v) else blocked,
+        cpu=_widened(blocked),
+        default=blocked,
+    )
+
+
+def chunk_attention(
+    q: Array, keys: Array, values: Array, starts: Array, mask: Mask, sinks: Array | None
+) -> Array:
+    """`attention.over_chunk`, by cuDNN on GPUs where it has the case."""
+
+    def library(q, keys, values, starts):
+        tokens, slots = q.shape[1], keys.shape[2]
+        at = starts[:, None] + jnp.arange(tokens)[None, :]
+        seen = mask.seen(at[:, :, None], jnp.arange(slots)[None, None, :])[:, None]
+        ends = jnp.broadcast_to(starts + tokens, q.shape[:1])
+        keys, values = (a.transpose(0, 2, 1, 3) for a in (keys, values))
+        return _cudnn(q, keys, values, mask=seen, key_value_seq_lengths=ends)
+
+    blocked = functools.partial(attention.over_chunk, mask=mask, sinks=sinks)
+    arrays = q, keys, values, starts
+    return jax.lax.platform_dependent(
+        *arrays,
+        cuda=library if _cudnn_takes(library, mask, sinks, *arrays) else blocked,
+        cpu=_widened(blocked),
+        default=blocked,
+    )
+
+
+def _cudnn(q: Array, k: Array, v: Array, **options: Any) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **options)
+
+
+def _cudnn_takes(
+    function: Callable[..., Array], mask: Mask, sinks: Array | None, *arrays: Array
+) -> bool:
+    """Whether cuDNN computes function(*arrays) on the GPU at hand, as JAX's checks say."""
+    capability = target.current().capability
+    # JAX does not ask whether the GPU is too old.
+    if (
+        (capability or (0, 0)) < (8, 0)
+        or arrays[0].dtype not in (jnp.bfloat16, jnp.float16)
+        or mask.soft_cap is not None
+        or sinks is not None
+    ):
+        return False
+    try:
+        jax.eval_shape(function, *arrays)
+    except (NotImplementedError, RuntimeError):  # a shape or dtype; no cuDNN
+        return False
+    return True
 
 
 def token_attention(
@@ -173,13 +229,15 @@ def token_attention(
         mixed = in_float32_on_cpu(over_cache, q, keys, values, lengths + 1)
         return mixed.reshape(qkv.shape[0], -1), keys, values
 
-    capacity, dim = keys.shape[2:]
+    kv_heads, capacity, dim = keys.shape[1:]
+    heads = qkv.shape[1] // dim - 2 * kv_heads
     # A window that the whole cache fits into hides nothing.
-    all_seen = mask.window is None or mask.window >= capacity
-    fusible = fusible and all_seen and mask.soft_cap is None and sinks is None
-    on_gpu = fusible and pallas_attention.supported(qkv.dtype, keys.shape, dim)
-    on_cpu = fusible and cpu_backend.unavailable_reason() is None
+    window = None if mask.window is None or mask.window >= capacity else mask.window
+    fusible = fusible and mask.soft_cap is None and sinks is None
+    on_gpu = fusible and pallas_attention.supported(qkv.dtype, keys.shape, dim, heads, window)
+    on_cpu = fusible and window is None and cpu_backend.unavailable_reason() is None
     options = dict(norms=norms, norm_eps=norm_eps)
+    gpu = functools.partial(pallas_attention.decode, **options, window=window)
     return jax.lax.platform_dependent(
         qkv,
         cos,
@@ -187,7 +245,7 @@ def token_attention(
         lengths,
         keys,
         values,
-        cuda=functools.partial(pallas_attention.decode, **options) if on_gpu else plain,
+        cuda=gpu if on_gpu else plain,
         cpu=functools.partial(cpu_backend.attention, **options) if on_cpu else plain,
         default=plain,
     )

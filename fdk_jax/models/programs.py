@@ -6,13 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fdk_jax.models.cache import KVCache
 from fdk_jax.models.config import ModelConfig
+from fdk_jax.models.loops import Options, Progress
 from fdk_jax.models.transformer import Transformer
 
 _MOST = 64  # programs that are kept: each holds device code and, on a GPU, a graph of its launches
@@ -68,26 +71,36 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
         compiled = self._kept[name]
         return lambda *args: compiled(self.leaves, *args)
 
-    def everywhere(self, tree: Any) -> Any:
-        """Arrays that every device needs whole."""
+    def place(self, tree: Any) -> Any:
+        """Arrays where the programs take them: a batch cut over the devices that share it, all else whole."""
         if self.parallel is None:
             return tree
-        return jax.device_put(tree, NamedSharding(self.parallel.mesh, P()))
+        return jax.device_put(tree, self._shardings(tree))
+
+    def struct(self, tree: Any) -> Any:
+        """Arrays' shapes and dtypes with the shardings of `place`."""
+        if self.parallel is None:
+            return tree
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            tree,
+            self._shardings(tree),
+        )
 
     def cache_struct(self, batch: int, capacity: int) -> KVCache:
         """Shapes, dtypes and shardings of a cache."""
-        config, by_heads = self.config, P(None, self.parallel.axis) if self.parallel else P()
+        config = self.config
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-        arrays = (self.struct(shape, config.dtype, by_heads),) * config.num_layers
-        lengths = self.struct((batch,), jnp.int32)
-        return KVCache(arrays, arrays, lengths, lengths)
+        arrays = (jax.ShapeDtypeStruct(shape, config.dtype),) * config.num_layers
+        lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        return self.struct(KVCache(arrays, arrays, lengths, lengths))
 
-    def struct(
-        self, shape: tuple[int, ...], dtype: Any, spec: P | None = None
-    ) -> jax.ShapeDtypeStruct:
-        """Shape, dtype and sharding of an array; without a spec every device has it whole."""
-        sharding = NamedSharding(self.parallel.mesh, spec or P()) if self.parallel else None
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+    @staticmethod
+    def fetch(array: Array) -> np.ndarray:
+        """An array on the host, put together from all processes where several share it."""
+        if array.is_fully_addressable or array.is_fully_replicated:
+            return np.asarray(array)
+        return multihost_utils.process_allgather(array, tiled=True)
 
     def peak_bytes(self) -> int:
         """Device memory that the hungriest of the programs needs, weights included."""
@@ -114,16 +127,33 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
                 mesh=self.parallel.mesh,
                 in_specs=(
                     tuple(leaf.sharding.spec for leaf in self.leaves),
-                    *(self._spec(type(arg)) for arg in args),
+                    *(self._specs(arg) for arg in args),
                 ),
-                out_specs=tuple(self._spec(kind) for kind in results),
+                out_specs=tuple(self._result_specs(kind) for kind in results),
                 check_vma=False,
             )
         return jax.jit(with_leaves, donate_argnums=donated).lower(self.leaves, *args).compile()
 
-    def _spec(self, kind: type) -> Any:
-        """Partition specs of a cache: by heads; all else is on every device."""
-        if kind is not KVCache:
-            return P()
-        by_heads = (P(None, self.parallel.axis),) * self.config.num_layers
-        return KVCache(by_heads, by_heads, P(), P())
+    def _shardings(self, tree: Any) -> Any:
+        return jax.tree.map(lambda spec: NamedSharding(self.parallel.mesh, spec), self._specs(tree))
+
+    def _specs(self, tree: Any) -> Any:
+        """Partition specs of arguments: caches by sequences and heads, other arrays by sequences.
+
+        Scalars, and what all sequences share, are whole on every device.
+        """
+        if isinstance(tree, KVCache):
+            return jax.tree.map(
+                lambda a: self.parallel.cache if a.ndim == 4 else self.parallel.rows, tree
+            )
+        if isinstance(tree, Options):
+            return jax.tree.map(lambda _: P(), tree)
+        return jax.tree.map(lambda a: self.parallel.rows if a.ndim else P(), tree)
+
+    def _result_specs(self, kind: type) -> Any:
+        """The same for what a program returns; an array has a first axis of sequences."""
+        rows = self.parallel.rows
+        if kind is KVCache:
+            arrays = (self.parallel.cache,) * self.config.num_layers
+            return KVCache(arrays, arrays, rows, rows)
+        return Progress(rows, rows, P()) if kind is Progress else rows

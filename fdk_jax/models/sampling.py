@@ -48,12 +48,12 @@ class Method:
     nucleus: bool = False
 
 
-def choose(logits: Array, key: Array, temperature: Array, top_p: Array, method: Method) -> Array:
+def choose(logits: Array, keys: Array, temperature: Array, top_p: Array, method: Method) -> Array:
     """One token a sequence.
 
     Args:
         logits: float32 [B, V].
-        key: A random key for this position.
+        keys: A random key for each sequence at this position, [B]; not read if greedy.
         temperature: float32 scalar above 0, unless greedy.
         top_p: float32 scalar.
         method: Static choices.
@@ -63,14 +63,15 @@ def choose(logits: Array, key: Array, temperature: Array, top_p: Array, method: 
     """
     if method.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draw = jax.vmap(jax.random.categorical)
     logits = logits / temperature
     if method.top_k is None and not method.nucleus:
-        return jax.random.categorical(key, logits).astype(jnp.int32)
+        return draw(keys, logits).astype(jnp.int32)
     count = min(method.top_k or logits.shape[-1], logits.shape[-1])
     best, tokens = jax.lax.top_k(logits, count)
     if method.nucleus:
         probabilities = jax.nn.softmax(best, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         best = jnp.where(before < top_p, best, -jnp.inf)
-    drawn = jax.random.categorical(key, best)
+    drawn = draw(keys, best)
     return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -1,5 +1,6 @@
 """A decoder-only language model: embedding, layers, head; over prompts and token by token."""
 
+import dataclasses
 import functools
 
 import jax
@@ -45,8 +46,8 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         """Logits of every position: int [B, T] -> float32 [B, T, V]."""
-        length = jnp.asarray([[tokens.shape[1]]], jnp.int32)
-        return self._logits(self.norm(self._prompt(tokens, length, length)[0]))
+        length = jnp.asarray([tokens.shape[1]], jnp.int32)
+        return self.logits(self._run(tokens, length, length)[0])
 
     def prefill(
         self, tokens: Array, lengths: Array, cache_length: int, ends: Array | None = None
@@ -65,29 +66,78 @@ class Transformer(nnx.Module):
         """
         lengths = lengths.astype(jnp.int32)
         ends = lengths if ends is None else ends.astype(jnp.int32)
-        x, keys, values = self._prompt(tokens, lengths[:, None], ends[:, None])
+        x, cache = self.begin(tokens, lengths, ends, cache_length)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        cache = KVCache(
-            tuple(fill(k, cache_length) for k in keys),
-            tuple(fill(v, cache_length) for v in values),
-            lengths,
-            ends,
-        )
-        return self._logits(self.norm(last)), cache
+        return self.logits(last), cache
+
+    def extend(self, tokens: Array, counts: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """Reads more tokens of each sequence.
+
+        Args:
+            tokens: int [B, T], each row padded on the right; the padding takes slots of the cache for as long
+                as this runs, so that `cache.lengths` + T must not be more than there are.
+            counts: int32 [B], tokens of each row, at least 1.
+            cache: What came before them.
+
+        Returns:
+            float32 [B, V], the logits behind each row's last token; and the longer cache.
+        """
+        lengths = cache.lengths + counts
+        ends = lengths if cache.ends is None else cache.ends
+        longer = dataclasses.replace(cache, lengths=lengths, ends=ends)
+        x, longer = self.resume(tokens, cache.lengths, longer)
+        last = jnp.take_along_axis(x, (counts - 1)[:, None, None], axis=1)[:, 0]
+        return self.logits(last), longer
+
+    def begin(
+        self, tokens: Array, lengths: Array, ends: Array, cache_length: int
+    ) -> tuple[Array, KVCache]:
+        """Reads the first run of prompts.
+
+        Args:
+            tokens: int [B, T], no more than `cache_length` of each prompt.
+            lengths: int32 [B], tokens of each prompt, those of later runs included.
+            ends: See `prefill`.
+            cache_length: Slots of the new cache.
+
+        Returns:
+            The stream behind the layers [B, T, D], and the cache, which has these lengths and ends already.
+        """
+        x, keys, values = self._run(tokens, lengths, ends)
+        keys, values = (tuple(fill(a, cache_length) for a in arrays) for arrays in (keys, values))
+        return x, KVCache(keys, values, lengths, ends)
+
+    def resume(self, tokens: Array, starts: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """A later run, of tokens int [B, T] from slots `starts` int32 [B or 1] on; see `begin`."""
+        x, keys, values = self._run(tokens, cache.lengths, cache.ends, starts, cache)
+        return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
+
+    def logits(self, x: Array) -> Array:
+        """The stream behind the layers [..., D] to logits float32 [..., V]."""
+        return self._head(self.norm(x))
 
     def decode(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Reads one token a sequence: int [B] -> (logits float32 [B, V], the longer cache)."""
         x, keys, values = decoding.step(self.layers, self.norm, self._embed(tokens), cache)
-        return self._logits(x), KVCache(keys, values, cache.lengths + 1, cache.ends)
+        return self._head(x), KVCache(keys, values, cache.lengths + 1, cache.ends)
 
-    def _prompt(
-        self, tokens: Array, lengths: Array, ends: Array
+    def _run(
+        self,
+        tokens: Array,
+        lengths: Array,
+        ends: Array,
+        starts: Array | None = None,
+        cache: KVCache | None = None,
     ) -> tuple[Array, list[Array], list[Array]]:
-        x = self._embed(tokens)
-        turns = decoding.turns(self.layers, jnp.arange(tokens.shape[1])[None], lengths, ends)
+        """A run of tokens through all layers; see `Layer.prompt`."""
+        x, positions = self._embed(tokens), jnp.arange(tokens.shape[1])[None]
+        if starts is not None:
+            positions = positions + starts[:, None]
         keys, values = [], []
-        for layer, turn in zip(self.layers, turns, strict=True):
-            x, k, v = _run_layer(*nnx.split(layer), x, *turn)
+        turns = decoding.turns(self.layers, positions, lengths[:, None], ends[:, None])
+        for index, (layer, turn) in enumerate(zip(self.layers, turns, strict=True)):
+            before = () if cache is None else (starts, cache.keys[index], cache.values[index])
+            x, k, v = _run_layer(*nnx.split(layer), x, *turn, *before)
             keys.append(k)
             values.append(v)
         return x, keys, values
@@ -110,7 +160,7 @@ class Transformer(nnx.Module):
             return rows
         return rows * jnp.asarray(self.config.embedding_scale, rows.dtype)
 
-    def _logits(self, x: Array) -> Array:
+    def _head(self, x: Array) -> Array:
         head, cap = self.lm_head, self.config.logit_soft_cap
         if head is None:
             logits = platforms.linear_of_rows(x, self.embedding[...])
