@@ -28,14 +28,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import dequantise, integer, matvec, mma, wgmma
+from pallas_kernels import dequantise, integer, matvec, mma, mosaic_matmul, wgmma
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.target import H200, Target, current
 
-KERNELS = {"matvec": matvec, "integer": integer, "mma": mma, "wgmma": wgmma}
-Config = matvec.Config | integer.Config | mma.Config | wgmma.Config
+KERNELS = {"matvec": matvec, "integer": integer, "mma": mma, "wgmma": wgmma}  # in PTX
+_CONFIGURED = KERNELS | {"mosaic": mosaic_matmul}
+Config = matvec.Config | integer.Config | mma.Config | wgmma.Config | mosaic_matmul.Config
 _SHIPPED = Path(__file__).with_name("tuned.json")
 _FEW = 16  # most rows of x a program of `matvec` takes
+_MOST_DECODED_AGAIN = 128  # rows of x for which a kernel may decode the weight again and again
 # A row of another device, or of another kind of codebook, counts like one of a shape twice as large.
 _ANOTHER = math.log(2)
 
@@ -45,8 +47,8 @@ class Plan:
     """The choice for one product.
 
     Attributes:
-        kernel: a key of `KERNELS`; "dequantise" (then dot); "gather"; "xla" where no kernel runs.
-        config: launch configuration of a kernel of `KERNELS`, else None.
+        kernel: a key of `KERNELS`; "mosaic"; "dequantise" (then dot); "gather"; "xla" where no kernel runs.
+        config: launch configuration of a kernel of `KERNELS` or of "mosaic", else None.
         reason: why, in words.
     """
 
@@ -107,6 +109,7 @@ def choose(case: Case, target: Target) -> Plan:
     if not rows:
         why = "then dot: more tokens than any for which decoding again paid"
         return Plan("dequantise", None, f"{why}, for {target.architecture}")
+    reason = "no kernel of the table runs it"
     for row in rows:
         why = (
             f"fastest of those measured at {row['m']} x {row['n']} x {row['k']} on {row['device']},"
@@ -115,9 +118,13 @@ def choose(case: Case, target: Target) -> Plan:
         if row["kernel"] == "dequantise":
             return Plan("dequantise", None, f"then dot, {why}")
         config = fit(case, configuration(row, target), target)
+        if config is None:
+            continue
         reason = unsupported_reason(case, config, target)
         if reason is None:
             return Plan(row["kernel"], config, why)
+    if target.has_wgmma and case.m > _MOST_DECODED_AGAIN:
+        return Plan("dequantise", None, f"then dot, since {reason}")
     config = _portable(case, target)
     return Plan(kernel_of(config), config, f"untuned for {target.architecture}, since {reason}")
 
@@ -151,11 +158,13 @@ def configuration(row: dict, target: Target) -> Any:
         facts["programs"] = facts.pop("programs_each") * target.multiprocessors
     elif facts.get("programs"):
         facts["programs"] = facts["programs"] * target.multiprocessors // H200.multiprocessors
-    return KERNELS[row["kernel"]].Config(**facts)
+    return _CONFIGURED[row["kernel"]].Config(**facts)
 
 
 def fit(case: Case, config: Any, target: Target) -> Any:
-    """A configuration with what follows from the number of tokens."""
+    """A configuration with what follows from the case; None if no configuration of its kernel runs it."""
+    if config == mosaic_matmul.ANY:
+        return mosaic_matmul.guess(case, target)
     if isinstance(config, matvec.Config):
         columns = 1 if case.m <= _FEW // 2 else _FEW // 8
         diagonal, programs = (config.diagonal, config.programs) if case.m == 1 else (False, 0)
@@ -168,12 +177,12 @@ def fit(case: Case, config: Any, target: Target) -> Any:
 
 def unsupported_reason(case: Case, config: Any, target: Target) -> str | None:
     """Why a configuration does not run a case, or None."""
-    return KERNELS[kernel_of(config)].unsupported_reason(case, config, target)
+    return _CONFIGURED[kernel_of(config)].unsupported_reason(case, config, target)
 
 
 def kernel_of(config: Any) -> str:
-    """The key of `KERNELS` to which a configuration belongs."""
-    return next(name for name, module in KERNELS.items() if isinstance(config, module.Config))
+    """The kernel to which a configuration belongs."""
+    return next(name for name, module in _CONFIGURED.items() if isinstance(config, module.Config))
 
 
 def _class_of(architecture: str) -> str:
@@ -358,6 +367,8 @@ def launch(
     """Runs a product with a given kernel (not "gather") and configuration; see `Case.launch`."""
     if kernel == "dequantise":
         return (dequantise.matmul(case, arrays, target),)
+    if kernel == "mosaic":
+        return (mosaic_matmul.matmul(case, config, arrays),)
     module = KERNELS[kernel]
     return case.launch(
         module.source(case, config, target),

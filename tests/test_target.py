@@ -35,6 +35,8 @@ def _case(m, bits, uniform=False, dtype=HALF, n=4096, k=4096, group_size=64):
 def _source(case, plan, gpu):
     if plan.kernel == "dequantise":
         return dequantise.source(case, gpu)
+    if plan.kernel == "mosaic":
+        return "wgmma"  # what it is made of; JAX writes the rest
     return tuning.KERNELS[plan.kernel].source(case, plan.config, gpu)
 
 

@@ -67,6 +67,11 @@ def interpret_pallas():
         _interpret.reset(token)
 
 
+def interpreted() -> bool:
+    """Whether this is inside `interpret_pallas`."""
+    return _interpret.get()
+
+
 def prepare_tensor(w: QuantisedTensor, backend: str) -> QuantisedTensor:
     """A tensor in the layout that a backend's kernels read."""
     return w.to_layout(LAYOUT_OF[check_backend(backend)])
@@ -166,12 +171,17 @@ def _check_call(x, w, backend, bias, out_dtype, arithmetic) -> None:
         raise ValueError(f"{arithmetic=} is not one of {ARITHMETIC}")
     if arithmetic != "exact" and backend != "cpu":
         raise NotImplementedError(f'{arithmetic=} needs backend="cpu", got {backend=}')
+    check_available(backend, x)
+
+
+def check_available(backend: str | None, x: Array) -> None:
+    """Raises ValueError for a backend that there is not, or that cannot run here on x."""
     if backend is None:
         return
     check_backend(backend)
     if backend == "cpu" and (reason := cpu_backend.unavailable_reason()) is not None:
         raise ValueError(f'backend="cpu" is not available: {reason}')
-    if backend == "pallas" and not _interpret.get() and not isinstance(x, Tracer):
+    if backend == "pallas" and not interpreted() and not isinstance(x, Tracer):
         platform = next(iter(x.devices())).platform if isinstance(x, Array) else None
         if platform not in ("gpu", "cuda"):
             raise ValueError(

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 
+import pallas_kernels
 from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
 from fdk_jax.product import dispatch
+from pallas_kernels.case import Arrays
 
 _FEWEST_ROWS, _MOST_ROWS = 8, 512  # of a tile
 
@@ -30,8 +32,9 @@ def grouped_matmul(
 
         y[i] = x[i] @ w[e].T + bias[e],  e = the group of row i
 
-    As `jax.lax.ragged_dot`, with packed weights. A matrix is dequantised only while its rows are multiplied,
-    so that memory does not grow with E, and groups without rows cost nothing. Differentiable with respect to x
+    As `jax.lax.ragged_dot`, with packed weights. On a Hopper GPU one launch multiplies all groups; elsewhere a
+    matrix is dequantised only while its rows are multiplied, so that memory does not grow with E. Groups
+    without rows cost nothing. Differentiable with respect to x
     and bias in reverse mode.
 
     Args:
@@ -94,13 +97,35 @@ def _check(x, w, group_sizes, backend, bias, out_dtype) -> Any:
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
-    if backend is not None:
-        dispatch.check_backend(backend)
+    dispatch.check_available(backend, x)
     return out_dtype
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiable(backend, out_dtype, x, w, group_sizes, bias) -> Array:
+    one_by_one = functools.partial(_one_by_one, backend, out_dtype)
+    operands = x, w, group_sizes, bias
+    if w.layout != "planar" or backend not in (None, "pallas") or dispatch.interpreted():
+        return one_by_one(*operands)
+    arrays = Arrays(x, w.packed, w.scales, w.codebook, bias)
+    facts: dict[str, Any] = dict(
+        bits=w.bits, group_size=w.group_size, out_features=w.out_features, out_dtype=out_dtype
+    )
+    if pallas_kernels.grouped_unsupported_reason(arrays, **facts) is not None:
+        return one_by_one(*operands)
+
+    def together(x, w, group_sizes, bias) -> Array:
+        arrays = Arrays(x, w.packed, w.scales, w.codebook, bias)
+        return pallas_kernels.grouped_matmul(arrays, group_sizes, **facts)
+
+    if backend == "pallas":
+        return together(*operands)
+    return jax.lax.platform_dependent(*operands, cuda=together, default=one_by_one)
+
+
+def _one_by_one(backend, out_dtype, x, w, group_sizes, bias) -> Array:
+    """A product for each tile of rows: any backend, any case."""
+
     def product(tile: Array, matrix: tuple[QuantisedTensor, Array | None]) -> Array:
         one, b = matrix
         return dispatch.matmul(tile, one, backend=backend, bias=b, out_dtype=out_dtype)

@@ -1,0 +1,399 @@
+"""The kernel for many rows of x: weight codes become operand registers of `wgmma`, in Pallas' Mosaic GPU.
+
+Each compute warpgroup decodes 64 rows of the weight into registers, x comes by bulk tensor copies into shared
+memory from a producer warpgroup, the sums stay in registers over the whole of K. Scales multiply the decoded
+weights, which are rounded as a dequantised weight would be.
+
+Glossary: T tokens a program (`Config.tokens`); a plane is 64 columns of K; a slab the planes whose codes and
+scales are copied at once.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic_decoding
+from pallas_kernels.case import PLANE, Arrays, Case
+from pallas_kernels.mosaic_decoding import U32, Decoder
+from pallas_kernels.mosaic_matmul import GROUP_ROWS, Config, quads, slab
+
+_TILES = GROUP_ROWS // 16
+_PRODUCER_REGISTERS = 40
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+class _Tile(NamedTuple):
+    """What a program computes.
+
+    Attributes:
+        m: the first row of x.
+        rows: how many of them are its own; None for as many as there are.
+        program: along N.
+        group: whose matrix; None if there is one matrix.
+        first_slab: where along K it starts.
+        slabs: how many it takes.
+    """
+
+    m: Any
+    rows: Any
+    program: Any
+    group: Any
+    first_slab: Any
+    slabs: Any
+
+    def of_matrix(self, ref: Any, *index: Any) -> Any:
+        """A part of an array with an element for each matrix."""
+        return ref.at[index if self.group is None else (self.group, *index)]
+
+
+# A function of its own in the program: products of equal shapes are lowered and compiled once.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def matmul(case: Case, config: Config, arrays: Arrays, group_sizes: Array | None = None) -> Array:
+    """X [M, K] times the transpose of a planar weight: [M, N].
+
+    Args:
+        case: the product; of one matrix and all rows, if there are groups.
+        config: launch configuration.
+        arrays: x and the weight; with `group_sizes` stacked weights and biases.
+        group_sizes: int32 [E], consecutive rows for each matrix; or None.
+    """
+    programs_n = -(-case.n // config.rows)
+    tiles_m, lead = -(-case.m // config.tokens), ()
+    if group_sizes is not None:
+        # At most: whole tiles, a last one for each group with rows, and one past them all.
+        lead = group_sizes.shape
+        tiles_m = case.m // config.tokens + min(*lead, case.m) + 1
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, case, config, lead, arrays.bias is not None),
+        out_type=jax.ShapeDtypeStruct((case.m, case.n), case.out_dtype),
+        scratch_types=_scratch(case, config),
+        grid=(tiles_m, -(-programs_n // config.cluster)),
+        grid_names=("m", "n"),
+        num_threads=config.warpgroups + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=16,
+        ),
+        cluster=(config.cluster * config.splits,),
+        cluster_names=("cluster",),
+    )
+    # The 1 KiB of a tile of a block as 8 lines of 128 bytes.
+    packed = arrays.packed.reshape(*lead, case.tiles, case.blocks, 8, 64)
+    operands = (arrays.x, packed, arrays.scales, arrays.codebook.reshape(-1))
+    operands += () if arrays.bias is None else (arrays.bias.reshape(-1),)
+    return kernel(*operands, *(() if group_sizes is None else (group_sizes,)))
+
+
+def _scratch(case: Case, config: Config) -> dict[str, Any]:
+    swizzle = plgpu.SwizzleTransform(128)
+    tiles = _TILES * config.row_groups
+    x_shape = config.x_stages, config.tokens, PLANE
+    # The same bytes: `wgmma` reads tiles of 8 rows, copies of any number of rows know none.
+    views = _x_transforms(), (swizzle,)
+    users = config.row_groups  # warpgroups that read a plane of x
+    free = plgpu.Barrier
+    if config.splits == 1:
+        free = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
+    return dict(
+        x_smem=plgpu.RefUnion(*(plgpu.SMEM(x_shape, case.x_dtype, transforms=t) for t in views)),
+        w_smem=plgpu.SMEM(
+            (config.w_stages, tiles, slab(case) // case.span, 8, 64),
+            jnp.uint16,
+            transforms=(swizzle,),
+        ),
+        s_smem=plgpu.SMEM((config.w_stages, tiles, quads(case), 64), case.scale_dtype),
+        table=plgpu.SMEM((max(16, Decoder.of(case).table_bytes) // 4,), jnp.uint32),
+        x_full=plgpu.Barrier(num_barriers=config.x_stages),
+        w_full=plgpu.Barrier(num_arrivals=2, num_barriers=config.w_stages),
+        x_free=free(num_arrivals=users, num_barriers=config.x_stages),
+        w_free=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.w_stages),
+    )
+
+
+def _kernel(case: Case, config: Config, lead, has_bias: bool, x, w, s, codebook, *refs, **scratch):
+    bias, y = refs[:1] if has_bias else (), refs[-1]
+    slabs = -(-case.k // slab(case))
+    split = jax.lax.axis_index("cluster") if config.splits > 1 else 0
+    per_split = -(-slabs // config.splits)
+    first = split * per_split
+    part = first, jnp.minimum(per_split, slabs - first) if config.splits > 1 else slabs
+    program = jax.lax.axis_index("n")
+    if config.cluster > 1:
+        program = program * config.cluster + jax.lax.axis_index("cluster")
+    visit = jax.lax.axis_index("m")
+    warpgroup = jax.lax.axis_index("wg")
+
+    def run(tile: _Tile) -> None:
+        @pl.when(warpgroup == config.warpgroups)
+        def _():
+            plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+            _produce(case, config, x, w, s, tile, **scratch)
+
+        @pl.when(warpgroup < config.warpgroups)
+        def _():
+            plgpu.set_max_registers(_registers(config.warpgroups), action="increase")
+            _consume(case, config, bias, codebook, y, tile, warpgroup, **scratch)
+
+    if not lead:
+        run(_Tile(visit * config.tokens, None, program, None, *part))
+        return
+    group, m, rows = _find(case, config, refs[-2], visit, *lead)
+    pl.when((rows > 0) & (group < lead[0]))(lambda: run(_Tile(m, rows, program, group, *part)))
+    pl.when((rows > 0) & (group == lead[0]) & (warpgroup < config.row_groups) & (split == 0))(
+        lambda: _copy_rows(config, None, y, m, rows, _first_row(config, program, warpgroup))
+    )
+
+
+def _find(case: Case, config: Config, sizes, visit, groups: int):
+    """Group, first row and number of rows of a tile of a grouped product."""
+    found = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=(found,) * 3)
+    def find(_, sizes, visit):
+        results = mosaic_decoding.find_tile(
+            sizes,
+            U32(visit.registers.item()),
+            groups=groups,
+            tokens=config.tokens,
+            rows=case.m,
+        )
+        return tuple(mosaic_decoding.scalar(result) for result in results)
+
+    return find(sizes, jnp.int32(visit))
+
+
+def _first_row(config: Config, program, row_group):
+    """The first row of the weight that a warpgroup computes."""
+    return program * config.rows + row_group * GROUP_ROWS
+
+
+def _registers(warpgroups: int) -> int:
+    """Registers of a thread that computes: what a program starts with, less the producer's.
+
+    A program that asks for more than there are waits for ever.
+    """
+    at_start = 64 * 1024 // (128 * (warpgroups + 1)) // 8 * 8
+    all_of_them = at_start * (warpgroups + 1) - _PRODUCER_REGISTERS
+    return min(240, all_of_them // warpgroups // 8 * 8)
+
+
+def _produce(
+    case,
+    config,
+    x,
+    w,
+    s,
+    tile,
+    *,
+    x_smem,
+    w_smem,
+    s_smem,
+    x_full,
+    w_full,
+    x_free,
+    w_free,
+    **_,
+):
+    """Copies codes and scales a slab at a time, and the planes of x that belong to them."""
+    _, x_smem = x_smem
+    size, tiles = slab(case), config.rows // 16
+    planes, blocks, fours = size // PLANE, size // case.span, quads(case)
+    collective = "cluster" if config.cluster > 1 else None
+
+    slabs = tile.slabs
+
+    def step(i, _):
+        slot = jax.lax.rem(i, config.w_stages)
+        pl.when(i >= config.w_stages)(functools.partial(plgpu.barrier_wait, w_free.at[slot]))
+        here = tile.first_slab + i  # of all slabs
+
+        rows = pl.ds(tile.program * tiles, tiles)
+        plgpu.copy_gmem_to_smem(
+            tile.of_matrix(w, rows, pl.ds(here * blocks, blocks)), w_smem.at[slot], w_full.at[slot]
+        )
+        quad = here * size // (4 * case.group_size)
+        plgpu.copy_gmem_to_smem(
+            tile.of_matrix(s, rows, pl.ds(quad, fours)), s_smem.at[slot], w_full.at[slot]
+        )
+        for plane in range(planes):
+            index = i * planes + plane
+            slot = jax.lax.rem(index, config.x_stages)
+            pl.when(index >= config.x_stages)(
+                functools.partial(plgpu.barrier_wait, x_free.at[slot])
+            )
+            column = (here * planes + plane) * PLANE
+            plgpu.copy_gmem_to_smem(
+                x.at[pl.ds(tile.m, config.tokens), pl.ds(column, PLANE)],
+                x_smem.at[slot],
+                x_full.at[slot],
+                collective_axes=collective,
+            )
+        return ()
+
+    jax.lax.fori_loop(0, slabs, step, ())
+    # Programs of a cluster end together: their barriers are signalled from outside.
+    if config.cluster > 1:
+        last = slabs * planes
+        for index in range(max(0, last - config.x_stages), last):
+            plgpu.barrier_wait(x_free.at[index % config.x_stages])
+    if config.splits > 1:
+        _meet_over_splits()
+        _meet_over_splits()
+
+
+@plgpu.inline_mgpu()
+def _meet_over_splits(_):
+    mosaic_decoding.meet_cluster()
+
+
+def _consume(
+    case,
+    config,
+    bias,
+    codebook,
+    y,
+    tile,
+    warpgroup,
+    *,
+    x_smem,
+    w_smem,
+    s_smem,
+    table,
+    x_full,
+    w_full,
+    x_free,
+    w_free,
+):
+    """Decodes a plane while the products of the one before are under way."""
+    x_smem, x_flat = x_smem
+    size, planes, decoder = slab(case), slab(case) // PLANE, Decoder.of(case)
+    slabs, step = tile.slabs, config.k_groups
+    row_group = jax.lax.rem(warpgroup, config.row_groups)
+    k_group = warpgroup // config.row_groups
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR))
+    def set_up(_, codebook, table, book):
+        decoder.set_up(codebook, table, U32(book.registers.item()), 128 * config.warpgroups)
+
+    book = tile.program * config.rows // (case.n // case.books)
+    book = jnp.minimum(book, case.books - 1)
+    if tile.group is not None:
+        book += tile.group * case.books
+    set_up(codebook, table, jnp.int32(book))
+
+    a_type = plgpu.ShapeDtypeStruct((GROUP_ROWS, PLANE), case.x_dtype, layout=plgpu.Layout.WGMMA)
+    refs = plgpu.RefType((plgpu.SwizzleTransform(128),)), plgpu.RefType(), plgpu.RefType()
+
+    @plgpu.inline_mgpu(arg_types=(*refs, _SCALAR, _SCALAR), return_type=a_type)
+    def decode(_, codes, scales, table, group, plane):
+        return decoder.plane(
+            codes, scales, table, U32(group.registers.item()), U32(plane.registers.item())
+        )
+
+    def body(acc):
+        def multiply(i, _):
+            w_slot = jax.lax.rem(i, config.w_stages)
+            plgpu.barrier_wait(w_full.at[w_slot])
+            # The scales start with a quad; the slab with this group of it.
+            group = jax.lax.rem((tile.first_slab + i) * size // case.group_size, 4)
+            tiles = pl.ds(row_group * _TILES, _TILES)
+            slot_refs = w_smem.at[w_slot, tiles], s_smem.at[w_slot, tiles], table
+            for first in range(0, planes, step):
+                plane = first + (k_group if step > 1 else 0)
+                index = i * planes + plane
+                a = decode(*slot_refs, jnp.int32(group), jnp.int32(plane))
+                plgpu.wgmma_wait(0)
+
+                @pl.when(index >= step)
+                def _():
+                    before = jax.lax.rem(index - step, config.x_stages)  # noqa: B023
+                    plgpu.barrier_arrive(x_free.at[before])
+
+                slot = jax.lax.rem(index, config.x_stages)
+                plgpu.barrier_wait(x_full.at[slot])
+                plgpu.wgmma(acc, a, x_smem.at[slot].transpose((1, 0)))
+            plgpu.barrier_arrive(w_free.at[w_slot])
+            return ()
+
+        jax.lax.fori_loop(0, slabs, multiply, ())
+        plgpu.wgmma_wait(0)
+        last = slabs * planes - step + k_group
+        plgpu.barrier_arrive(x_free.at[jax.lax.rem(last, config.x_stages)])
+        return acc[...]
+
+    total = pl.run_scoped(body, plgpu.ACC((GROUP_ROWS, config.tokens), jnp.float32))
+    first_row = _first_row(config, tile.program, row_group)
+    if config.k_groups == config.splits == 1:
+        _write(case, config, total, bias, y, tile, first_row, x_flat, row_group)
+        return
+    whole = plgpu.RefType(_x_transforms())
+    sums = plgpu.ShapeDtypeStruct(total.shape, total.dtype, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(whole, plgpu.Layout.WGMMA, _SCALAR), return_type=sums)
+    def add(_, x_smem, total, warpgroup):
+        return mosaic_decoding.add_over_k(
+            x_smem,
+            total,
+            U32(warpgroup.registers.item()),
+            config.row_groups,
+            config.k_groups,
+            config.splits,
+        )
+
+    total = add(x_smem, total, jnp.int32(warpgroup))
+    owner = k_group == 0
+    if config.splits > 1:
+        owner &= jax.lax.axis_index("cluster") == 0
+
+    @pl.when(owner)
+    def _():
+        slot = 2 * (config.warpgroups - config.row_groups) + row_group
+        _write(case, config, total, bias, y, tile, first_row, x_flat, slot, meet=False)
+
+
+def _x_transforms():
+    return plgpu.TilingTransform((8, PLANE)), plgpu.SwizzleTransform(128)
+
+
+def _write(case, config, total, bias, y, tile, first_row, x_flat, slot, meet=True):
+    """Adds the bias, rounds, turns [rows, tokens] around in shared memory, and copies it out."""
+    target = plgpu.RefType((plgpu.SwizzleTransform(128),))
+    biases = (plgpu.RefType(),) * len(bias)
+
+    @plgpu.inline_mgpu(arg_types=(target, plgpu.Layout.WGMMA, _SCALAR, _SCALAR, *biases))
+    def turn(_, target, total, first_row, group, *bias):
+        if meet:
+            mosaic_decoding.meet(128 * config.warpgroups)
+        rows = (U32(value.registers.item()) for value in (first_row, group))
+        mosaic_decoding.store_turned(target, total, case, *rows, *bias)
+
+    group = jnp.int32(0 if tile.group is None else tile.group)
+    turn(x_flat.at[slot], total, jnp.int32(first_row), group, *bias)
+    plgpu.commit_smem()
+    if tile.rows is not None:
+        _copy_rows(config, x_flat.at[slot], y, tile.m, tile.rows, first_row)
+        return
+    plgpu.copy_smem_to_gmem(
+        x_flat.at[slot], y.at[pl.ds(tile.m, config.tokens), pl.ds(first_row, GROUP_ROWS)]
+    )
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _copy_rows(config, source, y, m, rows, first_row):
+    """Copies a tile's own rows to y; zeros if there is no source."""
+    sources = () if source is None else (plgpu.RefType((plgpu.SwizzleTransform(128),)),)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR, *sources))
+    def copy(_, y, m, rows, first_row, source=None):
+        places = (U32(value.registers.item()) for value in (m, rows, first_row))
+        mosaic_decoding.copy_rows(source, y, *places, config.tokens)
+
+    places = (jnp.int32(value) for value in (m, rows, first_row))
+    copy(y, *places, *(() if source is None else (source,)))

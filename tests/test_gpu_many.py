@@ -1,0 +1,136 @@
+"""The Mosaic GPU kernel on a GPU, for one weight and for groups of rows: every element against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import planar
+import pytest
+
+from pallas_kernels import grouped, mosaic_matmul, tuning
+from pallas_kernels.case import Arrays, Case
+from pallas_kernels.mosaic_matmul import Config
+from pallas_kernels.target import current
+
+if jax.default_backend() != "gpu" or not current().has_wgmma:
+    pytest.skip("needs an NVIDIA GPU with wgmma (sm_90)", allow_module_level=True)
+
+EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+CONFIGS = sorted(
+    {
+        (row["bits"], mosaic_matmul.Config(**row["config"]))
+        for row in tuning._table()
+        if row["kernel"] == "mosaic"
+    },
+    key=str,
+)
+
+
+def _close(y, exact, size, dtype):
+    """The result is rounded once; errors of rounded weights add up like a random walk over K."""
+    error = np.abs(np.asarray(y, np.float64) - exact)
+    bound = EPS[dtype] * (np.abs(exact) + 4 * size)
+    assert (error <= bound).all(), (
+        f"{(error / bound).max()} of the bound at {(error / bound).argmax()}"
+    )
+
+
+def _product(rng, m, n, k, bits, group, dtype, books, bias):
+    """Case, arrays, the product in float64, and what each element measures without cancellation."""
+    arrays, facts, (exact, _) = planar.product(rng, m, n, k, bits, group, dtype, books)
+    weight = planar.matrix(arrays[1:], facts, n, k, books)
+    size = np.sqrt(np.asarray(arrays[0], np.float64) ** 2 @ (weight**2).T)
+    added = jnp.asarray(rng.normal(size=n), dtype) if bias else None
+    if bias:
+        exact = exact + np.asarray(added, np.float64)
+    half = jnp.dtype(dtype)
+    case = Case(m, n, k, bits, group, books, half, half, half if bias else None, half)
+    return case, Arrays(*arrays, added), exact, size
+
+
+def _poison():
+    """Leaves NaN in the memory that the next output takes."""
+    jnp.full(64 << 20, jnp.nan, jnp.bfloat16).block_until_ready().delete()
+
+
+def _check(rng, m, n, k, bits, group, dtype, config, books=1, bias=False):
+    case, arrays, exact, size = _product(rng, m, n, k, bits, group, dtype, books, bias)
+    reason = mosaic_matmul.unsupported_reason(case, config, current())
+    assert reason is None, reason
+    _poison()
+    _close(mosaic_matmul.matmul(case, config, arrays), exact, size, dtype)
+
+
+@pytest.mark.parametrize(("bits", "config"), CONFIGS, ids=str)
+def test_tuned_configurations(rng, bits, config):
+    """Ragged along every axis: a last program with few rows, few tokens, and a part of a slab."""
+    k = 2048 * config.splits + 1032
+    _check(rng, config.tokens + 3, config.rows + 72, k, bits, 64, "bfloat16", config, bias=True)
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("group", [8, 16, 32, 64, 128, 512])
+def test_groups(rng, bits, group, dtype):
+    _check(rng, 70, 264, 1544, bits, group, dtype, Config(64, 2, 1, 6, 2))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(16, 1, 4, 16, 2),
+        Config(48, 1, 2, 8, 2),
+        Config(64, 2, 2, 8, 2),
+        Config(128, 2, 1, 4, 2, cluster=2),
+        Config(256, 2, 1, 4, 2, cluster=2),
+        Config(64, 1, 4, 8, 2, splits=2),
+        Config(128, 2, 1, 8, 2, splits=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("m", [1, 16, 131])
+def test_configurations_with_codebooks_of_their_own(rng, config, m):
+    n = 3 * config.rows
+    _check(rng, m, n, 2056, 4, 64, "bfloat16", config, books=3, bias=True)
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_the_same_bits_again_and_again(rng, bits):
+    config = Config(64, 1, 4, 8, 2, splits=2)
+    case, arrays, *_ = _product(rng, 64, 512, 4096, bits, 64, "bfloat16", 1, False)
+    first = np.asarray(mosaic_matmul.matmul(case, config, arrays)).view(np.uint16)
+    for _ in range(100):
+        again = np.asarray(mosaic_matmul.matmul(case, config, arrays)).view(np.uint16)
+        np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.parametrize("config", [None, *(config for _, config in grouped._CONFIGS)], ids=str)
+@pytest.mark.parametrize(
+    ("bits", "sizes", "past"),
+    [
+        (4, [3, 0, 1, 7, 2], 2),
+        (1, [0, 0, 300, 0, 0, 1], 0),
+        (2, [0, 0, 0], 20),
+        (8, [16, 16, 0, 48, 1] * 13, 9),
+    ],
+)
+def test_grouped(rng, bits, sizes, past, config):
+    n, k, groups, rows = 200, 520, len(sizes), sum(sizes) + past
+    products = [_product(rng, 1, n, k, bits, 64, "bfloat16", 1, True) for _ in sizes]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *(arrays for _, arrays, *_ in products))
+    x = jnp.asarray(rng.normal(size=(rows, k)), jnp.bfloat16)
+    exact, size, start = np.zeros((rows, n)), np.zeros((rows, n)), 0
+    for (_, arrays, *_), count in zip(products, sizes, strict=True):
+        facts = dict(bits=bits, group_size=64, out_features=n)
+        weight = planar.matrix(arrays[1:4], facts, n, k, 1)
+        here, part = slice(start, start + count), np.asarray(x[start : start + count], np.float64)
+        exact[here] = part @ weight.T + np.asarray(arrays.bias, np.float64)
+        size[here] = np.sqrt(part**2 @ (weight**2).T)
+        start += count
+    facts = dict(bits=bits, group_size=64, out_features=n, out_dtype=jnp.bfloat16)
+    stacked = stacked._replace(x=x)
+    case = grouped.grouped_case(stacked, **facts)
+    config = config or grouped.configuration(case, groups, current())[0]
+    _poison()
+    y = mosaic_matmul.matmul(case, config, stacked, jnp.asarray(sizes, jnp.int32))
+    _close(y, exact, size, "bfloat16")
+    assert not np.asarray(y[start:]).any()

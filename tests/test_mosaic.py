@@ -1,0 +1,115 @@
+"""The Mosaic GPU kernel without a GPU: where a thread finds its codes, what it lowers to, what it refuses.
+
+Values are compared in tests/test_gpu.py, on a GPU.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from backends import for_a_gpu
+
+from fdk_jax.format import packing
+from pallas_kernels import mosaic_decoding, mosaic_matmul
+from pallas_kernels.case import Arrays, Case
+from pallas_kernels.mosaic_matmul import Config
+from pallas_kernels.target import H200, Target
+
+BF16 = jnp.dtype(jnp.bfloat16)
+
+
+def case(m=40, n=264, k=1032, bits=4, group=64, books=1, dtype=BF16, bias=None):
+    return Case(m, n, k, bits, group, books, dtype, dtype, bias, dtype)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_thread_finds_the_codes_of_its_operands(bits, rng):
+    """Against the packing: element e of pair q of chunk j is column 8 j + 2 c + e, of rows g and g + 8."""
+    planes, blocks = 8 // bits, 2
+    n, k, group = 64, blocks * planes * 64, 32
+    codes = rng.integers(0, 2**bits, (n, k)).astype(np.uint8)
+    scales = rng.permutation(n * k // group).reshape(n, -1).astype(np.float32)
+    packed, planar = packing.to_planar(
+        packing.pack(codes, bits),
+        jnp.asarray(scales),
+        bits=bits,
+        group_size=group,
+        out_features=n,
+        in_features=k,
+    )
+    raw = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, 8, 8, 16)
+    shared = np.empty_like(raw)  # 16 bytes at a time, as the copies swizzle lines of 128
+    for line in range(8):
+        for column in range(8):
+            shared[:, line, column ^ line] = raw[:, line, column]
+    shared = np.concatenate([shared.reshape(-1), np.zeros(4, np.uint8)])
+    thread = np.arange(128)
+    warp, g, c = mosaic_decoding.lane_of(thread)
+    for plane in range(planes * blocks):
+        for chunk, (place, bit) in enumerate(
+            mosaic_decoding.code_places(bits, thread, plane, blocks)
+        ):
+            word = sum(shared[place + i].astype(np.int64) << 8 * i for i in range(4)) >> bit
+            for row in range(2):
+                for e in range(2):
+                    shift = row + 16 * e if bits == 1 else bits * (2 * row + e)
+                    found = word >> shift & 2**bits - 1
+                    wanted = codes[16 * warp + g + 8 * row, 64 * plane + 8 * chunk + 2 * c + e]
+                    np.testing.assert_array_equal(found, wanted)
+    planar = np.asarray(planar).reshape(-1)
+    for index in range(k // group):
+        place = mosaic_decoding.scale_place(thread, index, k // group // 4) // 2
+        np.testing.assert_array_equal(planar[place], scales[16 * warp + g, index])
+        np.testing.assert_array_equal(planar[place + 1], scales[16 * warp + g + 8, index])
+
+
+@pytest.mark.parametrize(
+    ("product", "config"),
+    [
+        (case(bits=1, group=32), Config(16, 1, 4, 16, 2)),
+        (case(bits=2, dtype=jnp.dtype(jnp.float16)), Config(128, 2, 1, 4, 2, cluster=2)),
+        (case(bits=4, bias=BF16), Config(64, 2, 2, 8, 2, splits=2)),
+        (case(bits=8, n=256, books=2), Config(64, 1, 2, 8, 2)),
+    ],
+)
+def test_lowers_for_a_gpu(product, config):
+    assert mosaic_matmul.unsupported_reason(product, config, H200) is None
+    shape = jax.ShapeDtypeStruct
+    half, bits = product.x_dtype, product.bits
+    books = (2**bits,) if product.books == 1 else (product.books, 2**bits)
+    arrays = Arrays(
+        shape((product.m, product.k), half),
+        shape((product.tiles, product.blocks, 2, 8, 32), jnp.uint16),
+        shape((product.tiles, product.quads, 64), half),
+        shape(books, jnp.float32),
+        None if product.bias_dtype is None else shape((product.n,), product.bias_dtype),
+    )
+    with for_a_gpu():
+        traced = jax.jit(lambda a: mosaic_matmul.matmul(product, config, a)).trace(arrays)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "words"),
+    [
+        (dict(k=1028), Config(), "multiples of 8"),
+        (dict(group_size=48), Config(), "power of two"),
+        (dict(scale_dtype=jnp.dtype(jnp.float32)), Config(), "scales"),
+        (dict(x_dtype=jnp.dtype(jnp.float32)), Config(), "float32"),
+        (dict(books=3), Config(), "codebooks"),
+        (dict(k=256), Config(splits=2), "too small"),
+        ({}, Config(256, 2, 1, 16, 4), "shared memory"),
+        ({}, Config(64, 1, 4, 6), "do not divide"),
+        ({}, Config(cluster=2, splits=2), "two programs"),
+    ],
+)
+def test_refuses_what_it_cannot_do(change, config, words):
+    product = dataclasses.replace(case(), **change)
+    assert words in mosaic_matmul.unsupported_reason(product, config, H200)
+
+
+def test_needs_the_instruction_of_one_architecture():
+    for name in ("sm_80", "sm_89", "sm_100", "sm_120"):
+        assert "wgmma" in mosaic_matmul.unsupported_reason(case(), Config(), Target.parse(name))
