@@ -84,6 +84,9 @@ REFUSED = [
     ("ministral", dict(sliding_window=None, layer_types=["sliding_attention"] * 4), "layer_types"),
     ("smollm3", dict(no_rope_layers=[1, 0]), "no_rope_layers has 2 entries"),
     ("gemma3_text", dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    ("smollm3", dict(layer_types=["sliding_attention"] * 4), "layer_types has windows"),
+    ("qwen3_moe", dict(layer_types=["sliding_attention"] * 4), "layer_types has windows"),
+    ("olmo3", dict(sliding_window=None), "sliding_window is not set"),
     ("olmo3", dict(rope_parameters=dict(rope_type="default")), "rope_parameters has 'rope_type'"),
     ("mixtral", dict(num_experts_per_tok=9), "per_token=9"),
     ("qwen3_moe", dict(shared_expert_intermediate_size=64), "shared_expert_intermediate_size"),
@@ -214,6 +217,11 @@ def test_null_is_none_where_that_means_something():
     assert (config.attention_soft_cap, config.logit_soft_cap) == (50.0, 30.0)
     assert read("qwen3", head_dim=None).head_dim == 8 and read("qwen3").head_dim == 128
     assert read("gpt_oss", rope_parameters=None).layer(0).rope.scaling.factor == 32
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "smollm3"])
+def test_a_window_that_is_not_used_is_none(family):
+    assert read(family, sliding_window=16) == read(family)
 
 
 def test_experts_have_one_window_for_all_layers():

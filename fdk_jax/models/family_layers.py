@@ -116,6 +116,8 @@ def two_ropes(key_of_local: str | None, usual: Callable[[Keys, int], bool]) -> L
     """Layers with a window have a rotary embedding of their own, without scaling."""
 
     def layers(c: Keys, head_dim: int) -> list[LayerOptions]:
+        if c.get("sliding_window") is None:
+            raise ValueError("sliding_window is not set, and layers with one have their own RoPE")
         theta = c["rope_theta"]
         local = theta if key_of_local is None else c[key_of_local]
         nested = c.get("rope_parameters") or {}
@@ -157,11 +159,11 @@ def some_without_positions(c: Keys, head_dim: int) -> list[LayerOptions]:
     has_rope = c.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(count)]
     if len(has_rope) != count:
         raise ValueError(f"no_rope_layers has {len(has_rope)} entries for {count} layers")
-    if not c["use_sliding_window"]:
-        windows = [None] * count
-    else:
+    windows: list[int | None] = [None] * count
+    if c["use_sliding_window"]:
         windows = _windows(c, lambda c, i: c.get("sliding_window") is not None and not has_rope[i])
-    c.get("layer_types")
+    else:
+        _check_unused(c)
     rope = _rope(c, head_dim)
     return [
         LayerOptions(window, rope if turned else None)
@@ -173,10 +175,7 @@ def qwen_windows(c: Keys, head_dim: int) -> list[LayerOptions]:
     """Qwen: windows, where they are used, from some layer on."""
     first = c.get("max_window_layers", 0)
     if not c["use_sliding_window"]:
-        types = set(c.get("layer_types") or ())
-        if types - {"full_attention"}:
-            raise ValueError("layer_types has windows, and use_sliding_window is false")
-        c.get("sliding_window")
+        _check_unused(c)
         return plain(c, head_dim)
     return _of_windows(c, head_dim, _windows(c, lambda _, i: i >= first))
 
@@ -185,8 +184,19 @@ def used_window(c: Keys, head_dim: int) -> list[LayerOptions]:
     """Qwen3-MoE: one window for all layers, where it is used."""
     if c["use_sliding_window"]:
         return one_window(c, head_dim)
-    c.get("sliding_window")
+    _check_unused(c)
     return plain(c, head_dim)
+
+
+def _check_unused(c: Keys) -> None:
+    """A window that is not used may be named, but no layer may ask for it.
+
+    Raises:
+        ValueError: one does.
+    """
+    c.get("sliding_window")
+    if set(c.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError("layer_types has windows, and use_sliding_window is false")
 
 
 def with_experts(layers: Layers, experts: Callable[[Keys, int], Experts | None]) -> Layers:
