@@ -13,6 +13,10 @@ import os
 import re
 import signal
 import sys
+
+# Products are compared with float64 by threads of Python, each with its own rows. Read when numpy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
