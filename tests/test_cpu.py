@@ -266,3 +266,15 @@ def test_build_without_a_compiler_says_so():
     assert done.returncode == 0, done.stderr
     assert "no C++ compiler was found" in done.stderr
     assert "install g++" in done.stderr
+
+
+def test_the_kernel_of_a_product_is_named(rng, level):
+    """`kernel_name` is what the library would run: of the level in use, for the dtype, bits and tokens."""
+    x, w = _problem(rng, 3, 40, 128, 4)
+    name = cpu_backend.kernel_name(x, w)
+    assert name is not None
+    assert name.split(".")[0] in level.levels()
+    level.set_level("scalar")
+    for arithmetic in cpu_backend.ARITHMETIC:
+        assert cpu_backend.kernel_name(x, w, arithmetic).startswith("scalar.")
+    assert "scalar." in fdk_jax.explain(x, fdk_jax.prepare(w, "cpu"), backend="cpu").kernel
