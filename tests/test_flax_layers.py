@@ -137,7 +137,7 @@ NO_MATRIX = {
         "ToNNXModule",
         "Recorder",
     ),
-    *("ToNNXFlat", "Set", "Tuple", "ModuleBase", "Flatten", "Embedding"),
+    *("ToNNXFlat", "Set", "Tuple", "ModuleBase", "Flatten", "Embedding", "RoPE"),
 }
 
 
