@@ -56,6 +56,7 @@ class _Writer(matvec._Writer):
     def write(self) -> str:
         config, ptx = self.config, self.ptx
         ptx.share(max(16, self.decoder.shared_bytes))
+        ptx.comment("locate: this lane's rows, range of K and addresses")
         self._locate()
         row_bytes = 2 * self.case.blocks * self.case.span
         row = ptx.op("add.u32", self.program_row, self.row)

@@ -1,7 +1,7 @@
-"""The plain kernel: any dtype, group size and codebook, in ordinary Pallas operations.
+"""The plain kernel's shortest form, which Pallas' interpreter runs: any dtype, group size and codebook.
 
-It decodes by looking every code up in the codebook in memory, so that it is slow and needs nothing but
-loads, shifts and a dot. It serves what the fast kernels do not, and Pallas' interpreter.
+It decodes by looking every code up in the codebook in memory, in a loop of few operations that compiles at
+once; `plain` unrolls that loop for GPUs.
 
 Glossary: BN rows of the weight and BM rows of x a program; a tile of the planar layout
 (`fdk_jax.format.packing`) holds 8 / bits planes of two halves of 32 weights; G weights a scale.

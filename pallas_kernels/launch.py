@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import chain, gather, matvec, ring, target, tuning
+from pallas_kernels import chain, gather, matvec, plain, ring, target, tuning
 from pallas_kernels.case import Arrays, Case
 
 
@@ -68,8 +68,9 @@ def matmul(
         raise NotImplementedError(
             f"no kernel multiplies on this GPU: {chosen.reason}; use backend='xla' or None"
         )
-    if interpret or chosen.kernel == "gather":
-        return gather.matmul(
+    if interpret or chosen.kernel == "plain":
+        twin = gather if interpret else plain
+        return twin.matmul(
             x,
             packed,
             scales,

@@ -164,12 +164,15 @@ class _Writer(OutputWriter):
     def write(self) -> str:
         config, ptx = self.config, self.ptx
         ptx.share(self.shared_bytes)
+        ptx.comment("locate: this lane's rows, range of K and addresses")
         self._locate()
         self._locate_x()
         self._locate_ring(self.decoder.shared_bytes)
         buffers = [self._buffer(i) for i in range(config.stages)]
+        ptx.comment("load: the first blocks of codes and scales, the first x")
         self._start_loads(buffers)
         self._load_residuals()
+        ptx.comment("decode: the table or constants of the codebook")
         self._set_up_decoder()
         if self.case.squares:
             self._add_squares(config.warps - 1, self._squares_place)
@@ -480,6 +483,7 @@ class _Writer(OutputWriter):
 
     def _loop(self, buffers) -> None:
         ptx, case, config = self.ptx, self.case, self.config
+        ptx.comment("multiply: the warp's blocks along K")
         ptx.label("fdk_loop")
         for stage, buffer in enumerate(buffers):
             done = ptx.op("setp.le.u32", self.left, stage, kind="pred")
@@ -606,6 +610,7 @@ class _Writer(OutputWriter):
     def _reduce(self) -> None:
         """Adds the warps' totals, adds the bias, and writes the outputs."""
         ptx, case, config = self.ptx, self.case, self.config
+        ptx.comment("reduce: the warps' sums through shared memory")
         tokens = min(case.m, 8 * config.columns)
         # Such products have few programs, whose end is worth hiding: those of the next launch may come.
         if case.residual and self.target.has_dependent_launches:
@@ -672,6 +677,7 @@ class _Writer(OutputWriter):
         worker, workers = self.thread, 32 * config.warps * config.cluster
         if config.cluster > 1:
             worker = ptx.op("mad.lo.u32", self.rank, 32 * config.warps, worker)
+        ptx.comment("write: each thread's outputs")
         if self.case.residual:
             self.squares = ptx.op("mov.f32", float_constant(0.0), kind="f32")
         for turn, start in enumerate(range(0, config.rows * tokens, workers)):

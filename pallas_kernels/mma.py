@@ -112,13 +112,16 @@ class _Writer(matvec._Writer):
     def write(self) -> str:
         config, ptx = self.launch, self.ptx
         ptx.share(self.shared_bytes)
+        ptx.comment("locate: this lane's rows, range of K and addresses")
         self._locate()
         self._locate_x()
+        ptx.comment("load: the first blocks of codes and scales, the first planes of x")
         buffers = [self._buffer(i) for i in range(config.stages)]
         for stage, buffer in enumerate(buffers):
             self._load(buffer, stage)
         for plane in range(config.x_stages - 1):
             self._copy_x(plane, *divmod(plane, self.case.planes))
+        ptx.comment("decode: the table or constants of the codebook")
         self._set_up_decoder()
         self._loop(buffers)
         ptx.do("cp.async.wait_group", 0)
@@ -239,6 +242,7 @@ class _Writer(matvec._Writer):
     def _reduce(self) -> None:
         """Adds the teams' sums, adds the bias, and writes the outputs, some tokens at a time."""
         ptx, config = self.ptx, self.launch
+        ptx.comment("reduce: the teams' sums through shared memory")
         per_team = self.sum_tokens * self.sum_stride * 4
         address = ptx.op("mad.lo.u32", self.k_warp_here, per_team, self.shared)
         row = ptx.op("mad.lo.u32", self.row_warp, config.tiles * TILE_ROWS, self.row)

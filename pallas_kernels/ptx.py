@@ -99,6 +99,10 @@ class Ptx:
         """Places a label."""
         self._lines.append(f"{self.prefix}{name}:")
 
+    def comment(self, text: str) -> None:
+        """Begins a stage of the kernel: its name stands in the PTX, where a profiler shows it."""
+        self._lines.append(f"// {text}")
+
     def share(self, size: int) -> None:
         """Declares `fdk_shared`, the program's shared memory, of so many bytes."""
         self._shared = size

@@ -215,6 +215,7 @@ class Product(OutputWriter, abc.ABC):
     def loop(self, ring: "Ring", place: _Place) -> None:
         """Multiplies the program's blocks of all runs."""
         ptx = self.ptx
+        ptx.comment("multiply: the program's blocks as they arrive")
         self.totals = [ptx.op("mov.f32", float_constant(0.0), kind="f32") for _ in range(2)]
         for run in range(self.runs):
             self._loop_run(ring, place, run)
@@ -290,6 +291,7 @@ class Product(OutputWriter, abc.ABC):
     def write_outputs(self) -> None:
         """Adds the warps' sums, adds the bias, and writes the outputs."""
         ptx, case = self.ptx, self.case
+        ptx.comment("reduce and write: the warps' sums through shared memory")
         rows = ptx.op("mul.lo.u32", self.tiles, TILE_ROWS)
         self.squares = ptx.op("mov.f32", float_constant(0.0), kind="f32")
         # One thread of a row sums up what the even warps have stored, the other one what the odd ones have.
@@ -493,22 +495,26 @@ class Launch(Writer):
         """The kernel's PTX."""
         ptx, ring, first = self.ptx, self.ring, self.products[0]
         ptx.share(self.shared_bytes)
+        ptx.comment("locate: this lane and its program's rows")
         self._locate_lane()
         ring.is_first_lane = ptx.op("setp.eq.u32", self.lane, 0, kind="pred")
         is_producer = ptx.op("setp.eq.u32", self.warp, self.workers, kind="pred")
         copies = ptx.op("setp.eq.u32", self.thread, 32 * self.workers, kind="pred")
         first.locate(self)
         ptx.do("bra", "fdk_prepare", when=f"!{copies}")
+        ptx.comment("copy: the producer makes the ring and fills it")
         ring.make(self.shared)
         place, weight_range = ring.locate(self.shared, 1), first.weight_range(0)
         self._copy(first, weight_range, place, "start", ring.slots, empty=True)
         ptx.label("fdk_prepare")
+        ptx.comment("prepare: the consumers' x, codebooks and constants")
         ptx.do("bra", "fdk_prepared", when=is_producer)
         first.prepare_x(self._prepare_others)
         ptx.label("fdk_prepared")
         ptx.do("barrier.sync", 0)
         ptx.do("bra", "fdk_multiply", when=f"!{is_producer}")
         ptx.do("bra", "fdk_end", when=f"!{copies}")
+        ptx.comment("copy: the producer fills what the consumers have emptied")
         self._copy(first, weight_range, place, "rest")
         self._copy_others(place)
         ptx.do("bra", "fdk_end")
@@ -629,6 +635,7 @@ class Launch(Writer):
     def _wait_for_programs(self, number: int) -> None:
         """Waits until the outputs of all programs are in memory."""
         ptx = self.ptx
+        ptx.comment("barrier: the outputs of all programs, of the whole grid")
         ptx.do("bra", "fdk_others_are_ready", when=f"!{self._first_thread()}")
         looks = ptx.op("mov.u32", 0)
         ptx.label("fdk_others")

@@ -113,13 +113,17 @@ class _Kernel(Writer):
     def write(self) -> str:
         ptx, case = self.ptx, self.case
         ptx.share(_WARPS * 4 * (case.dim + 2))
+        ptx.comment("locate: the head, and the first keys and values")
         self._locate_lane()
         self.head, self.sequence = (ptx.op("mov.u32", f"%ctaid.{axis}") for axis in "xy")
         self.kv_head = ptx.quotient(self.head, case.heads // case.kv_heads)
         addresses = [self._cache(name, self.warp) for name in ("keys", "values")]
         block = [self._load_slots(address) for address in addresses]
+        ptx.comment("token: norms, RoPE, its key and value into the cache")
         query = self._new_token()
+        ptx.comment("mix: softmax over the cache, a block of it at a time")
         self._mix(addresses, block, query)
+        ptx.comment("join: the warps' sums through shared memory, and the output")
         self._join()
         return ptx.text()
 

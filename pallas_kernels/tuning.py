@@ -47,7 +47,7 @@ class Plan:
     """The choice for one product.
 
     Attributes:
-        kernel: a key of `KERNELS`; "mosaic"; "dequantise" (then dot); "gather"; "xla" where no kernel runs.
+        kernel: a key of `KERNELS`; "mosaic"; "dequantise" (then dot); "plain"; "xla" where no kernel runs.
         config: launch configuration of a kernel of `KERNELS` or of "mosaic", else None.
         reason: why, in words.
     """
@@ -101,7 +101,7 @@ def choose(case: Case, target: Target) -> Plan:
     """As `plan`, from everything that is static about a product."""
     reason = matvec.unsupported_reason(case, matvec.Config(tiles=1, warps=8), target)
     if reason is not None and target.has_pallas:
-        return Plan("gather", None, f"looks every code up in memory, because {reason}")
+        return Plan("plain", None, f"ordinary Pallas operations, because {reason}")
     if reason is not None:
         without = "" if target.triton else ", and Pallas has no Triton lowering"
         return Plan("xla", None, f"dequantises, then dots, because {reason}{without}")
@@ -364,7 +364,7 @@ def launch(
     target: Target,
     others: tuple[Array, ...] = (),
 ) -> tuple[Array, ...]:
-    """Runs a product with a given kernel (not "gather") and configuration; see `Case.launch`."""
+    """Runs a product with a given kernel (not "plain") and configuration; see `Case.launch`."""
     if kernel == "dequantise":
         return (dequantise.matmul(case, arrays, target),)
     if kernel == "mosaic":

@@ -116,6 +116,7 @@ class _Writer(matvec._Writer):
     def write(self) -> str:
         config, ptx = self.launch, self.ptx
         ptx.share(self.shared_bytes)
+        ptx.comment("locate: this lane's rows, range of K and addresses")
         self._locate()
         self._locate_x()
         self._locate_ring(self._ring_offset)

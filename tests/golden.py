@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import chain, dequantise, integer, ring, short_attention, stream, tuning
 from pallas_kernels.case import Case
-from pallas_kernels.target import H200
+from pallas_kernels.target import H200, Target
 
 RECORDED = Path(__file__).with_name("golden_ptx.json")
 # Widths of codes, and whether the values are evenly spaced: every decoder.
@@ -42,19 +42,20 @@ def case(m, n, k, bits, uniform=False, *, dtype="bfloat16", group_size=64, **oth
 def sources() -> Iterator[tuple[str, str]]:
     """Names and PTX of the kernels."""
     for row in tuning._table():
-        if row["kernel"] not in tuning.KERNELS or tuning._architecture(row) != "sm_90":
+        if row["kernel"] not in tuning.KERNELS:
             continue
+        target = Target.parse(tuning._architecture(row), H200)
         module, uniform = tuning.KERNELS[row["kernel"]], tuning._is_even(row)
         shape = row["m"], row["n"], row["k"], row["bits"]
         for dtype in _HALVES:
             product = case(*shape, uniform, dtype=dtype)
-            config = tuning.fit(product, tuning.configuration(row, H200), H200)
+            config = tuning.fit(product, tuning.configuration(row, target), target)
             name = f"{row['device']}: {dtype} {shape} {uniform=} {row['kernel']}"
-            yield name, module.source(product, config, H200)
+            yield name, module.source(product, config, target)
             if row["m"] == 1 and dtype == "bfloat16" and config.cluster == 1:
                 around = dataclasses.replace(product, squares=96, norm_eps=1e-5, residual=True)
-                if tuning.unsupported_reason(around, config, H200) is None:
-                    yield f"{name} with a residual", module.source(around, config, H200)
+                if tuning.unsupported_reason(around, config, target) is None:
+                    yield f"{name} with a residual", module.source(around, config, target)
     yield from _other_groups()
     yield from _chains()
     for bits, uniform in DECODERS:

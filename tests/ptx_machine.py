@@ -80,7 +80,7 @@ class _Program:
         self.fixed = {k: np.full(self.threads, v).astype(np.uint64) for k, v in fixed.items()}
         for line in source.splitlines():
             line = line.strip()
-            if line in "{}" or line.startswith((".", "createpolicy")):
+            if line in "{}" or line.startswith((".", "createpolicy", "//")):
                 continue
             if line.endswith(":"):
                 self.labels[line[:-1]] = len(self.code)

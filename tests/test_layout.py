@@ -1,11 +1,16 @@
 """The arithmetic of the planar order is the order in which `packing` writes it."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import planar
 import pytest
+from backends import for_a_gpu
 
 from fdk_jax.format import packing
-from pallas_kernels import layout
+from pallas_kernels import layout, plain
 
 
 @pytest.mark.parametrize("bits", packing.BITS)
@@ -38,3 +43,32 @@ def test_scales_are_where_packing_puts_them(rng):
     planar = np.asarray(packing.to_planar(packed, scales, **facts)[1])[0]
     row, group = np.arange(n)[:, None], np.arange(groups)[None, :]
     np.testing.assert_array_equal(planar[layout.scale_place(row, group)], scales)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size", "dtype", "books"),
+    [
+        (1, 33, 130, 64, "float32", 1),
+        (3, 48, 600, 24, "float32", 3),
+        (17, 33, 96, 32, "bfloat16", 1),
+        (1, 20, 700, 128, "float16", 1),
+    ],
+)
+def test_the_plain_kernel_in_the_interpreter(rng, bits, m, n, k, group_size, dtype, books):
+    arrays, facts, wanted = planar.product(rng, m, n, k, bits, group_size, dtype, books)
+    y = plain.matmul(*arrays, **facts, bias=None, out_dtype=jnp.float32, interpret=True)
+    wanted.check(y)
+
+
+@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize(("m", "group_size"), [(1, 64), (16, 24)])
+def test_the_plain_kernel_lowers_for_a_gpu(rng, bits, m, group_size):
+    arrays, facts, _ = planar.product(rng, m, 64, 1024, bits, group_size, "bfloat16")
+    run = functools.partial(
+        plain.matmul, **facts, bias=None, out_dtype=jnp.bfloat16, interpret=False
+    )
+    with for_a_gpu():
+        text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 1

@@ -178,9 +178,9 @@ def test_plans_say_why():
     assert pallas_kernels.plan(64, dtype=HALF, **facts).kernel == "wgmma"
     assert pallas_kernels.plan(100_000, dtype=HALF, **facts).kernel == "dequantise"
     exact = pallas_kernels.plan(1, dtype=jnp.float32, **facts)
-    assert exact.kernel == "gather" and "float32" in str(exact)
+    assert exact.kernel == "plain" and "float32" in str(exact)
     odd = pallas_kernels.plan(1, dtype=HALF, **(facts | {"group_size": 10}))
-    assert odd.kernel == "gather" and "group_size=10" in odd.reason
+    assert odd.kernel == "plain" and "group_size=10" in odd.reason
     unknown = pallas_kernels.plan(
         1, dtype=HALF, target=dataclasses.replace(H200, kind="another"), **facts
     )
@@ -191,7 +191,7 @@ def test_codebooks_that_change_within_a_program_take_smaller_programs():
     case = _case(1, 96, 4096, 4, books=6)
     plan = tuning.choose(case, H200)
     assert plan.kernel == "matvec" and plan.config.rows == 16
-    assert tuning.choose(_case(1, 96, 4096, 4, books=12), H200).kernel == "gather"
+    assert tuning.choose(_case(1, 96, 4096, 4, books=12), H200).kernel == "plain"
 
 
 def test_errors_name_the_remedy(rng):

@@ -105,7 +105,7 @@ def _device(capability, kind, platform="gpu", cores=40, shared=65536):
     [
         (_device("7.5", "Tesla T4"), "xla", "older than sm_80"),
         (_device("gfx942", "AMD Instinct MI300X"), "xla", "no NVIDIA GPU"),
-        (_device("13.0", "NVIDIA R100", shared=232448), "gather", "do not know"),
+        (_device("13.0", "NVIDIA R100", shared=232448), "plain", "do not know"),
     ],
 )
 def test_gpus_that_nobody_thought_of(rng, device, kernel, reason, monkeypatch):

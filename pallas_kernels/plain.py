@@ -1,0 +1,180 @@
+"""The plain kernel: any dtype, group size and codebook, in ordinary Pallas operations.
+
+The readable twin of the kernels in PTX. It serves what they do not, and GPUs that they do not know. A shift
+and a mask bring one code of each word of a tile to the front (`layout.Shift`), in one order of K for all
+rows; x is put into that order once, before. So the loop has no index arithmetic: codes become values by
+selects or by a look-up in the codebook, and are multiplied with x, one row in float32, several by a dot.
+
+Glossary: M rows of x, N rows of the weight; L lines a program, of which each stands for the rows r and r + 8
+of a tile; S shifts of both halves of a tile; B tiles along K, which the programs of a row share.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from pallas_kernels import layout, target, triton_compat
+
+_TILES = 4  # that a program's lines are of
+_LINES = 8 * _TILES
+_TOKENS = 16  # the least that tensor cores take
+_PROGRAMS = 8  # a multiprocessor
+
+
+def matmul(
+    x: Array,
+    packed: Array,
+    scales: Array,
+    codebook: Array,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    bias: Array | None,
+    out_dtype: Any,
+    interpret: bool,
+) -> Array:
+    """X [M, K] times the transpose of a planar weight, [M, N]; see `pallas_kernels.matmul`."""
+    (m, _), (tiles, blocks) = x.shape, packed.shape[:2]
+    tokens = 1 if m == 1 else _TOKENS
+    grid = pl.cdiv(tiles, _TILES), pl.cdiv(m, tokens)
+    each = blocks if interpret else _blocks_each(blocks, grid[0] * grid[1])
+    kernel = functools.partial(
+        _kernel, tokens=tokens, n=out_features, bits=bits, group_size=group_size, each=each
+    )
+    splits = pl.cdiv(blocks, each)
+    parts = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((splits, m, out_features), jnp.float32),
+        grid=(*grid, splits),
+        compiler_params=triton_compat.compiler_params(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="fdk_plain",
+    )(_in_order(x, bits, blocks), packed, scales, codebook.reshape(-1, 2**bits))
+    y = parts[0] if splits == 1 else parts.sum(axis=0)
+    if bias is not None:
+        y += bias.astype(jnp.float32)[None, :]
+    return y.astype(out_dtype)
+
+
+def _blocks_each(blocks: int, programs: int) -> int:
+    """Tiles along K of a program, such that there are enough programs."""
+    splits = max(1, _PROGRAMS * target.current().multiprocessors // programs)
+    return max(4, pl.cdiv(blocks, splits))
+
+
+def _in_order(x: Array, bits: int, blocks: int) -> Array:
+    """X [M, K] as [M, B, S, 32]: what each word's code is multiplied with, shift by shift."""
+    span = 8 // bits * layout.PLANE
+    x = jnp.pad(x, ((0, 0), (0, blocks * span - x.shape[1]))).reshape(-1, blocks, span)
+    # Computed, as constants are not partitioned.
+    columns = jnp.stack([s.column(jnp.arange(layout.PLACES)) for s in layout.shifts(bits)])
+    return x[:, :, columns]
+
+
+def _kernel(
+    x_ref, packed_ref, scales_ref, codebook_ref, out_ref, *, tokens, n, bits, group_size, each
+):
+    # x :: [M, B, S, 32], packed :: [tiles, B, 2, 8, 32], scales :: [tiles, quads, 64], out :: [splits, M, N]
+    m, (tiles, blocks) = x_ref.shape[0], packed_ref.shape[:2]
+    line = pl.program_id(0) * _LINES + jnp.arange(_LINES, dtype=jnp.int32)
+    tile, row = jnp.minimum(line >> 3, tiles - 1), line & 7
+    token = pl.program_id(1) * tokens + jnp.arange(tokens, dtype=jnp.int32)
+    present = jnp.minimum(token, m - 1)  # the last one again, which nobody stores
+    place = jnp.arange(layout.PLACES, dtype=jnp.int32)
+    split = pl.program_id(2)
+    shape = (_LINES, layout.PLACES)
+    planes = 8 // bits
+    books = codebook_ref.shape[0]
+    wide = functools.partial(jnp.broadcast_to, shape=shape)
+    at_tile, at_row, at_place = wide(tile[:, None]), wide(row[:, None]), wide(place[None, :])
+    odd = (at_place & 1) == 1
+
+    def scale(lower: bool, group: Array) -> Array:
+        quad, position = layout.scale_place(at_row + 8 * lower, wide(group))
+        return scales_ref[at_tile, quad, position].astype(jnp.float32)
+
+    def factors(shift: layout.Shift, lower: bool, block: Array) -> Array:
+        """The scales of a shift's codes."""
+        if group_size % layout.PLANE:
+            return scale(
+                lower, (block * planes * layout.PLANE + shift.column(at_place)) // group_size
+            )
+        even, other = (
+            (block * planes + shift.plane(i)) * layout.PLANE // group_size for i in range(2)
+        )
+        if shift.plane(0) == shift.plane(1):
+            return scale(lower, even)
+        return scale(lower, jnp.where(odd, other, even))
+
+    def value_of(lower: bool):
+        """What makes values of codes of these rows, as the scales' dtype rounds them."""
+        book = jnp.minimum(tile * 16 + 8 * lower + row, n - 1) // (n // books)
+        book = wide(book[:, None])
+
+        def look_up(code: Array) -> Array:
+            return codebook_ref[book, code].astype(scales_ref.dtype).astype(jnp.float32)
+
+        if bits > 2:
+            return look_up
+        values = [look_up(jnp.full(shape, code, jnp.int32)) for code in range(2**bits)]
+        return functools.partial(_select, values)
+
+    values = [value_of(lower) for lower in (False, True)]
+
+    def step(i: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
+        block = split * each + i
+        at_block = jnp.broadcast_to(block, shape)
+        words = [
+            packed_ref[at_tile, at_block, jnp.full(shape, half), at_row, at_place].astype(jnp.int32)
+            for half in range(layout.HALVES)
+        ]
+        totals = list(totals)
+        for number, shift in enumerate(layout.shifts(bits)):
+            code = words[shift.half] >> (shift.number * bits) & (2**bits - 1)
+            x = x_ref[present[:, None], block, number, place[None, :]]
+            for lower in (False, True):
+                if lower not in (shift.lower(0), shift.lower(1)):
+                    continue
+                weight = values[lower](code) * factors(shift, lower, block)
+                if shift.lower(0) != shift.lower(1):
+                    weight = jnp.where(odd == (shift.lower(1) == lower), weight, 0.0)
+                totals[lower] += _product(weight, x)
+        return tuple(totals)
+
+    start = jnp.zeros(shape if tokens == 1 else (_LINES, tokens), jnp.float32)
+    steps = jnp.minimum(each, blocks - split * each)
+    totals = jax.lax.fori_loop(0, steps, step, (start, start))
+    for lower, total in enumerate(totals):
+        if tokens == 1:
+            total = total.sum(axis=1, keepdims=True)
+        output = (line >> 3) * 16 + 8 * lower + row
+        mask = (output[:, None] < n) & (token[None, :] < m)
+        triton_compat.store(out_ref.at[split, token[None, :], output[:, None]], total, mask=mask)
+
+
+def _select(values: list[Array], code: Array) -> Array:
+    """The value of a code, by selects."""
+    if len(values) == 2:
+        return jnp.where(code & 1 == 1, values[1], values[0])
+    half = len(values) // 2
+    upper = _select(values[half:], code)
+    return jnp.where(code & half == half, upper, _select(values[:half], code))
+
+
+def _product(weight: Array, x: Array) -> Array:
+    """Products with one token, not yet added up: [L, 32]; with several: [L, tokens]."""
+    if x.shape[0] == 1:
+        return weight * x.astype(jnp.float32)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        weight.astype(x.dtype),
+        x,
+        (((1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
