@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file whose header describes the tree and its quantised tensors.
 
-Weights are written in the interchange layout whatever layout they are held in. The arrays of a
-`QuantisedTensor` called `name` are `name.packed`, `name.scales` and `name.codebook`; the header's entry
+Weights are written in the interchange layout whatever layout they are held in, unless `keep_layout` is asked
+for: such a file needs no conversion where the same kernels run, and is for that machine's own use. The arrays
+of a `QuantisedTensor` called `name` are `name.packed`, `name.scales` and `name.codebook`; the header's entry
 "fdk_jax" is a JSON object {"version": 1, "tree": ...} with the static metadata.
 """
 
@@ -27,20 +28,21 @@ _KEY = "fdk_jax"
 _ARRAYS = ("packed", "scales", "codebook")
 
 
-def save(path: str | os.PathLike, tree: Any) -> None:
+def save(path: str | os.PathLike, tree: Any, *, keep_layout: bool = False) -> None:
     """Writes a tree of arrays and quantised tensors, atomically: the old file or the new one.
 
     Args:
         path: file to write or replace; its folder must exist.
         tree: nested dicts, lists, tuples and None around arrays and `QuantisedTensor`s; an nnx.State; or an
             `nnx.Module`, of which the state is written.
+        keep_layout: writes weights in the layout that they are held in.
 
     Raises:
         TypeError: a leaf is not an array.
         OSError: the file could not be written; an old one is as it was.
     """
     arrays: dict[str, Any] = {}
-    structure = _describe(_plain(prepare(tree, "xla")), "", arrays)
+    structure = _describe(_plain(tree if keep_layout else prepare(tree, "xla")), "", arrays)
     header = {_KEY: json.dumps({"version": VERSION, "tree": structure})}
     with atomic_path(path) as temporary:
         try:
@@ -58,7 +60,7 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
             file is checked; or an `nnx.Module`, whose copy with the file's state is returned.
 
     Returns:
-        The tree, with dicts for every mapping, in the interchange layout (`fdk_jax.prepare` it); or a new
+        The tree, with dicts for every mapping, in the layout of the file (`fdk_jax.prepare` it); or a new
         module.
 
     Raises:
@@ -80,7 +82,9 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
         raise ValueError(f"{path} holds arrays that its header does not name: {sorted(names)}")
     if like is None:
         return tree
-    _compare(path, tree, _plain(prepare(like, "xla")))
+    leaves = jax.tree.leaves(tree, is_leaf=is_quantised)
+    kept = any(is_quantised(leaf) and leaf.layout != "interchange" for leaf in leaves)
+    _compare(path, tree, _plain(like if kept else prepare(like, "xla")))
     if not isinstance(like, nnx.Module):
         return tree
     graph, state = nnx.split(like)

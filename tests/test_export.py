@@ -114,3 +114,24 @@ def test_what_compressed_tensors_does_not_hold(tmp_path):
     with pytest.raises(ValueError, match="does not hold 4-bit codes of this codebook"):
         export(model, tmp_path / "folder", like=DATA / "qwen2", format="compressed-tensors")
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("source", ["qwen2", "kmeans-4bit", "gguf"])
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
+def test_prepared_models_load_without_conversion(source, backend, rng, tmp_path, monkeypatch):
+    from fdk_jax.format import packing
+
+    path = DATA / source if source != "gguf" else gguf_model(tmp_path / "m.gguf", rng, {"": "Q1_0"})
+    options = models.Quantisation(4, 32, head_bits=8) if source == "qwen2" else None
+    model = models.load(path, quantisation=options, backend=backend)
+    wanted = models.Generator(model, backend=backend).logits(TOKENS)
+    export(model, tmp_path / "prepared", like=path, format="prepared")
+    monkeypatch.setattr(packing, "_converted", None)  # converting would fail
+    again = models.load(tmp_path / "prepared", backend=backend)
+    monkeypatch.undo()
+    got = models.Generator(again, backend=backend).logits(TOKENS)
+    np.testing.assert_array_equal(got, wanted)
+    if source == "gguf":
+        assert again.embedding is again.lm_head.weight
+    with pytest.raises(ValueError, match="prepared for bfloat16"):
+        models.load(tmp_path / "prepared", dtype="float32")

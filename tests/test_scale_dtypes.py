@@ -11,7 +11,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 
 
-def weight(rng, bits: int, g: int, dtype: str, n: int, k: int) -> tuple[QuantisedTensor, np.ndarray]:
+def weight(
+    rng, bits: int, g: int, dtype: str, n: int, k: int
+) -> tuple[QuantisedTensor, np.ndarray]:
     """(a weight with integers as codebook, which every dtype holds; its values in float64)."""
     codes = rng.integers(0, 2**bits, (n, k))
     book = np.sort(rng.choice(np.arange(-100, 100), 2**bits, replace=bits == 8)).astype(np.float32)

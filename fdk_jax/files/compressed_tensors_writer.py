@@ -94,13 +94,19 @@ def write(
     temporary = target.with_name(f".{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    for pattern in _KEPT:
-        for path in source.glob(pattern):
-            if path.name not in ("config.json", INDEX):
-                shutil.copy(path, temporary)
+    copy_texts(source, temporary)
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     safetensors.numpy.save_file(arrays, temporary / "model.safetensors", {"format": "pt"})
     temporary.rename(target)
+
+
+def copy_texts(source: Path, target: Path) -> None:
+    """Copies a checkpoint folder's files but config.json and the weights: tokenizer, templates."""
+    left = ("config.json", "quantization_config.json", INDEX)
+    for pattern in _KEPT:
+        for path in source.glob(pattern):
+            if path.name not in left:
+                shutil.copy(path, target)
 
 
 def _facts(schemes: Mapping[tuple, list[str]], plain: list[str]) -> dict[str, Any]:

@@ -48,9 +48,10 @@ def read(path: Path, *, requantise: int | None) -> Checkpoint:
         raise ValueError(text if str(path.parent) in text else f"{path}: {text}") from None
 
 
-def read_tokenizer(path: Path) -> TokenizerFiles:
-    """The tokenizer of a GGUF model."""
-    return gguf_tokenizer.files(gguf_header.read(path).metadata)
+def read_tokenizer(path: Path) -> TokenizerFiles | None:
+    """The tokenizer of a GGUF model; None if it has none."""
+    metadata = gguf_header.read(path).metadata
+    return gguf_tokenizer.files(metadata) if "tokenizer.ggml.tokens" in metadata else None
 
 
 def _read(path: Path, requantise: int | None) -> Checkpoint:

@@ -45,7 +45,7 @@ def read_config(path: str | Path) -> Mapping[str, Any]:
 
 
 def read_tokenizer(path: str | Path) -> TokenizerFiles | None:
-    """The tokenizer that a GGUF file holds; None for a folder with files of its own.
+    """The tokenizer that a GGUF file holds; None for one without, and a folder with files of its own.
 
     Raises:
         FileNotFoundError: there is no such file.

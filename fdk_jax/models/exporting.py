@@ -11,7 +11,7 @@ import numpy as np
 from fdk_jax.files import compressed_tensors_writer, gguf_writer
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedLinear
-from fdk_jax.models import names
+from fdk_jax.models import names, prepared
 from fdk_jax.models.transformer import Transformer
 
 Give = Callable[[], QuantisedTensor | np.ndarray]
@@ -25,11 +25,13 @@ def weights(model: Transformer) -> dict[str, Give]:
     """
     if model.parallel is not None:
         raise ValueError("a model that several devices share cannot be exported; load it on one")
+    if any(names.layer_stacks(model.config, i) for i in range(model.config.num_layers)):
+        raise ValueError("exporting a mixture of experts is not implemented")
     found: dict[str, Give] = {names.EMBEDDING: functools.partial(_value, model.embedding)}
     for index, layer in enumerate(model.layers):
-        for name, (path, _) in names.layer_norms(model.config, index).items():
-            norm: Any = functools.reduce(getattr, path, layer)
-            found[name] = functools.partial(_value, norm.scale)
+        for name, (path, _) in names.layer_vectors(model.config, index).items():
+            vector: Any = functools.reduce(getattr, path, layer)
+            found[name] = functools.partial(_value, vector)
         for projection in names.layer_projections(model.config, index):
             _add(found, functools.reduce(getattr, projection.path, layer), projection.parts)
     found[names.FINAL_NORM] = functools.partial(_value, model.norm.scale)
@@ -46,14 +48,15 @@ def export(
     format: str,
     otherwise: str | None = None,
 ) -> dict[str, float]:
-    """Writes a model for llama.cpp (GGUF) or vLLM and transformers (compressed-tensors).
+    """Writes a model for llama.cpp (GGUF), vLLM and transformers (compressed-tensors), or to load it again.
 
     Args:
         model: quantised or not, on one device.
         path: the `.gguf` file, or a new folder.
         like: where the model came from: a GGUF file, or a Hugging Face folder; its metadata and tokenizer are
             kept.
-        format: "gguf" or "compressed-tensors".
+        format: "gguf", "compressed-tensors", or "prepared": a folder for `models.load` on a machine with the
+            same kernels, which reads the weights without any conversion.
         otherwise: for GGUF: the type of quantised weights that no type holds, see `gguf_writer.write`.
 
     Returns:
@@ -64,8 +67,11 @@ def export(
     """
     if format == "gguf":
         return gguf_writer.write(path, weights(model), like=like, otherwise=otherwise)
+    if format == "prepared":
+        prepared.write(path, model, like=like)
+        return {}
     if format != "compressed-tensors":
-        raise ValueError(f'{format=} is not one of "gguf" and "compressed-tensors"')
+        raise ValueError(f'{format=} is not one of "gguf", "compressed-tensors" and "prepared"')
     compressed_tensors_writer.write(path, weights(model), like=like)
     return {}
 

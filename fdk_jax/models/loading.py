@@ -18,7 +18,7 @@ from fdk_jax.format.quantisation import quantise_array
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedWeight
 from fdk_jax.layers.trees import default_backend
-from fdk_jax.models import names
+from fdk_jax.models import names, prepared
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.expert_weights import read_bias, read_stack, set_stack, stack_arrays
 from fdk_jax.models.hub import find_checkpoint
@@ -68,8 +68,8 @@ def load(
     docs/files.md for the formats.
 
     Args:
-        path: A Hugging Face folder with `config.json` and `*.safetensors`, a `.gguf` file, or the name of a
-            model in the hub's cache.
+        path: A Hugging Face folder with `config.json` and `*.safetensors`, a `.gguf` file, the name of a
+            model in the hub's cache, or a folder of `exporting.export(..., format="prepared")`.
         quantisation: Quantises the linear layers while reading, all but the final one; None keeps them.
         requantise: Bits (4 or 8) for weights of a kind that scale times codebook cannot hold, as K-quants of
             GGUF, or 16 to keep them as floats; None refuses them.
@@ -95,6 +95,10 @@ def load(
     backend = backend or default_backend()
     check_arithmetic(arithmetic, backend)
     path = find_checkpoint(path)
+    if prepared.is_prepared(path):
+        if quantisation is not None or parallel is not None:
+            raise ValueError(f"{path} is prepared: load it on one device, without quantisation")
+        return prepared.read(path, dtype=dtype, backend=backend, arithmetic=arithmetic)
     checkpoint = files.read(path, requantise=requantise)
     config = ModelConfig.from_hf(checkpoint.config, dtype=dtype)
     if "text_config" in checkpoint.config:

@@ -4,9 +4,10 @@ Host arrays go straight to the device, or each slice straight to its own device;
 projection at a time are all that exists twice.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -100,10 +101,10 @@ class Placer:
         self._check_cut(cut, k, first.group_size)
         if self.parallel is not None:
             parts = [jax.tree.map(np.asarray, part) for part in parts]
-        packed = join_rows([part.packed for part in parts], self.shards)
-        scales = join_rows([part.scales for part in parts], self.shards)
-        if self.dtype == jnp.float32:
-            scales = scales.astype(jnp.float32)  # a codebook is rounded to the dtype of its scales
+        if self.dtype == jnp.float32:  # a codebook is rounded to the dtype of its scales
+            parts = [
+                dataclasses.replace(part, scales=part.scales.astype(jnp.float32)) for part in parts
+            ]
         codebook = join_codebooks([np.asarray(p.codebook) for p in parts], rows, self.shards)
         local = (n // self.shards, k) if cut == "n" else (n, k // self.shards)
         facts = dict(
@@ -112,7 +113,7 @@ class Placer:
             out_features=local[0],
             in_features=local[1],
         )
-        packed, scales = self._to_layout(packed, scales, self._spec(cut), facts)
+        packed, scales = self._to_layout(parts, self._spec(cut), facts)
         return QuantisedTensor(
             packed,
             scales,
@@ -146,16 +147,18 @@ class Placer:
             )
 
     def _to_layout(
-        self, packed: HostArray, scales: HostArray, spec: P, facts: dict
+        self, parts: Sequence[QuantisedTensor], spec: P, facts: dict
     ) -> tuple[Array, Array]:
-        """Codes and scales on the device in the kernels' layout, each device's slice by itself."""
+        """Joined codes and scales on the device in the kernels' layout, each device's slice by itself."""
         convert = functools.partial(
             packing.convert, source="interchange", target=self.layout, **facts
         )
+        arrays = [part.packed for part in parts], [part.scales for part in parts]
+        if self.parallel is None and self.layout not in packing.NATIVE:
+            return _converted(*jax.tree.map(jnp.asarray, arrays), target=self.layout, **facts)
+        packed, scales = (join_rows(rows, self.shards) for rows in arrays)
         if self.parallel is None:
-            if self.layout in packing.NATIVE:
-                return convert(packed, scales)  # on the host, from where the arrays lie
-            return _converted(self._put(packed, spec), self._put(scales, spec), convert)
+            return convert(packed, scales)  # on the host, from where the arrays lie
         packed, scales = self._put(packed, spec), self._put(scales, spec)
         if self.layout == "interchange":
             return packed, scales
@@ -170,9 +173,16 @@ class Placer:
         return jax.jit(local)(packed, scales)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _converted(packed: Array, scales: Array, convert: Callable) -> tuple[Array, Array]:
-    return convert(packed, scales)
+_FACTS = ("bits", "group_size", "out_features", "in_features")
+
+
+@functools.partial(jax.jit, static_argnames=("target", *_FACTS))
+def _converted(
+    packed: list[Array], scales: list[Array], target: str, **facts: int
+) -> tuple[Array, Array]:
+    """Joins and converts on the device; matrices of one shape share a compiled program."""
+    joined = join_rows(packed, 1), join_rows(scales, 1)
+    return packing.convert(*joined, "interchange", target, **facts)
 
 
 @functools.partial(jax.jit, static_argnums=1)
