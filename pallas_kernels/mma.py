@@ -65,6 +65,8 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         )
     if config.tokens % 8 or 8 * config.tokens % (32 * config.row_warps):
         return f"{config.tokens} tokens are not divided among {config.row_warps} warps"
+    if case.even and config.warps > 8 and config.tiles * config.tokens > 32:
+        return f"{config.warps} warps have too few registers for the sums and evenly spaced values"
     return case.unsupported_reason(
         config, target, lambda: _Writer(case, config, target).shared_bytes
     )
