@@ -138,7 +138,7 @@ def _sources(target: Target, quick: bool) -> Iterator[tuple[str, str, str, int]]
 def _products(case, target, quick) -> Iterator[tuple[str, str, str, int]]:
     """The kernel that a product takes, else with all of the table's rows for it, also with a residual."""
     plan = tuning.choose(case, target)
-    found = [] if plan.config is None else [(plan.kernel, plan.config)]
+    found = [(plan.kernel, plan.config)] if plan.kernel in tuning.KERNELS else []
     for row in tuning._by_nearness(case, target) if not quick else ():
         if row["kernel"] in tuning.KERNELS:
             config = tuning.fit(case, tuning.configuration(row, target), target)
