@@ -111,6 +111,7 @@ def test_flax_serialization(w, rng):
 
 @pytest.mark.parametrize("backend", ["xla", "cpu"])
 def test_export(w, backend):
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
     if backend == "cpu" and fdk_jax.product.cpu_backend.unavailable_reason():
         pytest.skip(f"no CPU library: {fdk_jax.product.cpu_backend.unavailable_reason()}")
     w, x = fdk_jax.prepare(w, backend), jnp.ones((2, 64))
