@@ -106,7 +106,7 @@ def read(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if isinstance(row, dict) and row.get("schema") in (1, SCHEMA):
+            if isinstance(row, dict) and row.get("schema") == SCHEMA:
                 found.append(row)
         if not found:
             raise ValueError(f"{path} holds no rows of schema {SCHEMA}")

@@ -1,0 +1,155 @@
+"""The tables of README.md and docs/performance.md, written from the rows in results/.
+
+    python -m fdk_jax.benchmark.report            writes them between their marks
+    python -m fdk_jax.benchmark.report --check    exit status 1 if a table is not that of the rows
+
+A table stands between `<!-- report: NAME -->` and `<!-- end -->`. Each shows the commits of its rows.
+"""
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from fdk_jax.benchmark import records, source
+
+FILES = ("README.md", "docs/performance.md")
+_MARK = re.compile(r"(<!-- report: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_DENSE = 16
+
+Row = dict[str, Any]
+
+
+def rows(folder: Path = source.RESULTS) -> list[Row]:
+    """Every measured row of results/; those of a model of a machine are not measured."""
+    found = []
+    for path in sorted(set(folder.glob("*.jsonl")) - {folder / "arm_model.jsonl"}):
+        found += [row for row in records.read([path]) if row["status"] == "ok"]
+    return found
+
+
+def kernels(found: Iterable[Row], *, spread: bool = False) -> str:
+    """Microseconds a product, a line for each shape and number of tokens; one table a device."""
+    chosen = [
+        r for r in found if r["suite"] == "kernels" and r.get("k") and r["dtype"] == "bfloat16"
+    ]
+    texts = []
+    for device in dict.fromkeys(r["device"] for r in chosen):
+        here = [r for r in chosen if r["device"] == device]
+        widths = sorted({r["bits"] for r in here}, reverse=True)
+        head = ["k x n", "tokens", *(f"{b} bit" if b != _DENSE else "bf16 (XLA)" for b in widths)]
+        lines = []
+        for k, n, m in sorted(
+            {(r["k"], r["n"], r["m"]) for r in here}, key=lambda s: (-s[0], -s[1], s[2])
+        ):
+            cells = [f"{k} x {n}", str(m)]
+            for bits in widths:
+                same = [r for r in here if (r["k"], r["n"], r["m"], r["bits"]) == (k, n, m, bits)]
+                best = min(same, key=lambda r: r["median_us"], default=None)
+                cells.append("" if best is None else _time(best, spread))
+            lines.append(cells)
+        texts.append(f"{device}, {_commits(here)}:\n\n{_table(head, lines)}")
+    return "\n\n".join(texts) or "(No rows yet.)"
+
+
+def _time(row: Row, spread: bool) -> str:
+    text = f"{row['median_us']:.1f}"
+    if spread:
+        low, high = min(row["samples_us"]), max(row["samples_us"])
+        text += f" ({low:.1f} to {high:.1f}, error {row['rel_rms_error']:.1e})"
+    elif row["bound_us"] and row["bits"] != _DENSE:
+        text += f" ({row['bound_us'] / row['median_us']:.0%})"
+    return text
+
+
+def models(found: Iterable[Row]) -> str:
+    """Tokens a second of whole models; one table a device."""
+    chosen = [r for r in found if r["suite"] == "models"]
+    texts = []
+    for device in dict.fromkeys(r["device"] for r in chosen):
+        here = [r for r in chosen if r["device"] == device]
+        head = ["model", "bits", "batch", "tokens/s", "of the bound", "spread"]
+        lines = []
+        for r in sorted(here, key=lambda r: (r["model"], -r["bits"], r["m"])):
+            low, high = min(r["samples_us"]), max(r["samples_us"])
+            share = f"{r['bound_us'] / r['median_us']:.0%}" if r["bound_us"] else ""
+            name = r["model"].removeprefix("custom-llama-")
+            width = f"{(high - low) / statistics.median(r['samples_us']):.1%}"
+            lines.append(
+                [name, str(r["bits"]), str(r["m"]), f"{r['tokens_per_s']:.0f}", share, width]
+            )
+        texts.append(f"{device}, {_commits(here)}:\n\n{_table(head, lines)}")
+    return "\n\n".join(texts) or "(No rows yet.)"
+
+
+def quality(found: Iterable[Row]) -> str:
+    """Perplexity a character of the small language model, by bits and method."""
+    from fdk_jax.quality import table
+
+    here = [r for r in found if r["suite"] == "quality"]
+    return (
+        table.markdown(here, table.METHODS) + f"\n\n({_commits(here)})"
+        if here
+        else "(No rows yet.)"
+    )
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "kernels": kernels,
+    "kernels-spread": lambda found: kernels(found, spread=True),
+    "models": models,
+    "quality": quality,
+}
+
+
+def _commits(found: Iterable[Row]) -> str:
+    names = sorted({str(r["commit"])[:7] for r in found})
+    return f"commit{'s' * (len(names) > 1)} {', '.join(names)}"
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
+
+
+def filled(text: str, found: list[Row]) -> str:
+    """A document with its tables written anew.
+
+    Raises:
+        ValueError: it asks for a table that is unknown.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"no table {match[2]!r}: there are {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[match[2]](found)}\n{match[3]}"
+
+    return _MARK.sub(table, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fdk_jax.benchmark.report", description="Writes the tables."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if a table is not the rows'"
+    )
+    check = parser.parse_args(argv).check
+    found, wrong = rows(), []
+    for name in FILES:
+        path = source.ROOT / name
+        before = path.read_text(encoding="utf-8")
+        after = filled(before, found)
+        if after != before:
+            wrong.append(name)
+            if not check:
+                path.write_text(after, encoding="utf-8")
+    print(f"{'not from the rows' if check else 'written'}: {', '.join(wrong) or 'nothing'}")
+    return int(check and bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
