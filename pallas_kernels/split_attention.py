@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import decoding, triton_compat
+from pallas_kernels import decoding, xla_call
 from pallas_kernels.ptx import (
     LOG2_E,
     Ptx,
@@ -98,7 +98,7 @@ def decode(
     splits = splits or case.splits(batch, target)
     mixed_dtype = case.dtype if splits == 1 else jnp.float32
     part = jax.ShapeDtypeStruct((batch, splits, case.heads), jnp.float32)
-    mixed, peak, total, keys, values = triton_compat.ptx_call(
+    mixed, peak, total, keys, values = xla_call.ptx_call(
         source(case, splits, target),
         (qkv, cos, sin, lengths, keys, values, *norms),
         (
@@ -175,9 +175,10 @@ class _Kernel(Writer):
         end = ptx.op("shr.u32", end, 4)
         self.lowest, first = self.zero, self.zero
         if case.window is not None:
-            hidden = ptx.op("add.u32", self.length, 1)
-            hidden = ptx.op("max.u32", hidden, case.window)
-            self.lowest = ptx.op("sub.u32", hidden, case.window)
+            seen = ptx.op("add.u32", self.length, 1)
+            lowest = ptx.op("sub.u32", seen, case.window)
+            hides = ptx.op("setp.ge.u32", seen, case.window, kind="pred")
+            self.lowest = ptx.op("selp.b32", lowest, 0, hides)
             first = ptx.op("shr.u32", self.lowest, 4)
         tiles = ptx.op("sub.u32", end, first)
         each = ptx.quotient(ptx.op("add.u32", tiles, self.splits - 1), self.splits)

@@ -549,7 +549,7 @@ def run_split_attention(
         return *map(jnp.asarray, found), *cache
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(split_attention.triton_compat, "ptx_call", emulated)
+        patch.setattr(split_attention.xla_call, "ptx_call", emulated)
         return split_attention.decode(
             case, qkv, cos, sin, lengths, keys, values, norms or (), H200, splits
         )
