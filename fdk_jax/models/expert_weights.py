@@ -74,6 +74,8 @@ def set_stack(owner: nnx.Module, name: str, weight: Any, bias: Any, dtype: Any) 
     """
     bias = None if bias is None else jnp.asarray(bias).astype(dtype)
     if isinstance(weight, QuantisedTensor):
+        if jnp.dtype(dtype) == jnp.float32:  # a codebook is rounded to the dtype of its scales
+            weight = dataclasses.replace(weight, scales=jnp.asarray(weight.scales, jnp.float32))
         setattr(owner, name, nnx.data(QuantisedStack(weight, bias)))
         return
     layer: StackedLinear = getattr(owner, name)
