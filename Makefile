@@ -7,7 +7,7 @@ BENCH_FLAGS ?=
 TEST_FLAGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: bench test test-all test-newest toolchains lint cpu clean fuzz matrix
+.PHONY: bench test test-all architectures test-newest toolchains lint cpu clean fuzz matrix
 
 # Builds the C++ library and its Python module for the environment $(1).
 define build_cpu
@@ -29,6 +29,15 @@ test: $(VENV)/.ready-dev toolchains
 # What `make test` leaves out as well.
 test-all: test
 	$(VENV)/bin/python -m pytest -n 2 -m slow $(TEST_FLAGS)
+
+# Every GPU kernel for every architecture, by the assemblers of CUDA 12 and 13; then products through XLA for GPUs
+# that are not there, with JAX's plugin for CUDA, which is kept apart from the tests' packages.
+architectures: $(VENV)/.ready-dev
+	$(VENV)/bin/python tests/assemble.py
+	version=$$($(VENV)/bin/python -c 'import jax; print(jax.__version__)') && \
+	$(VENV)/bin/pip install --quiet --no-deps --target $(VENV)/cuda \
+		"jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
+	PYTHONPATH=$(VENV)/cuda $(VENV)/bin/python tests/deviceless.py
 
 # The whole suite on the newest JAX, which needs Python 3.12.
 test-newest: $(NEWEST_VENV)/.ready-dev toolchains

@@ -35,7 +35,7 @@ ARCHITECTURES = (
 )
 # Bytes that kernels spill outside of their loops: chains of 4 bits by 24 warps of 72 registers; one of `wgmma`;
 # products whose warps have just the registers that they need.
-SPILLS = {"chain": 16, "wgmma": 56, "matvec": 8, "matvec+sum": 8, "mma": 24}
+SPILLS = {"chain": 16, "wgmma": 56, "matvec": 8, "matvec+sum": 8, "mma": 24, "stream": 8}
 _TOKENS = (1, 4, 16, 32, 64, 128, 256)
 _OPERANDS = 40  # at least as many as any kernel has
 

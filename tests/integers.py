@@ -2,7 +2,7 @@
 
 Activations become integers with a scale for each block of at most 64 within a group; a codebook's values become
 integers between its ends. What is left is the order of float32 sums, and a value of x that lies between two
-integers to the last bit: one such value an element of the result is allowed for.
+integers to the last bit: two such values an element of the result are allowed for.
 """
 
 import numpy as np
@@ -27,8 +27,8 @@ def expected(x, w, bias, arithmetic: str) -> list[accuracy.Expected]:
     limit = 127 if arithmetic == "int8" else _LIMITS_16[even]
     wide = np.asarray(x).astype(np.float64).reshape(-1, w.in_features)
     whole, steps = _activations(wide, w.group_size, limit)
-    # One value of x that falls to the other side.
-    slack = np.stack([(np.abs(matrix) * row).max(-1) for row in steps]) if len(wide) else 0.0
+    # Two values of x that fall to the other side.
+    slack = np.stack([2 * (np.abs(matrix) * row).max(-1) for row in steps]) if len(wide) else 0.0
     e = accuracy.product(
         whole, matrix, None if bias is None else np.asarray(bias, np.float64), slack=slack
     )

@@ -161,7 +161,8 @@ def test_python_module_under_arm64_python(programs, tmp_path):
     package = tmp_path / "fdk_jax"
     package.mkdir()
     (package / "__init__.py").touch()
-    for name in ("cpu_backend.py", "packing.py"):
+    for name in ("product/cpu_backend.py", "format/packing.py"):
+        (package / name).parent.mkdir(exist_ok=True)
         (package / name).symlink_to(CPU.parent / "fdk_jax" / name)
     module = "_cpu.cpython-311-aarch64-linux-gnu.so"
     (package / module).symlink_to(CPU / "build/arm64" / module)

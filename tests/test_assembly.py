@@ -18,14 +18,14 @@ def test_kernels_assemble_without_spills(architecture):
 
 
 def test_what_is_wrong_is_said():
-    kernel = assemble.Kernel("matvec", "4 m=1", "", 2000)
+    kernel = assemble.Kernel("integer", "1 m=1", "", 2000)
     assert not assemble.faults(assemble.Report(kernel, 64), 2000)
     for report, limit, fault in (
         (assemble.Report(kernel, 64, spilled=4), 2000, "spills 4 bytes"),
         (assemble.Report(kernel, 64), 1999, "2000 bytes of shared memory are more than 1999"),
         (assemble.Report(kernel, error="line 3; error"), 2000, "line 3; error"),
     ):
-        assert assemble.faults(report, limit) == [f"matvec 4 m=1: {fault}"]
+        assert assemble.faults(report, limit) == [f"integer 1 m=1: {fault}"]
 
 
 @pytest.mark.skipif(not ASSEMBLERS, reason="no ptxas: neither on PATH nor of nvidia-cuda-nvcc")
@@ -36,4 +36,4 @@ def test_a_kernel_that_does_not_assemble_is_found():
         kernel, entry=kernel.entry.replace("ret;", "mul.rn.bf16x2 b32_0, b32_0, b32_0;\nret;")
     )
     [report] = assemble.assemble(ptxas, "sm_80", [broken])
-    assert "bf16" in report.error
+    assert "mul" in report.error or "bf16" in report.error
