@@ -2,10 +2,8 @@
 
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import planar
 
-from fdk_jax.benchmark import accuracy
 from pallas_kernels.case import Arrays, Case
 
 HALF = jnp.dtype(jnp.bfloat16)
@@ -58,15 +56,11 @@ def check(found, weights, x, residual, scales):
         return _exact(jnp.asarray(a, HALF))
 
     first, second = map(_exact, scales)
-    exact = _exact(residual) + _product(weights, 0, _exact(x))
-    total = rounded(exact)
-    # Where a sum lies between two bfloat16 to float32's accuracy the kernel may take the other one.
-    blur = 2.0**-14 * (np.sqrt(_exact(x) ** 2 @ (weights[0][2] ** 2).T) + np.abs(exact))
-    flips = rounded(exact + blur) - rounded(exact - blur)
+    total = rounded(_exact(residual) + _product(weights, 0, _exact(x)))
     scaled, inverse = rounded(total * first), _inverse(total, 0)
     gate, value = np.split(_product(weights, 1, scaled, inverse), 2, axis=-1)
     inner = rounded(gate / (1 + np.exp(-gate)) * value)
-    _check(found[0], total + _product(weights, 2, inner), inner, weights[2][2], flips)
+    _check(found[0], total + _product(weights, 2, inner), inner, weights[2][2])
     planar.check_scaled(found[:3], second)
     total, scaled, _ = map(_exact, found[:3])
     assert (found[3] is None) == (len(weights) < 4)
@@ -75,12 +69,11 @@ def check(found, weights, x, residual, scales):
         _check(found[3], _product(weights, 3, scaled, inverse), scaled * inverse, weights[3][2])
 
 
-def _check(got, value, x, matrix, flips=0.0):
-    """What comes before was rounded, here and there to the other neighbour: noise of a fifth of such a step.
+def _check(got, value, x, matrix):
+    """By the norm: what comes before was rounded, and may have gone to the other neighbour element by element.
 
-    `flips` are such steps of what is added to the product itself.
+    Half a percent too much is still found: what bfloat16 rounds has a norm of 0.2 to 0.3%.
     """
     size = np.sqrt(x**2 @ (matrix**2).T)
-    oracle.check(
-        got, accuracy.Expected.of(value, 1e-5 * (size + np.abs(value)) + flips, 2.0**-11 * size)
-    )
+    error = np.linalg.norm(_exact(got) - value) / np.linalg.norm(np.maximum(size, np.abs(value)))
+    assert error < 4.5e-3, error
