@@ -104,8 +104,8 @@ def _check_chain(rng, shapes, bits, uniform, books, config, *, bias, chance=None
         chance=chance,
     )
     assert not counters.any(), "the next launch finds counters in use"
-    found = [found.get(name) for name in ("sum2", "scaled2", "squares_out2", "y3")]
-    chains.check(found, weights, x, residual, scales)
+    left = [found.get(name) for name in ("sum2", "scaled2", "squares_out2", "y3")]
+    chains.check(left, weights, x, residual, scales, None if uniform else found)
 
 
 def _products(bits, hidden, inner, qkv, books=(1, 2, 1, 3)):
