@@ -172,3 +172,33 @@ def test_a_state_is_merged_and_runs():
     np.testing.assert_allclose(fused(merged, x), model(x), atol=0.05)
     with pytest.warns(fdk_jax.UnfusedWarning):
         np.testing.assert_allclose(merged(x), model(x), atol=0.05)
+
+
+class Same(nnx.Linear):
+    """Computes what nnx.Linear computes, and says so."""
+
+    computes_as = nnx.Linear
+
+    def __call__(self, x):
+        return x @ self.kernel[...] + self.bias[...][None]
+
+
+class Other(Same):
+    """Inherits the word, not the computation."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def test_a_subclass_that_says_it_computes_what_its_base_does_is_replaced():
+    x = jnp.ones((2, 64))
+    same, other = (cls(64, 64, rngs=nnx.Rngs(0)) for cls in (Same, Other))
+    assert type(fdk_jax.quantise(same, 8)) is fdk_jax.QuantisedLinear
+    kept = fdk_jax.quantise(other, 8)
+    assert isinstance(kept, Other)
+    np.testing.assert_allclose(kept(x), other(x), atol=0.1)
+    assert "say computes_as = nnx.Linear in its body" in str(fdk_jax.summary(other))
+    for wrong in (nnx.LinearGeneral, "nnx.Linear"):
+        made = type("Wrong", (nnx.Linear,), {"computes_as": wrong})(64, 64, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=r"Wrong: computes_as .* must be a base of it"):
+            fdk_jax.quantise(made)

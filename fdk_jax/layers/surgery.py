@@ -21,6 +21,7 @@ from fdk_jax.layers.linear import (
 _READS_CHILDREN = tuple(
     getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name)
 )
+_FLAX_LINEARS = (nnx.Linear, nnx.LinearGeneral, nnx.LoRALinear)
 Replace = Callable[[str, nnx.Module], nnx.Module | None]
 
 
@@ -86,15 +87,39 @@ def _set(node: Any, key: Any, value: Any) -> None:
         setattr(node, key, nnx.data(value) if isinstance(value, tuple) else value)
 
 
+def computed_as(cls: type) -> type | None:
+    """The linear layer of Flax whose computation a class has: its own, or the one that its body declares.
+
+    A subclass of `nnx.Linear`, `nnx.LinearGeneral` or `nnx.LoRALinear` that computes what its base computes
+    says so by `computes_as = nnx.Linear`. A subclass of that one may compute something else: not trusted.
+
+    Raises:
+        ValueError: the declared class is none of the three, or no base of `cls`.
+    """
+    declared = vars(cls).get("computes_as", cls)
+    if declared in _FLAX_LINEARS and issubclass(cls, declared):
+        return declared
+    if declared is not cls:
+        known = " or ".join(f"nnx.{c.__name__}" for c in _FLAX_LINEARS)
+        raise ValueError(
+            f"{cls.__name__}: computes_as = {declared!r} must be a base of it, {known}"
+        )
+    return None
+
+
 def why_not(layer: nnx.Module) -> str | None:
-    """Why a layer is not computed as `QuantisedLinear` computes, or None if it is exactly Flax's."""
-    cls = type(layer)
-    if cls not in (nnx.Linear, nnx.LinearGeneral, nnx.LoRALinear):
-        of_linear = isinstance(layer, (nnx.Linear, nnx.LinearGeneral))
+    """Why a layer is not computed as `QuantisedLinear` computes, or None if it is (see `computed_as`)."""
+    cls = computed_as(type(layer))
+    if cls is None:
+        if not isinstance(layer, (nnx.Linear, nnx.LinearGeneral)):
+            return "no Linear"
+        name, flax = (
+            type(layer).__name__,
+            nnx.Linear if isinstance(layer, nnx.Linear) else nnx.LinearGeneral,
+        )
         return (
-            f"{cls.__name__} is a subclass with a computation of its own"
-            if of_linear
-            else "no Linear"
+            f"{name} is a subclass with a computation of its own (if not, say computes_as ="
+            f" nnx.{flax.__name__} in its body)"
         )
     own = nnx.Linear if cls is nnx.LoRALinear else cls
     default = inspect.signature(own.__init__).parameters
@@ -179,7 +204,8 @@ def from_flax(
     out_dtype = layer.preferred_element_type
     if out_dtype is not None and layer.bias is not None:
         out_dtype = jnp.promote_types(out_dtype, layer.dtype or layer.bias.get_value().dtype)
-    cls = QuantisedLoRALinear if type(layer) is nnx.LoRALinear else QuantisedLinear
+    lora = computed_as(type(layer)) is nnx.LoRALinear
+    cls = QuantisedLoRALinear if lora else QuantisedLinear
     new = cls.from_weight(
         weight,
         layer.bias,

@@ -47,8 +47,9 @@ def quantise(
     shape and bias are linear layers'; not so embeddings, convolutions, normalisations, routers and states of
     optimisers. In an nnx model, `nnx.Linear`, `nnx.LinearGeneral` and `nnx.LoRALinear` (which keeps its
     adapter) become `QuantisedLinear`s; subclasses, layers with functions of their own and Einsum modules keep
-    their class and their computation and run it on packed codes. A weight that would grow stays as it is. All
-    other leaves stay too; `fdk_jax.summary` tells what became of each, and why.
+    their class and their computation and run it on packed codes. A subclass that computes what its base does
+    is replaced too if its body says so: `computes_as = nnx.Linear`. A weight that would grow stays as it is.
+    All other leaves stay too; `fdk_jax.summary` tells what became of each, and why.
 
     Args:
         source: an array; a tree of parameters (dicts, also flat ones with names "a/b" or tuples as keys,

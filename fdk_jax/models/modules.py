@@ -45,6 +45,8 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Linear):
     """`nnx.Linear` that reads its kernel at full speed for a few tokens."""
 
+    computes_as = nnx.Linear
+
     def __call__(self, inputs: Array, out_dtype: Any = None) -> Array:
         """Maps [..., K] to [..., N]."""
         y = platforms.linear(inputs, self.kernel[...], out_dtype or inputs.dtype)
