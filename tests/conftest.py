@@ -23,7 +23,7 @@ def _strict_jax():
 
 
 # Of a test with more cases than these, others are marked slow: `make test` runs it for this many.
-QUICK_CASES = 6
+QUICK_CASES = 3
 # `make fuzz` sets both: seeds that differ from run to run, and when no more tests should start.
 RANDOM_SEEDS = bool(os.environ.get("FDK_RANDOM_SEEDS"))
 DEADLINE = time.monotonic() + float(os.environ.get("FDK_FUZZ_SECONDS", "inf"))

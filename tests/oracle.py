@@ -34,7 +34,8 @@ def decode(codes: np.ndarray, codebook: np.ndarray, scales: np.ndarray, group: i
     tables = np.atleast_2d(codebook.astype(np.float64))
     rows = np.arange(len(codes)) * len(tables) // max(len(codes), 1)
     values = tables[rows[:, None], codes]
-    return values * np.repeat(scales.astype(np.float64), group, -1)[:, : codes.shape[1]]
+    k = codes.shape[1]
+    return values * np.repeat(scales.astype(np.float64), max(1, min(group, k)), -1)[:, :k]
 
 
 def product(x: np.ndarray, w, bias: np.ndarray | None = None) -> np.ndarray:
@@ -64,7 +65,7 @@ def expectations(x: np.ndarray, matrices, bias=None, **inexact) -> list[accuracy
         with np.errstate(over="ignore"):
             narrow = [rounded(m, x.dtype) for m in matrices]
         matrices += [m for m in narrow if np.isfinite(m).all()]
-    wide = x.reshape(-1, x.shape[-1]).astype(np.float64)
+    wide = x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1]).astype(np.float64)
     found = []
     for matrix in matrices:
         e = accuracy.product(wide, matrix, bias, **inexact)

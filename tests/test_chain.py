@@ -105,7 +105,7 @@ def _check_chain(rng, shapes, bits, uniform, books, config, *, bias, chance=None
     )
     assert not counters.any(), "the next launch finds counters in use"
     left = [found.get(name) for name in ("sum2", "scaled2", "squares_out2", "y3")]
-    chains.check(left, weights, x, residual, scales, None if uniform else found)
+    chains.check(left, weights, x, residual, scales, found)
 
 
 def _products(bits, hidden, inner, qkv, books=(1, 2, 1, 3)):

@@ -176,7 +176,10 @@ def test_plans_say_why():
     facts = dict(bits=4, group_size=64, out_features=6144, in_features=4096, uniform=False)
     assert pallas_kernels.plan(1, dtype=HALF, **facts).kernel == "matvec"
     assert pallas_kernels.plan(64, dtype=HALF, **facts).kernel == "wgmma"
-    assert pallas_kernels.plan(100_000, dtype=HALF, **facts).kernel == "dequantise"
+    assert pallas_kernels.plan(100_000, dtype=HALF, **facts).kernel == "mosaic"
+    older = Target.parse("sm_80")
+    many = pallas_kernels.plan(100_000, dtype=HALF, target=older, **facts)
+    assert many.kernel == "dequantise"
     exact = pallas_kernels.plan(1, dtype=jnp.float32, **facts)
     assert exact.kernel == "plain" and "float32" in str(exact)
     odd = pallas_kernels.plan(1, dtype=HALF, **(facts | {"group_size": 10}))

@@ -27,6 +27,12 @@ def lookup(codes: Array, codebook: Array) -> Array:
     return levels[0].reshape(codes.shape)
 
 
+def spread(scales: Array, group_size: int, in_features: int) -> Array:
+    """The scale of each weight, [..., K], from scales [..., ceil(K / G)]; a group may be far larger than K."""
+    repeats = max(1, min(group_size, in_features))
+    return jnp.repeat(scales, repeats, axis=-1)[..., :in_features]
+
+
 def dequantise_matrix(
     packed: Array,
     scales: Array,
@@ -41,6 +47,4 @@ def dequantise_matrix(
     codes = packing.unpack(packed, bits, in_features)
     # The codebook is rounded to the compute dtype first, as the format says.
     values = lookup(codes, codebook.astype(scales.dtype).astype(jnp.float32))
-    repeats = max(1, min(group_size, in_features))  # a group may be far larger than K
-    spread = jnp.repeat(scales.astype(jnp.float32), repeats, axis=-1)[:, :in_features]
-    return (values * spread).astype(dtype)
+    return (values * spread(scales.astype(jnp.float32), group_size, in_features)).astype(dtype)

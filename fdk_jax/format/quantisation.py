@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from fdk_jax.format import codebooks, densities, packing
+from fdk_jax.format.dequantisation import spread
 from fdk_jax.format.orientation import check_axes, to_matrix
 from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
 
@@ -218,8 +219,7 @@ def scaled(matrix: Array, group_size: int, kind: str) -> tuple[Array, Array]:
     dtype = matrix.dtype
     wide = matrix.astype(jnp.float32)
     scales = _per_group(wide, group_size, lambda g: group_scales(g, kind, dtype))
-    spread = jnp.repeat(scales, group_size, axis=-1)[..., : matrix.shape[-1]]
-    return round_to(wide / spread, dtype), scales
+    return round_to(wide / spread(scales, group_size, matrix.shape[-1]), dtype), scales
 
 
 def nearest_codes(quotients: Array, codebook: Array, dtype: Any) -> Array:

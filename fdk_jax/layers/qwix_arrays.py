@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdk_jax.format import codebooks, packing
+from fdk_jax.format.dequantisation import spread
 from fdk_jax.format.orientation import check_axes, from_matrix, to_matrix
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 
@@ -102,7 +103,7 @@ def to_qarray(w: QuantisedTensor) -> Any:
     values = from_matrix(values, shape, axes).astype(jnp.int4 if narrow else jnp.int8)
     scales = w.scales * jnp.asarray(step, w.scales.dtype)
     repeats = w.group_size if by_tile else w.in_features
-    scales = from_matrix(jnp.repeat(scales, repeats, axis=-1)[..., : w.in_features], shape, axes)
+    scales = from_matrix(spread(scales, repeats, w.in_features), shape, axes)
     for axis in k_axes:
         tile = (
             min(w.group_size, last)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fdk_jax.format.dequantisation import lookup
+from fdk_jax.format.dequantisation import lookup, spread
 from fdk_jax.format.quantisation import nearest_codes, round_to
 
 # Multiples of the rule's scale that the search tries; 1 is one of them.
@@ -26,14 +26,10 @@ _ELEMENTS = 2**24  # weights whose search is in memory at a time
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def spread(scales: Array, group_size: int, in_features: int) -> Array:
-    """[N, K] from scales [N, ceil(K / G)]."""
-    return jnp.repeat(scales, group_size, axis=-1)[..., :in_features]
-
-
 def _grouped(matrix: Array, group_size: int) -> Array:
-    """[N, K] -> [N, ceil(K / G), G], zeros at the end."""
+    """[N, K] -> [N, ceil(K / G), G], zeros at the end; a group that is longer than K is cut."""
     n, k = matrix.shape
+    group_size = max(1, min(group_size, k))
     padded = jnp.pad(matrix, ((0, 0), (0, -k % group_size)))
     return padded.reshape(n, -1, group_size)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fdk_jax.format import packing
-from fdk_jax.format.dequantisation import dequantise_matrix, lookup
+from fdk_jax.format.dequantisation import dequantise_matrix, lookup, spread
 
 
 def matmul(
@@ -87,11 +87,10 @@ def weight_gradients(
     groups = scales.shape[-1]
     group = jnp.arange(in_features) // group_size
     dscales = jax.ops.segment_sum((dense * values).T, group, groups).T
-    spread = jnp.repeat(scales.astype(jnp.float32), max(1, min(group_size, in_features)), axis=-1)
     rows = codebook.reshape(-1, codebook.shape[-1])
     block = jnp.arange(codes.shape[0]) // (codes.shape[0] // rows.shape[0])
     entry = block[:, None] * rows.shape[1] + codes.astype(jnp.int32)
-    terms = dense * spread[:, :in_features]
+    terms = dense * spread(scales.astype(jnp.float32), group_size, in_features)
     dcodebook = jax.ops.segment_sum(terms.reshape(-1), entry.reshape(-1), rows.size)
     return dscales.astype(scales.dtype), dcodebook.reshape(codebook.shape).astype(codebook.dtype)
 
