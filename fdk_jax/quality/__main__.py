@@ -1,4 +1,10 @@
-"""Trains the small language model, quantises it in every way, and prints the table of what each way costs."""
+"""Prints what each format costs a network: a small language model that is trained for it, or real ones.
+
+python -m fdk_jax.quality                                          trains the small one
+python -m fdk_jax.quality --network smollm2 --text FOLDER --out results/quality_networks.jsonl
+
+A run on a real network goes on where it was stopped.
+"""
 
 import math
 import os
@@ -10,10 +16,18 @@ from absl import app, flags
 
 from fdk_jax.benchmark import environment, records
 from fdk_jax.quality import curves, language_model, table
+from fdk_jax.quality.measure import measure as measure_network
 
 _OUT = flags.DEFINE_string("out", "results/quality.jsonl", "JSONL file of the rows")
 _FIGURE = flags.DEFINE_string("figure", "results/quality.svg", "figure of the training curves")
 _SMALL = flags.DEFINE_bool("small", False, "the model of the tests: two minutes instead of ten")
+_NETWORK = flags.DEFINE_enum(
+    "network",
+    None,
+    ["smollm2", "minilm"],
+    "a network of a package instead of the one that is trained",
+)
+_TEXT = flags.DEFINE_string("text", None, "file or folder of prose, for --network")
 _FROM = flags.DEFINE_bool("from_rows", False, "print the table of --out as it is; train nothing")
 
 
@@ -55,6 +69,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     path = Path(_OUT.value)
+    if _NETWORK.value:
+        if not _TEXT.value or not Path(_TEXT.value).exists():
+            raise app.UsageError(f"--network needs a text that exists, got --text={_TEXT.value}")
+        measure_network(_NETWORK.value, Path(_TEXT.value), path, _note)
+        return
     if not _FROM.value:
         measure(path, language_model.SMALL if _SMALL.value else language_model.Recipe())
     found = records.read([path])

