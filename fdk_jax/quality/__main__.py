@@ -28,6 +28,9 @@ _NETWORK = flags.DEFINE_enum(
     "a network of a package instead of the one that is trained",
 )
 _TEXT = flags.DEFINE_string("text", None, "file or folder of prose, for --network")
+_INCLUDE = flags.DEFINE_string(
+    "include", "", "with --network: formats that this finds, as 4 uniform"
+)
 _FROM = flags.DEFINE_bool("from_rows", False, "print the table of --out as it is; train nothing")
 
 
@@ -72,7 +75,7 @@ def main(argv: list[str]) -> None:
     if _NETWORK.value:
         if not _TEXT.value or not Path(_TEXT.value).exists():
             raise app.UsageError(f"--network needs a text that exists, got --text={_TEXT.value}")
-        measure_network(_NETWORK.value, Path(_TEXT.value), path, _note)
+        measure_network(_NETWORK.value, Path(_TEXT.value), path, _note, _INCLUDE.value)
         return
     if not _FROM.value:
         measure(path, language_model.SMALL if _SMALL.value else language_model.Recipe())

@@ -55,10 +55,10 @@ class Encoder(nnx.Module):
     def __call__(self, tokens: Array) -> Array:
         """Maps int [B, T], 0 where a row is padded, to float32 [B, D]."""
         mask = tokens != 0
-        x = self.norm(self.words(tokens) + self.positions(jnp.arange(tokens.shape[1])))
+        x = self.norm(self.words(tokens) + self.positions(jnp.arange(tokens.shape[1]))[None])
         for layer in self.layers:
             x = layer(x, mask)
-        mean = jnp.where(mask[..., None], x, 0).sum(1) / mask.sum(1, keepdims=True)
+        mean = jnp.where(mask[..., None], x, 0).sum(1) / mask.astype(x.dtype).sum(1, keepdims=True)
         return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
 
 
@@ -71,7 +71,7 @@ def load(folder: str | Path) -> Encoder:
     def take(name: str) -> Array:
         return jnp.asarray(np.asarray(stored[name].read(), np.float32))
 
-    def fill(layer: nnx.Module, name: str) -> None:
+    def fill(layer: nnx.Linear | nnx.LayerNorm, name: str) -> None:
         if isinstance(layer, nnx.Linear):
             layer.kernel = nnx.Param(take(f"{name}.weight").T)
         else:
@@ -81,7 +81,9 @@ def load(folder: str | Path) -> Encoder:
     # Every token is of the first type; its vector is added to every position.
     kind = take("embeddings.token_type_embeddings.weight")[0]
     model.words.embedding = nnx.Param(take("embeddings.word_embeddings.weight"))
-    model.positions.embedding = nnx.Param(take("embeddings.position_embeddings.weight") + kind)
+    model.positions.embedding = nnx.Param(
+        take("embeddings.position_embeddings.weight") + kind[None]
+    )
     fill(model.norm, "embeddings.LayerNorm")
     for index, layer in enumerate(model.layers):
         here = f"encoder.layer.{index}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from fdk_jax.quality.networks import NETWORKS, SEEDS, Network
 SUITE = "networks"
 
 
-def measure(name: str, text: Path, out: Path, note: Callable[[str], None]) -> None:
+def measure(
+    name: str, text: Path, out: Path, note: Callable[[str], None], include: str = ""
+) -> None:
     """Appends the rows of a network that `out` does not have yet.
 
     Args:
@@ -27,6 +30,7 @@ def measure(name: str, text: Path, out: Path, note: Callable[[str], None]) -> No
         text: file or folder of prose, see `fdk_jax.quality.prose`.
         out: a JSONL file.
         note: called with a word on what comes next.
+        include: regular expression, searched in the names of formats.
     """
     known = records.read([out]) if out.exists() and out.stat().st_size else []
     done = {row["name"] for row in known if row["suite"] == SUITE}
@@ -37,16 +41,16 @@ def measure(name: str, text: Path, out: Path, note: Callable[[str], None]) -> No
         "network": name,
         "dtype": "bfloat16",
         "text": f"{text.name} {hashlib.sha256(whole).hexdigest()[:12]}",
-        "weights": int(sum(np.prod(m.shape) for m in network.matrices().values())),
+        "weights": int(sum(m.size for m in network.matrices().values())),
     }
     where = environment.facts(jax.devices()[0])
     with records.Writer(out) as writer:
-        for row in rows(name, network, done, note):
+        for row in rows(name, network, done, note, include):
             writer.write(records.make_row(where, shared, row))
 
 
 def rows(
-    name: str, network: Network, done: set[str], note: Callable[[str], None]
+    name: str, network: Network, done: set[str], note: Callable[[str], None], include: str = ""
 ) -> Iterator[dict[str, Any]]:
     """One row for each format that is not `done`, by its measures on the test text of each seed."""
     if (reference := f"{name} reference") not in done:
@@ -54,7 +58,7 @@ def rows(
         yield {"name": reference, "bits": 16, "bytes_per_weight": 2.0} | _facts(network, scores)
     matrices = network.matrices()
     for form in FORMATS:
-        if (title := f"{name} {form.name}") in done:
+        if (title := f"{name} {form.name}") in done or not re.search(include, form.name):
             continue
         note(title)
         moments = network.moments(form.seed) if form.needs_data else {}
