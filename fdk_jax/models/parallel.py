@@ -7,11 +7,13 @@ the values. Along a second axis of the mesh devices may hold the same weights an
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fdk_jax.models.config import ModelConfig
@@ -64,6 +66,17 @@ class Parallel:
     def cache(self) -> P:
         """How the arrays of a key-value cache are cut: by sequences and heads."""
         return P(self.data, self.axis)
+
+    def put(self, value: Any, spec: P) -> Array:
+        """An array, the same in every process, where the devices take it: each process hands its slices over."""
+        sharding = NamedSharding(self.mesh, spec)
+        if sharding.is_fully_addressable:
+            return jax.device_put(value, sharding)
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            data = self.put(jax.random.key_data(value), spec)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+        whole = np.asarray(value)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     def first_row(self, rows: int) -> Array | int:
         """Inside shard_map: which sequence of the batch is the first of this device's `rows`."""

@@ -75,7 +75,7 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
         """Arrays where the programs take them: a batch cut over the devices that share it, all else whole."""
         if self.parallel is None:
             return tree
-        return jax.device_put(tree, self._shardings(tree))
+        return jax.tree.map(self.parallel.put, tree, self._specs(tree))
 
     def struct(self, tree: Any) -> Any:
         """Arrays' shapes and dtypes with the shardings of `place`."""

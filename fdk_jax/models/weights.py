@@ -137,7 +137,7 @@ class Placer:
     def _put(self, value: HostArray, spec: P) -> Array:
         if self.parallel is None:
             return jnp.asarray(value)
-        return jax.device_put(value, NamedSharding(self.parallel.mesh, spec))
+        return self.parallel.put(value, spec)
 
     def _check_cut(self, cut: str, in_features: int, group_size: int) -> None:
         if cut == "k" and in_features % (self.shards * group_size):
