@@ -68,7 +68,7 @@ class Parallel:
         return P(self.data, self.axis)
 
     def put(self, value: Any, spec: P) -> Array:
-        """An array, the same in every process, where the devices take it: each process hands its slices over."""
+        """An array, the same in every process, on the devices: each process hands over its own slices."""
         sharding = NamedSharding(self.mesh, spec)
         if sharding.is_fully_addressable:
             return jax.device_put(value, sharding)
