@@ -1,5 +1,6 @@
 """Pallas kernels for GPUs: products with weights that stay packed. They take plain arrays."""
 
+from pallas_kernels.choice import Plan, plan
 from pallas_kernels.grouped import grouped_matmul
 from pallas_kernels.grouped import unsupported_reason as grouped_unsupported_reason
 from pallas_kernels.launch import (
@@ -11,7 +12,6 @@ from pallas_kernels.launch import (
     residual_matmul,
     residual_plan,
 )
-from pallas_kernels.tuning import Plan, plan
 
 __all__ = [
     "Plan",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import chain, gather, matvec, plain, ring, target, tuning
+from pallas_kernels import chain, choice, gather, matvec, plain, ring, target
 from pallas_kernels.case import Arrays, Case
 
 
@@ -23,7 +23,7 @@ def matmul(
     uniform: bool,
     bias: Array | None = None,
     out_dtype: Any = None,
-    config: tuning.Config | None = None,
+    config: choice.Config | None = None,
     interpret: bool = False,
 ) -> Array:
     """Multiplies x by the transpose of a quantised weight in the planar layout, on an NVIDIA GPU.
@@ -63,7 +63,7 @@ def matmul(
         out_dtype=out_dtype,
     )
     gpu = target.current()
-    chosen = tuning.choose(case, gpu) if config is None else _given(case, config, gpu)
+    chosen = choice.choose(case, gpu) if config is None else _given(case, config, gpu)
     if chosen.kernel == "xla" and not interpret:
         raise NotImplementedError(
             f"no kernel multiplies on this GPU: {chosen.reason}; use backend='xla' or None"
@@ -82,7 +82,7 @@ def matmul(
             out_dtype=out_dtype,
             interpret=interpret,
         )
-    return tuning.launch(case, chosen.kernel, chosen.config, arrays, gpu)[0]
+    return choice.launch(case, chosen.kernel, chosen.config, arrays, gpu)[0]
 
 
 def has_kernel(w: Arrays, **facts: Any) -> bool:
@@ -93,7 +93,7 @@ def has_kernel(w: Arrays, **facts: Any) -> bool:
         facts: bits, group_size, out_features and uniform, see `matmul`.
     """
     case = _case(w, out_dtype=w.x.dtype, **facts)
-    return tuning.choose(case, target.current()).kernel != "xla"
+    return choice.choose(case, target.current()).kernel != "xla"
 
 
 class Scaled(NamedTuple):
@@ -110,7 +110,7 @@ class Scaled(NamedTuple):
     squares: Array
 
 
-def residual_plan(w: Arrays, **facts: Any) -> tuple[Case, tuning.Plan] | None:
+def residual_plan(w: Arrays, **facts: Any) -> tuple[Case, choice.Plan] | None:
     """The product of `residual_matmul` without what is around it, and its kernel; None without one.
 
     Args:
@@ -122,11 +122,11 @@ def residual_plan(w: Arrays, **facts: Any) -> tuple[Case, tuning.Plan] | None:
         return None
     case = _case(w, out_dtype=w.x.dtype, **facts)
     gpu = target.current()
-    plan = tuning.choose(case, gpu)
+    plan = choice.choose(case, gpu)
     config, around = plan.config, dataclasses.replace(case, squares=1, residual=True)
     if case.m > 1 or not isinstance(config, ring.Config | matvec.Config) or config.cluster > 1:
         return None
-    return None if tuning.unsupported_reason(around, config, gpu) else (case, plan)
+    return None if choice.unsupported_reason(around, config, gpu) else (case, plan)
 
 
 def residual_matmul(
@@ -198,7 +198,7 @@ def residual_matmul(
     if squares is not None:
         case = dataclasses.replace(case, squares=squares.size, norm_eps=eps)
     case = dataclasses.replace(case, residual=residual is not None)
-    outputs = tuning.launch(case, plan.kernel, plan.config, arrays, target.current(), others)
+    outputs = choice.launch(case, plan.kernel, plan.config, arrays, target.current(), others)
     return outputs[0] if residual is None else Scaled(*outputs)
 
 
@@ -273,11 +273,11 @@ def _case(
     )
 
 
-def _given(case: Case, config: tuning.Config, gpu: target.Target) -> tuning.Plan:
-    reason = tuning.unsupported_reason(case, config, gpu)
+def _given(case: Case, config: choice.Config, gpu: target.Target) -> choice.Plan:
+    reason = choice.unsupported_reason(case, config, gpu)
     if reason is not None:
         raise NotImplementedError(f"{config} does not run this product: {reason}")
-    return tuning.Plan(tuning.kernel_of(config), config, "given by the caller")
+    return choice.Plan(choice.kernel_of(config), config, "given by the caller")
 
 
 def _check_chain(x, residual, weights, norm_scales) -> None:

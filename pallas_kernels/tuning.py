@@ -1,13 +1,8 @@
-"""Which kernel a product takes, with which launch configuration: the measured table, and its search.
-
-The table holds the fastest choice for each (bits, m, n, k) that was measured, with any codebook or with
-evenly spaced values; a product takes the row of the next larger m and the nearest shape, rather of the same
-device and kind of codebook. Rows are of a class of architectures, those with the same instructions; numbers of
-programs are multiples of the multiprocessors. Nothing is measured on import or on a first call:
+"""The search for the fastest kernel and launch configuration of a product, on the GPU at hand.
 
     python -m pallas_kernels.tuning --shapes 4096x4096 --bits 4,1 --m 1,16
 
-measures on the GPU at hand and writes a cache file, whose rows win over those that come with the package.
+writes a cache file, whose rows win over those that come with the package; `choice` looks them up.
 """
 
 import argparse
@@ -26,213 +21,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
-from pallas_kernels import dequantise, integer, matvec, mma, mosaic_matmul, wgmma
+from pallas_kernels import choice, integer, matvec, mma, wgmma
 from pallas_kernels.case import Arrays, Case
-from pallas_kernels.target import H200, Target, current
-
-KERNELS = {"matvec": matvec, "integer": integer, "mma": mma, "wgmma": wgmma}  # in PTX
-_CONFIGURED = KERNELS | {"mosaic": mosaic_matmul}
-Config = matvec.Config | integer.Config | mma.Config | wgmma.Config | mosaic_matmul.Config
-_SHIPPED = Path(__file__).with_name("tuned.json")
-_FEW = 16  # most rows of x a program of `matvec` takes
-_MOST_DECODED_AGAIN = 128  # rows of x for which a kernel may decode the weight again and again
-# A row of another device, or of another kind of codebook, counts like one of a shape twice as large.
-_ANOTHER = math.log(2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The choice for one product.
-
-    Attributes:
-        kernel: a key of `KERNELS`; "mosaic"; "dequantise" (then dot); "plain"; "xla" where no kernel runs.
-        config: launch configuration of a kernel of `KERNELS` or of "mosaic", else None.
-        reason: why, in words.
-    """
-
-    kernel: str
-    config: Config | None
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.kernel}{'' if self.config is None else f' {self.config}'}: {self.reason}"
-
-
-def cache_file() -> Path:
-    """Where the search writes and a process looks for rows of its own; FDK_JAX_TUNED overrides."""
-    default = Path.home() / ".cache" / "fdk_jax" / "tuned.json"
-    return Path(os.environ.get("FDK_JAX_TUNED", default))
-
-
-def plan(
-    m: int,
-    *,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    uniform: bool,
-    dtype: Any,
-    target: Target | None = None,
-) -> Plan:
-    """The kernel and configuration that a product takes, and why. Runs nothing.
-
-    Args:
-        m: rows of x.
-        bits: width of a code.
-        group_size: weights a scale.
-        out_features: N.
-        in_features: K.
-        uniform: whether the values of the codebook are evenly spaced.
-        dtype: of x.
-        target: the GPU; None for the one at hand.
-    """
-    dtype = jnp.dtype(dtype)
-    case = Case(
-        *(max(m, 1), out_features, in_features, bits, group_size, 1),
-        *(dtype, dtype, None, dtype, uniform),
-    )
-    return choose(case, target or current())
-
-
-def choose(case: Case, target: Target) -> Plan:
-    """As `plan`, from everything that is static about a product."""
-    reason = matvec.unsupported_reason(case, matvec.Config(tiles=1, warps=8), target)
-    if reason is not None and target.has_pallas:
-        return Plan("plain", None, f"ordinary Pallas operations, because {reason}")
-    if reason is not None:
-        without = "" if target.triton else ", and Pallas has no Triton lowering"
-        return Plan("xla", None, f"dequantises, then dots, because {reason}{without}")
-    rows = _by_nearness(case, target)
-    if not rows:
-        why = "then dot: more tokens than any for which decoding again paid"
-        return Plan("dequantise", None, f"{why}, for {target.architecture}")
-    reason = "no kernel of the table runs it"
-    for row in rows:
-        why = (
-            f"fastest of those measured at {row['m']} x {row['n']} x {row['k']} on {row['device']},"
-            f" for {target.architecture}"
-        )
-        if row["kernel"] == "dequantise":
-            return Plan("dequantise", None, f"then dot, {why}")
-        config = fit(case, configuration(row, target), target)
-        if config is None:
-            continue
-        reason = unsupported_reason(case, config, target)
-        if reason is None:
-            return Plan(row["kernel"], config, why)
-    if target.has_wgmma and case.m > _MOST_DECODED_AGAIN:
-        return Plan("dequantise", None, f"then dot, since {reason}")
-    config = _portable(case, target)
-    return Plan(kernel_of(config), config, f"untuned for {target.architecture}, since {reason}")
-
-
-def _portable(case: Case, target: Target) -> matvec.Config | mma.Config:
-    """What runs on every GPU, as good a guess as there is."""
-    smallest = fit(case, matvec.Config(tiles=1, warps=8), target)
-    if target.has_wgmma:
-        return smallest
-    if case.m > _FEW:
-        config = mma.Config(next((t for t in (32, 48) if case.m <= t), 64), 2, 2, 4, 2, 2)
-        return smallest if unsupported_reason(case, config, target) else config
-    diagonal = case.bits < 4 and case.m == 1
-    config = matvec.Config(
-        tiles=1,
-        warps=8 if case.bits < 4 else 16,
-        stages=8 // case.planes if diagonal else 1,
-        diagonal=diagonal,
-    )
-    config = fit(case, config, target)
-    return smallest if unsupported_reason(case, config, target) else config
-
-
-def configuration(row: dict, target: Target) -> Any:
-    """The launch configuration of a row of the table on a GPU.
-
-    Programs are multiples of the multiprocessors, or of 132 in rows of older files.
-    """
-    facts = dict(row["config"])
-    if "programs_each" in facts:
-        facts["programs"] = facts.pop("programs_each") * target.multiprocessors
-    elif facts.get("programs"):
-        facts["programs"] = facts["programs"] * target.multiprocessors // H200.multiprocessors
-    return _CONFIGURED[row["kernel"]].Config(**facts)
-
-
-def fit(case: Case, config: Any, target: Target) -> Any:
-    """A configuration with what follows from the case; None if no configuration of its kernel runs it."""
-    if config == mosaic_matmul.ANY:
-        return mosaic_matmul.guess(case, target)
-    if isinstance(config, matvec.Config):
-        columns = 1 if case.m <= _FEW // 2 else _FEW // 8
-        diagonal, programs = (config.diagonal, config.programs) if case.m == 1 else (False, 0)
-        cluster = config.cluster if target.has_clusters else 1
-        return dataclasses.replace(
-            config, columns=columns, diagonal=diagonal, programs=programs, cluster=cluster
-        )
-    return config
-
-
-def unsupported_reason(case: Case, config: Any, target: Target) -> str | None:
-    """Why a configuration does not run a case, or None."""
-    return _CONFIGURED[kernel_of(config)].unsupported_reason(case, config, target)
-
-
-def kernel_of(config: Any) -> str:
-    """The kernel to which a configuration belongs."""
-    return next(name for name, module in _CONFIGURED.items() if isinstance(config, module.Config))
-
-
-def _class_of(architecture: str) -> str:
-    """Architectures whose kernels have the same instructions."""
-    number = int(architecture.removeprefix("sm_"))
-    return "wgmma" if number == 90 else "bulk copies" if number > 90 else "mma"
-
-
-def _by_nearness(case: Case, target: Target) -> list[dict]:
-    """The rows to follow, best first; none if the product has more tokens than all rows."""
-    is_owner = _class_of(target.architecture)
-    classes = {"wgmma": ("wgmma",), "mma": ("mma",), "bulk copies": ("bulk copies", "mma")}[
-        is_owner
-    ]
-    rows = [row for row in _table() if row["bits"] == case.bits]
-    rows = [row for row in rows if _class_of(_architecture(row)) in classes] or rows
-    m = min((row["m"] for row in rows if row["m"] >= case.m), default=None)
-
-    def distance(row: dict) -> float:
-        shape = abs(math.log(row["n"] / case.n)) + abs(math.log(row["k"] / case.k))
-        others = (row["device"] != target.kind) + (_is_even(row) != case.even)
-        others += 2 * (_class_of(_architecture(row)) != is_owner)
-        return shape + _ANOTHER * others
-
-    return sorted((row for row in rows if row["m"] == m), key=distance)
-
-
-@functools.cache
-def _table() -> list[dict]:
-    rows = {}
-    for path in (_SHIPPED, cache_file()):
-        if path.is_file():
-            for row in json.loads(path.read_text(encoding="utf-8")):
-                rows[_key(row)] = row
-    return list(rows.values())
-
-
-def _key(row: dict) -> tuple:
-    return (*(row[name] for name in ("device", "bits", "m", "n", "k")), _is_even(row))
-
-
-def _is_even(row: dict) -> bool:
-    return row.get("even", False)
-
-
-def _architecture(row: dict) -> str:
-    return row.get("architecture", H200.architecture)
-
-
-# The search
+from pallas_kernels.target import Target, current
 
 # What was ever the fastest, by what limits it: (tiles, warps, stages, row_warps) of `matvec`.
 _ONE_TOKEN = ((1, 8, 1, 1), (1, 16, 1, 1), (1, 16, 1, 2), (1, 8, 2, 1), (1, 16, 2, 1), (2, 8, 1, 1))
@@ -291,7 +83,7 @@ _MMA = {
 def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
     """(kernel, configuration) pairs that may be the fastest for a case: those that ever were.
 
-    Not all of them run on every GPU: see `unsupported_reason`.
+    Not all of them run on every GPU: see `choice.unsupported_reason`.
     """
     if case.m == 1:
         for facts in _DIAGONAL[case.bits]:
@@ -303,9 +95,9 @@ def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
             config = matvec.Config(*facts, row_warps=row_warps, programs=programs)
             if matvec.is_persistent_loop(case, config):
                 yield "matvec", config
-    if case.m <= (2 * _FEW if target.has_wgmma else _FEW):
+    if case.m <= (2 * choice.FEW if target.has_wgmma else choice.FEW):
         for facts in _ONE_TOKEN if case.m == 1 else _TOKENS:
-            yield "matvec", fit(case, matvec.Config(*facts[:3], row_warps=facts[3]), target)
+            yield "matvec", choice.fit(case, matvec.Config(*facts[:3], row_warps=facts[3]), target)
     if case.m >= min(_WGMMA) and target.has_wgmma:
         for facts in _WGMMA[max(m for m in _WGMMA if m <= case.m)]:
             yield "wgmma", wgmma.Config(*facts)
@@ -323,7 +115,7 @@ def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
         (case, kernel, config)
         for case in cases
         for kernel, config in candidates(case, target)
-        if config is None or unsupported_reason(case, config, target) is None
+        if config is None or choice.unsupported_reason(case, config, target) is None
     ]
     with ThreadPoolExecutor() as pool:
         programs = list(pool.map(lambda job: _compile(*job, weights, target), jobs))
@@ -356,39 +148,12 @@ def _recorded(config: Any, target: Target) -> dict:
     return facts
 
 
-def launch(
-    case: Case,
-    kernel: str,
-    config: Any,
-    arrays: Arrays,
-    target: Target,
-    others: tuple[Array, ...] = (),
-) -> tuple[Array, ...]:
-    """Runs a product with a given kernel (not "plain") and configuration; see `Case.launch`."""
-    if kernel == "dequantise":
-        return (dequantise.matmul(case, arrays, target),)
-    if kernel == "mosaic":
-        return (mosaic_matmul.matmul(case, config, arrays),)
-    module = KERNELS[kernel]
-    return case.launch(
-        module.source(case, config, target),
-        arrays,
-        target,
-        grid=module.grid(case, config),
-        warps=config.warps,
-        cluster=config.cluster,
-        name=f"fdk_{kernel}",
-        others=others,
-        squares=module.squares(case, config, target) if case.residual else 0,
-    )
-
-
 _TRIPS = 32  # so many that the host's work at the start of a program does not count
 
 
 def _compile(case: Case, kernel: str, config: Any, weights: list, target: Target) -> Any:
     """A loop over products that rotates weights past the caches."""
-    product = jax.jit(functools.partial(launch, case, kernel, config, target=target))
+    product = jax.jit(functools.partial(choice.launch, case, kernel, config, target=target))
 
     def loop(x, weights, codebook):
         def body(_, carry):
@@ -444,8 +209,8 @@ def _write(rows: list[dict], path: Path) -> None:
     """Merges rows into a table file; whole or not at all."""
     merged = {}
     if path.is_file():
-        merged = {_key(row): row for row in json.loads(path.read_text(encoding="utf-8"))}
-    merged |= {_key(row): row for row in rows}
+        merged = {choice.row_key(row): row for row in json.loads(path.read_text(encoding="utf-8"))}
+    merged |= {choice.row_key(row): row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
@@ -461,7 +226,7 @@ def main() -> None:
     parser.add_argument("--m", default="1,16,32,64,256")
     parser.add_argument("--codebook", default="any,uniform", help="of these, comma-separated")
     parser.add_argument("--group_size", type=int, default=64)
-    parser.add_argument("--output", type=Path, default=cache_file())
+    parser.add_argument("--output", type=Path, default=choice.cache_file())
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; then it writes")
     flags = parser.parse_args()
     kinds = flags.shapes.split(","), flags.bits.split(","), flags.codebook.split(",")

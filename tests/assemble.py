@@ -25,7 +25,16 @@ if __name__ == "__main__":  # from the project's root
 import golden
 import jax.numpy as jnp
 
-from pallas_kernels import chain, dequantise, ring, short_attention, stream, tuning, xla_call
+from pallas_kernels import (
+    chain,
+    choice,
+    dequantise,
+    ring,
+    short_attention,
+    split_attention,
+    stream,
+    xla_call,
+)
 from pallas_kernels.ptx import shared_bytes
 from pallas_kernels.target import H200, Target
 
@@ -133,24 +142,30 @@ def _sources(target: Target, quick: bool) -> Iterator[tuple[str, str, str, int]]
                 case = short_attention.Case(16, 4, dim, 512, jnp.dtype(dtype), eps)
                 source = short_attention.source(case, target)
                 yield "attention", f"{dim} {eps}", source, short_attention._WARPS
+                for window, splits in ((None, 8), (1000, 1)):
+                    case = split_attention.Case(16, 4, dim, 4096, jnp.dtype(dtype), eps, window)
+                    if case.supported(target):
+                        source = split_attention.source(case, splits, target)
+                        name = f"{dim} {eps} {window=} {splits=}"
+                        yield "split attention", name, source, split_attention._WARPS
 
 
 def _products(case, target, quick) -> Iterator[tuple[str, str, str, int]]:
     """The kernel that a product takes, else with all of the table's rows for it, also with a residual."""
-    plan = tuning.choose(case, target)
-    found = [(plan.kernel, plan.config)] if plan.kernel in tuning.KERNELS else []
-    for row in tuning._by_nearness(case, target) if not quick else ():
-        if row["kernel"] in tuning.KERNELS:
-            config = tuning.fit(case, tuning.configuration(row, target), target)
+    plan = choice.choose(case, target)
+    found = [(plan.kernel, plan.config)] if plan.kernel in choice.KERNELS else []
+    for row in choice.nearest_rows(case, target) if not quick else ():
+        if row["kernel"] in choice.KERNELS:
+            config = choice.fit(case, choice.configuration(row, target), target)
             found.append((row["kernel"], config))
     for kernel, config in found:
-        if tuning.unsupported_reason(case, config, target) is not None:
+        if choice.unsupported_reason(case, config, target) is not None:
             continue
-        module, name = tuning.KERNELS[kernel], f"{case.bits} m={case.m} {config}"
+        module, name = choice.KERNELS[kernel], f"{case.bits} m={case.m} {config}"
         yield kernel, name, module.source(case, config, target), config.warps
         around = dataclasses.replace(case, squares=96, norm_eps=1e-5, residual=True)
         fits = case.m == 1 and config.cluster == 1 and case.x_dtype == jnp.bfloat16
-        if fits and tuning.unsupported_reason(around, config, target) is None:
+        if fits and choice.unsupported_reason(around, config, target) is None:
             yield f"{kernel}+sum", name, module.source(around, config, target), config.warps
 
 

@@ -21,7 +21,16 @@ if __name__ == "__main__":  # from the project's root
 
 import jax.numpy as jnp
 
-from pallas_kernels import chain, dequantise, integer, ring, short_attention, stream, tuning
+from pallas_kernels import (
+    chain,
+    choice,
+    dequantise,
+    integer,
+    ring,
+    short_attention,
+    split_attention,
+    stream,
+)
 from pallas_kernels.case import Case
 from pallas_kernels.target import H200, Target
 
@@ -41,20 +50,20 @@ def case(m, n, k, bits, uniform=False, *, dtype="bfloat16", group_size=64, **oth
 
 def sources() -> Iterator[tuple[str, str]]:
     """Names and PTX of the kernels."""
-    for row in tuning._table():
-        if row["kernel"] not in tuning.KERNELS:
+    for row in choice.table():
+        if row["kernel"] not in choice.KERNELS:
             continue
-        target = Target.parse(tuning._architecture(row), H200)
-        module, uniform = tuning.KERNELS[row["kernel"]], tuning._is_even(row)
+        target = Target.parse(choice.architecture_of(row), H200)
+        module, uniform = choice.KERNELS[row["kernel"]], choice.is_even(row)
         shape = row["m"], row["n"], row["k"], row["bits"]
         for dtype in _HALVES:
             product = case(*shape, uniform, dtype=dtype)
-            config = tuning.fit(product, tuning.configuration(row, target), target)
+            config = choice.fit(product, choice.configuration(row, target), target)
             name = f"{row['device']}: {dtype} {shape} {uniform=} {row['kernel']}"
             yield name, module.source(product, config, target)
             if row["m"] == 1 and dtype == "bfloat16" and config.cluster == 1:
                 around = dataclasses.replace(product, squares=96, norm_eps=1e-5, residual=True)
-                if tuning.unsupported_reason(around, config, target) is None:
+                if choice.unsupported_reason(around, config, target) is None:
                     yield f"{name} with a residual", module.source(around, config, target)
     yield from _other_groups()
     yield from _chains()
@@ -77,6 +86,17 @@ def sources() -> Iterator[tuple[str, str]]:
                     f"attention {heads} {kv_heads} {dim} {dtype} {eps}",
                     short_attention.source(attention, H200),
                 )
+    for heads, kv_heads, dim, capacity, window in (
+        *((32, 8, 128, 8192, None), (24, 8, 128, 32768, None), (32, 2, 64, 2048, None)),
+        (32, 8, 128, 8192, 1000),
+    ):
+        for dtype in _HALVES:
+            for eps, splits in ((None, 1), (1e-6, 8)):
+                facts = heads, kv_heads, dim, capacity, jnp.dtype(dtype), eps, window
+                yield (
+                    f"split attention {heads} {kv_heads} {dim} {capacity} {window} {dtype} {eps} {splits}",
+                    split_attention.source(split_attention.Case(*facts), splits, H200),
+                )
 
 
 def _other_groups() -> Iterator[tuple[str, str]]:
@@ -93,9 +113,9 @@ def _other_groups() -> Iterator[tuple[str, str]]:
         (decoder, m, option) for decoder in DECODERS for m in (1, 11, 40) for option in options
     ):
         product = case(m, 4080, 4100, bits, uniform, **option)
-        plan = tuning.choose(product, H200)
-        if plan.kernel in tuning.KERNELS:
-            source = tuning.KERNELS[plan.kernel].source(product, plan.config, H200)
+        plan = choice.choose(product, H200)
+        if plan.kernel in choice.KERNELS:
+            source = choice.KERNELS[plan.kernel].source(product, plan.config, H200)
             yield f"{bits} {uniform=} {m} {option} {plan.kernel}", source
 
 

@@ -22,7 +22,7 @@ from fdk_jax import models
 from fdk_jax.format import packing
 from fdk_jax.models import fused_products
 from fdk_jax.models.config import ModelConfig
-from pallas_kernels import attention, integer, matvec, tuning, wgmma
+from pallas_kernels import attention, choice, integer, matvec, wgmma
 from pallas_kernels.case import Case
 from pallas_kernels.target import current
 
@@ -56,17 +56,17 @@ def _check(
 
 def _is_ours(row):
     """Whether a row of the table is for the architecture that the kernels are written for."""
-    ours = tuning._class_of(TARGET.architecture)
-    return tuning._class_of(tuning._architecture(row)) == ours
+    ours = choice.class_of(TARGET.architecture)
+    return choice.class_of(choice.architecture_of(row)) == ours
 
 
 def _tuned():
     """Each configuration of the table once for a kind of codebook, with its number of tokens."""
     found = {}
-    for row in tuning._table():
-        if row["kernel"] in tuning.KERNELS and _is_ours(row):
-            config = tuning.configuration(row, TARGET)
-            found[row["bits"], tuning._is_even(row), config] = row["m"]
+    for row in choice.table():
+        if row["kernel"] in choice.KERNELS and _is_ours(row):
+            config = choice.configuration(row, TARGET)
+            found[row["bits"], choice.is_even(row), config] = row["m"]
     return [(*key, m) for key, m in found.items()]
 
 
@@ -222,7 +222,7 @@ def test_non_finite_x_propagates_like_a_dense_product(rng, bits, uniform, value,
     arrays, facts, _ = planar.product(rng, 1, 48, 1024, bits, 64, "bfloat16", uniform=uniform)
     x, packed, scales, codebook = arrays
     x = x.at[0, 700].set(value)
-    if config is not None and tuning.unsupported_reason(_case(bits), config, TARGET) is not None:
+    if config is not None and choice.unsupported_reason(_case(bits), config, TARGET) is not None:
         pytest.skip("the kernel does not take this width")
     interchange, _ = packing.from_planar(packed, scales, in_features=1024, **facts)
     values = np.asarray(codebook.astype(jnp.bfloat16), np.float64)[0]

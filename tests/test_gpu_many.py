@@ -6,7 +6,7 @@ import numpy as np
 import planar
 import pytest
 
-from pallas_kernels import grouped, mosaic_matmul, tuning
+from pallas_kernels import choice, grouped, mosaic_matmul
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.mosaic_matmul import Config
 from pallas_kernels.target import current
@@ -18,7 +18,7 @@ EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 CONFIGS = sorted(
     {
         (row["bits"], mosaic_matmul.Config(**row["config"]))
-        for row in tuning._table()
+        for row in choice.table()
         if row["kernel"] == "mosaic"
     },
     key=str,

@@ -19,7 +19,7 @@ from fdk_jax import models
 from fdk_jax.format import codebooks, packing
 from fdk_jax.models.cache import KVCache
 from fdk_jax.models.config import ModelConfig
-from pallas_kernels import dequantise, integer, matvec, mma, tuning, wgmma, xla_call
+from pallas_kernels import choice, dequantise, integer, matvec, mma, tuning, wgmma, xla_call
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.ptx import Ptx, at, shared_bytes
 from pallas_kernels.target import H200, Target
@@ -84,19 +84,19 @@ def _case(
 def _tuned_rows():
     """A row of the table for each configuration and decoder in it."""
     rows = {}
-    for r in tuning._table():
-        rows[r["bits"], tuning._is_even(r), r["m"], r["kernel"], *r["config"].values()] = r
+    for r in choice.table():
+        rows[r["bits"], choice.is_even(r), r["m"], r["kernel"], *r["config"].values()] = r
     return list(rows.values())
 
 
 @pytest.mark.parametrize("row", _tuned_rows(), ids=lambda r: "{bits}-{m}-{n}-{k}".format(**r))
 def test_tuned_rows_lower(row):
-    case = _case(row["m"], row["n"], row["k"], row["bits"], uniform=tuning._is_even(row))
-    target = dataclasses.replace(Target.parse(tuning._architecture(row)), kind=row["device"])
-    plan = tuning.choose(case, target)
+    case = _case(row["m"], row["n"], row["k"], row["bits"], uniform=choice.is_even(row))
+    target = dataclasses.replace(Target.parse(choice.architecture_of(row)), kind=row["device"])
+    plan = choice.choose(case, target)
     assert plan.kernel == row["kernel"]
     text = _lower(
-        case, lambda *a: tuning.launch(case, plan.kernel, plan.config, Arrays(*a), target)
+        case, lambda *a: choice.launch(case, plan.kernel, plan.config, Arrays(*a), target)
     )
     assert text.count("mosaic_gpu" if plan.kernel == "mosaic" else "fdk_") >= 1
     # One launch and nothing that reformats the weight.
@@ -110,9 +110,9 @@ def test_tuned_rows_lower(row):
 def test_group_sizes_lower(bits, group_size, m):
     half = jnp.dtype(jnp.float16)
     case = _case(m, 33, 2000, bits, group_size=group_size, bias=jnp.dtype(jnp.float32), dtype=half)
-    plan = tuning.choose(case, H200)
-    assert plan.kernel in (*tuning.KERNELS, "mosaic", "dequantise")
-    _lower(case, lambda *a: tuning.launch(case, plan.kernel, plan.config, Arrays(*a), H200))
+    plan = choice.choose(case, H200)
+    assert plan.kernel in (*choice.KERNELS, "mosaic", "dequantise")
+    _lower(case, lambda *a: choice.launch(case, plan.kernel, plan.config, Arrays(*a), H200))
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ def test_group_sizes_lower(bits, group_size, m):
 )
 def test_what_triton_does_not_launch_is_launched_as_it_stands(m, config, grid):
     case = _case(m, 8192, 1024, 4, bias=HALF)
-    kernel = tuning.kernel_of(config)
-    text = _lower(case, lambda *a: tuning.launch(case, kernel, config, Arrays(*a), H200))
+    kernel = choice.kernel_of(config)
+    text = _lower(case, lambda *a: choice.launch(case, kernel, config, Arrays(*a), H200))
     assert text.count("stablehlo.custom_call") == 1
     [(launch, operands)] = _launches(text)
     assert f".entry {launch['name']}(" in launch["kernel_data"]
     assert (launch["block_x"], operands) == (32 * config.warps, 5)
     assert tuple(launch[f"grid_{axis}"] for axis in "xyz") == grid
-    source = tuning.KERNELS[kernel].source(case, config, H200)
+    source = choice.KERNELS[kernel].source(case, config, H200)
     assert launch["shared_mem_bytes"] == shared_bytes(source)
     assert (".reqnctapercluster 2, 1, 1" in launch["kernel_data"]) == (config.cluster == 2)
 
@@ -143,8 +143,8 @@ def test_candidates_are_written(bits, uniform):
         for kernel, config in tuning.candidates(case, H200):
             if config is None:
                 source = dequantise.source(case, H200)
-            elif tuning.unsupported_reason(case, config, H200) is None:
-                source = tuning.KERNELS[kernel].source(case, config, H200)
+            elif choice.unsupported_reason(case, config, H200) is None:
+                source = choice.KERNELS[kernel].source(case, config, H200)
             else:
                 continue
             assert source.startswith("{") and source.endswith("}")
@@ -160,9 +160,9 @@ def test_candidates_assemble(tmp_path, bits, uniform, m, dtype):
     case = _case(m, 200, 1000, bits, dtype=half, scales=half, out=half, uniform=uniform)
     files = []
     for i, (kernel, config) in enumerate(tuning.candidates(case, H200)):
-        if config is None or tuning.unsupported_reason(case, config, H200) is not None:
+        if config is None or choice.unsupported_reason(case, config, H200) is not None:
             continue
-        source = tuning.KERNELS[kernel].source(case, config, H200)
+        source = choice.KERNELS[kernel].source(case, config, H200)
         text = xla_call.entry(source, "kernel", H200, operands=5, threads=32 * config.warps)
         files.append(tmp_path / f"{i}.ptx")
         files[-1].write_text(text)
@@ -192,9 +192,9 @@ def test_plans_say_why():
 
 def test_codebooks_that_change_within_a_program_take_smaller_programs():
     case = _case(1, 96, 4096, 4, books=6)
-    plan = tuning.choose(case, H200)
+    plan = choice.choose(case, H200)
     assert plan.kernel == "matvec" and plan.config.rows == 16
-    assert tuning.choose(_case(1, 96, 4096, 4, books=12), H200).kernel == "plain"
+    assert choice.choose(_case(1, 96, 4096, 4, books=12), H200).kernel == "plain"
 
 
 def test_errors_name_the_remedy(rng):
@@ -220,15 +220,15 @@ def test_a_cache_file_wins_over_the_package(tmp_path, monkeypatch):
     monkeypatch.setenv("FDK_JAX_TUNED", str(path))
     tuning._write([row], path)
     tuning._write([row | {"us": 2.0}], path)
-    tuning._table.cache_clear()
+    choice.table.cache_clear()
     try:
         assert (
-            tuning.choose(_case(1, 64, 64, 4), dataclasses.replace(H200, kind="here")).config.warps
+            choice.choose(_case(1, 64, 64, 4), dataclasses.replace(H200, kind="here")).config.warps
             == 4
         )
-        assert sum(r["device"] == "here" for r in tuning._table()) == 1
+        assert sum(r["device"] == "here" for r in choice.table()) == 1
     finally:
-        tuning._table.cache_clear()
+        choice.table.cache_clear()
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 7, 12, 16, 42, 131, 132, 4096, 42752, 2**29 + 1])
@@ -258,7 +258,7 @@ def _run_ptx(case, config, arrays, bias):
     x = np.pad(x, ((0, 0), (0, case.blocks * case.span - case.k)))
     operands = [x, packed, scales, codebook] + ([] if bias is None else [bias])
     out = np.full((case.m, case.n), np.nan, case.out_dtype)
-    module = tuning.KERNELS[tuning.kernel_of(config)]
+    module = choice.KERNELS[choice.kernel_of(config)]
     threads = 32 * config.warps
     ptx_machine.run(
         module.source(case, config, H200),
@@ -311,7 +311,7 @@ def test_ptx_values_and_bounds(rng, bits, uniform, m, n, k, group_size, books, d
     )
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
     case = Case(m, n, k, bits, group_size, books, half, half, single, single, uniform)
-    assert tuning.unsupported_reason(case, config, H200) is None
+    assert choice.unsupported_reason(case, config, H200) is None
     bias = rng.normal(size=n).astype(np.float32)
     wanted.check(_run_ptx(case, config, arrays, bias), bias)
 
@@ -334,7 +334,7 @@ def test_integer_kernel(rng, n, k, books, config, dtype, wide_scales):
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
     scale_dtype = single if wide_scales else half
     case = Case(1, n, k, 1, 64, books, half, scale_dtype, single, single)
-    assert tuning.unsupported_reason(case, config, H200) is None
+    assert choice.unsupported_reason(case, config, H200) is None
     bias = rng.normal(size=n).astype(np.float32)
     arrays = (x, packed, scales.astype(scale_dtype), codebook)
     wanted.check(_run_ptx(case, config, arrays, bias), bias)
@@ -441,12 +441,12 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books, config
     case = Case(
         *(1, n, k, bits, 64, books, HALF, HALF, HALF, HALF, uniform), residual=residual, **options
     )
-    assert tuning.unsupported_reason(case, config, H200) is None
+    assert choice.unsupported_reason(case, config, H200) is None
     bias = rng.normal(size=n).astype(HALF)
     _, x, squares = (np.asarray(a) for a in before)
     operands = [np.asarray(case.pad(x)), *map(np.asarray, weight), bias]
     operands += [squares] * normed + [np.asarray(a) for a in behind] * residual
-    kernel = tuning.KERNELS[tuning.kernel_of(config)]
+    kernel = choice.KERNELS[choice.kernel_of(config)]
     row, outputs = np.full((1, n), np.nan, HALF), ()
     if residual:
         outputs = (row.copy(), np.full(kernel.squares(case, config, H200), np.nan, np.float32))

@@ -13,7 +13,7 @@ import pytest
 
 import fdk_jax
 import pallas_kernels
-from pallas_kernels import chain, dequantise, matvec, target, tuning
+from pallas_kernels import chain, choice, dequantise, matvec, target
 from pallas_kernels.case import Case
 from pallas_kernels.target import H200, SHARED_BYTES, Target, using
 
@@ -37,7 +37,7 @@ def _source(case, plan, gpu):
         return dequantise.source(case, gpu)
     if plan.kernel == "mosaic":
         return "wgmma"  # what it is made of; JAX writes the rest
-    return tuning.KERNELS[plan.kernel].source(case, plan.config, gpu)
+    return choice.KERNELS[plan.kernel].source(case, plan.config, gpu)
 
 
 @pytest.mark.parametrize("gpu", ALL, ids=lambda gpu: gpu.architecture)
@@ -46,10 +46,10 @@ def _source(case, plan, gpu):
 def test_every_product_has_a_kernel_that_runs_there(gpu, bits, uniform, dtype):
     for m in (1, 4, 16, 40, 64, 200, 1000):
         case = _case(m, bits, uniform, jnp.dtype(dtype))
-        plan = tuning.choose(case, gpu)
+        plan = choice.choose(case, gpu)
         assert gpu.architecture in str(plan)
         if plan.config is not None:
-            assert tuning.unsupported_reason(case, plan.config, gpu) is None
+            assert choice.unsupported_reason(case, plan.config, gpu) is None
         source = _source(case, plan, gpu)
         assert ("wgmma" not in source) or gpu.capability == (9, 0)
         if gpu.capability < (9, 0):
@@ -58,7 +58,7 @@ def test_every_product_has_a_kernel_that_runs_there(gpu, bits, uniform, dtype):
 
 def test_hopper_has_its_own_kernels_and_others_have_not():
     kernels = {
-        gpu.architecture: [tuning.choose(_case(m, 1), gpu).kernel for m in (1, 64)] for gpu in ALL
+        gpu.architecture: [choice.choose(_case(m, 1), gpu).kernel for m in (1, 64)] for gpu in ALL
     }
     assert kernels["sm_90"] == ["integer", "wgmma"]
     assert not any("wgmma" in found for name, found in kernels.items() if name != "sm_90")
@@ -68,23 +68,23 @@ def test_hopper_has_its_own_kernels_and_others_have_not():
 def test_programs_follow_the_multiprocessors():
     slice_ = dataclasses.replace(H200, multiprocessors=16)
     for gpu in (H200, slice_, dataclasses.replace(H200, multiprocessors=114)):
-        plan = tuning.choose(_case(1, 1, n=8192, k=8192), gpu)
+        plan = choice.choose(_case(1, 1, n=8192, k=8192), gpu)
         assert plan.config.programs % gpu.multiprocessors == 0
         assert chain.config(4, gpu).programs == gpu.multiprocessors
 
 
 def test_what_a_kernel_asks_of_a_gpu_is_said():
     case = _case(1, 1)
-    integer = tuning.KERNELS["integer"].Config(16, 132)
-    wgmma = tuning.KERNELS["wgmma"].Config()
-    assert "sm_80 has no bulk copies" in tuning.unsupported_reason(case, integer, SM80)
+    integer = choice.KERNELS["integer"].Config(16, 132)
+    wgmma = choice.KERNELS["wgmma"].Config()
+    assert "sm_80 has no bulk copies" in choice.unsupported_reason(case, integer, SM80)
     for gpu in (SM89, Target.parse("sm_100"), Target.parse("sm_120")):
-        reason = tuning.unsupported_reason(_case(64, 4), wgmma, gpu)
+        reason = choice.unsupported_reason(_case(64, 4), wgmma, gpu)
         assert reason.startswith(f"{gpu.architecture} has no wgmma")
     cluster = matvec.Config(cluster=2)
-    assert "no clusters" in tuning.unsupported_reason(_case(4, 4), cluster, SM89)
+    assert "no clusters" in choice.unsupported_reason(_case(4, 4), cluster, SM89)
     small = dataclasses.replace(H200, shared_bytes=10_000)
-    assert "gives a thread block 10000" in tuning.unsupported_reason(case, integer, small)
+    assert "gives a thread block 10000" in choice.unsupported_reason(case, integer, small)
     with using(SM80), pytest.raises(NotImplementedError, match="sm_80 has no bulk copies"):
         arrays, facts, _ = planar.product(np.random.default_rng(0), 1, 16, 512, 1, 64, "bfloat16")
         pallas_kernels.matmul(*arrays, **facts, uniform=False, config=integer)
@@ -110,7 +110,7 @@ def _device(capability, kind, platform="gpu", cores=40, shared=65536):
 )
 def test_gpus_that_nobody_thought_of(rng, device, kernel, reason, monkeypatch):
     gpu = Target.of(device)
-    plan = tuning.choose(_case(1, 4), gpu)
+    plan = choice.choose(_case(1, 4), gpu)
     assert plan.kernel == kernel and reason in plan.reason
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
     target._at_hand.cache_clear()
@@ -216,11 +216,11 @@ def test_values_of_older_architectures(rng, bits, uniform, m, n, k, group_size, 
     arrays, _, wanted = planar.product(rng, m, n, k, bits, group_size, dtype, uniform=uniform)
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
     case = Case(m, n, k, bits, group_size, 1, half, half, None, single, uniform)
-    plan = tuning.choose(case, SM80)
-    config = plan.config or tuning._portable(case, SM80)
+    plan = choice.choose(case, SM80)
+    config = plan.config or choice.portable(case, SM80)
     out = np.full((m, n), np.nan, np.float32)
     x = np.pad(np.asarray(arrays[0]), ((0, 0), (0, case.blocks * case.span - k)))
-    module = tuning.KERNELS[tuning.kernel_of(config)]
+    module = choice.KERNELS[choice.kernel_of(config)]
     ptx_machine.run(
         module.source(case, config, SM80),
         [x, *map(np.asarray, arrays[1:]), out],

@@ -13,7 +13,8 @@ import fdk_jax
 import pallas_kernels
 from fdk_jax import models
 from fdk_jax.models.config import ModelConfig
-from pallas_kernels import target, tuning
+from pallas_kernels import choice, target
+from pallas_kernels.case import Case
 from pallas_kernels.target import H200, using
 
 WITHOUT = H200.__class__(**(H200.__dict__ | {"triton": False}))
@@ -93,5 +94,5 @@ def test_a_switch_that_means_nothing_is_refused(monkeypatch):
 
 def test_plans_are_the_same_without_triton():
     half = jnp.dtype(jnp.bfloat16)
-    case = tuning.Case(16, 4096, 4096, 4, 64, 1, half, half, None, half)
-    assert tuning.choose(case, WITHOUT) == tuning.choose(case, H200)
+    case = Case(16, 4096, 4096, 4, 64, 1, half, half, None, half)
+    assert choice.choose(case, WITHOUT) == choice.choose(case, H200)

@@ -1,0 +1,247 @@
+"""Which kernel a product takes, with which launch configuration, by the measured table; and its launch.
+
+The table holds the fastest choice for each (bits, m, n, k) that was measured, with any codebook or with
+evenly spaced values; a product takes the row of the next larger m and the nearest shape, rather of the same
+device and kind of codebook. Rows are of a class of architectures, those with the same instructions; numbers of
+programs are multiples of the multiprocessors. Nothing is measured on import or on a first call: rows come with
+the package, and `tuning` measures more.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import dequantise, integer, matvec, mma, mosaic_matmul, wgmma
+from pallas_kernels.case import Arrays, Case
+from pallas_kernels.target import H200, Target, current
+
+KERNELS = {"matvec": matvec, "integer": integer, "mma": mma, "wgmma": wgmma}  # in PTX
+_CONFIGURED = KERNELS | {"mosaic": mosaic_matmul}
+Config = matvec.Config | integer.Config | mma.Config | wgmma.Config | mosaic_matmul.Config
+_SHIPPED = Path(__file__).with_name("tuned.json")
+FEW = 16  # most rows of x a program of `matvec` takes
+_MOST_DECODED_AGAIN = 128  # rows of x for which a kernel may decode the weight again and again
+# A row of another device, or of another kind of codebook, counts like one of a shape twice as large.
+_ANOTHER = math.log(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The choice for one product.
+
+    Attributes:
+        kernel: a key of `KERNELS`; "mosaic"; "dequantise" (then dot); "plain"; "xla" where no kernel runs.
+        config: launch configuration of a kernel of `KERNELS` or of "mosaic", else None.
+        reason: why, in words.
+    """
+
+    kernel: str
+    config: Config | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel}{'' if self.config is None else f' {self.config}'}: {self.reason}"
+
+
+def cache_file() -> Path:
+    """Where the search writes and a process looks for rows of its own; FDK_JAX_TUNED overrides."""
+    default = Path.home() / ".cache" / "fdk_jax" / "tuned.json"
+    return Path(os.environ.get("FDK_JAX_TUNED", default))
+
+
+def plan(
+    m: int,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    uniform: bool,
+    dtype: Any,
+    target: Target | None = None,
+) -> Plan:
+    """The kernel and configuration that a product takes, and why. Runs nothing.
+
+    Args:
+        m: rows of x.
+        bits: width of a code.
+        group_size: weights a scale.
+        out_features: N.
+        in_features: K.
+        uniform: whether the values of the codebook are evenly spaced.
+        dtype: of x.
+        target: the GPU; None for the one at hand.
+    """
+    dtype = jnp.dtype(dtype)
+    case = Case(
+        *(max(m, 1), out_features, in_features, bits, group_size, 1),
+        *(dtype, dtype, None, dtype, uniform),
+    )
+    return choose(case, target or current())
+
+
+def choose(case: Case, target: Target) -> Plan:
+    """As `plan`, from everything that is static about a product."""
+    reason = matvec.unsupported_reason(case, matvec.Config(tiles=1, warps=8), target)
+    if reason is not None and target.has_pallas:
+        return Plan("plain", None, f"ordinary Pallas operations, because {reason}")
+    if reason is not None:
+        without = "" if target.triton else ", and Pallas has no Triton lowering"
+        return Plan("xla", None, f"dequantises, then dots, because {reason}{without}")
+    rows = nearest_rows(case, target)
+    if not rows:
+        why = "then dot: more tokens than any for which decoding again paid"
+        return Plan("dequantise", None, f"{why}, for {target.architecture}")
+    reason = "no kernel of the table runs it"
+    for row in rows:
+        why = (
+            f"fastest of those measured at {row['m']} x {row['n']} x {row['k']} on {row['device']},"
+            f" for {target.architecture}"
+        )
+        if row["kernel"] == "dequantise":
+            return Plan("dequantise", None, f"then dot, {why}")
+        config = fit(case, configuration(row, target), target)
+        if config is None:
+            continue
+        reason = unsupported_reason(case, config, target)
+        if reason is None:
+            return Plan(row["kernel"], config, why)
+    if target.has_wgmma and case.m > _MOST_DECODED_AGAIN:
+        return Plan("dequantise", None, f"then dot, since {reason}")
+    config = portable(case, target)
+    return Plan(kernel_of(config), config, f"untuned for {target.architecture}, since {reason}")
+
+
+def portable(case: Case, target: Target) -> matvec.Config | mma.Config:
+    """What runs on every GPU, as good a guess as there is."""
+    smallest = fit(case, matvec.Config(tiles=1, warps=8), target)
+    if target.has_wgmma:
+        return smallest
+    if case.m > FEW:
+        config = mma.Config(next((t for t in (32, 48) if case.m <= t), 64), 2, 2, 4, 2, 2)
+        return smallest if unsupported_reason(case, config, target) else config
+    diagonal = case.bits < 4 and case.m == 1
+    config = matvec.Config(
+        tiles=1,
+        warps=8 if case.bits < 4 else 16,
+        stages=8 // case.planes if diagonal else 1,
+        diagonal=diagonal,
+    )
+    config = fit(case, config, target)
+    return smallest if unsupported_reason(case, config, target) else config
+
+
+def configuration(row: dict, target: Target) -> Any:
+    """The launch configuration of a row of the table on a GPU.
+
+    Programs are multiples of the multiprocessors, or of 132 in rows of older files.
+    """
+    facts = dict(row["config"])
+    if "programs_each" in facts:
+        facts["programs"] = facts.pop("programs_each") * target.multiprocessors
+    elif facts.get("programs"):
+        facts["programs"] = facts["programs"] * target.multiprocessors // H200.multiprocessors
+    return _CONFIGURED[row["kernel"]].Config(**facts)
+
+
+def fit(case: Case, config: Any, target: Target) -> Any:
+    """A configuration with what follows from the case; None if no configuration of its kernel runs it."""
+    if config == mosaic_matmul.ANY:
+        return mosaic_matmul.guess(case, target)
+    if isinstance(config, matvec.Config):
+        columns = 1 if case.m <= FEW // 2 else FEW // 8
+        diagonal, programs = (config.diagonal, config.programs) if case.m == 1 else (False, 0)
+        cluster = config.cluster if target.has_clusters else 1
+        return dataclasses.replace(
+            config, columns=columns, diagonal=diagonal, programs=programs, cluster=cluster
+        )
+    return config
+
+
+def unsupported_reason(case: Case, config: Any, target: Target) -> str | None:
+    """Why a configuration does not run a case, or None."""
+    return _CONFIGURED[kernel_of(config)].unsupported_reason(case, config, target)
+
+
+def kernel_of(config: Any) -> str:
+    """The kernel to which a configuration belongs."""
+    return next(name for name, module in _CONFIGURED.items() if isinstance(config, module.Config))
+
+
+def class_of(architecture: str) -> str:
+    """Architectures whose kernels have the same instructions."""
+    number = int(architecture.removeprefix("sm_"))
+    return "wgmma" if number == 90 else "bulk copies" if number > 90 else "mma"
+
+
+def nearest_rows(case: Case, target: Target) -> list[dict]:
+    """The rows to follow, best first; none if the product has more tokens than all rows."""
+    own = class_of(target.architecture)
+    classes = {"wgmma": ("wgmma",), "mma": ("mma",), "bulk copies": ("bulk copies", "mma")}[own]
+    rows = [row for row in table() if row["bits"] == case.bits]
+    rows = [row for row in rows if class_of(architecture_of(row)) in classes] or rows
+    m = min((row["m"] for row in rows if row["m"] >= case.m), default=None)
+
+    def distance(row: dict) -> float:
+        shape = abs(math.log(row["n"] / case.n)) + abs(math.log(row["k"] / case.k))
+        others = (row["device"] != target.kind) + (is_even(row) != case.even)
+        others += 2 * (class_of(architecture_of(row)) != own)
+        return shape + _ANOTHER * others
+
+    return sorted((row for row in rows if row["m"] == m), key=distance)
+
+
+@functools.cache
+def table() -> list[dict]:
+    rows = {}
+    for path in (_SHIPPED, cache_file()):
+        if path.is_file():
+            for row in json.loads(path.read_text(encoding="utf-8")):
+                rows[row_key(row)] = row
+    return list(rows.values())
+
+
+def row_key(row: dict) -> tuple:
+    return (*(row[name] for name in ("device", "bits", "m", "n", "k")), is_even(row))
+
+
+def is_even(row: dict) -> bool:
+    return row.get("even", False)
+
+
+def architecture_of(row: dict) -> str:
+    return row.get("architecture", H200.architecture)
+
+
+def launch(
+    case: Case,
+    kernel: str,
+    config: Any,
+    arrays: Arrays,
+    target: Target,
+    others: tuple[Array, ...] = (),
+) -> tuple[Array, ...]:
+    """Runs a product with a given kernel (not "plain") and configuration; see `Case.launch`."""
+    if kernel == "dequantise":
+        return (dequantise.matmul(case, arrays, target),)
+    if kernel == "mosaic":
+        return (mosaic_matmul.matmul(case, config, arrays),)
+    module = KERNELS[kernel]
+    return case.launch(
+        module.source(case, config, target),
+        arrays,
+        target,
+        grid=module.grid(case, config),
+        warps=config.warps,
+        cluster=config.cluster,
+        name=f"fdk_{kernel}",
+        others=others,
+        squares=module.squares(case, config, target) if case.residual else 0,
+    )
