@@ -35,6 +35,8 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if item.path.name.startswith("test_gpu"):
             item.add_marker(pytest.mark.gpu)
+        if item.path.name == "test_arm.py" or "adbd" in item.fixturenames:
+            item.add_marker(pytest.mark.arm)
         if hasattr(item.module, "ptx_machine"):
             item.add_marker(pytest.mark.emulated)
         cases[item.path, getattr(item, "originalname", item.name)].append(item)

@@ -94,6 +94,7 @@ def test_new_instructions_stay_in_their_level(programs):
         assert not shared, shared
 
 
+@pytest.mark.slow
 def test_modelled_speed_is_no_worse():
     """The committed table of modelled cycles per weight still holds, within a tenth."""
     _install("model")
@@ -154,6 +155,7 @@ assert error < 1e-5, error
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the sysroot's Python is 3.11")
+@pytest.mark.slow
 def test_python_module_under_arm64_python(programs, tmp_path):
     """The extension module and its FFI handler in jit, under an emulated arm64 Python."""
     _ninja("arm64.ninja")

@@ -305,10 +305,12 @@ def test_a_signal_waits_until_a_row_is_written():
     assert written == [made[0].name] and signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_interruption_loses_no_finished_row(signum, tmp_path):
     command = [sys.executable, str(ROOT / "bench.py"), "--m=1,2,3,4,5,6,7,8", "--k=256"]
-    command += ["--bits=32,4", "--copies=2", "--repetitions=1000000", "--max_seconds=1"]
+    command += ["--bits=32,4", "--copies=2", "--repetitions=1000000", "--max_seconds=0.3"]
     command += ["--output=rows.jsonl"]
     environ = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     running = subprocess.Popen(

@@ -12,7 +12,7 @@ from fdk_jax.benchmark import environment, inputs, timing
 from fdk_jax.benchmark.cases import KernelCase
 from fdk_jax.product import cpu_backend
 
-_PASSES = 8
+_PASSES = 8  # on a GPU, whose launches take as long as a pass otherwise
 _REPETITIONS = 3
 _ROW = 16384
 
@@ -46,13 +46,13 @@ def bound(
 @functools.cache
 def copy_gb_s(device: jax.Device) -> float:
     """Bytes read plus bytes written a nanosecond by an elementwise pass over a large array."""
-    size = environment.probe_bytes(device)
+    size, passes = environment.probe_bytes(device), _passes(device)
 
     def program(a):
         step = lambda i, a: a ^ (i.astype(jnp.uint32) | jnp.uint32(1))  # noqa: E731
-        return jax.lax.fori_loop(0, _PASSES, step, a)
+        return jax.lax.fori_loop(0, passes, step, a)
 
-    return 2 * size * _PASSES / _best_seconds(program, _words(size, device), donate=True) / 1e9
+    return 2 * size * passes / _best_seconds(program, _words(size, device), donate=True) / 1e9
 
 
 @functools.cache
@@ -61,17 +61,17 @@ def read_gb_s(device: jax.Device) -> float:
 
     XLA's sum keeps too few reads in flight on a CPU: there the CPU library's counts too.
     """
-    size = environment.probe_bytes(device)
+    size, passes = environment.probe_bytes(device), _passes(device)
 
     def program(a):
         # Each pass starts from a sum of the one before, so none is dropped.
         def one_pass(_, total):
             return jax.lax.reduce(a, total[0], jax.lax.add, (1,))
 
-        return jax.lax.fori_loop(0, _PASSES, one_pass, a[:, 0])
+        return jax.lax.fori_loop(0, passes, one_pass, a[:, 0])
 
     array = _words(size, device)
-    rate = size * _PASSES / _best_seconds(program, array.reshape(-1, _ROW)) / 1e9
+    rate = size * passes / _best_seconds(program, array.reshape(-1, _ROW)) / 1e9
     if device.platform != "cpu" or cpu_backend.unavailable_reason() is not None:
         return rate
     words = np.asarray(array).view(np.int32)
@@ -109,7 +109,7 @@ def _library_rate(dtype: str, arithmetic: str) -> float:
 
 @functools.cache
 def _xla_rate(device: jax.Device, dtype: str) -> float:
-    size, passes = (1536, 1) if device.platform == "cpu" else (8192, _PASSES)
+    size, passes = 1536 if device.platform == "cpu" else 8192, _passes(device)
     with jax.default_device(device):
         key = jax.random.key(0)
         # Entries of variance 1 / size keep the products of products near one.
@@ -119,6 +119,10 @@ def _xla_rate(device: jax.Device, dtype: str) -> float:
         return jax.lax.fori_loop(0, passes, lambda _, x: _product(x, w), w)
 
     return 2 * size**3 * passes / _best_seconds(program, w) / 1e9
+
+
+def _passes(device: jax.Device) -> int:
+    return 1 if device.platform == "cpu" else _PASSES
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
