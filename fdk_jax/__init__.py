@@ -5,6 +5,7 @@ from fdk_jax.format import packing as packing
 from fdk_jax.format.array_like import UnfusedWarning as UnfusedWarning
 from fdk_jax.format.quantised_tensor import QuantisedTensor as QuantisedTensor
 from fdk_jax.format.quantised_tensor import is_quantised as is_quantised
+from fdk_jax.layers import linen_params as linen_params
 from fdk_jax.layers import serialisation as serialisation
 from fdk_jax.layers.interpreted import infer_axes as infer_axes
 from fdk_jax.layers.interpreted import quantised_apply as quantised_apply

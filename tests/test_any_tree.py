@@ -202,3 +202,32 @@ def test_a_subclass_that_says_it_computes_what_its_base_does_is_replaced():
         made = type("Wrong", (nnx.Linear,), {"computes_as": wrong})(64, 64, rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match=r"Wrong: computes_as .* must be a base of it"):
             fdk_jax.quantise(made)
+
+
+class Noting(nnx.Module):
+    """Changes its attributes while it runs."""
+
+    def __init__(self):
+        self.w = nnx.Param(jnp.asarray(W))
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+        self.kind, self.old = "new", nnx.Variable(jnp.ones(1))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        self.kind = "called"
+        if hasattr(self, "old"):
+            del self.old
+        self.sow(nnx.Intermediate, "seen", x.sum())
+        return x @ self.w
+
+
+@pytest.mark.filterwarnings("ignore:Using .Module.sow:DeprecationWarning")
+def test_modules_that_change_themselves_do_so_on_packed_codes_too():
+    model, x = Noting(), jnp.ones((2, 64))
+    small = fdk_jax.quantise(model, 8, axes={"^w$": "kn"})
+    for calls in (1, 2):
+        model(x), small(x)
+        assert small.calls[...] == calls and small.kind == "called" and not hasattr(small, "old")
+        assert len(small.seen.get_value()) == calls and small.seen.get_value()[-1] == 128
+    assert fdk_jax.is_quantised(small.w.get_value())
+    assert nnx.state(model, nnx.Intermediate) == nnx.state(small, nnx.Intermediate)

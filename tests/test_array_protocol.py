@@ -20,11 +20,22 @@ def w(rng):
 def test_products_and_views(w, rng):
     exact, x = oracle.weights(w), rng.standard_normal((3, 64)).astype(np.float32)
     close = lambda a, b: oracle.relative_rms(a, np.asarray(b, np.float64)) < 1e-5  # noqa: E731
-    assert close(w @ x.T, exact @ x.T) and close(x @ w.T, x @ exact.T)
-    with pytest.warns(fdk_jax.UnfusedWarning, match=r"fdk_jax\.matmul\(x, w\)"):
-        assert close(jnp.asarray(x) @ w.T, x @ exact.T)
-    with pytest.warns(fdk_jax.UnfusedWarning, match="einsum"):
-        assert close(jnp.einsum("mk,nk->mn", x, w), x @ exact.T)
+    for product in (w @ x.T, w @ jnp.asarray(x).T, np.matmul(w, x.T)):
+        assert isinstance(product, jax.Array) and close(product, exact @ x.T)
+    for product in (x @ w.T, np.matmul(x, w.T)):
+        assert isinstance(product, jax.Array) and close(product, x @ exact.T)
+    assert close(np.ones((24, 64)) + w, 1 + exact)
+    with pytest.raises(AttributeError, match=r"'reshape': fdk_jax\.matmul\(x, w\)"):
+        w.reshape(-1)
+    for product in (
+        lambda x: x @ w.T,
+        jax.jit(lambda x: x @ w.T),
+        lambda x: jnp.dot(x, w.T),
+        lambda x: jnp.einsum("mk,nk->mn", x, w),
+    ):
+        with pytest.warns(fdk_jax.UnfusedWarning, match=r"fdk_jax\.matmul\(x, w\)") as caught:
+            assert close(product(jnp.asarray(x)), x @ exact.T)
+        assert {warning.filename for warning in caught} == {__file__}
     assert close(fdk_jax.einsum("mk,nk->nm", jnp.asarray(x), w), exact @ x.T)
     assert close(np.asarray(w), exact) and close(w.dequantise(), exact)
     assert w.T.axes == "kn" and w.T.shape == (64, 24) and w.T.T.axes == "nk"

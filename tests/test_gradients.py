@@ -74,11 +74,35 @@ def test_gradients_of_scales_and_codebooks(backend, bits, n, k, group, rng):
     assert oracle.relative_rms(grads.codebook, dcodebook) < 1e-5
 
 
-def test_forward_mode_says_so(rng):
+def in_forward_mode(f):
+    """Each way to differentiate f forwards at x."""
+    one = lambda x: (x,)  # noqa: E731
+    yield lambda x: jax.jvp(f, one(x), one(x))
+    yield jax.jit(lambda x: jax.jvp(f, one(x), one(x)))
+    yield lambda x: jax.jvp(jax.jit(f), one(x), one(x))
+    yield jax.jacfwd(f)
+    yield jax.jit(jax.hessian(lambda x: jnp.tanh(f(x)).sum()))
+    yield lambda x: jax.linearize(f, x)[1](x)
+    yield lambda x: jax.jvp(lambda x: jax.lax.map(f, x[None]), one(x), one(x))
+    yield lambda x: jax.jvp(jax.vmap(f), one(x), one(x))
+
+
+def test_forward_mode_names_the_remedy(rng):
     q = fdk_jax.quantise(rng.standard_normal((8, 64)).astype(np.float32), 4)
     x = jnp.ones((2, 64))
+    for call in in_forward_mode(lambda x: fdk_jax.matmul(x, q)):
+        with pytest.raises(TypeError, match=r"forward-mode.*use jax\.vjp.*fdk_jax\.dequantise"):
+            call(x)
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda x: fdk_jax.matmul(x, q), (x,), (x,))
+        jax.jvp(lambda b: fdk_jax.matmul(x, q, bias=b), (jnp.ones(8),), (jnp.ones(8),))
+
+
+def test_second_derivatives_in_reverse_mode(rng):
+    q = fdk_jax.quantise(rng.standard_normal((8, 64)).astype(np.float32), 4)
+    w, x = oracle.weights(q), rng.standard_normal(64)
+    f = lambda x: jnp.square(fdk_jax.matmul(x, q)).sum()  # noqa: E731
+    got = jax.jit(jax.jacrev(jax.grad(f)))(jnp.asarray(x, jnp.float32))
+    assert oracle.relative_rms(got, 2 * w.T @ w) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -97,6 +97,45 @@ def test_gradients(backend, rng):
     np.testing.assert_allclose(np.asarray(db), sums, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [[2, 0, 5, 1, 3], [40, 0, 3, 0, 0], [0, 1, 0, 0, 42]])
+def test_gradients_of_scales_and_codebooks(backend, sizes, rng):
+    """Each matrix's are those of the product of its own rows."""
+    rows = sum(sizes) + 2
+    w = stack(rng, 24, 96, 4)
+    x, g = (jnp.asarray(rng.standard_normal((rows, n)), jnp.float32) for n in (96, 24))
+    prepared = fdk_jax.prepare(w, backend)
+
+    def loss(w):
+        return (fdk_jax.grouped_matmul(x, w, jnp.asarray(sizes), backend=backend) * g).sum()
+
+    with running(backend):
+        got = jax.grad(loss, allow_int=True)(prepared)
+    _, scales = fdk_jax.packing.convert(
+        prepared.packed, got.scales, prepared.layout, "interchange", **w.facts
+    )
+    start = 0
+    for e, size in enumerate(sizes):
+        mine, one = slice(start, start + size), jax.tree.map(lambda a: a[e], w)  # noqa: B023
+        start += size
+        dense = np.asarray(g[mine], np.float64).T @ np.asarray(x[mine], np.float64)
+        codes = oracle.unpack(np.asarray(one.packed), 4, 96)
+        values = np.asarray(one.codebook, np.float64)[codes]
+        spread = np.repeat(np.asarray(one.scales, np.float64), 64, axis=1)[:, :96]
+        by_code = np.zeros(16)
+        np.add.at(by_code, codes, dense * spread)
+        by_group = np.add.reduceat(dense * values, [0, 64], axis=1)
+        np.testing.assert_allclose(np.asarray(scales[e]), by_group, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(np.asarray(got.codebook[e]), by_code, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_names_the_remedy(rng):
+    w, x = stack(rng, 8, 64, 4), jnp.ones((3, 64))
+    sizes = jnp.asarray([1, 2, 0, 0, 0])
+    with pytest.raises(TypeError, match=r"use jax\.vjp"):
+        jax.jvp(lambda x: fdk_jax.grouped_matmul(x, w, sizes), (x,), (x,))
+
+
 def test_no_layout_but_the_prepared_ones_kernel_and_vmap(rng):
     w = fdk_jax.prepare(stack(rng, 24, 64, 4), "xla")
     x = jnp.asarray(rng.standard_normal((2, 6, 64)), jnp.float32)

@@ -228,6 +228,39 @@ def test_qwix_adapters_then_codes():
     close(small(x), model(x))
 
 
+def test_codes_then_qwix_adapters():
+    """Adapters beside codes, of Linears and of Einsums; they train, and the codes stay."""
+    qwix = pytest.importorskip("qwix", reason="qwix is not installed")
+    x = jax.random.normal(jax.random.key(0), (16, 64))
+    provider = qwix.LoraProvider(module_path=".*", rank=4, alpha=8.0)
+    small = fdk_jax.quantise(Mixed(nnx.Rngs(0)), 4)
+    model = qwix.apply_lora_to_model(small, provider, x, rngs=nnx.Rngs(1))
+    adapters = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
+    assert {".".join(path) for path, _ in adapters} == {
+        f"{name}_lora_{part}" for name in ("up.weight", "mix.kernel") for part in "ab"
+    }
+    assert len(fdk_jax.summary(model).quantised) == 2
+    close(model(x), small(x), 1e-5)
+    train(model, nnx.LoRAParam, x, jnp.roll(x, 1, axis=1))
+    up, mix = model.up, model.mix
+    h = fdk_jax.matmul(x, small.up.weight.get_value(), bias=up.bias[...])
+    h = jax.nn.relu(h + 2 * x @ up.weight_lora_a[...] @ up.weight_lora_b[...])
+    y = fdk_jax.einsum("td,dnh->tnh", h, small.mix.kernel.get_value())
+    y += 2 * jnp.einsum("td,dr,rnh->tnh", h, mix.kernel_lora_a[...], mix.kernel_lora_b[...])
+    close(model(x), y.reshape(x.shape), 1e-5)
+
+
+class Mixed(nnx.Module):
+    """A Linear and an Einsum."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(64, 64, rngs=rngs)
+        self.mix = nnx.Einsum("td,dnh->tnh", (64, 4, 16), rngs=rngs)
+
+    def __call__(self, x):
+        return self.mix(jax.nn.relu(self.up(x))).reshape(x.shape)
+
+
 def test_adapters_around_quantised_layers_train():
     """The other order: nnx.LoRA around a QuantisedLinear."""
     x = jax.random.normal(jax.random.key(0), (16, 64))

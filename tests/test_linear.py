@@ -129,6 +129,37 @@ def test_linen_models_run_on_quantised_parameters(rng):
     assert oracle.relative_rms(apply(params, x), np.asarray(model.apply(params, x), float)) < 1e-6
 
 
+def test_linen_without_quantised_apply_is_right_and_says_what_is_faster(rng):
+    class Cell(nn.Module):
+        @nn.compact
+        def __call__(self, h):
+            return nn.DenseGeneral(64, axis=(-2, -1), name="out")(
+                nn.DenseGeneral((4, 16), name="query")(h)
+            )
+
+    x = jnp.asarray(rng.standard_normal((5, 64)), jnp.float32)
+    stack = nn.scan(
+        lambda h, x, _: (h(x), None),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=3,
+    )
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, h):
+            return nn.Dense(64)(stack(Cell(), h, None)[0])
+
+    model = Stack()
+    small = fdk_jax.quantise(jax.jit(model.init)(jax.random.key(0), x), 4)
+    expected = np.asarray(jax.jit(model.apply)(fdk_jax.dequantise(small), x), np.float64)
+    with pytest.warns(
+        fdk_jax.UnfusedWarning, match=r"fdk_jax\.quantised_apply\(model\.apply"
+    ) as caught:
+        assert oracle.relative_rms(jax.jit(model.apply)(small, x), expected) < 1e-5
+    assert {warning.filename for warning in caught} == {__file__}
+
+
 def test_linen_layers_without_a_quantised_form_say_so():
     model = nn.Conv(8, (3,))
     x = jnp.ones((1, 5, 64))

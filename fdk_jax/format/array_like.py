@@ -1,9 +1,10 @@
 """What an ordinary array does and a `QuantisedTensor` does too."""
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from fdk_jax.format import packing
 if TYPE_CHECKING:
     from fdk_jax.format.quantised_tensor import QuantisedTensor
 
+_INNER = ("fdk_jax", "flax", "jax")
 FUSED = (
     "fdk_jax.matmul(x, w), fdk_jax.einsum(equation, x, w) and functions inside fdk_jax.quantised_apply"
     " multiply by the packed codes; fdk_jax.dequantise(w) unpacks on purpose"
@@ -23,6 +25,14 @@ FUSED = (
 
 class UnfusedWarning(UserWarning):
     """A weight is unpacked as a whole where a fused product was within reach."""
+
+
+def warn_unfused(text: str) -> None:
+    """An `UnfusedWarning` at the caller's own line: the nearest frame outside of this package, JAX and Flax."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in _INNER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UnfusedWarning, stacklevel=level)
 
 
 class ArrayLike:
@@ -60,10 +70,16 @@ class ArrayLike:
         return np.asarray(self.dequantise(), dtype)
 
     def __jax_array__(self: Any) -> Array:
-        warnings.warn(
-            f"{self} is unpacked for an ordinary operation: {FUSED}", UnfusedWarning, stacklevel=3
-        )
+        warn_unfused(f"{self} is unpacked for an ordinary operation: {FUSED}")
         return self.dequantise()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            remedy = f": {FUSED}" if hasattr(Array, name) and not name.startswith("_") else ""
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}{remedy}"
+            )
 
     def __len__(self: Any) -> int:
         return (*self.stack_shape, *self.orientation[0])[0]

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from fdk_jax.format.quantised_tensor import is_quantised
-from fdk_jax.layers.linear import QuantisedWeight
+from fdk_jax.layers.linear import QuantisedLinear, QuantisedWeight
 from fdk_jax.product.dispatch import ARITHMETIC, check_backend
 from fdk_jax.product.interpretation import UNFUSED, Options, axes_in, interpreted
 
@@ -108,8 +108,9 @@ def _of_modules(
     tree: Any,
     is_module: list[bool],
 ) -> Any:
-    """A call with nnx modules among its leaves, whose variables it may change."""
+    """A call with nnx modules among its leaves, whose variables and attributes it may change."""
     graph, state = nnx.split(modules)
+    graphs = []
 
     def pure(state: Any, others: list[Any]) -> Any:
         inner = nnx.merge(graph, state)
@@ -120,16 +121,34 @@ def _of_modules(
         out = apply(*args, **kwargs)
         restore()
         after, changed = nnx.split(inner)
-        if after != graph:
-            raise NotImplementedError(
-                f"{getattr(apply, '__qualname__', apply)} adds or removes attributes of a module (as nnx.sow"
-                " does), which a quantised call cannot: make them beforehand"
-            )
+        graphs.append(after)
         return out, changed
 
     out, changed = interpreted(pure, options)(state, others)
-    nnx.update(modules, changed)
+    if graphs[-1] == graph:
+        nnx.update(modules, changed)
+    else:
+        _take_over(modules, nnx.merge(graphs[-1], changed))
     return out
+
+
+def _take_over(modules: list[nnx.Module], changed: list[nnx.Module]) -> None:
+    """Gives modules the variables and attributes of others, which were made of them."""
+    nodes = dict(nnx.iter_graph(modules))
+    for path, new in nnx.iter_graph(changed):
+        old = nodes.get(path)
+        if isinstance(old, nnx.Variable):
+            old.set_value(new.get_value())
+        elif isinstance(old, nnx.Module):
+            for name in vars(old).keys() - vars(new).keys():
+                delattr(old, name)
+            for name, value in vars(new).items():
+                if name not in vars(old) or not _is_node(value):
+                    setattr(old, name, value)
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, (nnx.Variable, nnx.Pytree, list, dict, tuple))
 
 
 def _as_params(modules: list[nnx.Module]) -> Callable[[], None]:
@@ -142,8 +161,7 @@ def _as_params(modules: list[nnx.Module]) -> Callable[[], None]:
     places = []
     for _, module in nnx.iter_modules(modules):
         for name, weight in list(vars(module).items()):
-            # QuantisedLinear and its like read their weights by themselves.
-            if isinstance(weight, QuantisedWeight) and hasattr(type(module), "quantised_class"):
+            if isinstance(weight, QuantisedWeight) and _reads_params(module):
                 param = params.setdefault(id(weight), nnx.Param(weight.get_value()))
                 places.append((module, name, weight))
                 setattr(module, name, param)
@@ -154,6 +172,12 @@ def _as_params(modules: list[nnx.Module]) -> Callable[[], None]:
             setattr(module, name, weight)
 
     return restore
+
+
+def _reads_params(module: nnx.Module) -> bool:
+    """Whether weights must look like Flax's. QuantisedLinear and its like read theirs by themselves."""
+    of_qwix = isinstance(module, QuantisedLinear) and hasattr(module, "qwix_path")
+    return of_qwix or hasattr(type(module), "quantised_class")
 
 
 def owns_quantised(module: nnx.Module) -> bool:

@@ -195,6 +195,8 @@ class QuantisedLinear(nnx.Module):
     def __call__(self, inputs: Array, out_sharding: None = None) -> Array:
         """Returns inputs times kernel plus bias; the last axes are the output features."""
         _no_out_sharding(self, out_sharding)
+        if hasattr(self, "qwix_path") and is_quantised(self.weight.get_value()):
+            return _as_qwix_expects(self, inputs)
         return apply_linear(
             inputs,
             self.weight.get_value(),
@@ -206,6 +208,14 @@ class QuantisedLinear(nnx.Module):
             backend=self.backend,
             arithmetic=self.arithmetic,
         )
+
+
+def _as_qwix_expects(layer: QuantisedLinear, inputs: Array) -> Array:
+    """A call in which the weight is a float `nnx.Param`: beside such ones qwix puts its adapters."""
+    from fdk_jax.layers.interpreted import quantised_apply  # it knows these layers
+
+    options: dict[str, Any] = dict(backend=layer.backend, arithmetic=layer.arithmetic)
+    return quantised_apply(QuantisedLinear.__call__, **options)(layer, inputs)
 
 
 class QuantisedLoRALinear(QuantisedLinear):
@@ -321,7 +331,7 @@ class QuantisedDense(nn.Module):
         kernel = (
             self.get_variable("params", "kernel")
             if self.has_variable("params", "kernel")
-            else self.param("kernel", init)
+            else self.param("kernel", init, unbox=False)
         )
         bias = None
         if self.use_bias:

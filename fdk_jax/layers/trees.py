@@ -339,6 +339,8 @@ def is_leaf(x: Any) -> bool:
 def _value(leaf: Any) -> Any:
     if isinstance(leaf, nnx.Variable):
         return leaf.get_value()
+    if is_quantised(leaf):
+        return leaf
     return leaf.unbox(apply_constraint=False) if _has_names(leaf) else nn.meta.unbox(leaf)
 
 

@@ -4,6 +4,7 @@ A call goes through these layers, outermost first:
 
     matmul            checks; folds the leading axes of x into M
     _compiled         jit, for calls outside of one; JAX bounds its caches and clears them
+    _marked           forward-mode differentiation is refused
     _differentiable   custom_vjp: gradients with respect to x and bias, from packed weights
     _batched          custom_vmap: a batch of x folds into M, anything else is a loop
     _sharded          custom_partitioning: a weight sharded along N or K stays where it is
@@ -26,6 +27,7 @@ import pallas_kernels
 from fdk_jax.format import packing
 from fdk_jax.format.quantised_tensor import FACTS, FLOAT_DTYPES, QuantisedTensor
 from fdk_jax.product import cpu_backend, partitioning, reference
+from fdk_jax.product.reverse_mode import reverse_only
 from pallas_kernels.case import Arrays
 
 BACKENDS = ("pallas", "cpu", "xla")
@@ -213,9 +215,14 @@ def _backward(product, operands, g):
 
 _differentiable.defvjp(_forward, _backward)
 
+
+def _marked(product: Product, operands: Arrays) -> Array:
+    return _differentiable(product, reverse_only(operands))
+
+
 # Without it a call outside of jit would be traced anew each time, and the branches of `_on_platform` compiled
 # anew and kept. Inlined, so that it leaves no trace in a caller's program.
-_compiled = jax.jit(_differentiable, static_argnums=0, inline=True)
+_compiled = jax.jit(_marked, static_argnums=0, inline=True)
 
 
 def _batched(product: Product):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fdk_jax.format.array_like import ArrayLike
@@ -66,11 +67,25 @@ def _matmul(w: QuantisedTensor, x: Array) -> Array:
 
 
 def _rmatmul(w: QuantisedTensor, x: Array) -> Array:
-    """`x @ w` for a numpy x (a JAX array asks for the unpacked weight); fused if it contracts the "k" axis."""
+    """`x @ w`, as `jnp.matmul` has it; fused if it contracts the "k" axis.
+
+    A numpy x comes here, by `_array_ufunc`. A JAX array does not: it asks for the unpacked weight, and gets it
+    with a warning.
+    """
     x = jnp.asarray(x)
     return interpreted(lambda w, x: jnp.matmul(x, w.astype(x.dtype)), Options())(w, x)
+
+
+def _array_ufunc(w: QuantisedTensor, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+    """What numpy's functions do: products are fused, all else is done with the unpacked weight."""
+    if ufunc is np.matmul and method == "__call__" and not options:
+        x, other = inputs
+        return _matmul(x, other) if is_quantised(x) else _rmatmul(other, x)
+    arrays = [np.asarray(a) if is_quantised(a) else a for a in inputs]
+    return getattr(ufunc, method)(*arrays, **options)
 
 
 # The tensor is of a floor that knows no products: its operators are put in here.
 ArrayLike.__matmul__ = _matmul  # type: ignore[attr-defined]
 ArrayLike.__rmatmul__ = _rmatmul  # type: ignore[attr-defined]
+ArrayLike.__array_ufunc__ = _array_ufunc  # type: ignore[attr-defined]

@@ -3,17 +3,22 @@
 Glossary: M rows of x in E runs, `group_sizes` of them long; T rows a tile. A tile holds rows of one run only.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 
 import pallas_kernels
+from fdk_jax.format import packing
 from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
-from fdk_jax.product import dispatch
+from fdk_jax.product import dispatch, reference
+from fdk_jax.product.reverse_mode import reverse_only
 from pallas_kernels.case import Arrays
 
 _FEWEST_ROWS, _MOST_ROWS = 8, 512  # of a tile
@@ -34,8 +39,8 @@ def grouped_matmul(
 
     As `jax.lax.ragged_dot`, with packed weights. On a Hopper GPU one launch multiplies all groups; elsewhere a
     matrix is dequantised only while its rows are multiplied, so that memory does not grow with E. Groups
-    without rows cost nothing. Differentiable with respect to x
-    and bias in reverse mode.
+    without rows cost nothing. Differentiable in reverse mode with respect to x, bias, and the scales and
+    codebooks of w, as `matmul` is.
 
     Args:
         x: bfloat16, float16 or float32 [M, K], sorted by group.
@@ -60,6 +65,7 @@ def grouped_matmul(
     y = jnp.zeros((x.shape[0], w.out_features), out_dtype)
     if y.size == 0 or w.batch_shape[0] == 0:
         return y
+    x, w, bias = reverse_only(x), reverse_only(w), reverse_only(bias)
     return _differentiable(backend, out_dtype, x, w, group_sizes.astype(jnp.int32), bias)
 
 
@@ -135,23 +141,51 @@ def _one_by_one(backend, out_dtype, x, w, group_sizes, bias) -> Array:
 
 def _forward(backend, out_dtype, x, w, group_sizes, bias):
     y = _differentiable(backend, out_dtype, x, w, group_sizes, bias)
-    return y, (w, group_sizes, bias, jnp.zeros((0,), x.dtype))
+    return y, (x, w, group_sizes, bias)
 
 
 def _backward(backend, out_dtype, residuals, g):
-    w, group_sizes, bias, like_x = residuals
+    x, w, group_sizes, bias = residuals
 
     def transposed(tile: Array, one: QuantisedTensor) -> Array:
-        x = jnp.zeros((tile.shape[0], w.in_features), like_x.dtype)
+        x_tile = jnp.zeros((tile.shape[0], w.in_features), x.dtype)
         product = functools.partial(dispatch.matmul, w=one, backend=backend, out_dtype=out_dtype)
-        return jax.vjp(product, x)[1](tile)[0]
+        return jax.vjp(product, x_tile)[1](tile)[0]
 
-    dx = _over_tiles(transposed, g, w, group_sizes, w.in_features, like_x.dtype)
+    dx = _over_tiles(transposed, g, w, group_sizes, w.in_features, x.dtype)
+    # Compilers drop the gradients that nobody asks for.
+    dw = _weight_gradients(x, g, w, group_sizes)
     if bias is not None:
         _, ends = _ranges(group_sizes, g.shape[0])
         group = jnp.searchsorted(ends, jnp.arange(g.shape[0]), side="right")
         bias = jax.ops.segment_sum(g.astype(jnp.float32), group, bias.shape[0]).astype(bias.dtype)
-    return dx, None, None, bias
+    return dx, dw, None, bias
+
+
+def _weight_gradients(
+    x: Array, g: Array, w: QuantisedTensor, group_sizes: Array
+) -> QuantisedTensor:
+    """Gradients with respect to the scales and codebooks of all groups, the codes staying as they are."""
+    matrices = w.to_layout("interchange")
+    count, tile_rows, tile_at = _tiles(group_sizes, x.shape[0])
+    widths = dict(bits=w.bits, group_size=w.group_size, in_features=w.in_features)
+
+    def step(state: tuple[Array, tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
+        i, sums = state
+        group, first, _, new = tile_at(i)
+        one = _matrix(matrices, group)
+        x_tile, g_tile = (jax.lax.dynamic_slice_in_dim(a, first, tile_rows) for a in (x, g))
+        g_tile = jnp.where(new[:, None], g_tile, 0).astype(jnp.float32)
+        wide = one.scales.astype(jnp.float32)
+        parts = reference.weight_gradients(x_tile, g_tile, one.packed, wide, one.codebook, **widths)
+        return i + 1, (sums[0].at[group].add(parts[0]), sums[1].at[group].add(parts[1]))
+
+    start = jnp.zeros(matrices.scales.shape, jnp.float32), jnp.zeros_like(w.codebook)
+    sums = jax.lax.while_loop(lambda s: s[0] < count, step, (jnp.zeros_like(count), start))[1]
+    scales = sums[0].astype(w.dtype)
+    _, scales = packing.convert(matrices.packed, scales, "interchange", w.layout, **w.facts)
+    none = np.zeros(w.packed.shape, jax.dtypes.float0)
+    return dataclasses.replace(w, packed=none, scales=scales, codebook=sums[1])
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -164,32 +198,49 @@ def _ranges(group_sizes: Array, rows: int) -> tuple[Array, Array]:
     return jnp.concatenate([jnp.zeros((1,), ends.dtype), ends[:-1]]), ends
 
 
+def _tiles(group_sizes: Array, rows: int) -> tuple[Array, int, Callable]:
+    """(how many tiles, their rows, what tile i is): each holds rows of one group only.
+
+    Tile i is (group, first row, bool [T]: is a row the group's, bool [T]: and in no tile before), since a tile
+    that would end past the last row starts earlier.
+    """
+    # Twice as many as a group has on average: most groups take one tile.
+    tile_rows = min(rows, max(_FEWEST_ROWS, min(_MOST_ROWS, 2 * rows // group_sizes.shape[0])))
+    starts, ends = _ranges(group_sizes, rows)
+    tile_ends = jnp.cumsum(-(-(ends - starts) // tile_rows))
+
+    def tile_at(i: Array) -> tuple[Array, Array, Array, Array]:
+        group = jnp.searchsorted(tile_ends, i, side="right")
+        tile = i - jnp.where(group > 0, tile_ends[group - 1], 0)
+        begin = starts[group] + tile * tile_rows
+        first = jnp.minimum(begin, rows - tile_rows)
+        index = first + jnp.arange(tile_rows)
+        inside = (index >= starts[group]) & (index < ends[group])
+        return group, first, inside, inside & (index >= begin)
+
+    return tile_ends[-1], tile_rows, tile_at
+
+
+def _matrix(matrices: Any, group: Array) -> Any:
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, group, keepdims=False), matrices)
+
+
 def _over_tiles(product, x: Array, matrices: Any, group_sizes: Array, width: int, dtype) -> Array:
     """`product` of the rows of each group with its slice of `matrices`, a tile at a time: [M, width].
 
     The number of tiles depends on the sizes of the groups, the shape of one does not.
     """
-    rows, groups = x.shape[0], group_sizes.shape[0]
-    # Twice as many as a group has on average: most groups take one tile.
-    tile_rows = min(rows, max(_FEWEST_ROWS, min(_MOST_ROWS, 2 * rows // groups)))
-    starts, ends = _ranges(group_sizes, rows)
-    tile_ends = jnp.cumsum(-(-(ends - starts) // tile_rows))
+    count, tile_rows, tile_at = _tiles(group_sizes, x.shape[0])
 
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
         i, y = state
-        group = jnp.searchsorted(tile_ends, i, side="right")
-        tile = i - jnp.where(group > 0, tile_ends[group - 1], 0)
-        # A tile that would end past x starts earlier; what it computes twice is the same.
-        first = jnp.minimum(starts[group] + tile * tile_rows, rows - tile_rows)
-        index = first + jnp.arange(tile_rows)
-        inside = (index >= starts[group]) & (index < ends[group])
-        matrix = jax.tree.map(
-            lambda a: jax.lax.dynamic_index_in_dim(a, group, keepdims=False), matrices
-        )
-        result = product(jax.lax.dynamic_slice_in_dim(x, first, tile_rows), matrix)
+        group, first, inside, _ = tile_at(i)
+        x_tile = jax.lax.dynamic_slice_in_dim(x, first, tile_rows)
+        result = product(x_tile, _matrix(matrices, group))
+        # What a row is given twice is the same.
         before = jax.lax.dynamic_slice_in_dim(y, first, tile_rows)
         result = jnp.where(inside[:, None], result.astype(dtype), before)
         return i + 1, jax.lax.dynamic_update_slice_in_dim(y, result, first, axis=0)
 
-    start = jnp.zeros((), tile_ends.dtype), jnp.zeros((rows, width), dtype)
-    return jax.lax.while_loop(lambda state: state[0] < tile_ends[-1], step, start)[1]
+    start = jnp.zeros_like(count), jnp.zeros((x.shape[0], width), dtype)
+    return jax.lax.while_loop(lambda state: state[0] < count, step, start)[1]

@@ -9,7 +9,6 @@ gets the dequantised weight: a function cannot be computed wrongly, only slower,
 import dataclasses
 import functools
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 from jax import Array
 from jax.extend.core import Literal
 
-from fdk_jax.format.array_like import UnfusedWarning
+from fdk_jax.format.array_like import warn_unfused
 from fdk_jax.format.quantised_tensor import is_quantised
 from fdk_jax.product.views import Notes, Packed, Recorded, Unfused
 
@@ -53,7 +52,7 @@ class Options:
         if self.unfused == "raise":
             raise ValueError(text)
         if self.unfused == "warn":
-            warnings.warn(text, UnfusedWarning, stacklevel=2)
+            warn_unfused(text)
 
 
 def interpreted(function: Callable, options: Options) -> Callable:
