@@ -32,7 +32,7 @@ bool supports_bfloat16(const Plan &plan) {
 template <int kBits, bool kUniform>
 bool supports_int8(const Plan &plan) {
   return plan.arithmetic == FDK_INT8 && plan.bits == kBits && (!kUniform || plan.uniform) &&
-         is_worthwhile<Int8Matrix<kBits, kUniform>>(plan);
+         plan.num_codebooks <= kMatrixCodebooks && is_worthwhile<Int8Matrix<kBits, kUniform>>(plan);
 }
 
 constexpr Kernel kKernels[] = {

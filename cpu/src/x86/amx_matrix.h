@@ -4,7 +4,7 @@
 // order: sixteen vectors one below the other are a matrix register of weights, sixteen words of
 // sixteen tokens one of activations. Two groups of 16 tokens by two tiles are multiplied at a time.
 // A block has sums of its own, which leave the registers for the float32 totals because scales differ
-// from block to block; those of a block are added while the next one is multiplied.
+// from block to block; those of a block are added between the products of the next one.
 #pragma once
 
 #include <algorithm>
@@ -17,9 +17,14 @@
 namespace fdk {
 namespace {
 
-inline constexpr int64_t kMatrixTiles = 8;  // tiles that are decoded together, for many tokens
-// For up to this many, two: what is decoded stays in the L1 cache.
-inline constexpr int64_t kFewMatrixTokens = 32;
+// Tiles that are decoded together: two for up to 32 tokens, so that what is decoded stays in the L1 cache;
+// more for many, so that activations are read again less often.
+inline constexpr int64_t kMatrixTiles = 16;
+constexpr int64_t tiles_together(int64_t tokens) {
+  return tokens <= 2 * kMatrixRows ? 2 : tokens <= 4 * kMatrixRows ? 8 : kMatrixTiles;
+}
+// Tokens that tiles meet before the next ones are decoded: their totals stay in the L2 cache.
+inline constexpr int64_t kMatrixTokens = 512;
 // Of a tile's registers so many are decoded at a time: the L1 cache holds two tiles' and 32 tokens'.
 inline constexpr int64_t kMatrixRegisters = 8;
 inline constexpr int64_t kMatrixBytes = kMatrixRows * 64;
@@ -37,75 +42,88 @@ struct Stretch {
   }
 };
 
-// scratch: totals [kMatrixTiles][tokens][16] float32; weights [kMatrixTiles][register]; sums [4].
+// scratch: totals [kMatrixTiles][tokens][16] float32; weights [kMatrixTiles][register]; sums [4];
+// scales [kMatrixTiles][block of a stretch][16] float32.
 template <typename A>
 struct MatrixScratch {
   float *totals;
   char *weights;
   char *sums;
+  float *scales;
   static constexpr int64_t kTileBytes = (kMatrixRegisters + kMaxBlockRegisters<A>) * kMatrixBytes;
+  static constexpr int64_t kTileScales = kMatrixRegisters * kTileRows;  // a block has a register or more
 
   MatrixScratch(void *scratch, int64_t tokens)
       : totals(static_cast<float *>(scratch)),
         weights(reinterpret_cast<char *>(totals + kMatrixTiles * tokens * kTileRows)),
-        sums(weights + kMatrixTiles * kTileBytes) {}
+        sums(weights + kMatrixTiles * kTileBytes),
+        scales(reinterpret_cast<float *>(sums + 4 * kMatrixBytes)) {}
   static size_t bytes(const Plan &plan) {
-    return static_cast<size_t>(kMatrixTiles * (plan.m * kTileRows * 4 + kTileBytes) +
-                               4 * kMatrixBytes);
+    return static_cast<size_t>(
+        kMatrixTiles * (std::min(plan.m, kMatrixTokens) * kTileRows * 4 + kTileBytes +
+                        kTileScales * 4) +
+        4 * kMatrixBytes);
   }
 };
 
-// The blocks of [stretch.begin, ...) that fit, decoded for the tiles from `tile` on.
+// The blocks of [begin, ...) that fit: a tile's weights decoded, and its scales (times the step of
+// integer levels).
 template <typename A>
-size_t decode_stretch(const Plan &plan, const A &tables, int64_t tile, int64_t tiles,
-                      size_t begin, char *weights) {
+size_t decode_stretch(const Plan &plan, const A &tables, const Finish<A> &finish, size_t begin,
+                      int64_t tile, char *weights, float *scales) {
   const A arithmetic = tables;  // a copy, which no store can change: it stays in registers
+  auto *target = reinterpret_cast<__m512i *>(weights);
+  int64_t vectors = 0;
   size_t end = begin;
-  for (int64_t i = 0; i < tiles; ++i) {
-    auto *target = reinterpret_cast<__m512i *>(weights + i * MatrixScratch<A>::kTileBytes);
-    int64_t vectors = 0;
-    for (end = begin; end < plan.blocks.size() && vectors < kMatrixRegisters * kMatrixRows; ++end) {
-      const Block &block = plan.blocks[end];
-      int64_t at = vectors;
-      for (int64_t s = block.step_begin; s < block.step_end; ++s, at += A::kVectors) {
-        const uint8_t *step = plan.tile_packed(tile + i) + s * kStepBytes;
-        __m512i decoded[A::kVectors];
-        arithmetic.decode(step, decoded);
-        for (int v = 0; v < A::kVectors; ++v) _mm512_store_si512(target + at + v, decoded[v]);
-      }
-      vectors += block_registers<A>(block) * kMatrixRows;
-      for (; at < vectors; ++at) _mm512_store_si512(target + at, _mm512_setzero_si512());
+  for (; end < plan.blocks.size() && vectors < kMatrixRegisters * kMatrixRows; ++end) {
+    const Block &block = plan.blocks[end];
+    _mm512_store_ps(scales, _mm512_mul_ps(load_tile_scales(plan, tile, block.group),
+                                          _mm512_set1_ps(finish.factor)));
+    scales += kTileRows;
+    int64_t at = vectors;
+    for (int64_t s = block.step_begin; s < block.step_end; ++s, at += A::kVectors) {
+      __m512i decoded[A::kVectors];
+      arithmetic.decode(plan.tile_packed(tile) + s * kStepBytes, decoded);
+      for (int v = 0; v < A::kVectors; ++v) _mm512_store_si512(target + at + v, decoded[v]);
     }
+    vectors += block_registers<A>(block) * kMatrixRows;
+    for (; at < vectors; ++at) _mm512_store_si512(target + at, _mm512_setzero_si512());
   }
   return end;
 }
 
-// What a block's sums add to the totals of `rows` tokens: sums x scales, and for integers the scale
-// of the activations and the codebook's offset (see Finish).
+// What a block's sums add to the totals of a token: sums x scales, and for integers the scale of the
+// activations and the codebook's offset (see MatrixPrepared).
 template <typename A>
-void add_block(const Finish<A> &finish, const BlockFactor *factors, __m512 scales, int64_t rows,
-               const char *sums, float *totals) {
-  if constexpr (A::kInteger) scales = _mm512_mul_ps(scales, _mm512_set1_ps(finish.factor));
-  const __m512 ratio = _mm512_set1_ps(finish.ratio);
-  for (int64_t r = 0; r < rows; ++r) {
-    __m512 added;
-    if constexpr (A::kInteger) {
-      const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + r * 64));
-      added = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps(factors[r].sum), ratio, sum),
-                            _mm512_set1_ps(factors[r].scale));
-    } else {
-      added = _mm512_load_ps(reinterpret_cast<const float *>(sums + r * 64));
-    }
-    float *total = totals + r * kTileRows;
-    _mm512_store_ps(total, _mm512_fmadd_ps(added, scales, _mm512_load_ps(total)));
+inline void add_row(const MatrixFactor *factor, __m512 scales, const char *sums, float *total) {
+  __m512 added;
+  if constexpr (A::kInteger)
+    added = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums)),
+                            _mm512_set1_ps(factor->scale), _mm512_set1_ps(factor->offset));
+  else
+    added = _mm512_load_ps(reinterpret_cast<const float *>(sums));
+  _mm512_store_ps(total, _mm512_fmadd_ps(added, scales, _mm512_load_ps(total)));
+}
+
+template <typename A>
+inline void add_block(const MatrixFactor *factors, __m512 scales, int64_t rows, const char *sums,
+                      float *totals) {
+  const auto add = [&](int64_t r) {
+    add_row<A>(factors + r, scales, sums + r * 64, totals + r * kTileRows);
+  };
+  if (rows == kMatrixRows) {
+    // Without a loop's own instructions more of this is in flight beside the products.
+    for (int64_t r = 0; r < kMatrixRows; ++r) add(r);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) add(r);
   }
 }
 
 // Two tiles by up to 32 tokens: what multiply_stretch() works on.
 struct MatrixWork {
   int64_t token, tokens;     // the first one, and how many
-  int64_t tile, last_tile;   // the first of the two, and the last one that there is
   const char *weights;       // of the first tile
+  const float *scales;       // of the first tile
   char *sums;
   float *totals;             // of the first tile and token
   int64_t total_stride;      // to those of the second tile
@@ -114,21 +132,19 @@ struct MatrixWork {
 
 // A stretch of two tiles by up to 32 tokens; kSecond: more than 16 of them.
 template <typename A, bool kSecond>
-void multiply_stretch(const Plan &plan, const Finish<A> &finish, const MatrixPrepared<A> &layout,
-                      const void *prepared, const Stretch &stretch, const MatrixWork &work) {
-  const int64_t first = std::min(work.tokens, kMatrixRows);
-  const auto add = [&](size_t b) {
-    for (int64_t i = 0; i < 2; ++i) {
-      const __m512 scales = load_tile_scales(plan, std::min(work.tile + i, work.last_tile),
-                                             plan.blocks[b].group);
-      float *own = work.totals + i * work.total_stride;
-      const char *sums = work.sums + i * kMatrixBytes;
-      const BlockFactor *factors = layout.factors(prepared, b, work.token);
-      add_block<A>(finish, factors, scales, first, sums, own);
-      if constexpr (kSecond)
-        add_block<A>(finish, factors + kMatrixRows, scales, work.tokens - kMatrixRows,
-                     sums + 2 * kMatrixBytes, own + kMatrixRows * kTileRows);
-    }
+void multiply_stretch(const Plan &plan, const MatrixPrepared<A> &layout, const void *prepared,
+                      int64_t codebook, const Stretch &stretch, const MatrixWork &work) {
+  // Adds up the sums of tokens `group` by tile `i` that the block before `end` left, if there is one.
+  const auto add_before = [&](size_t end, int64_t group, int64_t i) {
+    if (end == stretch.begin) return;
+    const size_t b = end - 1;
+    const __m512 scales =
+        _mm512_load_ps(work.scales + i * MatrixScratch<A>::kTileScales +
+                       static_cast<int64_t>(b - stretch.begin) * kTileRows);
+    add_block<A>(layout.factors(prepared, codebook, b, work.token + group * kMatrixRows), scales,
+                 std::min(work.tokens - group * kMatrixRows, kMatrixRows),
+                 work.sums + (2 * group + i) * kMatrixBytes,
+                 work.totals + i * work.total_stride + group * kMatrixRows * kTileRows);
   };
   // Steps that one register of a tile was decoded from.
   constexpr int64_t lines = std::max<int64_t>(kMatrixRows / A::kVectors, 1);
@@ -137,6 +153,17 @@ void multiply_stretch(const Plan &plan, const Finish<A> &finish, const MatrixPre
   const char *weights = work.weights;
   const char *second_weights = weights + MatrixScratch<A>::kTileBytes;
   int64_t asked = 0;
+  const auto next_register = [&] {
+    if (work.ahead[0] != nullptr)
+      for (int64_t end = asked + lines; asked < end; ++asked) {
+        prefetch_far(work.ahead[0] + asked * kStepBytes);
+        prefetch_far(work.ahead[1] + asked * kStepBytes);
+      }
+    words += kMatrixBytes;
+    second_words += kMatrixBytes;
+    weights += kMatrixBytes;
+    second_weights += kMatrixBytes;
+  };
   stores_before_tile_loads();
   for (size_t b = stretch.begin; b < stretch.end; ++b) {
     _tile_zero(0);
@@ -145,8 +172,7 @@ void multiply_stretch(const Plan &plan, const Finish<A> &finish, const MatrixPre
       _tile_zero(2);
       _tile_zero(3);
     }
-    const int64_t count = block_registers<A>(plan.blocks[b]);
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t left = block_registers<A>(plan.blocks[b]); left > 1; --left) {
       _tile_loadd(4, words, 64);
       _tile_loadd(6, weights, 64);
       multiply_matrices<A, 0, 0>();
@@ -157,25 +183,31 @@ void multiply_stretch(const Plan &plan, const Finish<A> &finish, const MatrixPre
         multiply_matrices<A, 1, 0>();
         multiply_matrices<A, 1, 1>();
       }
-      if (work.ahead[0] != nullptr)
-        for (int64_t end = asked + lines; asked < end; ++asked) {
-          prefetch(work.ahead[0] + asked * kStepBytes);
-          prefetch(work.ahead[1] + asked * kStepBytes);
-        }
-      words += kMatrixBytes;
-      second_words += kMatrixBytes;
-      weights += kMatrixBytes;
-      second_weights += kMatrixBytes;
+      next_register();
     }
-    if (b > stretch.begin) add(b - 1);
+    // The last register: what the block before left is added up between the products.
+    _tile_loadd(4, words, 64);
+    _tile_loadd(6, weights, 64);
+    multiply_matrices<A, 0, 0>();
+    add_before(b, 0, 0);
     _tile_stored(0, work.sums, 64);
+    _tile_loadd(7, second_weights, 64);
+    multiply_matrices<A, 0, 1>();
+    add_before(b, 0, 1);
     _tile_stored(1, work.sums + kMatrixBytes, 64);
     if constexpr (kSecond) {
+      _tile_loadd(5, second_words, 64);
+      multiply_matrices<A, 1, 0>();
+      add_before(b, 1, 0);
       _tile_stored(2, work.sums + 2 * kMatrixBytes, 64);
+      multiply_matrices<A, 1, 1>();
+      add_before(b, 1, 1);
       _tile_stored(3, work.sums + 3 * kMatrixBytes, 64);
     }
+    next_register();
   }
-  add(stretch.end - 1);
+  for (int64_t group = 0; group < (kSecond ? 2 : 1); ++group)
+    for (int64_t i = 0; i < 2; ++i) add_before(stretch.end, group, i);
 }
 
 // `tiles` tiles from `tile` on, at most kMatrixTiles, for all tokens of the range.
@@ -186,40 +218,59 @@ void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &fi
   const int64_t tokens = range.token_end - range.token_begin;
   const int64_t total_stride = tokens * kTileRows;
   const MatrixScratch<A> own(scratch, tokens);
-  std::fill(own.totals, own.totals + kMatrixTiles * total_stride, 0.0F);
-  if (tiles % 2 != 0)  // the last pair's second tile: its sums are dropped
+  std::fill(own.totals, own.totals + ceil_div(tiles, int64_t{2}) * 2 * total_stride, 0.0F);
+  if (tiles % 2 != 0) {  // the last pair's second tile: its sums are dropped
     std::memset(own.weights + tiles * MatrixScratch<A>::kTileBytes, 0, MatrixScratch<A>::kTileBytes);
+    float *scales = own.scales + tiles * MatrixScratch<A>::kTileScales;
+    std::fill(scales, scales + MatrixScratch<A>::kTileScales, 0.0F);
+  }
   const int64_t last_tile = tile + tiles - 1;
   const auto next = [&](int64_t i) { return std::min(tile + tiles + i, range.tile_end - 1); };
   Stretch stretch{0, 0, 0};
+  const auto multiply = [&](int64_t t, int64_t i) {
+    MatrixWork work{range.token_begin + t,
+                    std::min(tokens - t, 2 * kMatrixRows),
+                    own.weights + i * MatrixScratch<A>::kTileBytes,
+                    own.scales + i * MatrixScratch<A>::kTileScales,
+                    own.sums,
+                    own.totals + i * total_stride + t * kTileRows,
+                    total_stride,
+                    {nullptr, nullptr}};
+    for (int64_t j = 0; j < 2 && t == 0; ++j)
+      work.ahead[j] = stretch.after(plan, std::min(tile + i + j, last_tile), next(i + j));
+    if (work.tokens > kMatrixRows)
+      multiply_stretch<A, true>(plan, layout, prepared, range.codebook, stretch, work);
+    else
+      multiply_stretch<A, false>(plan, layout, prepared, range.codebook, stretch, work);
+  };
   for (; stretch.begin < plan.blocks.size(); stretch.begin = stretch.end) {
-    stretch.end = decode_stretch(plan, arithmetic, tile, tiles, stretch.begin, own.weights);
-    for (int64_t t = 0; t < tokens; t += 2 * kMatrixRows)
-      for (int64_t i = 0; i < tiles; i += 2) {
-        MatrixWork work{range.token_begin + t,
-                        std::min(tokens - t, 2 * kMatrixRows),
-                        tile + i,
-                        last_tile,
-                        own.weights + i * MatrixScratch<A>::kTileBytes,
-                        own.sums,
-                        own.totals + i * total_stride + t * kTileRows,
-                        total_stride,
-                        {nullptr, nullptr}};
-        for (int64_t j = 0; j < 2 && t == 0; ++j)
-          work.ahead[j] =
-              stretch.after(plan, std::min(tile + i + j, last_tile), next(i + j));
-        if (work.tokens > kMatrixRows)
-          multiply_stretch<A, true>(plan, finish, layout, prepared, stretch, work);
-        else
-          multiply_stretch<A, false>(plan, finish, layout, prepared, stretch, work);
-      }
+    // The first tokens meet two tiles while what was decoded of them lies in the L1 cache.
+    for (int64_t i = 0; i < tiles; i += 2) {
+      for (int64_t j = i; j < std::min(i + 2, tiles); ++j)
+        stretch.end = decode_stretch(plan, arithmetic, finish, stretch.begin, tile + j,
+                                     own.weights + j * MatrixScratch<A>::kTileBytes,
+                                     own.scales + j * MatrixScratch<A>::kTileScales);
+      multiply(0, i);
+    }
+    for (int64_t t = 2 * kMatrixRows; t < tokens; t += 2 * kMatrixRows)
+      for (int64_t i = 0; i < tiles; i += 2) multiply(t, i);
     for (size_t b = stretch.begin; b < stretch.end; ++b)
       stretch.index += block_registers<A>(plan.blocks[b]);
   }
-  for (int64_t t = 0; t < tokens; ++t)
+  // The rows of y lie far apart: each is asked for some stores ahead.
+  constexpr int64_t rows_ahead = 16;
+  const int64_t y_size = static_cast<int64_t>(dtype_size(plan.y_dtype));
+  const auto ask_for = [&](int64_t t) {
+    const char *begin = static_cast<const char *>(plan.y) +
+                        ((range.token_begin + t) * plan.n + tile * kTileRows) * y_size;
+    for (int64_t at = 0; at < tiles * kTileRows * y_size; at += 64) prefetch(begin + at);
+  };
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (t + rows_ahead < tokens) ask_for(t + rows_ahead);
     for (int64_t i = 0; i < tiles; ++i)
       store_sums(plan, range.token_begin + t, tile + i, range,
                  _mm512_load_ps(own.totals + i * total_stride + t * kTileRows));
+  }
 }
 
 template <typename A>
@@ -233,13 +284,19 @@ void run_matrix(const Plan &plan, const void *prepared, void *scratch, const Ran
   const Finish<A> finish(plan, range.codebook);
   const MatrixPrepared<A> layout(plan);
   const int64_t tokens = range.token_end - range.token_begin;
-  const int64_t together = tokens > kFewMatrixTokens ? kMatrixTiles : 2;
+  const int64_t together = tiles_together(tokens);
+  const int64_t part = ceil_div(tokens, ceil_div(tokens, kMatrixTokens) * 2 * kMatrixRows) * 2 * kMatrixRows;
   // Once a call: it takes as long as dozens of products. Rows beyond the last token hold zeros.
   configure_matrices(std::min(tokens, kMatrixRows),
-                     tokens > kFewMatrixTokens ? kMatrixRows : tokens - kMatrixRows);
+                     tokens > 2 * kMatrixRows ? kMatrixRows : tokens - kMatrixRows);
   for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += together)
-    run_matrix_tiles(plan, arithmetic, finish, layout, prepared, scratch, range, tile,
-                     std::min(together, range.tile_end - tile));
+    for (int64_t token = range.token_begin; token < range.token_end; token += part) {
+      Range own = range;
+      own.token_begin = token;
+      own.token_end = std::min(token + part, range.token_end);
+      run_matrix_tiles(plan, arithmetic, finish, layout, prepared, scratch, own, tile,
+                       std::min(together, range.tile_end - tile));
+    }
   _tile_release();
 }
 

@@ -37,6 +37,8 @@ inline void configure_matrices(int64_t first, int64_t second) {
   for (const int i : {0, 1, 4}) rows_of(i, first);
   for (const int i : {2, 3, 5}) rows_of(i, second > 0 ? second : first);
   for (const int i : {6, 7}) rows_of(i, kMatrixRows);
+  // GCC 12 believes that LDTILECFG reads eight bytes, and drops the stores of the others.
+  __asm__ volatile("" : : "m"(shapes));
   _tile_loadconfig(&shapes);
 }
 

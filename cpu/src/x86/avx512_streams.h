@@ -12,6 +12,8 @@ namespace {
 inline constexpr int64_t kPrefetchBytes = 2048;
 
 inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+// Into the L2 cache, where the L1 cache has better things to hold.
+inline void prefetch_far(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T1); }
 
 // The bytes of kTiles tiles side by side, asked for ahead of their use: past the end of these tiles
 // the range's next ones begin; at its end there is nothing to fetch.
