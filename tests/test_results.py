@@ -50,3 +50,26 @@ def test_no_figure_outside_of_the_tables():
 def test_a_table_that_nobody_knows_is_refused():
     with pytest.raises(ValueError, match="no table 'speed'"):
         report.filled("<!-- report: speed -->\n<!-- end -->", [])
+
+
+def test_the_sweep_compares_sample_by_sample():
+    def row(backend, name, bits, samples):
+        facts = {
+            "suite": "sweep",
+            "device": "d",
+            "k": 64,
+            "threads": 2,
+            "m": 3,
+            "commit": "abcdefgh",
+        }
+        found = {"backend": backend, "name": name, "bits": bits, "samples_us": samples}
+        return facts | found | {"median_us": sorted(samples)[1]}
+
+    rows = [
+        row("cpu", "codebook_int8", 4, [1.0, 2.0, 4.0]),
+        row("cpu", "codebook_exact", 4, [2.0, 2.0, 2.0]),
+        row("torch", "dense", 16, [3.0, 4.0, 12.0]),
+    ]
+    text = report.sweep(rows)
+    assert "| 3 | 2 | 2 | 4 (3.00 / 2.00) |" in text and "commit abcdefg" in text
+    assert report.sweep(rows[:0]) == "(No rows yet.)"

@@ -6,12 +6,14 @@ type, otherwise in the plain one: what ggml itself does when it loads a model.
 
 import ctypes
 import importlib.util
+import multiprocessing
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -145,8 +147,8 @@ class Ggml:
 
 
 @cache
-def _ggml() -> Ggml:
-    """The libraries, after another process has found that their instructions run here.
+def _check() -> None:
+    """Whether the libraries' instructions run here, as another process finds out.
 
     Raises:
         Unavailable: they are not there, or they kill the process that uses them.
@@ -158,9 +160,8 @@ def _ggml() -> Ggml:
         name = signal.Signals(-run.returncode).name
         raise Unavailable(
             f"llama-cpp-python's ggml ends with {name} on this processor: build it for it, `pip install"
-            " --no-binary llama-cpp-python llama-cpp-python`"
+            " --no-binary llama-cpp-python llama-cpp-python`, with clang (GCC 12 drops stores that AMX reads)"
         )
-    return Ggml()
 
 
 def _trial() -> None:
@@ -182,29 +183,66 @@ def _quantised(ggml: Ggml, number: int, k: int) -> np.ndarray:
     return np.tile(packed[:size], k // 64)
 
 
+def _product(name: str, copies: Callable[[int], int], m: int, k: int, threads: int) -> Product:
+    """A product by weights of a type of TYPES in this process, float32 activations and results."""
+    ggml = Ggml()
+    number, _ = TYPES[name]
+    if ggml.type_name(number) != name.encode():
+        raise Unavailable(f"this ggml has no type {name}")
+    ggml.backend_cpu_set_n_threads(ggml.backend, threads)
+    packed = _quantised(ggml, number, k)
+    made = [ggml.product(number, m, k, packed) for _ in range(copies(packed.nbytes))]
+    graphs = [graph for graph, _, _ in made]
+
+    def call(i: int) -> None:
+        if ggml.backend_graph_compute(ggml.backend, graphs[i % len(graphs)]):
+            raise RuntimeError("ggml did not compute the product")
+
+    return Product(call, packed.nbytes + 2 * 4 * m * k, "repacked" if made[0][1] else None)
+
+
+def _serve(pipe: Connection, *arguments: object) -> None:
+    """A process with a product: sends its facts or why there is none, then a sample for each counter."""
+    from peers import sample
+
+    try:
+        product = _product(*arguments)
+        product.call(0)
+    except Unavailable as error:
+        pipe.send(str(error))
+        return
+    pipe.send((product.bytes_rw, product.kernel))
+    while (counter := pipe.recv()) is not None:
+        pipe.send(sample(product, [counter]))
+
+
 def ggml_case(name: str, copies: Callable[[int], int]):
-    """A product of ggml by weights of a type of TYPES, float32 activations and results."""
+    """A product of ggml by weights of a type of TYPES, in a process of its own.
+
+    ggml gives the registers of AMX their shape once a thread and believes that nobody else does; this
+    library and PyTorch do.
+    """
 
     def make(m: int, k: int, threads: int) -> Product:
-        ggml = _ggml()
-        number, _ = TYPES[name]
-        if ggml.type_name(number) != name.encode():
-            raise Unavailable(f"this ggml has no type {name}")
-        ggml.backend_cpu_set_n_threads(ggml.backend, threads)
-        packed = _quantised(ggml, number, k)
-        made = [ggml.product(number, m, k, packed) for _ in range(copies(packed.nbytes))]
-        graphs = [graph for graph, _, _ in made]
+        _check()
+        context = multiprocessing.get_context("spawn")
+        pipe, other = context.Pipe()
+        arguments = (other, name, copies, m, k, threads)
+        process = context.Process(target=_serve, args=arguments, daemon=True)
+        process.start()
+        other.close()
+        facts = pipe.recv()
+        if isinstance(facts, str):
+            raise Unavailable(facts)
 
-        def call(i: int) -> None:
-            if ggml.backend_graph_compute(ggml.backend, graphs[i % len(graphs)]):
-                raise RuntimeError("ggml did not compute the product")
+        def sample(counter: list[int]) -> float:
+            pipe.send(counter[0])
+            return pipe.recv()
 
         def close() -> None:
-            for _, _, buffers in made:
-                for buffer in buffers:
-                    ggml.backend_buffer_free(buffer)
+            pipe.send(None)
+            process.join()
 
-        kernel = "repacked" if made[0][1] else None
-        return Product(call, packed.nbytes + 2 * 4 * m * k, kernel, close)
+        return Product(lambda i: None, *facts, close, sample)
 
     return make

@@ -25,6 +25,8 @@ class Product:
     bytes_rw: int
     kernel: str | None = None
     close: Callable[[], object] = lambda: None  # frees what Python does not own
+    # A product in another process: takes a sample there, of a counter as peers.sample.
+    sample: Callable[[list[int]], float] | None = None
 
 
 class Unavailable(Exception):

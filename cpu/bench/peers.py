@@ -17,6 +17,7 @@ choose by allocator.
 import argparse
 import ctypes
 import datetime
+import functools
 import gc
 import json
 import os
@@ -172,7 +173,7 @@ def measure(cases, m: int, k: int, threads: int, rounds: int, shared: dict) -> l
     counter = [0]
     for round_number in range(rounds + 1):
         for _, product, samples in running:
-            value = sample(product, counter)
+            value = (product.sample or functools.partial(sample, product))(counter)
             if round_number:
                 samples.append(value)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,6 +1,7 @@
 """Times the library beside other CPU kernels from one token to many, and draws the figure.
 
-usage: sweep.py [--m 1,2,...] [--k 4096] [--threads 2] [--rounds 10] [--output FILE.jsonl] [--figure FILE.svg]
+usage: sweep.py [--m 1,2,...] [--k 4096] [--threads 2] [--rounds 10] [--rotate_mib MIB]
+                [--output FILE.jsonl] [--figure FILE.svg]
        sweep.py --from FILE.jsonl --figure FILE.svg    draws rows that are there
 
 For each number of tokens the cases take turns as in peers.py: this library at 4 bits (`exact`, `int8`),
@@ -10,7 +11,9 @@ matplotlib.
 """
 
 import argparse
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from ggml_case import ggml_case
@@ -20,7 +23,7 @@ from peers import copies, facts, measure, show, use_small_pages
 TOKENS = (*range(1, 41), 64, 128, 256, 512)
 
 
-def cases() -> list:
+def cases(copies: Callable[[int], int]) -> list:
     """(backend, name, bits, maker) of what is timed in turns; each keeps its weights for all shapes."""
     return [
         ("cpu", "codebook_int8", 4, fdk_case(4, "int8", copies)),
@@ -31,6 +34,11 @@ def cases() -> list:
         ("ggml", "bf16", 16, ggml_case("bf16", copies)),
         ("ggml", "q4_0", 4, ggml_case("q4_0", copies)),
     ]
+
+
+def rotate(mib: int, size: int) -> int:
+    """How many weights of `size` bytes take `mib` MiB together, and two more."""
+    return (mib << 20) // size + 2
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -77,6 +85,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rotate_mib", type=int, help="three times the last-level cache")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--figure", type=Path)
     parser.add_argument(
@@ -85,10 +94,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.source is not None:
         rows = [json.loads(line) for line in args.source.read_text().splitlines()]
-        rows = [row for row in rows if row.get("sweep")]
+        rows = [row for row in rows if row["suite"] == "sweep"]
     else:
         use_small_pages()
-        shared, chosen, rows = facts() | {"sweep": True}, cases(), []
+        rotated = copies if args.rotate_mib is None else functools.partial(rotate, args.rotate_mib)
+        shared, chosen, rows = facts() | {"suite": "sweep"}, cases(rotated), []
         for m in args.m:
             found = measure(chosen, m, args.k, args.threads, args.rounds, shared)
             show(found)

@@ -16,7 +16,7 @@ from typing import Any
 
 from fdk_jax.benchmark import records, source
 
-FILES = ("README.md", "docs/performance.md")
+FILES = ("README.md", "docs/performance.md", "docs/cpu.md")
 _MARK = re.compile(r"(<!-- report: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _DENSE = 16
 
@@ -85,6 +85,36 @@ def models(found: Iterable[Row]) -> str:
     return "\n\n".join(texts) or "(No rows yet.)"
 
 
+def sweep(found: Iterable[Row]) -> str:
+    """Microseconds a product of the CPU library and its peers, and of theirs over ours, sample by sample."""
+    chosen = [r for r in found if r["suite"] == "sweep"]
+    texts = []
+    for device, k, threads in dict.fromkeys((r["device"], r["k"], r["threads"]) for r in chosen):
+        here = [r for r in chosen if (r["device"], r["k"], r["threads"]) == (device, k, threads)]
+        kinds = list(dict.fromkeys((r["backend"], r["name"], r["bits"]) for r in here))
+        lines = []
+        for m in sorted({r["m"] for r in here}):
+            cells, rows_of = [str(m)], {(r["backend"], r["name"]): r for r in here if r["m"] == m}
+            ours = [rows_of[key] for key in (("cpu", "codebook_int8"), ("cpu", "codebook_exact"))]
+            for backend, name, _ in kinds:
+                row = rows_of.get((backend, name))
+                text = "" if row is None else f"{row['median_us']:.0f}"
+                if row is not None and backend != "cpu":
+                    text += f" ({' / '.join(_ratio(row, own) for own in ours)})"
+                cells.append(text)
+            lines.append(cells)
+        head = ["tokens", *(f"{b} {n}, {bits} bits" for b, n, bits in kinds)]
+        plural = "s" * (threads > 1)
+        title = f"{device}, k = n = {k}, {threads} thread{plural}, {_commits(here)}"
+        texts.append(f"{title}:\n\n{_table(head, lines)}")
+    return "\n\n".join(texts) or "(No rows yet.)"
+
+
+def _ratio(row: Row, own: Row) -> str:
+    pairs = zip(row["samples_us"], own["samples_us"], strict=True)
+    return f"{statistics.median(a / b for a, b in pairs):.2f}"
+
+
 def quality(found: Iterable[Row]) -> str:
     """Perplexity a character of the small language model, by bits and method."""
     from fdk_jax.quality import table
@@ -102,6 +132,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels-spread": lambda found: kernels(found, spread=True),
     "models": models,
     "quality": quality,
+    "sweep": sweep,
 }
 
 

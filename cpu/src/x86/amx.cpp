@@ -9,10 +9,11 @@
 namespace fdk {
 namespace {
 
-// With fewer tokens the levels below are faster (Sapphire Rapids, one thread, k = n = 4096, 2026-11).
+// With fewer tokens the levels below are faster (Xeon with AMX and AVX512-FP16, one thread, k = n = 4096,
+// weights from memory, 2026-11).
 constexpr int64_t fewest_tokens(int bits, bool integer) {
-  if (integer) return 9;
-  return bits == 8 ? 5 : bits == 4 ? 7 : bits == 2 ? 6 : 12;
+  if (integer) return bits == 8 ? 9 : bits == 4 ? 7 : bits == 2 ? 6 : 5;
+  return bits == 8 || bits == 1 ? 5 : 3;
 }
 
 template <typename A>
