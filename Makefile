@@ -7,7 +7,7 @@ BENCH_FLAGS ?=
 TEST_FLAGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: bench test test-arm test-all architectures test-newest toolchains lint cpu clean fuzz matrix
+.PHONY: bench test test-long test-all architectures test-newest toolchains lint cpu clean fuzz matrix
 
 # Builds the C++ library and its Python module for the environment $(1).
 define build_cpu
@@ -24,15 +24,14 @@ test: $(VENV)/.ready-dev
 	$(call build_cpu,$(VENV))
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -n 2 -m "not slow and not arm" $(TEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow and not long" $(TEST_FLAGS)
 
-# The C++ library on ARM and Android, by emulation: cross compiler, emulator and sysroot take minutes to set up.
-test-arm: $(VENV)/.ready-dev toolchains
-	$(call build_cpu,$(VENV))
-	$(VENV)/bin/python -m pytest -n 2 -m "arm and not slow" $(TEST_FLAGS)
+# Single tests that take long as well, those of ARM and Android on an emulator among them: half an hour.
+test-long: test toolchains
+	$(VENV)/bin/python -m pytest -n 2 -m "long and not slow" $(TEST_FLAGS)
 
-# What these leave out as well.
-test-all: test test-arm
+# All cases of every test.
+test-all: test-long
 	$(VENV)/bin/python -m pytest -n 2 -m slow $(TEST_FLAGS)
 
 # Every GPU kernel for every architecture, by the assemblers of CUDA 12 and 13; then products through XLA for GPUs

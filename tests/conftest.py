@@ -3,6 +3,7 @@
 import collections
 import os
 import shutil
+import subprocess
 import time
 import zlib
 from pathlib import Path
@@ -29,14 +30,25 @@ RANDOM_SEEDS = bool(os.environ.get("FDK_RANDOM_SEEDS"))
 DEADLINE = time.monotonic() + float(os.environ.get("FDK_FUZZ_SECONDS", "inf"))
 
 
+# Tests that take more seconds of the processor than this, by name: `make test` leaves them out.
+LONG = Path(__file__).with_name("long.txt")
+LONG_SECONDS = 4.0
+
+
+def pytest_addoption(parser) -> None:
+    """Adds `--write-long`, which brings the list of long tests up to date with the tests that run."""
+    parser.addoption("--write-long", action="store_true", help=f"rewrite tests/{LONG.name}")
+
+
 def pytest_collection_modifyitems(items) -> None:
     """Marks tests by what they need, and all but some cases of those with many as slow."""
     cases = collections.defaultdict(list)
+    long = set(_long_tests())
     for item in items:
         if item.path.name.startswith("test_gpu"):
             item.add_marker(pytest.mark.gpu)
-        if item.path.name == "test_arm.py" or "adbd" in item.fixturenames:
-            item.add_marker(pytest.mark.arm)
+        if item.nodeid.removeprefix("tests/") in long or "toolchain" in item.fixturenames:
+            item.add_marker(pytest.mark.long)
         if hasattr(item.module, "ptx_machine"):
             item.add_marker(pytest.mark.emulated)
         cases[item.path, getattr(item, "originalname", item.name)].append(item)
@@ -51,6 +63,62 @@ def pytest_runtest_setup() -> None:
     """Skips what would start after the time for random input is over."""
     if time.monotonic() > DEADLINE:
         pytest.skip("FDK_FUZZ_SECONDS are over")
+
+
+def _long_tests() -> dict[str, float]:
+    lines = LONG.read_text(encoding="utf-8").splitlines() if LONG.exists() else []
+    return {name: float(seconds) for seconds, name in (line.split(" ", 1) for line in lines)}
+
+
+def _processor_seconds() -> float:
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Takes the time of a test, its child processes included."""
+    start = _processor_seconds()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("processor_s", _processor_seconds() - start))
+
+
+class _Times:
+    """Collects the times of tests, from all workers, and writes those of the long ones."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report) -> None:
+        seconds = dict(report.user_properties).get("processor_s")
+        if report.when == "teardown" and seconds is not None:
+            self.found[report.nodeid.removeprefix("tests/")] = seconds
+
+    def pytest_sessionfinish(self) -> None:
+        known = {name: s for name, s in _long_tests().items() if name not in self.found}
+        known |= {name: s for name, s in self.found.items() if s > LONG_SECONDS}
+        LONG.write_text("".join(f"{s:.0f} {name}\n" for name, s in sorted(known.items())), "utf-8")
+
+
+def pytest_configure(config) -> None:
+    """Registers the list's writer, in the process that hears of all tests."""
+    if config.getoption("--write-long") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Times())
+
+
+@pytest.fixture(scope="session")
+def toolchain():
+    """A function that installs what a test of another machine's programs needs, or skips it: minutes, once."""
+    script = Path(__file__).parent.parent / "cpu/toolchain/install.sh"
+
+    def install(part: str) -> None:
+        found = subprocess.run([script, part], capture_output=True, text=True)
+        if found.returncode:
+            pytest.skip(f"no toolchain: {found.stderr.strip().splitlines()[-1]}")
+
+    return install
 
 
 @pytest.fixture

@@ -78,15 +78,11 @@ def test_estimate_counts_every_weight():
 
 
 @pytest.fixture(scope="session")
-def adbd() -> Path:
+def adbd(toolchain) -> Path:
     """Everything that the tests below need, or a skip that says what is missing."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("needs root on Linux: a network namespace and a handler for arm64 programs")
-    found = subprocess.run(
-        [ROOT / "cpu/toolchain/install.sh", "android-test"], capture_output=True, text=True
-    )
-    if found.returncode:
-        pytest.skip(f"no toolchain: {found.stderr.strip().splitlines()[-1]}")
+    toolchain("android-test")
     private = subprocess.run(["unshare", "-n", "-m", "true"], capture_output=True, text=True)
     if private.returncode:
         pytest.skip(f"no network namespace: {private.stderr.strip()}")

@@ -31,12 +31,6 @@ CORES = {
 LEVELS = ("sve2", "bf16", "i8mm", "dotprod", "neon", "scalar")
 
 
-def _install(what: str) -> None:
-    found = subprocess.run([CPU / "toolchain/install.sh", what], capture_output=True, text=True)
-    if found.returncode:
-        pytest.skip(f"no toolchain: {found.stderr.strip().splitlines()[-1]}")
-
-
 def _ninja(file: str) -> None:
     environment = os.environ | {"PYTHON": sys.executable}
     found = subprocess.run(
@@ -47,10 +41,10 @@ def _ninja(file: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def programs() -> Path:
+def programs(toolchain) -> Path:
     if sys.platform != "linux":
         pytest.skip("the emulator runs on Linux")
-    _install("arm64")
+    toolchain("arm64")
     _ninja("../android/static.ninja")
     return CPU / "build" / "android-static"
 
@@ -95,9 +89,9 @@ def test_new_instructions_stay_in_their_level(programs):
 
 
 @pytest.mark.slow
-def test_modelled_speed_is_no_worse():
+def test_modelled_speed_is_no_worse(toolchain):
     """The committed table of modelled cycles per weight still holds, within a tenth."""
-    _install("model")
+    toolchain("model")
     found = subprocess.run(
         [sys.executable, CPU / "model/arm.py"], capture_output=True, text=True, check=False
     )
