@@ -5,9 +5,10 @@ import sys
 
 MODULES = {
     "generate": "fdk_jax.generate",
+    "evaluate": "fdk_jax.evaluate_command",
     "bench": "fdk_jax.benchmark",
     "doctor": "fdk_jax.doctor",
-    "evaluate": "fdk_jax.quality",
+    "quality": "fdk_jax.quality",
     "tune": "pallas_kernels.tuning",
 }
 

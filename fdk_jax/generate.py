@@ -6,16 +6,14 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import rich.console
-import rich.progress
 
-from fdk_jax import compilation_cache, models
+from fdk_jax import arguments, compilation_cache, models
 from fdk_jax.models.hub import find_checkpoint
 from fdk_jax.models.tokenizer import TextStream, Tokenizer
 from fdk_jax.product import cpu_backend
@@ -23,9 +21,9 @@ from fdk_jax.product import cpu_backend
 _NEW_TOKENS = 128  # of an answer, unless it is said or the context is smaller
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status. Errors are one line on stderr."""
-    args = _parser().parse_args(arguments)
+    args = _parser().parse_args(argv)
     console = rich.console.Console(stderr=True, quiet=args.quiet)
     _use_utf8()
     try:
@@ -65,12 +63,7 @@ def _use_utf8() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fdk_jax.generate", description=__doc__)
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR",
-        help="checkpoint folder or file, or a name in the hub's cache",
-    )
+    arguments.add_model(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="repeat it for a batch")
     source.add_argument("--chat", action="store_true", help="talk; an empty line ends it")
@@ -96,18 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--top_k", type=int)
     sampling.add_argument("--top_p", type=float, default=1.0)
     sampling.add_argument("--seed", type=int, default=0)
-    weights = parser.add_argument_group("weights")
-    weights.add_argument("--bits", type=int, choices=(1, 2, 4, 8), help="quantise while loading")
-    weights.add_argument("--group_size", type=int, default=64)
-    weights.add_argument("--codebook", default="uniform", choices=("uniform", "nf4", "kmeans"))
-    weights.add_argument("--head_bits", type=int, choices=(1, 2, 4, 8), help="of the last layer")
-    weights.add_argument(
-        "--requantise",
-        type=int,
-        choices=(4, 8, 16),
-        help="bits for weights of a kind that has no exact form here (K-quants of GGUF); 16: as floats",
-    )
-    weights.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    arguments.add_weights(parser)
     where = parser.add_argument_group("where")
     where.add_argument("--backend", choices=("pallas", "cpu", "xla"), help="of quantised layers")
     where.add_argument(
@@ -131,8 +113,7 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("system", "chat_template", "template_option"):
         if getattr(args, name) and not args.chat:
             raise ValueError(f"--{name} needs --chat")
-    if args.head_bits is not None and args.bits is None:
-        raise ValueError("--head_bits needs --bits")
+    arguments.check_weights(args)
     if args.max_tokens is not None and args.max_tokens < 1:
         raise ValueError(f"--max_tokens {args.max_tokens} must be at least 1")
     if args.max_context is not None and args.max_context < 2:
@@ -174,38 +155,19 @@ def _text(argument: str) -> str:
         raise ValueError(f"the text {argument!a} is not UTF-8: {error}") from error
 
 
-def _generator(args: argparse.Namespace, console: rich.console.Console) -> models.Generator:
-    quantisation = None
-    if args.bits is not None:
-        quantisation = models.Quantisation(
-            args.bits, args.group_size, args.codebook, head_bits=args.head_bits
-        )
+def _generator(args, tokenizer: Tokenizer, console: rich.console.Console) -> models.Generator:
     parallel = None
     if args.devices > 1:
         parallel = models.Parallel(jax.make_mesh((args.devices,), ("model",)))
-    begin = time.perf_counter()
-    with (
-        warnings.catch_warnings(record=True) as notes,
-        rich.progress.Progress(console=console, transient=True) as bar,
-    ):
-        task = bar.add_task("loading", total=None)
-        model = models.load(
-            args.model,
-            quantisation=quantisation,
-            requantise=args.requantise,
-            dtype=args.dtype,
-            parallel=parallel,
-            backend=args.backend,
-            arithmetic=args.arithmetic,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-        generator = models.Generator(model, max_context=args.max_context, backend=args.backend)
-    for note in notes:
-        console.print(f"note: {note.message}", highlight=False, soft_wrap=True)
-    jax.block_until_ready(generator.leaves)
-    size = sum(leaf.nbytes for leaf in generator.leaves) / 1e9
-    console.print(f"loaded {size:.2f} GB in {time.perf_counter() - begin:.1f} s", highlight=False)
-    return generator
+    model = arguments.load(
+        args,
+        tokenizer,
+        console,
+        parallel=parallel,
+        backend=args.backend,
+        arithmetic=args.arithmetic,
+    )
+    return models.Generator(model, max_context=args.max_context, backend=args.backend)
 
 
 def _complete(args, tokenizer: Tokenizer, console) -> None:
@@ -215,7 +177,7 @@ def _complete(args, tokenizer: Tokenizer, console) -> None:
     longest = max(map(len, prompts))
     max_tokens = args.max_tokens or max(1, min(_NEW_TOKENS, context - longest))
     models.check_prompts(config, prompts, max_tokens, context)
-    generator = _generator(args, console)
+    generator = _generator(args, tokenizer, console)
     options = dict(max_tokens=max_tokens, sampling=args.sampling, stop_tokens=tokenizer.stop_tokens)
     if args.json or len(prompts) > 1:
         with console.status("generating"):
@@ -327,7 +289,7 @@ def _chat(args, tokenizer: Tokenizer, console) -> None:
     talk.add("user", "hello")  # before the model is read: does the template work, is there room?
     talk.prompt()
     talk.take_back()
-    generator = _generator(args, console)
+    generator = _generator(args, tokenizer, console)
     options = dict(sampling=args.sampling, stop_tokens=tokenizer.stop_tokens)
     while line := _line(console):
         talk.add("user", line)

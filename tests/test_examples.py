@@ -29,5 +29,5 @@ def test_the_command_names_its_commands(capsys):
     from fdk_jax import command
 
     assert command.main([]) == 2 and command.main(["fly"]) == 2
-    assert "generate,bench,doctor,evaluate,tune" in capsys.readouterr().out
+    assert "generate,evaluate,bench,doctor,quality,tune" in capsys.readouterr().out
     assert command.main(["bench", "--list", "--k=64", "--m=1"]) == 0

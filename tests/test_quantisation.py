@@ -9,8 +9,9 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import fdk_jax
-from fdk_jax.format import codebooks
+from fdk_jax.format import codebooks, densities
 from fdk_jax.format.quantisation import resolve_scale
+from fdk_jax.learning import training
 
 BITS = [1, 2, 4, 8]
 
@@ -34,9 +35,9 @@ def test_scales_of_huge_weights_are_finite(rng, scale):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", sorted(oracle.DTYPES))
 @pytest.mark.parametrize(("n", "k", "group"), [(6, 256, 64), (3, 130, 64), (5, 40, 8), (2, 7, 32)])
-def test_default_rules_bit_for_bit(bits, dtype, n, k, group, rng):
+def test_published_rules_bit_for_bit(bits, dtype, n, k, group, rng):
     w = heavy_tailed(rng, (n, k), dtype)
-    q = fdk_jax.quantise(w, bits, group_size=group)
+    q = fdk_jax.quantise(w, bits, group_size=group, codebook="uniform")
     kind = "absmean" if bits <= 2 else "absmax"
     levels = np.linspace(-1, 1, 2**bits, dtype=np.float32)
     codes, scales = oracle.quantise(w, bits, group, levels, kind)
@@ -44,6 +45,37 @@ def test_default_rules_bit_for_bit(bits, dtype, n, k, group, rng):
     assert (np.asarray(q.scales) == scales).all()
     assert (oracle.unpack(np.asarray(q.packed), bits, k) == codes).all()
     assert (np.asarray(q.codebook) == levels).all()
+
+
+@pytest.mark.parametrize(
+    ("bits", "levels", "kind"),
+    [
+        (8, codebooks.uniform(8), "absmax"),
+        (4, codebooks.nf4(), "absmax"),
+        (2, densities.cube_root(4, scale="rms"), "rms"),
+        (1, codebooks.uniform(1), "absmean"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int | str) else "",
+)
+def test_the_default_is_named_by_width(bits, levels, kind, rng):
+    w = heavy_tailed(rng, (6, 130))
+    codes, scales = oracle.quantise(w, bits, 64, levels, kind)
+    trained = training.fake_quantise(jnp.asarray(w), bits)
+    layer = training.FakeQuantisedLinear(
+        nnx.Linear(130, 6, rngs=nnx.Rngs(0)), "kn", bits=bits, group_size=64, codebook="auto",
+        scale="auto", dtype=None, seed=0,
+    )  # fmt: skip
+    np.testing.assert_array_equal(layer.codebook.get_value(), levels)
+    for q in (
+        fdk_jax.quantise(w, bits),
+        fdk_jax.quantise({"up": {"kernel": w.T}}, bits)["up"]["kernel"],
+    ):
+        assert (np.asarray(q.codebook) == levels).all() and (np.asarray(q.scales) == scales).all()
+        assert (oracle.unpack(np.asarray(q.packed), bits, 130) == codes).all()
+    np.testing.assert_array_equal(trained, fdk_jax.quantise(w, bits).dequantise())
+    # A scale that is named is taken.
+    named = np.asarray(fdk_jax.quantise(w, bits, scale="absmax").scales)
+    np.testing.assert_array_equal(named[:, 0], np.abs(w[:, :64]).max(1))
 
 
 @pytest.mark.parametrize("scale", ["absmax", "absmean", "rms", "none", "auto"])
@@ -131,7 +163,7 @@ def test_kmeans_importance_and_determinism(rng):
 def test_kmeans_beats_uniform_on_weights(rng):
     w = heavy_tailed(rng, (64, 512))
     for bits in BITS:
-        even = fdk_jax.quantise(w, bits).dequantise() - w
+        even = fdk_jax.quantise(w, bits, codebook="uniform").dequantise() - w
         fitted = fdk_jax.quantise(w, bits, codebook="kmeans").dequantise() - w
         # At 1 bit and absmean scales the even levels -1, 1 are the optimum already.
         assert np.linalg.norm(fitted) < np.linalg.norm(even) * (1.0001 if bits == 1 else 1)

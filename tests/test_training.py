@@ -137,7 +137,7 @@ def test_refreshed_codebooks_follow_the_weights(rng):
     stale = error()
     training.refresh_codebooks(model)
     assert error() < 0.98 * stale
-    fixed = training.quantisation_aware(Model(), 2)
+    fixed = training.quantisation_aware(Model(), 2, codebook="uniform")
     training.refresh_codebooks(fixed)
     assert (
         np.asarray(fixed.inner.codebook.get_value()).tolist()

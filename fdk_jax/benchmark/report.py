@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/performance.md, written from the rows in results/.
+"""The tables of README.md, docs/performance.md and docs/quality.md, written from the rows in results/.
 
     python -m fdk_jax.benchmark.report            writes them between their marks
     python -m fdk_jax.benchmark.report --check    exit status 1 if a table is not that of the rows
@@ -16,7 +16,7 @@ from typing import Any
 
 from fdk_jax.benchmark import records, source
 
-FILES = ("README.md", "docs/performance.md", "docs/cpu.md")
+FILES = ("README.md", "docs/performance.md", "docs/cpu.md", "docs/quality.md")
 _MARK = re.compile(r"(<!-- report: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _DENSE = 16
 
@@ -115,16 +115,20 @@ def _ratio(row: Row, own: Row) -> str:
     return f"{statistics.median(a / b for a, b in pairs):.2f}"
 
 
-def quality(found: Iterable[Row]) -> str:
+def quality(found: Iterable[Row], *, variants: bool = False) -> str:
     """Perplexity a character of the small language model, by bits and method."""
     from fdk_jax.quality import table
 
     here = [r for r in found if r["suite"] == "quality"]
-    return (
-        table.markdown(here, table.METHODS) + f"\n\n({_commits(here)})"
-        if here
-        else "(No rows yet.)"
-    )
+    methods = table.VARIANTS if variants else table.METHODS
+    return f"{table.markdown(here, methods)}\n\n({_commits(here)})" if here else "(No rows yet.)"
+
+
+def networks(found: Iterable[Row], network: str) -> str:
+    """What formats cost a real network."""
+    from fdk_jax.quality import networks_table
+
+    return networks_table.markdown(found, network)
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
@@ -133,6 +137,9 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "models": models,
     "quality": quality,
     "sweep": sweep,
+    "quality-variants": lambda found: quality(found, variants=True),
+    "networks-minilm": lambda found: networks(found, "minilm"),
+    "networks-smollm2": lambda found: networks(found, "smollm2"),
 }
 
 

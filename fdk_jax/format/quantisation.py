@@ -17,7 +17,15 @@ from fdk_jax.format.orientation import check_axes, to_matrix
 from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
 
 SCALES = ("auto", "absmax", "absmean", "rms", "none")
-CODEBOOKS = ("uniform", "nf4", "fp4", "ternary", "normal", "laplace", "student", "kmeans")
+CODEBOOKS = ("auto", "uniform", "nf4", "fp4", "ternary", "normal", "laplace", "student", "kmeans")
+# What codebook="auto" stands for: of the levels that are known beforehand, those which docs/quality.md finds
+# the best at each width, and the rule of their scales.
+DEFAULTS = {
+    8: ("uniform", "absmax"),
+    4: ("nf4", "absmax"),
+    2: ("normal", "rms"),
+    1: ("uniform", "absmean"),
+}
 _MIN_SCALE = 1e-12
 _BLOCK = 1 << 24  # weights whose float32 intermediates exist at a time
 
@@ -27,7 +35,7 @@ def quantise_array(
     bits: int = 4,
     *,
     group_size: int = 64,
-    codebook: Any = "uniform",
+    codebook: Any = "auto",
     scale: str = "auto",
     axes: str = "nk",
     dtype: Any = None,
@@ -44,10 +52,12 @@ def quantise_array(
         weight: float [..., *shape] with one axis of `shape` for each letter of `axes`.
         bits: 1, 2, 4 or 8.
         group_size: weights along K that share a scale.
-        codebook: "uniform", "nf4" or "fp4" (4 bits only), "ternary" (2 bits only), "normal", "laplace" or
-            "student" (cube-root-density levels, see `fdk_jax.format.densities.cube_root`), "kmeans", or at
-            most 2**bits ascending values.
-        scale: "absmax", "absmean", "rms", "none" (ones) or "auto": absmean up to 2 bits, else absmax.
+        codebook: "auto" (the best fixed levels for the bits: `DEFAULTS`), "uniform" (that of the published
+            format), "nf4" or "fp4" (4 bits only), "ternary" (2 bits only), "normal", "laplace" or "student"
+            (cube-root-density levels, see `fdk_jax.format.densities.cube_root`), "kmeans", or at most
+            2**bits ascending values.
+        scale: "absmax", "absmean", "rms", "none" (ones) or "auto": what belongs to codebook "auto"; for all
+            others absmean up to 2 bits, else absmax.
         axes: "k" (contracted), "n" (output) or "b" (batch) for each trailing axis: "nk" for a [N, K] matrix,
             "kn" for a Flax kernel, "bkn" for experts. Axes to the left of them are stacked matrices.
         dtype: compute dtype, to which the weight is cast first; None keeps its own.
@@ -65,7 +75,7 @@ def quantise_array(
     matrix, batch, shape = as_matrix(weight, axes, dtype)
     if not isinstance(matrix, Tracer) and not _is_finite(matrix):
         raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
-    kind = resolve_scale(scale, bits)
+    codebook, kind = resolve_auto(codebook, scale, bits)
     if isinstance(codebook, str) and codebook == "kmeans":
         if isinstance(matrix, Tracer):
             raise TypeError('codebook="kmeans" fits on the values and cannot run under jit')
@@ -85,8 +95,17 @@ def quantise_array(
     )
 
 
+def resolve_auto(codebook: Any, scale: str, bits: int) -> tuple[Any, str]:
+    """The codebook and the rule of the scales that "auto" stands for."""
+    packing.codes_per_byte(bits)
+    if isinstance(codebook, str) and codebook == "auto":
+        codebook, own = DEFAULTS[bits]
+        scale = own if scale == "auto" else scale
+    return codebook, resolve_scale(scale, bits)
+
+
 def resolve_scale(scale: str, bits: int) -> str:
-    """The rule that "auto" stands for: absmean up to 2 bits, else absmax."""
+    """The rule that "auto" stands for where a codebook is given: absmean up to 2 bits, else absmax."""
     if scale not in SCALES:
         raise ValueError(f"{scale=} is not one of {SCALES}")
     return scale if scale != "auto" else ("absmean" if bits <= 2 else "absmax")

@@ -112,7 +112,7 @@ class QuantisedLinear(nnx.Module):
         *,
         bits: int = 4,
         group_size: int = 64,
-        codebook: Any = "uniform",
+        codebook: Any = "auto",
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -305,7 +305,7 @@ class QuantisedDense(nn.Module):
     features: int
     bits: int = 4
     group_size: int = 64
-    codebook: Any = "uniform"
+    codebook: Any = "auto"
     use_bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32

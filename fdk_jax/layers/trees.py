@@ -33,7 +33,7 @@ def quantise(
     bits: int = 4,
     *,
     group_size: int = 64,
-    codebook: Any = "uniform",
+    codebook: Any = "auto",
     scale: str = "auto",
     skip: str | None = SKIP,
     axes: str | Mapping[str, str | None] | None = None,
@@ -57,10 +57,12 @@ def quantise(
             which comes back as a new module (shared layers stay shared; the original is untouched).
         bits: 1, 2, 4 or 8.
         group_size: weights along K that share a scale.
-        codebook: "uniform", "nf4", "fp4", "ternary", "normal", "laplace", "student", "kmeans" (fitted to
-            each weight), ascending values for all weights, or {regular expression on the dotted name: any
-            of these} (all others are uniform). See `quantise_array`; `fdk_jax.calibrate` does better.
-        scale: "absmax", "absmean", "rms", "none" or "auto" (absmean up to 2 bits, else absmax).
+        codebook: "auto" (the best fixed levels for the bits), "uniform", "nf4", "fp4", "ternary", "normal",
+            "laplace", "student", "kmeans" (fitted to each weight), ascending values for all weights, or
+            {regular expression on the dotted name: any of these} (all others are "auto"). See
+            `quantise_array`; `fdk_jax.calibrate` does better.
+        scale: "absmax", "absmean", "rms", "none" or "auto" (what belongs to codebook "auto"; for all others
+            absmean up to 2 bits, else absmax).
         skip: regular expression, searched in the dotted name of the layer (without "params" and "kernel"); None
             skips nothing.
         axes: for an array, its orientation (see `QuantisedTensor`), "nk" if None. Otherwise {regular expression
@@ -86,7 +88,7 @@ def quantise(
         return quantise_array(source, bits, **options)
     if isinstance(axes, str) or importance is not None:
         raise ValueError("for a tree, axes maps names to orientations and importance must be None")
-    check_options(bits, group_size, "uniform" if isinstance(codebook, Mapping) else codebook, scale)
+    check_options(bits, group_size, "auto" if isinstance(codebook, Mapping) else codebook, scale)
     rules.check_rules(axes or {})
     chosen = Rules(bits, group_size, skip, axes or {}, dtype)
 
@@ -406,4 +408,4 @@ def _codebook_of(codebook: Any, module: str) -> Any:
     for pattern, values in codebook.items():
         if re.search(pattern, module):
             return values
-    return "uniform"
+    return "auto"

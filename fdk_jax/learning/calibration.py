@@ -58,7 +58,7 @@ class _Format:
 
     @property
     def fitted(self) -> bool:
-        return isinstance(self.codebook, str) and self.codebook == "kmeans"
+        return isinstance(self.codebook, str) and self.codebook in ("auto", "kmeans")
 
     def check(self) -> None:
         if self.scale not in (*SCALES, "search"):
@@ -100,7 +100,7 @@ def calibrate_array(
         weight: float [..., *shape] with one axis of `shape` for each letter of `axes`.
         bits: 1, 2, 4 or 8.
         group_size: weights along K that share a scale.
-        codebook: see `fdk_jax.quantise`; "kmeans" is fitted with the importance.
+        codebook: see `fdk_jax.quantise`; "kmeans", which "auto" stands for here, is fitted with the importance.
         scale: "search" (least weighted error of each group) or a rule of `fdk_jax.quantise`.
         axes: orientation, see `QuantisedTensor`.
         dtype: compute dtype; None keeps that of the weight.
@@ -247,7 +247,7 @@ def calibrate(
         batches: calibration data that can be gone through several times (a list, not a generator): what
             `forward` takes, e.g. int [B, T] of tokens. A few hundred sequences are plenty. None: without data.
         group_size: weights along K that share a scale.
-        codebook: see `fdk_jax.quantise`; "kmeans" is fitted with the importance.
+        codebook: see `fdk_jax.quantise`; "kmeans", which "auto" stands for here, is fitted with the importance.
         share: who shares a fitted codebook: "tensor" (no one), "kind" (layers with the same last name, such
             as all "down") or "model" (all layers).
         scale: "search" (least weighted error of each group) or a rule of `fdk_jax.quantise`.

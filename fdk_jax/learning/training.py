@@ -30,8 +30,8 @@ from fdk_jax.format.quantisation import (
     check_options,
     nearest_codes,
     quantise_array,
+    resolve_auto,
     resolve_codebook,
-    resolve_scale,
     round_to,
     scaled,
 )
@@ -51,7 +51,7 @@ def fake_quantise(
     bits: int = 4,
     *,
     group_size: int = 64,
-    codebook: Any = "uniform",
+    codebook: Any = "auto",
     scale: str = "auto",
     axes: str = "nk",
     dtype: Any = None,
@@ -72,7 +72,7 @@ def fake_quantise(
     Returns:
         Array like `weight`.
     """
-    kind = resolve_scale(scale, bits)
+    codebook, kind = resolve_auto(codebook, scale, bits)
     if isinstance(codebook, jax.Array):
         if codebook.shape[-1] != 2**bits:
             raise ValueError(f"{codebook.shape=} must end in {2**bits} for {bits=}")
@@ -122,7 +122,7 @@ class FakeQuantisedLinear(nnx.Module):
         check_options(bits, group_size, codebook, scale)
         kernel = layer.kernel.get_value()
         self.bits, self.group_size, self.axes = bits, group_size, axes
-        self.scale = resolve_scale(scale, bits)
+        codebook, self.scale = resolve_auto(codebook, scale, bits)
         self.weight_dtype = jnp.dtype(kernel.dtype if dtype is None else dtype)
         self.dtype = layer.dtype
         axis = getattr(layer, "axis", None)
@@ -218,7 +218,7 @@ def quantisation_aware(
     bits: int = 4,
     *,
     group_size: int = 64,
-    codebook: Any = "uniform",
+    codebook: Any = "auto",
     scale: str = "auto",
     skip: str | None = SKIP,
     dtype: Any = None,

@@ -1,6 +1,8 @@
 """Decoder-only language models with plain or quantised weights: load, generate, share over devices."""
 
 from fdk_jax.models.cache import KVCache as KVCache
+from fdk_jax.models.calibrating import load_calibrated as load_calibrated
+from fdk_jax.models.calibrating import token_windows as token_windows
 from fdk_jax.models.config import ModelConfig as ModelConfig
 from fdk_jax.models.config import RopeScaling as RopeScaling
 from fdk_jax.models.config import custom_llama as custom_llama

@@ -37,15 +37,15 @@ class Quantisation:
     Attributes:
         bits: 1, 2, 4 or 8.
         group_size: Weights that share a scale.
-        codebook: "uniform", "nf4", "kmeans" or the values; see `fdk_jax.quantise`.
+        codebook: "auto", "uniform", "nf4", "kmeans" or the values; see `fdk_jax.quantise`.
         scale: See `fdk_jax.quantise`.
-        head_bits: Bits of the final projection (uniform, groups of `group_size`), or None to keep it. A
-            head that is tied to the embedding becomes a quantised copy of it.
+        head_bits: Bits of the final projection (codebook "auto", groups of `group_size`), or None to keep it.
+            A head that is tied to the embedding becomes a quantised copy of it.
     """
 
     bits: int
     group_size: int = 64
-    codebook: Any = "uniform"
+    codebook: Any = "auto"
     scale: str = "auto"
     head_bits: int | None = None
 

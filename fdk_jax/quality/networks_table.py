@@ -1,0 +1,62 @@
+"""The table on real networks, from its rows."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+Row = dict[str, Any]
+
+# Columns: (scale, rounding) and their headings, in the order of the table.
+_COLUMNS = {
+    ("absmax", "nearest"): "absmax",
+    ("absmean", "nearest"): "absmean",
+    ("rms", "nearest"): "rms",
+    ("signed", "nearest"): "signed",
+    ("search", "nearest"): "search",
+    ("search", "weighted"): "search, weighted",
+    ("absmax", "corrected"): "absmax, corrected",
+    ("search", "corrected"): "search, corrected",
+}
+
+
+def markdown(found: Iterable[Row], network: str) -> str:
+    """A line for each width and levels, a column for each way to scale and round.
+
+    Args:
+        found: rows of `fdk_jax.quality.measure`.
+        network: "smollm2": perplexity (divergence in nats a token); "minilm": thousandths of dissimilarity.
+    """
+    here = [r for r in found if r["suite"] == "networks" and r["network"] == network]
+    formats = [r for r in here if r["bits"] < 16 and not r["calibration_seed"]]
+    if not formats:
+        return "(No rows yet.)"
+    cells = {(r["bits"], r["codebook"], r["scale"], r["rounding"]): r for r in formats}
+    used = [c for c in _COLUMNS if any(key[2:] == c for key in cells)]
+    lines = [
+        f"| bits | levels | bytes a weight | {' | '.join(_COLUMNS[c] for c in used)} |",
+        "|---" * (len(used) + 3) + "|",
+    ]
+    for bits, levels in sorted(dict.fromkeys(key[:2] for key in cells), key=lambda k: -k[0]):
+        rows = [cells.get((bits, levels, *c)) for c in used]
+        size = next(r["bytes_per_weight"] for r in rows if r)
+        texts = [_cell(r) if r else "" for r in rows]
+        lines.append(f"| {bits} | {levels} | {size:.3f} | {' | '.join(texts)} |")
+    return "\n".join([*lines, "", _caption(here, formats)])
+
+
+def _cell(row: Row) -> str:
+    if "kl" in row:
+        return f"{math.exp(row['loss']):.4g} ({row['kl']:.2g})"
+    thousandths = 1000 * row["dissimilarity"]
+    return f"{thousandths:.0f}" if thousandths >= 100 else f"{thousandths:.3g}"
+
+
+def _caption(here: list[Row], formats: list[Row]) -> str:
+    key = "kl" if "kl" in formats[0] else "dissimilarity"
+    spread = max(abs(a - b) / (a + b) for a, b in (r[f"{key}_by_seed"] for r in formats) if a + b)
+    reference = next((r for r in here if r["bits"] == 16), None)
+    text = f"The two texts differ from their mean by at most {spread:.0%} ({key})"
+    if reference is not None and "loss" in reference:
+        text += f"; bfloat16 has a perplexity of {math.exp(reference['loss']):.4g}"
+    commits = sorted({str(r["commit"])[:7] for r in formats})
+    return f"{text}. Commit{'s' * (len(commits) > 1)} {', '.join(commits)}."

@@ -1,0 +1,97 @@
+"""`--calibrate` of the commands, `evaluate`, and what they stand on."""
+
+import json
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fdk_jax import evaluate_command, generate, models
+from fdk_jax.layers.linear import QuantisedLinear
+from fdk_jax.models import calibrating
+from fdk_jax.models.tokenizer import Tokenizer
+
+CHATTY = Path(__file__).parent / "data" / "models" / "llama3"
+TEXT = "the quick brown fox jumps over the lazy dog " * 60
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_windows_are_spread_over_the_file(tmp_path, text):
+    tokenizer = Tokenizer(CHATTY)
+    whole = tokenizer.encode(TEXT)
+    rows = calibrating.token_windows(text, tokenizer, context=16, tokens=64)
+    assert rows.shape == (4, 16) and rows.dtype == np.int32
+    np.testing.assert_array_equal(rows[0], whole[:16])
+    last = len(whole) // 16 * 16
+    np.testing.assert_array_equal(rows[-1], whole[last - 16 : last])
+    np.save(tmp_path / "a.npy", np.arange(50))
+    rows = calibrating.token_windows(tmp_path / "a.npy", tokenizer, context=64)
+    np.testing.assert_array_equal(rows, np.arange(50)[None])
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="not a text in UTF-8"):
+        calibrating.token_windows(tmp_path / "b.txt", tokenizer)
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(ValueError, match="tokens; 2 are the least"):
+        calibrating.token_windows(tmp_path / "b.txt", tokenizer)
+
+
+def quantised(model) -> list[QuantisedLinear]:
+    return [one for _, one in nnx.iter_modules(model) if isinstance(one, QuantisedLinear)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::fdk_jax.learning.statistics.CalibrationWarning")
+def test_a_calibrated_checkpoint_is_nearer_to_the_float_one(text):
+    rows = calibrating.token_windows(text, Tokenizer(CHATTY), context=32, tokens=256)
+    tokens = jnp.asarray(rows[:2])
+    plan = models.Quantisation(2, 16, head_bits=8)
+    float_model = models.load(CHATTY, dtype="float32", backend="xla")
+    plain = models.load(CHATTY, dtype="float32", quantisation=plan, backend="xla")
+    fitted = calibrating.load_calibrated(CHATTY, plan, rows, dtype="float32", backend="xla")
+    widths = [one.weight.get_value().bits for one in quantised(fitted)]
+    assert widths.count(2) == 4 * float_model.config.num_layers and widths.count(8) == 1
+    expected = float_model(tokens)
+    errors = [float(jnp.square(m(tokens) - expected).mean()) for m in (plain, fitted)]
+    assert 0 < errors[1] < 0.7 * errors[0]
+
+
+@pytest.mark.slow
+def test_commands_end_to_end(text, capfd):
+    common = ["--model", str(CHATTY), "--bits", "4", "--group_size", "32", "--dtype", "float32"]
+    status = generate.main(
+        [*common, "--calibrate", str(text), "--prompt", "the quick", "--max_tokens", "3", "--json"]
+    )
+    out = capfd.readouterr().out
+    assert status == 0 and len(json.loads(out)["tokens"][0]) == 3
+    status = evaluate_command.main(
+        [*common, "--text", str(text), "--context", "32", "--json", "--quiet"]
+    )
+    report = json.loads(capfd.readouterr().out)
+    assert status == 0
+    assert 0 < report["kl"] < 0.2 and 0 < report["output_error"] < 0.2
+    assert report["tokens"] % 31 == 0
+    assert all(layer["bits"] == 4 for layer in report["layers"])
+    status = evaluate_command.main(["--model", str(CHATTY), "--text", str(text), "--quiet"])
+    out = capfd.readouterr().out
+    assert status == 0 and "perplexity" in out and "reference -" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--calibrate", "x"], "--calibrate needs --bits"),
+        (["--bits", "4", "--text", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_errors_of_evaluate(arguments, words, capsys):
+    status = evaluate_command.main(["--model", str(CHATTY), "--text", os.devnull, *arguments])
+    assert status == 2 and words in capsys.readouterr().err
