@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/performance.md and docs/quality.md, written from the rows in results/.
+"""The tables of README.md and of pages of docs, written from the rows in results/.
 
     python -m fdk_jax.benchmark.report            writes them between their marks
     python -m fdk_jax.benchmark.report --check    exit status 1 if a table is not that of the rows
