@@ -480,6 +480,16 @@ def test_tensor_parallel_equals_one_device_and_gathers_no_weight(tmp_path, quant
         )
 
 
+def test_inputs_need_not_be_whole_groups_on_one_device(tmp_path):
+    folder = write_folder(tmp_path / "model", wide_config())
+    quantisation = models.Quantisation(8, 48)  # of 128 and 256 inputs
+    one = models.load(folder, quantisation=quantisation)
+    assert one.layers[0].mlp.down.weight.get_value().group_size == 48
+    tokens = np.random.default_rng(1).integers(0, 256, (2, 9))
+    quantised, plain = (models.Generator(m).logits(tokens) for m in (one, models.load(folder)))
+    assert 1e-4 < relative(quantised, plain) < 5e-2
+
+
 def test_tensor_parallel_refuses_what_does_not_divide(tmp_path):
     folder = write_folder(tmp_path / "model", wide_config(num_kv_heads=4))
     parallel = models.Parallel(jax.make_mesh((8,), ("model",)))

