@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items) -> None:
             item.add_marker(pytest.mark.gpu)
         if item.nodeid.removeprefix("tests/") in long or "toolchain" in item.fixturenames:
             item.add_marker(pytest.mark.long)
-        if hasattr(item.module, "ptx_machine"):
+        if hasattr(item.module, "emulator"):
             item.add_marker(pytest.mark.emulated)
         cases[item.path, getattr(item, "originalname", item.name)].append(item)
     for alike in cases.values():

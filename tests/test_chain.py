@@ -5,11 +5,11 @@ import shutil
 import subprocess
 
 import chains
+import emulator
 import jax
 import jax.numpy as jnp
 import numpy as np
 import planar
-import ptx_machine
 import pytest
 
 import pallas_kernels
@@ -41,7 +41,7 @@ def test_a_streamed_product(rng, bits, uniform, n, k, books, config, dtype):
     case = Case(1, n, k, bits, 64, books, half, half, single, single, uniform)
     assert stream.unsupported_product(case, config.workers, config.programs) is None
     bias, y = rng.normal(size=n).astype(np.float32), np.full((1, n), np.nan, np.float32)
-    ptx_machine.run(
+    emulator.run(
         ring.source(case, config, H200, stream.Product),
         [np.asarray(a) for a in (case.pad(x), *arrays, bias, y)],
         ring.grid(case, config),
@@ -95,7 +95,7 @@ def _check_chain(rng, shapes, bits, uniform, books, config, *, bias, chance=None
         operands += [scales[place // 2]] * (place in (0, 2))
     shapes = chain.outputs(cases, config, H200)
     found = {name: np.full(a.shape, np.nan, a.dtype) for name, a in shapes.items()}
-    ptx_machine.run(
+    emulator.run(
         chain.source(cases, config, H200),
         [np.asarray(a) for a in (*operands, *found.values())],
         (1, 1),

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import decode_attention
+import emulator
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
-import ptx_machine
 import pytest
 from backends import ONLY_WITH_A_GPU, for_a_gpu
 from flax import nnx
@@ -528,7 +528,7 @@ def run_short_attention(qkv, cos, sin, lengths, keys, values, norms, chance=None
         pytest.skip("the kernel does not take this case")
     keys, values = np.array(keys), np.array(values)
     mixed = np.full((batch, heads * dim), np.nan, keys.dtype)
-    ptx_machine.run(
+    emulator.run(
         short_attention.source(case, H200),
         [np.asarray(a) for a in (qkv, cos, sin, lengths)]
         + [keys, values, *map(np.asarray, norms or ()), mixed, keys, values],
@@ -555,7 +555,7 @@ def run_split_attention(
         cache = [np.array(a) for a in operands[4:6]]
         operands = [np.asarray(a) for a in operands]
         operands[4:6] = cache
-        ptx_machine.run(source, [*operands, *found, *cache], grid, 32 * num_warps, chance=chance)
+        emulator.run(source, [*operands, *found, *cache], grid, 32 * num_warps, chance=chance)
         return *map(jnp.asarray, found), *cache
 
     with pytest.MonkeyPatch.context() as patch:

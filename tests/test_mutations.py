@@ -6,10 +6,10 @@ The tests of kernels run here with the kernel's results spoilt, and have to fail
 import functools
 
 import decode_attention
+import emulator
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ptx_machine
 import pytest
 import test_chain
 import test_cpu
@@ -153,7 +153,7 @@ def test_ptx(case, decoder, spoil, rng, monkeypatch):
     def test():
         test_pallas.test_ptx_values_and_bounds(rng, *decoder, *case)
 
-    fails(test, spoil, monkeypatch, ptx_machine, "run", _emulated)
+    fails(test, spoil, monkeypatch, emulator, "run", _emulated)
 
 
 @MUTATIONS
@@ -161,7 +161,7 @@ def test_ptx_of_integers(spoil, rng, monkeypatch):
     def test():
         test_pallas.test_integer_kernel(rng, 33, 600, 1, integer.Config(2, 2), "bfloat16", False)
 
-    fails(test, spoil, monkeypatch, ptx_machine, "run", _emulated)
+    fails(test, spoil, monkeypatch, emulator, "run", _emulated)
 
 
 @MUTATIONS
@@ -174,7 +174,7 @@ def test_ptx_of_sums_and_norms(residual, spoil, rng, monkeypatch):
             rng, 4, False, 33, 600, 1, config, True, residual
         )
 
-    fails(test, spoil, monkeypatch, ptx_machine, "run", _emulated)
+    fails(test, spoil, monkeypatch, emulator, "run", _emulated)
 
 
 @MUTATIONS
@@ -188,7 +188,7 @@ def test_ptx_of_chains(bits, spoil, rng, monkeypatch):
     def test():
         test_chain.test_values_of_a_chain(rng, bits, False, (1, 1, 1, 1), config, 4, False)
 
-    fails(test, spoil, monkeypatch, ptx_machine, "run", _emulated)
+    fails(test, spoil, monkeypatch, emulator, "run", _emulated)
 
 
 @MUTATIONS

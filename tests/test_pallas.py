@@ -5,12 +5,12 @@ import re
 import shutil
 import subprocess
 
+import emulator
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import planar
-import ptx_machine
 import pytest
 from backends import ONLY_WITH_A_GPU, for_a_gpu
 
@@ -248,7 +248,7 @@ def test_quotients_and_remainders(rng, divisor):
         place = ptx.op("mad.wide.u32", ptx.op("mov.u32", "%tid.x"), 4, target, kind="b64")
         ptx.do("st.global.b32", at(place), result)
     found = np.full((2, threads), 2**32 - 1, np.uint32)
-    ptx_machine.run(ptx.text(), [values, *found], (1, 1), threads)
+    emulator.run(ptx.text(), [values, *found], (1, 1), threads)
     np.testing.assert_array_equal(found, np.divmod(values, np.uint32(divisor)))
 
 
@@ -260,7 +260,7 @@ def _run_ptx(case, config, arrays, bias):
     out = np.full((case.m, case.n), np.nan, case.out_dtype)
     module = choice.KERNELS[choice.kernel_of(config)]
     threads = 32 * config.warps
-    ptx_machine.run(
+    emulator.run(
         module.source(case, config, H200),
         [*operands, out],
         module.grid(case, config),
@@ -451,7 +451,7 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books, config
     if residual:
         outputs = (row.copy(), np.full(kernel.squares(case, config, H200), np.nan, np.float32))
     outputs = (row, *outputs)
-    ptx_machine.run(
+    emulator.run(
         kernel.source(case, config, H200),
         [*operands, *outputs],
         kernel.grid(case, config),
@@ -544,7 +544,7 @@ def test_ptx_decodes_whole_weights(rng, bits, group_size, dtype):
     case = _case(1, n, k, bits, group_size=group_size, dtype=half, scales=half)
     out = np.full((16 * case.tiles, case.blocks * case.span), np.nan, half)
     operands = [np.asarray(a) for a in (packed, scales, codebook)]
-    ptx_machine.run(dequantise.source(case, H200), [*operands, out], (case.tiles, 1), 256)
+    emulator.run(dequantise.source(case, H200), [*operands, out], (case.tiles, 1), 256)
     interchange, plain = packing.from_planar(
         packed, scales, bits=bits, group_size=group_size, out_features=n, in_features=k
     )

@@ -4,11 +4,11 @@ import dataclasses
 import re
 import types
 
+import emulator
 import jax
 import jax.numpy as jnp
 import numpy as np
 import planar
-import ptx_machine
 import pytest
 
 import fdk_jax
@@ -221,7 +221,7 @@ def test_values_of_older_architectures(rng, bits, uniform, m, n, k, group_size, 
     out = np.full((m, n), np.nan, np.float32)
     x = np.pad(np.asarray(arrays[0]), ((0, 0), (0, case.blocks * case.span - k)))
     module = choice.KERNELS[choice.kernel_of(config)]
-    ptx_machine.run(
+    emulator.run(
         module.source(case, config, SM80),
         [x, *map(np.asarray, arrays[1:]), out],
         module.grid(case, config),
@@ -252,7 +252,7 @@ def test_products_and_differences_of_bfloat16_are_the_same_by_multiply_add(rng, 
         ptx.do("st.global.b32", pallas_kernels.ptx.at(place), result)
         out = np.zeros(256, np.uint32)
         with np.errstate(all="ignore"):
-            ptx_machine.run(ptx.text(), [bits[0], bits[1], out], (1, 1), 256)
+            emulator.run(ptx.text(), [bits[0], bits[1], out], (1, 1), 256)
         found.append(out.view(jnp.bfloat16))
     same = (found[0].view(np.uint16) == found[1].view(np.uint16)) | np.isnan(
         found[0].astype(np.float32)

@@ -1,0 +1,184 @@
+"""The programs that run at the same time: their threads, whose turn it is, and barriers between them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from emulator.memory import Memory
+from emulator.registers import Registers
+from emulator.source import Fault, Source
+from emulator.table import Handler
+
+WINDOW = 1 << 20  # from one program's shared memory in a cluster to the next one's
+_SHARED = 1024  # where a program's shared memory begins
+_TURN = 300  # instructions that a warp runs at most before another's turn
+
+
+class Machine:
+    """Programs that run at the same time.
+
+    Attributes:
+        threads: of all programs.
+        registers, memory, shared: what they work with; `shared` holds each program's `window` further on.
+        window: [threads] where the thread's program's shared memory is, less where the first one's is.
+        polling: [threads] who stands still until a barrier in memory turns or something is added to memory.
+        chance: what happens by chance: the order of warps, when copies arrive.
+        copies, groups, products, product_groups: of each warp, asynchronous copies and products of matrices
+            since their last group, and the groups.
+        barriers, bulk: barriers in shared memory by their places, and copies that they wait for.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        run_by: list[Handler],
+        memory: Memory,
+        starts: list[int],
+        place: tuple[int, int],
+        threads: int,
+        cluster: int,
+        chance: np.random.Generator | None,
+    ) -> None:
+        """Puts the threads of a place of the grid at the first instruction."""
+        self._source, self._handlers, self._by_chance = source, run_by, chance is not None
+        self.threads = threads * cluster
+        rank, thread = np.divmod(np.arange(self.threads), threads)
+        self.window = rank * WINDOW
+        fixed = {"fdk_shared": _SHARED, "%tid.x": thread}
+        fixed |= {"%ctaid.x": place[0] * cluster + rank, "%ctaid.y": place[1]}
+        fixed |= {f"${i + 1}": start for i, start in enumerate(starts)}
+        fixed = {k: np.full(self.threads, v).astype(np.uint64) for k, v in fixed.items()}
+        has_wgmma = any(what.opcode.startswith("wgmma") for what in source.instructions)
+        self.registers = Registers(self.threads, fixed, has_wgmma)
+        self.memory, self.shared = memory, Memory()
+        for i in range(cluster if source.shared_bytes else 0):
+            self.shared.share(source.shared_bytes, _SHARED + i * WINDOW)
+        self.chance = np.random.default_rng(place[0]) if chance is None else chance
+        self._counter = np.zeros(self.threads, np.int64)
+        self.polling, self._waiting = np.zeros((2, self.threads), bool)
+        # Who is at a barrier, by its number, and how many it is for.
+        self._at: dict[int, np.ndarray] = {}
+        self._counts: dict[int, int | None] = {}
+        self._at_cluster = np.zeros(self.threads, bool)
+        self._arrivals, self._waits = np.zeros((2, self.threads), np.int64)
+        self._seen = np.full((self.threads, 2), -1)
+        warps = self.threads // 32
+        self.copies, self.groups, self.products, self.product_groups = (
+            [[] for _ in range(warps)] for _ in range(4)
+        )
+        self.barriers: dict[int, Any] = {}
+        self.bulk: list[Callable[[], None]] = []
+        self._warp, self._turn = 0, 0
+
+    def run(self) -> None:
+        """Runs the threads until all are through."""
+        while True:
+            ready = ~self.polling & ~self._waiting & (self._counter < len(self._handlers))
+            some = ready.any()
+            if self.bulk and (not some or (self._by_chance and self.chance.random() < 0.01)):
+                self.bulk.pop(self.chance.integers(len(self.bulk)) if self._by_chance else 0)()
+            elif some:
+                self._step(self._next(ready))
+            elif not self._running().any():
+                return
+            elif not any(self._release(number) for number in list(self._at)):
+                raise Fault("a deadlock: all threads wait, and nobody is left to wake them")
+
+    def _next(self, ready: np.ndarray) -> np.ndarray:
+        """Whose turn it is: the threads that are behind all others, or behind those of their warp."""
+        if self._by_chance:
+            by_warp = ready.reshape(-1, 32)
+            if not self._turn or not by_warp[self._warp].any():
+                self._warp = self.chance.choice(np.flatnonzero(by_warp.any(axis=1)))
+                self._turn = self.chance.integers(1, _TURN)
+            self._turn -= 1
+            ready = ready & (np.arange(self.threads) // 32 == self._warp)
+        return ready & (self._counter == self._counter[ready].min())
+
+    def _step(self, active: np.ndarray) -> None:
+        """An instruction of the threads that are at it."""
+        at = self._counter[active.argmax()]
+        what = self._source.instructions[at]
+        self._counter[active] += 1
+        try:
+            if what.guard:
+                active = active & ((self.registers.read(what.guard, active) != 0) != what.negated)
+            if active.any():
+                self._handlers[at](self, what, active)
+        except Fault as fault:
+            raise Fault(f"{fault}\n  in instruction {at}: {what.text}") from None
+
+    def jump(self, label: str, active: np.ndarray) -> None:
+        """Makes threads go on at a label."""
+        self._counter[active] = self._source.labels[label]
+
+    def warps(self, active: np.ndarray) -> np.ndarray:
+        """The numbers of the warps that have active threads."""
+        return np.flatnonzero(active.reshape(-1, 32).any(axis=1))
+
+    def check_whole(self, active: np.ndarray) -> None:
+        """Refuses part of a warp."""
+        lanes = active.reshape(-1, 32)
+        if (lanes.any(axis=1) != lanes.all(axis=1)).any():
+            raise Fault("a warp has diverged: some of its threads are elsewhere")
+
+    def check_aligned(self, places: np.ndarray, size: int) -> None:
+        """Refuses addresses that are no multiples of a size."""
+        if (places % size).any():
+            raise Fault(f"misaligned: {size} bytes at {places[places % size != 0][:4]}")
+
+    def wait_for_news(self, where: np.ndarray, values: np.ndarray, active: np.ndarray) -> None:
+        """Lets threads that have found the same as the last time stand still until somebody adds to it."""
+        found = np.stack([where, values.view(np.int64)], axis=1)
+        self.polling |= active & (found == self._seen).all(axis=1)
+        self._seen[active] = found[active]
+
+    def meet(self, number: int, count: int | None, active: np.ndarray) -> None:
+        """Lets threads wait at a barrier until `count` of their program, or all that still run, are there."""
+        here = self._at.setdefault(number, np.zeros(self.threads, bool))
+        if here.any() and self._counts[number] != count:
+            raise Fault(f"a barrier of {count} threads is one of {self._counts[number]} to others")
+        here[active] = True
+        self._counts[number] = count
+        self._waiting |= active
+        self._release(number)
+
+    def _release(self, number: int) -> bool:
+        """Lets those go on that have met at a barrier, and says whether any have."""
+        waiting, count, anybody = self._at[number], self._counts[number], False
+        for window in np.unique(self.window[waiting]):
+            mine = self.window == window
+            here = waiting & mine
+            expected = (mine & self._running()).sum() if count is None else count
+            if here.sum() > expected:
+                raise Fault(f"{here.sum()} threads are at a barrier of {expected}")
+            if here.sum() == expected:
+                waiting[here] = self._waiting[here] = False
+                anybody = True
+        return anybody
+
+    def arrive_at_cluster(self, active: np.ndarray) -> None:
+        """Says that threads have come to the cluster's barrier."""
+        if (self._arrivals[active] != self._waits[active]).any():
+            raise Fault("a thread comes twice to the cluster's barrier")
+        self._arrivals[active] += 1
+        self._leave_cluster()
+
+    def wait_for_cluster(self, active: np.ndarray) -> None:
+        """Lets threads wait until all of the cluster have come as often as they."""
+        self._waits[active] += 1
+        if (self._arrivals[active] != self._waits[active]).any():
+            raise Fault("a thread waits at the cluster's barrier without having come to it")
+        self._at_cluster |= active
+        self._waiting |= active
+        self._leave_cluster()
+
+    def _leave_cluster(self) -> None:
+        come = self._arrivals[self._running()].min()
+        gone = self._at_cluster & (self._arrivals <= come)
+        self._at_cluster[gone] = self._waiting[gone] = False
+
+    def _running(self) -> np.ndarray:
+        """The threads that are not through; one that waits behind the last instruction is not."""
+        return (self._counter < len(self._handlers)) | self._waiting

@@ -1,0 +1,201 @@
+"""Products of matrices: `mma.sync` of a warp and `wgmma` of four, with the layouts of their registers.
+
+Lane 4 g + c of a warp holds rows g and g + 8 of A, column g of B, and rows g and g + 8 of D at columns 2 c and
+2 c + 1.
+Sums are made in float64 and rounded once, or in integers.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from emulator import floats
+from emulator.machine import Machine
+from emulator.registers import Known
+from emulator.source import Fault, Instruction
+from emulator.table import instruction
+
+
+def _lanes(machine: Machine) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each thread's warp, and its g and c in it."""
+    thread = np.arange(machine.threads)
+    return thread // 32, thread % 32 // 4, thread % 4
+
+
+def _known(
+    machine: Machine, a: Sequence[str], of_b: np.ndarray | None, c: Sequence[str]
+) -> list[Known]:
+    """Of which lanes registers of D are defined: row of A, column of B [warps, columns], and C have to be."""
+    registers, of_c = machine.registers, [machine.registers.known(register) for register in c]
+    if registers.known(*a) is None and of_b is None:
+        return of_c
+    warp, g, quad = _lanes(machine)
+    rows = np.ones((machine.threads // 32, 16), bool)
+    for i, register in enumerate(a):
+        if (known := registers.known(register)) is not None:
+            rows[:, 8 * (i % 2) :][:, :8] &= known.reshape(-1, 8, 4).all(axis=2)
+    found = []
+    for i, known in enumerate(of_c):
+        known = rows[warp, g + 8 * (i % 4 // 2)] & (True if known is None else known)
+        if of_b is not None:
+            known &= of_b[warp, i // 4 * 8 + 2 * quad + i % 2]
+        found.append(known)
+    return found
+
+
+def _columns(machine: Machine, b: tuple[str, ...]) -> np.ndarray | None:
+    """Which columns [warps, 8] of B are defined."""
+    known: Known = machine.registers.known(*b)
+    return None if known is None else known.reshape(-1, 8, 4).all(axis=2)
+
+
+def _sums(
+    machine: Machine, a: list[np.ndarray], right: np.ndarray, c: list[np.ndarray], dtype: type
+) -> list[np.ndarray]:
+    """A B + C for B [warps, 16, columns], as registers: eight columns take four of them.
+
+    A holds rows g, g + 8 and columns 2 c, 2 c + 1, then those 8 further.
+    """
+    warp, g, quad = _lanes(machine)
+    left = np.zeros((machine.threads // 32, 16, 16))
+    for i, bits in enumerate(a):
+        pair = floats.halves(bits, dtype)
+        for e in range(2):
+            left[warp, g + 8 * (i % 2), 2 * quad + e + 8 * (i // 2)] = pair[e]
+    with np.errstate(all="ignore"):
+        product = left @ right
+        totals = [
+            floats.singles(bits)
+            + product[warp, g + 8 * (i % 4 // 2), i // 4 * 8 + 2 * quad + i % 2]
+            for i, bits in enumerate(c)
+        ]
+        return [floats.bits_of(total.astype(np.float32)) for total in totals]
+
+
+@instruction(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32")
+def multiply(machine: Machine, what: Instruction, active: np.ndarray) -> None:
+    """D = A [16, 16] B [16, 8] + C; of B a lane holds rows 2 c, 2 c + 1 and those 8 further."""
+    machine.check_whole(active)
+    dtype, (d, a, b, c) = floats.HALVES[what.opcode.split(".")[-2]], what.operands
+    warp, g, quad = _lanes(machine)
+    right = np.zeros((machine.threads // 32, 16, 8))
+    for i, register in enumerate(b):
+        pair = floats.halves(machine.registers.peek(register, active), dtype)
+        for e in range(2):
+            right[warp, 2 * quad + e + 8 * i, g] = pair[e]
+    left, added = ([machine.registers.peek(r, active) for r in part] for part in (a, c))
+    known = _known(machine, a, _columns(machine, b), c)
+    sums = _sums(machine, left, right, added, dtype)
+    for target, bits, defined in zip(d, sums, known, strict=True):
+        machine.registers.write(target, bits, active, defined)
+
+
+@instruction(r"mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.[us]8\.[us]8\.s32")
+def multiply_bytes(machine: Machine, what: Instruction, active: np.ndarray) -> None:
+    """D = A [16, 32] B [32, 8] + C modulo 2**32; a register holds columns of A, rows of B, 4 c to 4 c + 3."""
+    machine.check_whole(active)
+    of_a, of_b = what.opcode.split(".")[-3:-1]
+    d, a, b, c = what.operands
+    warp, g, quad = _lanes(machine)
+    left = np.zeros((machine.threads // 32, 16, 32), np.int64)
+    right = np.zeros((machine.threads // 32, 32, 8), np.int64)
+
+    def byte(register: str, place: int, kind: str) -> np.ndarray:
+        bits = (machine.registers.peek(register, active) >> np.uint64(8 * place)).astype(np.uint8)
+        return bits.view(np.int8) if kind == "s8" else bits
+
+    for e in range(4):
+        for i, register in enumerate(a):
+            left[warp, g + 8 * (i % 2), 4 * quad + e + 16 * (i // 2)] = byte(register, e, of_a)
+        for i, register in enumerate(b):
+            right[warp, 4 * quad + e + 16 * i, g] = byte(register, e, of_b)
+    product = left @ right
+    totals = []
+    for i, register in enumerate(c):
+        part = product[warp, g + 8 * (i // 2), 2 * quad + i % 2].astype(np.uint32)
+        totals.append(machine.registers.peek(register, active).astype(np.uint32) + part)
+    known = _known(machine, a, _columns(machine, b), c)
+    for target, total, defined in zip(d, totals, known, strict=True):
+        machine.registers.write(target, total, active, defined)
+
+
+@instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(bf16\.bf16|f16\.f16)")
+def multiply_group(machine: Machine, what: Instruction, active: np.ndarray) -> None:
+    """D += A B: a warp's 16 rows of A in registers, B [16, tokens] in shared memory, K-major, not swizzled.
+
+    B lies in cores of 8 tokens x 16 bytes; the descriptor says where it begins, how far its cores are apart
+    along K (bits 16 to 29) and along the tokens (bits 32 to 45), in units of 16 bytes.
+    """
+    machine.check_whole(active)
+    dtype = floats.HALVES[what.opcode.split(".")[-1]]
+    d, a, descriptor, add, scale_a, scale_b, transposed = what.operands
+    if (scale_a, scale_b, transposed) != ("1", "1", "0"):
+        raise NotImplementedError(f"{what.text}: operands negated or transposed")
+    if not machine.registers.read(add, active)[active].all():
+        raise NotImplementedError(f"{what.text}: a product that is not added")
+    for register in (*d, *a):
+        if (active & machine.registers.unfenced.get(register, False)).any():
+            raise Fault(f"{register} was written after the last wgmma.fence")
+    bits = machine.registers.read(descriptor, active)
+    if (bits[active] >> np.uint64(46)).any():
+        raise NotImplementedError(f"{what.text}: a swizzled operand")
+    fields = [(bits >> np.uint64(s) & np.uint64(0x3FFF)).view(np.int64) * 16 for s in (0, 16, 32)]
+    start, by_k, by_token = (f[::32, None, None] for f in fields)
+    tokens = int(re.search(r"n(\d+)k", what.opcode)[1])
+    k, token = np.arange(16)[None, :, None], np.arange(tokens)[None, None, :]
+    places = start + machine.window[::32, None, None] + k // 8 * by_k + token // 8 * by_token
+    places = places + token % 8 * 16 + k % 8 * 2
+    running = active[::32]
+    right = np.zeros((machine.threads // 32, 16, tokens))
+    words, defined = machine.shared.load(places[running].reshape(-1), 2)
+    right[running] = words.astype(np.uint16).view(dtype).reshape(-1, 16, tokens)
+    of_b = np.ones((machine.threads // 32, tokens), bool)
+    of_b[running] = defined.reshape(-1, 16, tokens).all(axis=1)
+    # The same sums may be in flight, and be added to again: these products follow each other.
+    left, added = ([machine.registers.operand(r) for r in part] for part in (a, d))
+    known = _known(machine, a, of_b, d)
+    sums = _sums(machine, left, right, added, dtype)
+    for target, bits, defined in zip(d, sums, known, strict=True):
+        machine.registers.replace(target, bits, active, defined)
+    for warp in machine.warps(active):
+        machine.products[warp].append((*d, *a))
+    _hold(machine)
+
+
+@instruction(r"wgmma\.fence\.sync\.aligned")
+def fence(machine: Machine, what: Instruction, active: np.ndarray) -> None:
+    """Lets `wgmma` see what registers hold."""
+    machine.check_whole(active)
+    unfenced = machine.registers.unfenced
+    for register in list(unfenced):
+        unfenced[register] = unfenced[register] & ~active
+
+
+@instruction(r"wgmma\.commit_group\.sync\.aligned")
+def commit(machine: Machine, what: Instruction, active: np.ndarray) -> None:
+    """Makes a group of the products since the last one."""
+    for warp in machine.warps(active):
+        machine.product_groups[warp].append(machine.products[warp])
+        machine.products[warp] = []
+
+
+@instruction(r"wgmma\.wait_group\.sync\.aligned")
+def wait(machine: Machine, what: Instruction, active: np.ndarray) -> None:
+    """Waits until so many groups of products are left: the registers of the others may be touched again."""
+    for warp in machine.warps(active):
+        groups = machine.product_groups[warp]
+        machine.product_groups[warp] = groups[max(len(groups) - int(what.operands[0]), 0) :]
+    _hold(machine)
+
+
+def _hold(machine: Machine) -> None:
+    """Says which registers the products not waited for work with."""
+    warps = np.arange(machine.threads) // 32
+    machine.registers.settle(
+        (register, warps == warp)
+        for warp in range(machine.threads // 32)
+        for group in [*machine.product_groups[warp], machine.products[warp]]
+        for registers in group
+        for register in registers
+    )
