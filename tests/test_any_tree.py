@@ -82,6 +82,7 @@ def test_orientations_from_the_bias_and_the_names_of_boxes():
         ({"a": {"table": W}}, "no known name"),
         (["a", [W]], "no known name"),
         (nn.Dense(3), "Dense, not an array"),
+        (nn.Dense, "a type, not an array"),
         (None, "no arrays"),
         ({}, "no arrays"),
         (nnx.Embed(64, 64, rngs=nnx.Rngs(0)), "table"),

@@ -77,6 +77,14 @@ def test_einsum_names_what_does_not_fit(rng):
         fdk_jax.einsum("td->t", x, w)
 
 
+def test_numpy_saves_the_unpacked_weight(w, tmp_path):
+    for save in (np.save, jnp.save):
+        save(tmp_path / "w.npy", w)
+        assert (np.load(tmp_path / "w.npy", allow_pickle=False) == np.asarray(w)).all()
+    np.savez(tmp_path / "w.npz", w=w)
+    assert (np.load(tmp_path / "w.npz", allow_pickle=False)["w"] == np.asarray(w)).all()
+
+
 def model():
     return fdk_jax.quantise(
         nnx.Sequential(

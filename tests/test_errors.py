@@ -36,6 +36,13 @@ X = jnp.ones((2, 64))
         (lambda: fdk_jax.explain(X, W, backend="tpu"), ValueError, "backend='tpu'"),
         (lambda: fdk_jax.explain(X[:, :63], W), ValueError, "K=64"),
         (lambda: fdk_jax.matmul(X, stacked()), ValueError, "stack"),
+        (lambda: fdk_jax.matmul(X, jax.tree.map(jnp.float32, W)), TypeError, "scales alone"),
+        (
+            lambda: fdk_jax.matmul(X, jax.tree.map(jnp.bfloat16, W)),
+            TypeError,
+            r"w\.astype\(dtype\)",
+        ),
+        (lambda: fdk_jax.checkpoint.save("never.fdk", {"step": 3}), TypeError, "step is a int"),
     ],
 )
 def test_matmul_and_friends(call, error, words):

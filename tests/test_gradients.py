@@ -97,6 +97,24 @@ def test_forward_mode_names_the_remedy(rng):
         jax.jvp(lambda b: fdk_jax.matmul(x, q, bias=b), (jnp.ones(8),), (jnp.ones(8),))
 
 
+def test_integer_codes_have_no_gradient_and_the_rest_has(rng):
+    """JAX's own words, which docs/integrations.md explains, and the two ways around them."""
+    q = fdk_jax.quantise(rng.standard_normal((8, 64)).astype(np.float32), 4)
+    tree, x = {"a": {"kernel": q}}, jnp.ones((2, 64))
+    loss = lambda tree: fdk_jax.matmul(x, tree["a"]["kernel"]).sum()  # noqa: E731
+    for transform in (jax.grad, jax.value_and_grad, jax.jacrev):
+        with pytest.raises(TypeError, match=r"got uint8.*allow_int"):
+            transform(loss)(tree)
+    with pytest.raises(TypeError, match="float0"):
+        jax.jvp(loss, (tree,), (tree,))
+    whole = jax.jit(jax.grad(loss, allow_int=True))(tree)["a"]["kernel"]
+    trained, put_back = fdk_jax.trainable(tree)
+    parts = jax.jit(jax.grad(lambda trained: loss(put_back(trained))))(trained)
+    assert set(parts) == {"a.kernel.scales", "a.kernel.codebook"}
+    assert (parts["a.kernel.scales"] == whole.scales).all()
+    assert (parts["a.kernel.codebook"] == whole.codebook).all()
+
+
 def test_second_derivatives_in_reverse_mode(rng):
     q = fdk_jax.quantise(rng.standard_normal((8, 64)).astype(np.float32), 4)
     w, x = oracle.weights(q), rng.standard_normal(64)

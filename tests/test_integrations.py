@@ -1,6 +1,5 @@
 """Models of other packages on packed codes: docs/integrations.md has each of these as an example."""
 
-import dataclasses
 import functools
 import re
 
@@ -316,34 +315,87 @@ def test_dora_trains():
     train(model, nnx.LoRAParam, x, jnp.roll(x, 1, axis=1))
 
 
+def train_parts(model, select, x, target, rate=2e-3):
+    """Trains what `fdk_jax.trainable` takes out of a model; returns that and the trained model."""
+    trained, whole = fdk_jax.trainable(model, select)
+    optimiser = optax.adam(rate)
+
+    @jax.jit
+    def step(trained, state):
+        loss = lambda trained: jnp.square(whole(trained)(x) - target).mean()  # noqa: E731
+        value, grads = jax.value_and_grad(loss)(trained)
+        updates, state = optimiser.update(grads, state)
+        return optax.apply_updates(trained, updates), state, value
+
+    state, losses = optimiser.init(trained), []
+    for _ in range(30):
+        trained, state, value = step(trained, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.8 * losses[0], losses
+    return trained, whole(trained)
+
+
 def test_scales_and_codebooks_train():
     x = jax.random.normal(jax.random.key(0), (16, 64))
     model = Mlp(nnx.Rngs(0))
-    target = model(x)
-    small = fdk_jax.quantise(model, 2)
+    small = fdk_jax.quantise(model, 2, codebook="uniform")
+    names = {f"{n}.weight.{part}" for n in ("up", "down") for part in ("scales", "codebook")}
+    trained, after = train_parts(small, r"\.(scales|codebook)$", x, model(x))
+    assert set(trained) == names
+    w = after.up.weight.get_value()
+    assert (w.packed == small.up.weight.get_value().packed).all() and not w.uniform
+    assert (w.scales == trained["up.weight.scales"]).all()
+    assert small.up.weight.get_value().uniform
 
-    weights = {"up": small.up.weight.get_value(), "down": small.down.weight.get_value()}
-    trained = {n: (w.scales, w.codebook) for n, w in weights.items()}
 
-    def loss(trained):
+def test_adapters_and_scales_train_together():
+    """QLoRA with trainable scales, on the layout of a kernel."""
+    x = jax.random.normal(jax.random.key(0), (16, 64))
+    model = fdk_jax.prepare(fdk_jax.quantise(Mlp(nnx.Rngs(0)), 4, codebook="uniform"))
+    for name in ("up", "down"):
+        base = getattr(model, name)
+        sizes = base.in_features, 8, base.out_features
+        setattr(model, name, nnx.LoRA(*sizes, base_module=base, rngs=nnx.Rngs(1)))
+    trained, after = train_parts(model, r"lora|scales$", x, jnp.roll(x, 1, axis=1), 1e-2)
+    assert len(trained) == 6
+    for name in ("up", "down"):
+        old, new = (getattr(m, name).base_module.weight.get_value() for m in (model, after))
+        assert (old.packed == new.packed).all() and (old.codebook == new.codebook).all()
+        assert (old.scales != new.scales).any() and new.uniform
+        assert (getattr(after, name).lora_b[...] != 0).any()
 
-        tensors = {
-            n: dataclasses.replace(w, scales=trained[n][0], codebook=trained[n][1], uniform=False)
-            for n, w in weights.items()
-        }
-        h = jax.nn.relu(fdk_jax.matmul(x, tensors["up"]))
-        return jnp.square(fdk_jax.matmul(h, tensors["down"]) - target).mean()
 
-    optimiser = optax.adam(2e-3)
-    state = optimiser.init(trained)
-    value_and_grad = jax.jit(jax.value_and_grad(loss))
-    losses = []
-    for _ in range(30):
-        value, grads = value_and_grad(trained)
-        updates, state = optimiser.update(grads, state)
-        trained = optax.apply_updates(trained, updates)
-        losses.append(float(value))
-    assert losses[-1] < 0.8 * losses[0], losses
+def test_parts_of_trees_are_trained_by_name():
+    w = fdk_jax.quantise(jnp.ones((8, 64)), 4)
+    tree = {"a": {"kernel": w, "bias": nn.Partitioned(jnp.ones(8), ("n",))}, "n": jnp.ones(3)}
+    found, whole = fdk_jax.trainable(tree, "^a")
+    assert set(found) == {"a.kernel.scales", "a.kernel.codebook", "a.bias"}
+    new = whole(jax.tree.map(lambda a: 2 * a, found))
+    assert (new["a"]["kernel"].dequantise() == 4 * w.dequantise()).all()
+    assert new["a"]["bias"].names == ("n",) and (new["a"]["bias"].value == 2).all()
+    assert new["n"] is tree["n"]
+    with pytest.raises(ValueError, match=r"select='b\$' finds none of \['a.bias', 'a.kernel"):
+        fdk_jax.trainable(tree, "b$")
+
+
+def test_penzai():
+    """Frozen parameters bind to a model; its named arrays hold packed weights as they hold others."""
+    pz = pytest.importorskip("penzai.pz", reason="penzai is not installed")
+    from penzai.models import simple_mlp
+
+    rng = jax.random.key(0)
+    sizes = [64, 128, 32]
+    model = simple_mlp.MLP.from_config(name="mlp", init_base_rng=rng, feature_sizes=sizes)
+    x = pz.nx.wrap(jax.random.normal(jax.random.key(1), (4, 64))).tag("batch", "features")
+    with pytest.raises(TypeError, match="a Parameter, not an array"):
+        fdk_jax.quantise(model)
+    unbound, params = pz.unbind_params(model, freeze=True)
+    apply = lambda params, x: pz.bind_variables(unbound, params)(x)  # noqa: E731
+    axes = fdk_jax.infer_axes(apply, params, x)
+    assert list(axes.values()) == ["kn", "kn"]
+    small = fdk_jax.quantise(params, 8, axes=axes)
+    got = jax.jit(fdk_jax.quantised_apply(apply, unfused="raise"))(small, x)
+    close(got.unwrap("batch", "features"), model(x).unwrap("batch", "features"))
 
 
 def test_qwix_arrays_in_and_out():

@@ -160,6 +160,82 @@ def test_linen_without_quantised_apply_is_right_and_says_what_is_faster(rng):
     assert {warning.filename for warning in caught} == {__file__}
 
 
+class Hand(nn.Module):
+    """A kernel of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", nn.initializers.lecun_normal(), (64, 32))
+
+
+class Shared(nn.Module):
+    """One layer, used twice."""
+
+    def setup(self):
+        self.dense = nn.Dense(64)
+
+    def __call__(self, x):
+        return self.dense(jnp.tanh(self.dense(x)))
+
+
+OF_EACH = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (Hand(), 1),
+        (Shared(), 1),
+        (nn.vmap(nn.Dense, **OF_EACH)(32), 1),
+        (nn.vmap(nn.MultiHeadDotProductAttention, **OF_EACH)(4), 2),
+    ],
+)
+def test_linen_modules_of_other_kinds(model, inputs, rng):
+    x = [jnp.asarray(rng.standard_normal((3, 5, 64)), jnp.float32)] * inputs
+    small = fdk_jax.quantise(jax.jit(model.init)(jax.random.key(0), *x), 4)
+    got = jax.jit(fdk_jax.quantised_apply(model.apply, unfused="raise"))(small, *x)
+    expected = jax.jit(model.apply)(fdk_jax.dequantise(small), *x)
+    assert oracle.relative_rms(got, np.asarray(expected, np.float64)) < 1e-5
+
+
+def test_what_cannot_be_recognised_is_named_with_the_rule(rng):
+    x = jnp.asarray(rng.standard_normal((3, 64)), jnp.float32)
+    model = nn.DenseGeneral((8, 16), use_bias=False)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    small = fdk_jax.quantise(variables, 4)  # taken for 64 stacked matrices
+    with pytest.warns(fdk_jax.UnfusedWarning, match=r"axes=\{'params\.kernel': 'knn'\}"):
+        got = jax.jit(fdk_jax.quantised_apply(model.apply))(small, x)
+    expected = np.asarray(jax.jit(model.apply)(fdk_jax.dequantise(small), x), np.float64)
+    assert oracle.relative_rms(got, expected) < 1e-5
+    small = fdk_jax.quantise(variables, 4, axes={"params.kernel": "knn"})
+    jax.jit(fdk_jax.quantised_apply(model.apply, unfused="raise"))(small, x)
+    with pytest.raises(TypeError, match=r'a "kernel" .* fits no orientation of a linear layer'):
+        fdk_jax.quantise({"kernel": jnp.ones((8, 64, 8, 16)), "bias": jnp.ones((8, 16))})
+
+
+def test_models_that_read_the_kernel_of_a_layer(rng):
+    class Tied(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.layer(x) @ self.layer.kernel[...].T
+
+    model, x = Tied(), jnp.asarray(rng.standard_normal((3, 64)), jnp.float32)
+    small = fdk_jax.quantise(model, 8)
+    assert small.layer.in_features == 64 and small.layer.out_features == 32
+    with pytest.warns(fdk_jax.UnfusedWarning, match=r"fdk_jax\.matmul"):
+        assert oracle.relative_rms(small(x), np.asarray(model(x), np.float64)) < 2e-2
+
+
+def test_linear_general_with_batch_axes(rng):
+    layer = nnx.LinearGeneral(64, 16, batch_axis={0: 3}, rngs=nnx.Rngs(0))
+    x = jnp.asarray(rng.standard_normal((3, 5, 64)), jnp.float32)
+    small = fdk_jax.quantise(layer, 8)
+    assert small.kernel.get_value().axes == "bkn"
+    assert oracle.relative_rms(small(x), np.asarray(layer(x), np.float64)) < 2e-2
+
+
 def test_linen_layers_without_a_quantised_form_say_so():
     model = nn.Conv(8, (3,))
     x = jnp.ones((1, 5, 64))

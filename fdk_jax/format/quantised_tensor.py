@@ -143,7 +143,10 @@ class QuantisedTensor(ArrayLike):
             )
         packed, scales = self._struct()
         if self.packed.dtype != packed.dtype:
-            raise TypeError(f"packed must be {packed.dtype}, got {self.packed.dtype}")
+            raise TypeError(
+                f"packed must be {packed.dtype}, got {self.packed.dtype}; jax.tree.map maps the codes too:"
+                " dataclasses.replace(w, scales=...) changes the scales alone"
+            )
         batch = self.packed.shape[: max(0, self.packed.ndim - len(packed.shape))]
         if self.packed.shape != batch + packed.shape:
             raise ValueError(

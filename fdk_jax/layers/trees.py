@@ -131,7 +131,7 @@ def _quantise_tree(
 
     def convert(path: tuple, leaf: Any) -> Any:
         name = dotted(path)
-        value = _value(leaf)
+        value = value_of(leaf)
         if is_quantised(value):
             decisions[name] = None
             return leaf
@@ -181,7 +181,7 @@ def decide(
     )
     if reason is not None:
         return None, reason
-    bias = leaves.get(name.rpartition(".")[0] + ".bias")
+    bias = leaves.get(".".join([*name.split(".")[:-1], "bias"]))
     orientation, reason = rules.orientation_of(name, leaf, bias)
     if orientation is not None and "layers" in box and (at := box.index("layers")) > 0:
         if leaf.ndim > 3:
@@ -260,8 +260,10 @@ def module_weights(
             reason = "state of an optimiser"
         elif (unfit := rules.unfit(value, chosen.dtype)) is not None:
             reason = unfit
+        elif isinstance(variable, nnx.LoRAParam):
+            reason = "a low-rank adapter"
         elif orientation is None:
-            kind = type(layer).__name__
+            kind = getattr(layer, "quantised_class", type(layer)).__name__
             reason = rules.not_linear(full, (kind,)) or (
                 f"{kind} is no layer whose computation is known: name it in axes="
             )
@@ -338,7 +340,15 @@ def is_leaf(x: Any) -> bool:
     return is_quantised(x) or isinstance(x, (nnx.Variable, nn.meta.AxisMetadata))
 
 
-def _value(leaf: Any) -> Any:
+def with_value(leaf: Any, value: Any) -> Any:
+    """A leaf (see `is_leaf`) that holds another value."""
+    if isinstance(leaf, nnx.Variable):
+        return leaf.replace(value)
+    return leaf.replace_boxed(value) if isinstance(leaf, nn.meta.AxisMetadata) else value
+
+
+def value_of(leaf: Any) -> Any:
+    """What a leaf (see `is_leaf`) holds: an array or a `QuantisedTensor`."""
     if isinstance(leaf, nnx.Variable):
         return leaf.get_value()
     if is_quantised(leaf):
@@ -362,7 +372,7 @@ def leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """The values of the leaves of a tree by dotted name."""
-    return {dotted(path): _value(leaf) for path, leaf in leaves_with_path(tree)}
+    return {dotted(path): value_of(leaf) for path, leaf in leaves_with_path(tree)}
 
 
 def dotted(path: tuple) -> str:

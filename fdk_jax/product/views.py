@@ -139,7 +139,11 @@ class Packed:
             used = "".join(
                 "k" if i in contracted else "b" if i in shared else "n" for i in range(len(letters))
             )
-            raise Unfused(f"it is multiplied as {used!r} and was quantised as {letters!r}")
+            remedy = f"; axes={{{self.name!r}: {used!r}}} of fdk_jax.quantise makes it fit"
+            raise Unfused(
+                f"it is multiplied as {used!r} and was quantised as {letters!r}"
+                + (remedy if self.name and {"k", "n"} <= set(used) else "")
+            )
         if x.dtype not in FLOAT_DTYPES or out_dtype not in FLOAT_DTYPES:
             raise Unfused(f"it is multiplied by {x.dtype} to give {out_dtype}")
         # x: the batch axes that it shares, in the order of the weight's, then the free axes, then K.
