@@ -15,10 +15,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import short_attention, split_attention, target, triton_compat
-from pallas_kernels.short_attention import NEVER
+from pallas_kernels.attention_stages import NEVER
 
 _BLOCK = 64  # keys a loop step reads
-_SPLIT = 512  # cache slots behind which another program pays (H200, 2026-11-23)
+_SPLIT = 512  # cache slots from which on another program pays (H200, 2026-11-23)
 
 
 _SHORT = (
@@ -90,11 +90,11 @@ def decode(
     alike = all(a.dtype == keys.dtype for a in (qkv, values, *(norms or ())))
     if alike and splits is None and not interpret:
         arrays = qkv, cos, sin, lengths, keys, values, norms or ()
-        facts = heads, kv_heads, dim, capacity, keys.dtype, eps
-        short = short_attention.Case(*facts)
+        shape = heads, kv_heads, dim, capacity, keys.dtype, eps
+        short = short_attention.Case(*shape)
         if window is None and capacity < _SHORT and short.supported(batch, gpu):
             return short_attention.decode(short, *arrays, gpu)
-        split = split_attention.Case(*facts, window)
+        split = split_attention.Case(*shape, window)
         if split.supported(gpu):
             return split_attention.decode(split, *arrays, gpu)
     if window is not None:
@@ -139,7 +139,7 @@ def _kernel(qkv, cos, sin, lengths, keys, values, *refs, group, kv_heads, eps, n
     rows = max(16, pl.next_power_of_2(group))  # the tensor cores' least; the surplus rows repeat
     row = jnp.minimum(jnp.arange(rows), group - 1)
     column = jnp.arange(half)
-    turn = (cos[b, column], sin[b, column])
+    angles = (cos[b, column], sin[b, column])
     scale = jnp.float32(dim**-0.5)
     length = jnp.minimum(lengths[b], keys.shape[2] - 1)  # a full cache loses its last token
 
@@ -151,8 +151,8 @@ def _kernel(qkv, cos, sin, lengths, keys, values, *refs, group, kv_heads, eps, n
     if normed:
         query = _norm(query, norms[0], column, eps)
         key = _norm(key, norms[1], column, eps)
-    query = [(part * scale).astype(dtype) for part in _rotate(query, *(t[None, :] for t in turn))]
-    key = [part.astype(dtype) for part in _rotate(key, *turn)]
+    query = [(part * scale).astype(dtype) for part in _rotate(query, *(t[None, :] for t in angles))]
+    key = [part.astype(dtype) for part in _rotate(key, *angles)]
     whole = jnp.arange(dim)
     value = qkv[b, (kv_heads * (group + 1) + h) * dim + whole].astype(dtype)
 

@@ -27,9 +27,15 @@ class Arrays(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is static about a product.
+    """What is static about a product: y = x w.T + bias, all that kernels are planned and written from.
 
     Attributes:
+        m, n, k: shape of the product: x [M, K], w [N, K], y [M, N].
+        bits: width of a code: 1, 2, 4 or 8.
+        group_size: weights along K that share a scale.
+        books: codebooks, each of N / books consecutive rows.
+        x_dtype, scale_dtype, out_dtype: of x, of the scales, of y.
+        bias_dtype: None without a bias.
         uniform: the values of each codebook are evenly spaced, see `fdk_jax.QuantisedTensor`.
         squares: if not zero, x is to be divided by its root mean square; the launch before has left the sum
             of the squares in so many parts.
@@ -52,6 +58,42 @@ class Case:
     norm_eps: float = 0.0
     residual: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        arrays: Arrays,
+        *,
+        bits: int,
+        group_size: int,
+        out_features: int,
+        uniform: bool = False,
+        out_dtype: Any = None,
+    ) -> "Case":
+        """The case of arrays, or of their shapes and dtypes; stacked weights count as one matrix.
+
+        Args:
+            arrays: x, the weight and the bias; with stacked weights [E, ...] x has the rows of all.
+            bits: see the attributes.
+            group_size: see the attributes.
+            out_features: N.
+            uniform: see the attributes.
+            out_dtype: None for the dtype of x.
+        """
+        stacked = arrays.packed.shape[0] if len(arrays.packed.shape) == 6 else 1
+        return cls(
+            m=arrays.x.shape[0],
+            n=out_features,
+            k=arrays.x.shape[1],
+            bits=bits,
+            group_size=group_size,
+            books=arrays.codebook.size // max(1, stacked) // 2**bits,
+            x_dtype=arrays.x.dtype,
+            scale_dtype=arrays.scales.dtype,
+            bias_dtype=None if arrays.bias is None else arrays.bias.dtype,
+            out_dtype=jnp.dtype(arrays.x.dtype if out_dtype is None else out_dtype),
+            uniform=uniform,
+        )
+
     @property
     def operands(self) -> tuple[str, ...]:
         """Names of the operands of a kernel's PTX, then of its results, in order from $1."""
@@ -73,8 +115,8 @@ class Case:
         return 8 // self.bits
 
     @property
-    def even(self) -> bool:
-        """Whether kernels compute values from codes instead of looking them up; at 2 bits that is slower."""
+    def computes_values(self) -> bool:
+        """Whether kernels compute values instead of looking them up, of uniform codebooks; slower at 2 bits."""
         return self.uniform and self.bits in (4, 8)
 
     @property
@@ -126,9 +168,9 @@ class Case:
         return None
 
     def pad(self, x: Array) -> Array:
-        """X [M, K] with zeros behind K, to whole tiles."""
-        behind = self.blocks * self.span - x.shape[1]
-        return jnp.pad(x, ((0, 0), (0, behind))) if behind else x
+        """X [M, K] with zeros after K, to whole tiles."""
+        padding = self.blocks * self.span - x.shape[1]
+        return jnp.pad(x, ((0, 0), (0, padding))) if padding else x
 
     def launch(
         self,

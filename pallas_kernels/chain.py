@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import integer, ring, stream, xla_call
+from pallas_kernels import integer, ring, ring_product, stream, xla_call
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.ptx import Ptx
+from pallas_kernels.ring_launch import Launch
+from pallas_kernels.ring_plan import LaunchPlan, ProductPlan
 from pallas_kernels.target import Target
 
 _GATED = 1  # the place of gate and up
@@ -46,7 +48,7 @@ class Outputs(NamedTuple):
 def cases(
     products: Sequence[Case], eps: Sequence[float], config: ring.Config, target: Target
 ) -> list[Case]:
-    """The products (out; gate and up; down; and the next qkv, or not) with what is around them.
+    """The products (output; gate and up; down; and the next qkv, or not) with what is around them.
 
     Args:
         products: as `residual_plan` has them.
@@ -58,8 +60,8 @@ def cases(
     for place, case in enumerate(products):
         around: dict[str, Any] = dict(residual=place in _RESIDUAL)
         if place - 1 in _RESIDUAL:
-            before = _product(found[-1], config, target, place - 1)
-            around |= dict(squares=config.programs * before.parts, norm_eps=eps[place // 2])
+            before = _plan(found[-1], config, place - 1)
+            around |= dict(squares=config.programs * before.square_parts, norm_eps=eps[place // 2])
         found.append(dataclasses.replace(case, **around))
     return found
 
@@ -94,10 +96,10 @@ def unsupported_reason(products: Sequence[Case], config: ring.Config, target: Ta
         )
         if reason is not None:
             return reason
-    writer = _writer(cases(products, (0.0, 0.0), config, target), config, target)
-    if writer.shared_bytes > target.shared_bytes:
+    launch = _launch_plan(cases(products, (0.0, 0.0), config, target), config, target)
+    if launch.shared_bytes > target.shared_bytes:
         return (
-            f"{config} needs {writer.shared_bytes} bytes of shared memory, {target.architecture} gives"
+            f"{config} needs {launch.shared_bytes} bytes of shared memory, {target.architecture} gives"
             f" a thread block {target.shared_bytes}"
         )
     return None
@@ -161,32 +163,43 @@ def outputs(
         if not case.residual:
             found[f"y{place}"] = row
             continue
-        parts = config.programs * _product(case, config, target, place).parts
+        parts = config.programs * _plan(case, config, place).square_parts
         found[f"sum{place}"] = found[f"scaled{place}"] = row
         found[f"squares_out{place}"] = jax.ShapeDtypeStruct((parts,), jnp.float32)
     return found
 
 
-def _operands(products: Sequence[Case], config: ring.Config, target: Target) -> dict[str, str]:
-    """What the block of PTX calls the kernel's operands and results."""
+def _operands(products: Sequence[Case], config: ring.Config, target: Target) -> list[str]:
+    """Names of the kernel's operands and results, in order."""
     names = ["x", "residual", "counters"]
     for place, case in enumerate(products):
         kinds = ("packed", "scales", "codebook", "bias", "norm_scale")
         names += [f"{name}{place}" for name in kinds if name in case.operands]
-    names += outputs(products, config, target)
-    return {name: f"${i}" for i, name in enumerate(names, 1)}
+    return [*names, *outputs(products, config, target)]
 
 
-def _product(
-    case: Case, config: ring.Config, target: Target, place: int, **options: Any
-) -> ring.Product:
-    kind = integer.Product if case.bits == 1 else stream.Product
-    options |= dict(position=place, gated=place == _GATED)
-    return kind(case, config.workers, config.programs, target, **options)
+def _arithmetic(case: Case) -> type[ring_product.Product]:
+    return integer.Product if case.bits == 1 else stream.Product
 
 
-def _writer(products: Sequence[Case], config: ring.Config, target: Target) -> ring.Launch:
-    ptx, operands = Ptx(target), _operands(products, config, target)
+def _plan(case: Case, config: ring.Config, place: int) -> ProductPlan:
+    return _arithmetic(case).plan_class(
+        case=case,
+        workers=config.workers,
+        programs=config.programs,
+        position=place,
+        gated=place == _GATED,
+    )
+
+
+def _launch_plan(products: Sequence[Case], config: ring.Config, target: Target) -> LaunchPlan:
+    plans = (_plan(case, config, place) for place, case in enumerate(products))
+    return LaunchPlan(tuple(plans), target.shared_bytes)
+
+
+def _writer(products: Sequence[Case], config: ring.Config, target: Target) -> Launch:
+    ptx, plan = Ptx(target), _launch_plan(products, config, target)
+    operands = ptx.operands(*_operands(products, config, target))
     # Each reads what the one before it has left, and the second sum is of the first one.
     inputs = [
         dict(x=operands["x"], residual=operands["residual"]),
@@ -197,6 +210,8 @@ def _writer(products: Sequence[Case], config: ring.Config, target: Target) -> ri
     writers = []
     for place, case in enumerate(products):
         own = {name: operands.get(f"{name}{place}") for name in case.operands}
-        found = {name: register for name, register in own.items() if register} | inputs[place]
-        writers.append(_product(case, config, target, place, ptx=ptx, operands=found))
-    return ring.Launch(writers, operands["counters"])
+        found = {name: register for name, register in own.items() if register is not None} | inputs[
+            place
+        ]
+        writers.append(_arithmetic(case)(plan.products[place], target, ptx, found))
+    return Launch(plan, writers, operands["counters"])

@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import dequantise, integer, matvec, mma, mosaic_matmul, wgmma
+from pallas_kernels import dequantise, integer, matvec, mma, mosaic_matmul, plain, wgmma
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.target import H200, Target, current
 
@@ -26,8 +26,8 @@ KERNELS = {"matvec": matvec, "integer": integer, "mma": mma, "wgmma": wgmma}  # 
 _CONFIGURED = KERNELS | {"mosaic": mosaic_matmul}
 Config = matvec.Config | integer.Config | mma.Config | wgmma.Config | mosaic_matmul.Config
 _SHIPPED = Path(__file__).with_name("tuned.json")
-FEW = 16  # most rows of x a program of `matvec` takes
-_MOST_DECODED_AGAIN = 128  # rows of x for which a kernel may decode the weight again and again
+FEW = 16  # rows of x that a program of `matvec` takes at most
+_MAX_DECODED_AGAIN = 128  # rows of x for which a kernel may decode the weight again and again
 # A row of another device, or of another kind of codebook, counts like one of a shape twice as large.
 _ANOTHER = math.log(2)
 
@@ -113,7 +113,7 @@ def choose(case: Case, target: Target) -> Plan:
         reason = unsupported_reason(case, config, target)
         if reason is None:
             return Plan(row["kernel"], config, why)
-    if target.has_wgmma and case.m > _MOST_DECODED_AGAIN:
+    if target.has_wgmma and case.m > _MAX_DECODED_AGAIN:
         return Plan("dequantise", None, f"then dot, since {reason}")
     config = portable(case, target)
     return Plan(kernel_of(config), config, f"untuned for {target.architecture}, since {reason}")
@@ -143,12 +143,12 @@ def configuration(row: dict, target: Target) -> Any:
 
     Programs are multiples of the multiprocessors, or of 132 in rows of older files.
     """
-    facts = dict(row["config"])
-    if "programs_each" in facts:
-        facts["programs"] = facts.pop("programs_each") * target.multiprocessors
-    elif facts.get("programs"):
-        facts["programs"] = facts["programs"] * target.multiprocessors // H200.multiprocessors
-    return _CONFIGURED[row["kernel"]].Config(**facts)
+    values = dict(row["config"])
+    if "programs_each" in values:
+        values["programs"] = values.pop("programs_each") * target.multiprocessors
+    elif values.get("programs"):
+        values["programs"] = values["programs"] * target.multiprocessors // H200.multiprocessors
+    return _CONFIGURED[row["kernel"]].Config(**values)
 
 
 def fit(case: Case, config: Any, target: Target) -> Any:
@@ -191,7 +191,7 @@ def nearest_rows(case: Case, target: Target) -> list[dict]:
 
     def distance(row: dict) -> float:
         shape = abs(math.log(row["n"] / case.n)) + abs(math.log(row["k"] / case.k))
-        others = (row["device"] != target.kind) + (is_even(row) != case.even)
+        others = (row["device"] != target.kind) + (is_even(row) != case.computes_values)
         others += 2 * (class_of(architecture_of(row)) != own)
         return shape + _ANOTHER * others
 
@@ -228,7 +228,9 @@ def launch(
     target: Target,
     others: tuple[Array, ...] = (),
 ) -> tuple[Array, ...]:
-    """Runs a product with a given kernel (not "plain") and configuration; see `Case.launch`."""
+    """Runs a product with a kernel and configuration of a `Plan` (not "xla"); see `Case.launch`."""
+    if kernel == "plain":
+        return (plain.matmul(case, arrays, interpret=False),)
     if kernel == "dequantise":
         return (dequantise.matmul(case, arrays, target),)
     if kernel == "mosaic":

@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import decoding, matvec, xla_call
-from pallas_kernels.case import Arrays, Case
-from pallas_kernels.matvec import Config
-from pallas_kernels.ptx import at, vector
+from pallas_kernels import xla_call
+from pallas_kernels.case import PLANE, Arrays, Case
+from pallas_kernels.ptx import Register, at, vector
 from pallas_kernels.target import Target
+from pallas_kernels.tile_plan import TilePlan
+from pallas_kernels.tile_writer import Block, TileWriter
 
-_CONFIG = Config(tiles=1, warps=8, stages=2)
+_WARPS = 8
+_STAGES = 2  # blocks in flight a warp
 
 
 def matmul(case: Case, arrays: Arrays, target: Target) -> Array:
@@ -39,7 +41,7 @@ def dequantise(case: Case, packed: Array, scales: Array, codebook: Array, target
         (jax.ShapeDtypeStruct(shape, case.x_dtype),),
         target,
         grid=(case.tiles,),
-        num_warps=_CONFIG.warps,
+        num_warps=_WARPS,
         name="fdk_dequantise",
     )
     return weight
@@ -47,49 +49,53 @@ def dequantise(case: Case, packed: Array, scales: Array, codebook: Array, target
 
 def source(case: Case, target: Target) -> str:
     """The kernel's PTX."""
-    return _Writer(case, _CONFIG, target).write()
+    plan = TilePlan(case=case, tiles=1, warps=_WARPS, stages=_STAGES, exact=True)
+    return _Writer(plan, target).write()
 
 
-class _Writer(matvec._Writer):
-    """Writes the PTX of one case."""
+class _Writer(TileWriter):
+    """Writes the kernel: `write` is its stages in order."""
+
+    def __init__(self, plan: TilePlan, target: Target) -> None:
+        super().__init__(plan, target, tokens=8)  # the grid has no tokens
 
     def write(self) -> str:
-        config, ptx = self.config, self.ptx
-        ptx.share(max(16, self.decoder.shared_bytes))
-        ptx.comment("locate: this lane's rows, range of K and addresses")
-        self._locate()
-        row_bytes = 2 * self.case.blocks * self.case.span
-        row = ptx.op("add.u32", self.program_row, self.row)
-        address = ptx.op("mad.wide.u32", row, row_bytes, self.operands["weight"], kind="b64")
-        address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
-        upper = ptx.op("mad.wide.u32", self.k_warp, 2 * self.case.span, address, kind="b64")
-        self.x = [upper, ptx.op("add.u64", upper, 8 * row_bytes, kind="b64")]
-        buffers = [self._buffer(i) for i in range(config.stages)]
-        for stage, buffer in enumerate(buffers):
-            self._load(buffer, stage)
-        self._set_up_decoder()
-        self._loop(buffers)
+        ptx = self.ptx
+        ptx.share(max(16, self.plan.decoder_bytes))
+        self.locate()
+        self._locate_weight()
+        blocks = self.blocks_in_flight()
+        ptx.comment("load: the first blocks of codes and scales")
+        for stage, block in enumerate(blocks):
+            self.load(block, stage)
+        self.set_up_decoder()
+        self.loop_over_k(blocks)
         return ptx.text()
 
     def _names(self) -> tuple[str, ...]:
         return "packed", "scales", "codebook", "weight"
 
-    def _decoder(self) -> decoding.Decoder:
-        return decoding.decoder(self.ptx, self.case.bits, self.case.x_dtype, exact=True)
+    def _locate_weight(self) -> None:
+        """Where this lane writes: 8 neighbours of row g, and of row g + 8."""
+        row_bytes = 2 * self.case.blocks * self.case.span
+        row = self.program_row + self.row
+        address = self.operands["weight"] + row * row_bytes + self.quad * 16
+        upper = address + self.k_warp * (2 * self.case.span)
+        self.weight = [upper, upper + 8 * row_bytes]
 
-    def _multiply(self, buffer, stage: int) -> None:
-        """Decodes a block and writes it."""
-        [words], [scales] = buffer["words"], buffer["scales"]
+    def addresses_along_k(self) -> list[Register]:
+        """Where this lane writes."""
+        return self.weight
+
+    def multiply(self, block: Block, stage: int) -> None:
+        """Decodes a block times its scales, and stores it instead of multiplying it."""
+        [words], [scales] = block.words, block.scales
         for plane in range(self.case.planes):
-            factors = self._plane_factors(scales, plane)
-            steps = list(self._scaled_plane(words, factors, plane))
-            offset = stage * self.config.k_warps * self.case.span + plane * 64
+            steps = list(self.decode_scaled(words, self.plane_scales(scales, plane), plane))
+            offset = stage * self.plan.k_warps * self.case.span + plane * PLANE
             for half, row in itertools.product(range(2), range(2)):
                 values = vector(
                     [step[row + 2 * q] for step in steps[2 * half :][:2] for q in range(2)]
                 )
-                place = at(self.x[row], 2 * (offset + 32 * half))
+                place = at(self.weight[row], 2 * (offset + 32 * half))
                 self.ptx.do("st.global.v4.b32", place, values)
-
-    def _turn_x(self, loads: int) -> None:
-        """Nothing to do: there is no x."""

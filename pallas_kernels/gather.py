@@ -1,4 +1,4 @@
-"""The plain kernel's shortest form, which Pallas' interpreter runs: any dtype, group size and codebook.
+"""The plain kernel's shortest form, for Pallas' interpreter: any dtype, group size and codebook.
 
 It decodes by looking every code up in the codebook in memory, in a loop of few operations that compiles at
 once; `plain` unrolls that loop for GPUs.
@@ -8,7 +8,6 @@ Glossary: BN rows of the weight and BM rows of x a program; a tile of the planar
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,61 +15,39 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton_compat
+from pallas_kernels.case import Arrays, Case
 
 _HALF_PLANE = 32
 _BLOCK_N = 64
 _BLOCK_M = 16
 
 
-def matmul(
-    x: Array,
-    packed: Array,
-    scales: Array,
-    codebook: Array,
-    *,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    bias: Array | None,
-    out_dtype: Any,
-    interpret: bool,
-) -> Array:
+def matmul(case: Case, arrays: Arrays) -> Array:
     """X [M, K] times the transpose of a planar weight, [M, N]; see `pallas_kernels.matmul`."""
-    m, k = x.shape
-    kernel = functools.partial(
-        _kernel,
-        m=m,
-        k=k,
-        n=out_features,
-        bits=bits,
-        group_size=group_size,
-        has_bias=bias is not None,
-    )
-    operands = (x, packed, scales, codebook.reshape(-1, 2**bits))
-    if bias is not None:
-        operands += (bias,)
+    codebook = arrays.codebook.reshape(-1, 2**case.bits)
+    operands = (arrays.x, arrays.packed, arrays.scales, codebook)
+    if arrays.bias is not None:
+        operands += (arrays.bias,)
     return pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((m, out_features), out_dtype),
-        grid=(pl.cdiv(out_features, _BLOCK_N), pl.cdiv(m, _BLOCK_M)),
+        functools.partial(_kernel, case),
+        out_shape=jax.ShapeDtypeStruct((case.m, case.n), case.out_dtype),
+        grid=(pl.cdiv(case.n, _BLOCK_N), pl.cdiv(case.m, _BLOCK_M)),
         compiler_params=triton_compat.compiler_params(num_warps=4, num_stages=1),
-        interpret=interpret,
+        interpret=True,
         name="fdk_gather",
     )(*operands)
 
 
-def _kernel(
-    x_ref, packed_ref, scales_ref, codebook_ref, *rest, m, k, n, bits, group_size, has_bias
-):
+def _kernel(case: Case, x_ref, packed_ref, scales_ref, codebook_ref, *rest):
     # x :: [M, K], packed :: [N/16, K/T, 2, 8, 32] uint16, scales :: [N/16, groups/4, 64]
-    out_ref = rest[-1]
+    m, n, k, bits, out_ref = case.m, case.n, case.k, case.bits, rest[-1]
     rows = pl.program_id(0) * _BLOCK_N + jnp.arange(_BLOCK_N, dtype=jnp.int32)
     tokens = pl.program_id(1) * _BLOCK_M + jnp.arange(_BLOCK_M, dtype=jnp.int32)
-    # Rows behind N read the last one: every index below is in bounds.
+    # Rows past N read the last one: every index below is in bounds.
     safe_rows = jnp.minimum(rows, n - 1)
     tile, row = (safe_rows >> 4)[:, None], (safe_rows & 15)[:, None]
     book = jax.lax.div(safe_rows, n // codebook_ref.shape[0])[:, None]
-    halves, groups = 16 // bits, -(-k // group_size)
+    halves, groups = 16 // bits, -(-k // case.group_size)
     h = jnp.arange(_HALF_PLANE, dtype=jnp.int32)[None, :]
     columns = jnp.broadcast_to(h, (_BLOCK_N, _HALF_PLANE))
 
@@ -85,7 +62,7 @@ def _kernel(
         codes = (words.astype(jnp.int32) >> (bit & 15)) & (2**bits - 1)
         values = codebook_ref[book, codes].astype(scales_ref.dtype).astype(jnp.float32)
         offsets = i * _HALF_PLANE + h
-        group = jnp.minimum(jax.lax.div(i * _HALF_PLANE + columns, group_size), groups - 1)
+        group = jnp.minimum(jax.lax.div(i * _HALF_PLANE + columns, case.group_size), groups - 1)
         position = ((row & 7) * 4 + (group & 3)) * 2 + (row >> 3)
         factors = scales_ref[tile, group >> 2, position].astype(jnp.float32)
         mask = (tokens[:, None] < m) & (offsets < k)
@@ -95,7 +72,7 @@ def _kernel(
 
     steps = -(-k // _HALF_PLANE)
     total = jax.lax.fori_loop(0, steps, step, jnp.zeros((_BLOCK_M, _BLOCK_N), jnp.float32))
-    if has_bias:
+    if case.bias_dtype is not None:
         total += rest[0][safe_rows].astype(jnp.float32)[None, :]
     mask = (tokens[:, None] < m) & (rows[None, :] < n)
     out = out_ref.at[tokens[:, None], rows[None, :]]

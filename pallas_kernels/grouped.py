@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import mosaic_matmul, target
@@ -39,36 +38,19 @@ def configuration(case: Case, groups: int, gpu: target.Target) -> tuple[Config |
     return None, reasons[0]
 
 
-def grouped_case(w: Arrays, *, bits: int, group_size: int, out_features: int, out_dtype: Any):
-    """The `Case` of a grouped product, from its arrays or their shapes and dtypes."""
-    groups = w.packed.shape[0]
-    return Case(
-        m=w.x.shape[0],
-        n=out_features,
-        k=w.x.shape[1],
-        bits=bits,
-        group_size=group_size,
-        books=w.codebook.size // max(1, groups) // 2**bits,
-        x_dtype=w.x.dtype,
-        scale_dtype=w.scales.dtype,
-        bias_dtype=None if w.bias is None else w.bias.dtype,
-        out_dtype=jnp.dtype(out_dtype),
-    )
-
-
-def unsupported_reason(w: Arrays, **facts: Any) -> str | None:
+def unsupported_reason(w: Arrays, **weight: Any) -> str | None:
     """Why `grouped_matmul` has no kernel for a product, or None; arguments as there, or shapes and dtypes."""
-    case = grouped_case(w, **facts)
+    case = Case.of(w, **weight)
     return configuration(case, w.packed.shape[0], target.current())[1] or None
 
 
-def grouped_matmul(w: Arrays, group_sizes: Array, **facts: Any) -> Array:
+def grouped_matmul(w: Arrays, group_sizes: Array, **weight: Any) -> Array:
     """Multiplies each run of consecutive rows by the matrix of its group, in one launch.
 
     Args:
         w: x [M, K], and with a leading axis E the planar weights, scales, codebooks and biases or None.
         group_sizes: int32 [E], rows of each group; rows past their sum get 0.
-        facts: bits, group_size, out_features (N) and out_dtype.
+        weight: bits, group_size, out_features (N) and out_dtype.
 
     Returns:
         y [M, N].
@@ -76,7 +58,7 @@ def grouped_matmul(w: Arrays, group_sizes: Array, **facts: Any) -> Array:
     Raises:
         NotImplementedError: there is no kernel for the product, see `unsupported_reason`.
     """
-    case = grouped_case(w, **facts)
+    case = Case.of(w, **weight)
     config, reason = configuration(case, w.packed.shape[0], target.current())
     if config is None:
         raise NotImplementedError(f"no kernel multiplies all groups in one launch: {reason}")

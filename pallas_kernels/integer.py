@@ -7,29 +7,30 @@ by the largest of 64 neighbours, as a high and a low byte. With two values any c
     sum x w = scale (first * sum x + (second - first) * sum of the x whose code is set)
 
 The eight columns of the instruction are the high and low bytes of four planes of x. Codes of two planes are in
-one operand, a byte each in turns, where the columns of the other have zeros; and the columns of the two
+one operand, bytes interleaved, where the columns of the other have zeros; and the columns of the two
 planes whose codes it has not hold sums that nobody reads. A mask leaves a code at one bit of its byte, the
 same for all codes of a register: what that makes of the sums is divided out again, in x for the registers of
 upper and lower halves of a step, and at the end for upper and lower rows and for planes. An infinity in x makes
 the scale infinite and itself the only integer that is not zero.
 
-The program is that of `ring`. A block of 512 weights a row is two fourfolds of four planes of 64.
+The program is that of `ring`. A block of 512 weights a row is two groups of four planes of 64.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from pallas_kernels import decoding, ring
+from pallas_kernels import decoding, ring, ring_product
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
-from pallas_kernels.ptx import at, float_constant, over_lanes, vector
+from pallas_kernels.ptx import Register, at, over_lanes, vector
+from pallas_kernels.ring_plan import CODES, ProductPlan
 from pallas_kernels.target import Target
 
-_PLANES = 4  # of a fourfold
-_CODES = 1024  # bytes of a block's codes
+_PLANES = 4  # of a group
 _X = 1024  # bytes of a block of x
-_INTEGERS = 1024  # bytes of the integers of a fourfold of x: 8 words a lane
+_INTEGERS = 1024  # bytes of the integers of four planes of x: 8 words a lane
 _SUMS = 8  # bytes of a plane's scale and sum
 _BOOK = 8  # bytes of a codebook's first value and the step to the second
 _LARGEST = 32512.0  # of the integers: its high byte, rounded, is 127
@@ -62,7 +63,8 @@ grid = ring.grid
 
 def squares(case: Case, config: Config, target: Target) -> int:
     """How many partial sums of squares a case with a residual leaves."""
-    return ring.squares(case, config, target, Product)
+    del target
+    return ring.squares(case, config, Product)
 
 
 def source(case: Case, config: Config, target: Target) -> str:
@@ -70,12 +72,9 @@ def source(case: Case, config: Config, target: Target) -> str:
     return ring.source(case, config, target, Product)
 
 
-class Product(ring.Product):
-    """Writes a product by integers."""
-
-    def __init__(self, *args, **options) -> None:
-        super().__init__(*args, **options)
-        self.decoder = decoding.decoder(self.ptx, 1, self.case.x_dtype, exact=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(ProductPlan):
+    """A product by integers."""
 
     def areas(self) -> dict[str, int]:
         """Integers, scales and sums of x, and codebooks."""
@@ -86,58 +85,66 @@ class Product(ring.Product):
             self.books_name: case.books * _BOOK,
         }
 
+
+class Product(ring_product.Product):
+    """Writes a product by integers."""
+
+    plan_class = Plan
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.decoder = decoding.decoder(self.ptx, 1, self.case.x_dtype, exact=True)
+
     # Before the loop: x
 
     def prepare_x(self, meanwhile: Callable[[], object]) -> None:
         """Makes integers of x, a block a warp at a time."""
         ptx, case = self.ptx, self.case
         self.infinite = ptx.register("pred")
-        # Planes 0 and 1 of a fourfold have the even bytes of an operand, planes 2 and 3 the odd ones.
-        upper = ptx.op("setp.ne.u32", ptx.op("and.b32", self.row, 2), 0, kind="pred")
+        # Planes 0 and 1 of four have the even bytes of an operand, planes 2 and 3 the odd ones.
+        upper = (self.row & 2).ne(0)
         self.bytes = ptx.op("selp.b32", "0xFF00FF00", "0x00FF00FF", upper)
-        address = ptx.op("mad.wide.u32", self.warp, _X, self.operands["x"], kind="b64")
-        address = ptx.op("mad.wide.u32", self.row, 2 * PLANE, address, kind="b64")
-        address = ptx.op("mad.wide.u32", self.quad, 16, address, kind="b64")
-        turns = -(-case.blocks // self.workers)
-        for first in range(0, turns, 3):
-            here = range(first, min(first + 3, turns))
-            blocks = [ptx.op("add.u32", self.warp, turn * self.workers) for turn in here]
-            in_bounds = [ptx.op("setp.lt.u32", b, case.blocks, kind="pred") for b in blocks]
+        address = self.operands["x"] + self.warp * _X + self.row * (2 * PLANE) + self.quad * 16
+        rounds = -(-case.blocks // self.workers)
+        for first in range(0, rounds, 3):
+            here = range(first, min(first + 3, rounds))
+            blocks = [self.warp + i * self.workers for i in here]
+            in_bounds = [b < case.blocks for b in blocks]
             pairs = [ptx.registers("b32", 8) for _ in here]
-            for turn, registers, guard in zip(here, pairs, in_bounds, strict=True):
+            for i, registers, guard in zip(here, pairs, in_bounds, strict=True):
                 for half in range(2):
-                    source = at(address, turn * self.workers * _X + half * PLANE)
+                    source = at(address, i * self.workers * _X + half * PLANE)
                     part = vector(registers[4 * half : 4 * half + 4])
-                    ptx.do(f"{self.load}.v4.b32", part, source, when=guard)
+                    ptx.do(f"{self.load_opcode}.v4.b32", part, source, when=guard)
             if not first:
                 meanwhile()
-            for turn, registers, block, guard in zip(here, pairs, blocks, in_bounds, strict=True):
-                ptx.do("bra", f"fdk_no_x_{turn}", when=f"!{guard}")
+            for i, registers, block, guard in zip(here, pairs, blocks, in_bounds, strict=True):
+                ptx.do("bra", f"fdk_no_x_{i}", when=~guard)
                 halves = (decoding.unpack(ptx, pair, case.x_dtype) for pair in registers)
-                self._prepare_block([x for half in halves for x in half], block, f"{turn}")
-                ptx.label(f"fdk_no_x_{turn}")
+                self._prepare_block([x for half in halves for x in half], block, f"{i}")
+                ptx.label(f"fdk_no_x_{i}")
 
     def load_books(self) -> Callable[[], None]:
         """Loads of each codebook the first value and the step to the second one."""
         ptx, case, decoder = self.ptx, self.case, self.decoder
         loads = []
         for start in range(0, case.books, 32 * self.workers):
-            book = ptx.op("add.u32", self.thread, start)
-            in_bounds = ptx.op("setp.lt.u32", book, case.books, kind="pred")
-            source = ptx.op("mad.wide.u32", book, 8, self.operands["codebook"], kind="b64")
+            book = self.thread + start
+            in_bounds = book < case.books
+            source = self.operands["codebook"] + book * 8
             values = [decoder.value(source, code, in_bounds) for code in range(2)]
-            loads.append((ptx.op("mad.lo.u32", book, _BOOK, self.shared), values, in_bounds))
+            loads.append((self.shared + book * _BOOK, values, in_bounds))
 
         def store() -> None:
             for place, values, in_bounds in loads:
                 _, first, second = decoder.rounded(*values)
-                step = ptx.op("sub.f32", second, first, kind="f32")
+                step = second - first
                 target = at(place, self.books_place)
                 ptx.do("st.shared.v2.b32", target, vector([first, step]), when=in_bounds)
 
         return store
 
-    def _prepare_block(self, x: list[str], block: str, name: str) -> None:
+    def _prepare_block(self, x: list[Register], block: Register, name: str) -> None:
         """Stores the integers of a block of x, and the scale and the sum of each of its planes.
 
         The lane has 16 x of the plane that its row counts.
@@ -147,64 +154,59 @@ class Product(ring.Product):
         high, low, sums = [], [], [ptx.op("mov.u32", 0) for _ in range(2)]
         for i in range(8):
             values = [
-                ptx.op("fma.rn.f32", value, inverses[i % 2], float_constant(_MAGIC))
+                ptx.op("fma.rn.f32", value, inverses[i % 2], _MAGIC, kind="b32")
                 for value in x[2 * i : 2 * i + 2]
             ]
             for value in values:
-                sums[i % 2] = ptx.op("add.u32", sums[i % 2], value)
+                sums[i % 2] = sums[i % 2] + value
             # A byte of two integers, each twice.
             both = ptx.op("prmt.b32", *values, "0x5511")
-            high.append(ptx.op("and.b32", both, self.bytes))
+            high.append(both & self.bytes)
             both = ptx.op("prmt.b32", *values, "0x4400")
-            both = ptx.op("xor.b32", both, "0x80808080")
-            low.append(ptx.op("and.b32", both, self.bytes))
-        fourfold, plane = ptx.op("shr.u32", self.row, 2), ptx.op("and.b32", self.row, 3)
-        place = ptx.op("mad.lo.u32", block, 2 * _INTEGERS, self.shared)
-        place = ptx.op("mad.lo.u32", fourfold, _INTEGERS, place)
-        place = ptx.op("mad.lo.u32", plane, 8 * 16, place)  # rows 2 p and 2 p + 1 of lanes
-        place = ptx.op("mad.lo.u32", self.quad, 16, place)
+            both = both ^ "0x80808080"
+            low.append(both & self.bytes)
+        half, plane = self.row >> 2, self.row & 3
+        place = self.shared + block * (2 * _INTEGERS) + half * _INTEGERS
+        # Plane p is in rows 2 p and 2 p + 1 of lanes.
+        place = place + plane * (8 * 16) + self.quad * 16
         for row, words in enumerate((high, low)):
             for half in range(2):
                 offset = self.places["integers"] + row * 4 * 16 + half * _INTEGERS // 2
                 part = vector(words[4 * half : 4 * half + 4])
                 ptx.do("st.shared.v4.b32", at(place, offset), part)
-        sum_ = ptx.op("mad.lo.u32", sums[1], 4, sums[0])
+        sum_ = sums[0] + sums[1] * 4
         # Eight addends, and eight times four.
-        sum_ = ptx.op("sub.u32", sum_, (8 + 8 * 4) * _MAGIC_BITS % 2**32)
+        sum_ = sum_ - ((8 + 8 * 4) * _MAGIC_BITS % 2**32)
         sum_ = over_lanes(ptx, "add.u32", sum_, (1, 2))
-        whole = ptx.op("cvt.rn.f32.s32", sum_, kind="f32")
-        place = ptx.op("mad.lo.u32", block, 2 * _PLANES * _SUMS, self.shared)
-        place = ptx.op("mad.lo.u32", self.row, _SUMS, place)
-        is_owner = ptx.op("setp.eq.u32", self.quad, 0, kind="pred")
+        whole = ptx.op("cvt.rn.f32.s32", sum_)
+        place = self.shared + block * (2 * _PLANES * _SUMS) + self.row * _SUMS
+        is_owner = self.quad.eq(0)
         target = at(place, self.places["plane_sums"])
         ptx.do("st.shared.v2.b32", target, vector([scale, whole]), when=is_owner)
 
-    def _scale_of(self, x: list[str], name: str) -> tuple[str, list[str]]:
+    def _scale_of(self, x: list[Register], name: str) -> tuple[Register, list[Register]]:
         """The scale of the lane's plane, and what makes integers of its x: all of them, a quarter of them.
 
         Where there is an infinity, all x are brought into the finite range first.
         """
         ptx = self.ptx
-        sizes = [ptx.op("abs.f32", value, kind="f32") for value in x]
-        most = functools.reduce(lambda a, b: ptx.op("max.NaN.f32", a, b, kind="f32"), sizes)
-        most = over_lanes(ptx, "max.NaN.f32", most, (1, 2))
-        scale = ptx.op("mul.f32", most, float_constant(1 / _LARGEST), kind="f32")
+        sizes = [ptx.op("abs.f32", value) for value in x]
+        largest = functools.reduce(lambda a, b: ptx.op("max.NaN.f32", a, b), sizes)
+        largest = over_lanes(ptx, "max.NaN.f32", largest, (1, 2))
+        scale = largest * (1 / _LARGEST)
 
-        ptx.do("setp.eq.f32", self.infinite, most, float_constant(jnp.inf))
+        ptx.do("setp.eq.f32", self.infinite, largest, jnp.inf)
         somewhere = ptx.register("pred")
         ptx.do("vote.sync.any.pred", somewhere, self.infinite, "0xffffffff")
-        ptx.do("bra", f"fdk_finite{name}", when=f"!{somewhere}")
+        ptx.do("bra", f"fdk_finite{name}", when=~somewhere)
         for value in x:
-            ptx.do("max.f32", value, value, float_constant(-_FINITE))
-            ptx.do("min.f32", value, value, float_constant(_FINITE))
-        ptx.do("selp.f32", most, float_constant(_FINITE), most, self.infinite)
+            ptx.do("max.f32", value, value, -_FINITE)
+            ptx.do("min.f32", value, value, _FINITE)
+        ptx.do("selp.f32", largest, _FINITE, largest, self.infinite)
         ptx.label(f"fdk_finite{name}")
-        most = ptx.op("max.f32", most, float_constant(_TINY), kind="f32")
-        inverse = ptx.op("rcp.approx.f32", most, kind="f32")
-        return scale, [
-            ptx.op("mul.f32", inverse, float_constant(_LARGEST / divisor), kind="f32")
-            for divisor in (1, 4)
-        ]
+        largest = ptx.op("max.f32", largest, _TINY)
+        inverse = ptx.op("rcp.approx.f32", largest)
+        return scale, [inverse * (_LARGEST / divisor) for divisor in (1, 4)]
 
     # The loop over the program's blocks
 
@@ -213,69 +215,68 @@ class Product(ring.Product):
         if run:
             return
         ptx = self.ptx
-        self.integers = ptx.op("mad.lo.u32", self.lane, 16, self.shared)
-        self.plane_sums = ptx.op("mad.lo.u32", self.quad, _SUMS, self.shared)
-        codes = ptx.op("mul.lo.u32", self.warp, _CODES)
-        self.codes = ptx.op("mad.lo.u32", self.lane, 16, codes)
-        scales = ptx.op("mul.lo.u32", self.warp, self.block_scales)
-        self.scales = ptx.op("mad.lo.u32", self.lane, self.block_scales // 64, scales)
+        self.integers = self.shared + self.lane * 16
+        self.plane_sums = self.shared + self.quad * _SUMS
+        codes = (self.warp * CODES).low()
+        self.codes = codes + self.lane * 16
+        scales = (self.warp * self.plan.block_scales).low()
+        self.scales = scales + self.lane * (self.plan.block_scales // 64)
         # The lane's columns are those of a plane; the codes of planes 1 and 3 stand four bits higher.
-        self.higher = ptx.op("setp.ne.u32", ptx.op("and.b32", self.quad, 1), 0, kind="pred")
-        self.unit = ptx.op(
-            "selp.f32", float_constant(1 / 16), float_constant(1.0), self.higher, kind="f32"
-        )
+        self.higher = (self.quad & 1).ne(0)
+        self.unit = ptx.op("selp.f32", 1 / 16, 1.0, self.higher)
         self.zero = ptx.op("mov.u32", 0)
-        place = ptx.op("mad.lo.u32", self.warp, 4 * TILE_ROWS, self.shared)
-        place = ptx.op("mad.lo.u32", self.row, 8, place)
-        self.partial = ptx.op("mad.lo.u32", self.quad, 4, place)
-        self.keeps = ptx.op("setp.lt.u32", self.quad, 2, kind="pred")
+        place = self.shared + self.warp * (4 * TILE_ROWS) + self.row * 8
+        self.partial = place + self.quad * 4
+        self.keeps = self.quad < 2
         self.first, *self.steps = ptx.registers("f32", 3)
 
-    def start_tile(self, tile: str, run: int) -> None:
+    def start_tile(self, tile: Register, run: int) -> None:
         """The codebook of a tile's rows: the first value, and the steps that a unit of a row's sums is."""
         ptx, case, steps = self.ptx, self.case, self.steps
         place = self.shared
         if case.books > 1:
-            row = ptx.op("add.u32", self.first_tile, run * self.run_tiles)
-            row = ptx.op("mul.lo.u32", ptx.op("add.u32", row, tile), TILE_ROWS)
-            book = ptx.quotient(row, case.n // case.books)
+            row = self.first_tile + run * self.plan.run_tiles
+            row = ((row + tile) * TILE_ROWS).low()
+            book = row // (case.n // case.books)
             book = ptx.op("min.u32", book, case.books - 1)
-            place = ptx.op("mad.lo.u32", book, _BOOK, self.shared)
+            place = self.shared + book * _BOOK
         ptx.do("ld.shared.v2.b32", vector([self.first, steps[0]]), at(place, self.books_place))
         ptx.do("mul.f32", steps[0], steps[0], self.unit)
         # A lower row's codes stand one bit higher.
-        ptx.do("mul.f32", steps[1], steps[0], float_constant(0.5))
+        ptx.do("mul.f32", steps[1], steps[0], 0.5)
 
-    def load_x(self, block: str) -> None:
-        """The integers of both fourfolds of x, their scales and sums."""
+    def load_x(self, block: Register) -> None:
+        """The integers of both groups of planes of x, their scales and sums."""
         ptx = self.ptx
-        integers = ptx.op("mad.lo.u32", block, 2 * _INTEGERS, self.integers)
-        sums = ptx.op("mad.lo.u32", block, 2 * _PLANES * _SUMS, self.plane_sums)
+        integers = self.integers + block * (2 * _INTEGERS)
+        sums = self.plane_sums + block * (2 * _PLANES * _SUMS)
         self.x = []
         for half in range(2):
             plane_sums = ptx.registers("b32", 2)
             place = at(sums, self.places["plane_sums"] + half * _PLANES * _SUMS)
             ptx.do("ld.shared.v2.b32", vector(plane_sums), place)
-            self.x.append((self._load_integers(integers, half), plane_sums))
+            self.x.append(
+                (self._load_integers(integers, half), [part.as_float() for part in plane_sums])
+            )
 
-    def _load_integers(self, place: str, half: int) -> list[str]:
-        """The integers of a fourfold of x."""
+    def _load_integers(self, place: Register, half: int) -> list[Register]:
+        """The integers of four planes of x."""
         words = self.ptx.registers("b32", 8)
         for i in range(2):
             part = at(place, self.places["integers"] + half * _INTEGERS + i * _INTEGERS // 2)
             self.ptx.do("ld.shared.v4.b32", vector(words[4 * i : 4 * i + 4]), part)
         return words
 
-    def load_block(self, slot: str) -> None:
-        """The codes of both fourfolds; their scales of the upper and the lower row, float32."""
+    def load_block(self, slot: Register) -> None:
+        """The codes of both groups of planes; their scales of the upper and the lower row, float32."""
         ptx, case = self.ptx, self.case
         self.words, self.factors = ptx.registers("b32", 8), []
-        codes, scales = (ptx.op("add.u32", slot, part) for part in (self.codes, self.scales))
+        codes, scales = (slot + part for part in (self.codes, self.scales))
         for half in range(2):
             part = vector(self.words[4 * half : 4 * half + 4])
-            ptx.do("ld.shared.v4.b32", part, at(codes, half * _CODES // 2))
+            ptx.do("ld.shared.v4.b32", part, at(codes, half * CODES // 2))
         for half in range(2):
-            place = at(scales, self.workers * _CODES + half * self.block_scales // 2)
+            place = at(scales, self.workers * CODES + half * self.plan.block_scales // 2)
             if case.scale_dtype == jnp.float32:
                 pair = ptx.registers("f32", 2)
                 ptx.do("ld.shared.v2.b32", vector(pair), place)
@@ -284,13 +285,13 @@ class Product(ring.Product):
             self.factors += pair
 
     def multiply(self) -> None:
-        """Adds the products of both fourfolds to the totals."""
+        """Adds the products of both groups of planes to the totals."""
         for half, (x, plane_sums) in enumerate(self.x):
             part, pair = self.words[4 * half : 4 * half + 4], self.factors[2 * half : 2 * half + 2]
             self._multiply(part, pair, x, plane_sums)
 
     def _multiply(self, words, factors, x, plane_sums) -> None:
-        """Adds a fourfold's part to the sums of its rows."""
+        """Adds the part of four planes to the sums of its rows."""
         ptx, (scale, whole) = self.ptx, plane_sums
         sums = [ptx.registers("b32", 4) for _ in range(2)]
         for i, word in enumerate(words):
@@ -299,31 +300,31 @@ class Product(ring.Product):
                 ptx.do(
                     "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32",
                     vector(sums[part]),
-                    vector([ptx.op("and.b32", word, f"0x{mask:08x}") for mask in masks]),
+                    vector([word & f"0x{mask:08x}" for mask in masks]),
                     vector(x[2 * i : 2 * i + 2]),
                     vector(sums[part] if i else [self.zero] * 4),
                 )
-        base = ptx.op("mul.f32", whole, self.first, kind="f32")
+        base = whole * self.first
         for row in range(2):
             both = (part[2 * row : 2 * row + 2] for part in sums)
-            both = [ptx.op("mad.lo.u32", high, 256, low) for high, low in both]
+            both = [low + high * 256 for high, low in both]
             sum_ = ptx.op("selp.b32", both[1], both[0], self.higher)
-            value = ptx.op("cvt.rn.f32.s32", sum_, kind="f32")
-            value = ptx.op("fma.rn.f32", self.steps[row], value, base, kind="f32")
-            factor = ptx.op("mul.f32", factors[row], scale, kind="f32")
+            value = ptx.op("cvt.rn.f32.s32", sum_)
+            value = ptx.op("fma.rn.f32", self.steps[row], value, base)
+            factor = factors[row] * scale
             ptx.do("fma.rn.f32", self.totals[row], factor, value, self.totals[row])
 
-    def store_totals(self, tile: str) -> None:
+    def store_totals(self, tile: Register) -> None:
         """Adds the sums of the four lanes of a row, and stores them as the warp's part of the tile's."""
         ptx = self.ptx
         upper, lower = self.totals
         other, rest = ptx.registers("f32", 2)
         # Of the four lanes of a row, two keep the sums of the lower one.
-        given = ptx.op("selp.f32", upper, lower, self.higher, kind="f32")
-        kept = ptx.op("selp.f32", lower, upper, self.higher, kind="f32")
+        given = ptx.op("selp.f32", upper, lower, self.higher)
+        kept = ptx.op("selp.f32", lower, upper, self.higher)
         ptx.do("shfl.sync.bfly.b32", other, given, 1, 31, "0xffffffff")
-        kept = ptx.op("add.f32", kept, other, kind="f32")
+        kept = kept + other
         ptx.do("shfl.sync.bfly.b32", rest, kept, 2, 31, "0xffffffff")
-        kept = ptx.op("add.f32", kept, rest, kind="f32")
-        place = ptx.op("mad.lo.u32", tile, self.workers * 4 * TILE_ROWS, self.partial)
+        kept = kept + rest
+        place = self.partial + tile * (self.workers * 4 * TILE_ROWS)
         ptx.do("st.shared.f32", at(place, self.places["partial"]), kept, when=self.keeps)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import chain, choice, gather, matvec, plain, ring, target
+from pallas_kernels import chain, choice, gather, matvec, ring, target
 from pallas_kernels.case import Arrays, Case
 
 
@@ -48,13 +48,12 @@ def matmul(
         y [M, N].
 
     Raises:
-        ValueError: arrays that are not a planar weight of the given facts.
+        ValueError: arrays that are not a planar weight of the given width, groups and shape.
         NotImplementedError: a configuration that the kernel cannot run, or a GPU for which there is none.
     """
     _check(x, packed, scales, codebook, bits, group_size, out_features)
-    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     arrays = Arrays(x, packed, scales, codebook, bias)
-    case = _case(
+    case = Case.of(
         arrays,
         bits=bits,
         group_size=group_size,
@@ -64,35 +63,23 @@ def matmul(
     )
     gpu = target.current()
     chosen = choice.choose(case, gpu) if config is None else _given(case, config, gpu)
-    if chosen.kernel == "xla" and not interpret:
+    if interpret:
+        return gather.matmul(case, arrays)
+    if chosen.kernel == "xla":
         raise NotImplementedError(
             f"no kernel multiplies on this GPU: {chosen.reason}; use backend='xla' or None"
-        )
-    if interpret or chosen.kernel == "plain":
-        twin = gather if interpret else plain
-        return twin.matmul(
-            x,
-            packed,
-            scales,
-            codebook,
-            bits=bits,
-            group_size=group_size,
-            out_features=out_features,
-            bias=bias,
-            out_dtype=out_dtype,
-            interpret=interpret,
         )
     return choice.launch(case, chosen.kernel, chosen.config, arrays, gpu)[0]
 
 
-def has_kernel(w: Arrays, **facts: Any) -> bool:
+def has_kernel(w: Arrays, **weight: Any) -> bool:
     """Whether `matmul` has a kernel for a product, on the GPU at hand.
 
     Args:
         w: its arrays, or their shapes and dtypes.
-        facts: bits, group_size, out_features and uniform, see `matmul`.
+        weight: bits, group_size, out_features and uniform, see `matmul`.
     """
-    case = _case(w, out_dtype=w.x.dtype, **facts)
+    case = Case.of(w, **weight)
     return choice.choose(case, target.current()).kernel != "xla"
 
 
@@ -110,17 +97,17 @@ class Scaled(NamedTuple):
     squares: Array
 
 
-def residual_plan(w: Arrays, **facts: Any) -> tuple[Case, choice.Plan] | None:
+def residual_plan(w: Arrays, **weight: Any) -> tuple[Case, choice.Plan] | None:
     """The product of `residual_matmul` without what is around it, and its kernel; None without one.
 
     Args:
         w: the arrays of the product, or their shapes and dtypes; `x` stands for `scaled` or x.
-        facts: bits, group_size, out_features and uniform, see `matmul`.
+        weight: bits, group_size, out_features and uniform, see `matmul`.
     """
     # A sum times a scale, not yet divided, may be too large for float16.
     if w.x.dtype != jnp.bfloat16:
         return None
-    case = _case(w, out_dtype=w.x.dtype, **facts)
+    case = Case.of(w, **weight)
     gpu = target.current()
     plan = choice.choose(case, gpu)
     config, around = plan.config, dataclasses.replace(case, squares=1, residual=True)
@@ -184,14 +171,14 @@ def residual_matmul(
                 found = None if array is None else f"{array.dtype}{array.shape}"
                 raise ValueError(f"{name} is {found}, must be {rows.dtype}{shape}")
             others += (array,)
-    facts: dict[str, Any] = dict(
+    weight: dict[str, Any] = dict(
         bits=bits, group_size=group_size, out_features=out_features, uniform=uniform
     )
     arrays = Arrays(rows, packed, scales, codebook, bias)
-    found = residual_plan(arrays, **facts)
+    found = residual_plan(arrays, **weight)
     if found is None:
         raise NotImplementedError(
-            f"no kernel adds or normalises around this product: {rows.dtype}{rows.shape}, {facts};"
+            f"no kernel adds or normalises around this product: {rows.dtype}{rows.shape}, {weight};"
             " do so apart, and call matmul"
         )
     case, plan = found
@@ -209,13 +196,13 @@ def chain_plan(
 
     Args:
         weights: of each product its arrays, or their shapes and dtypes, with `x` for what it multiplies, and
-            the facts of `residual_plan`.
+            the keywords of `residual_plan`.
     """
     gpu = target.current()
     config = chain.config(weights[0][1]["bits"], gpu)
     if any(arrays.x.shape[0] > 1 for arrays, _ in weights):
         return None
-    products = [_case(arrays, out_dtype=arrays.x.dtype, **facts) for arrays, facts in weights]
+    products = [Case.of(arrays, **weight) for arrays, weight in weights]
     return None if chain.unsupported_reason(products, config, gpu) else (products, config)
 
 
@@ -231,16 +218,16 @@ def chain_matmul(
     Args:
         x: bfloat16 [1, K].
         residual: bfloat16 [1, D].
-        weights: of the product back from attention, of gate and up in one, of the product back from them and,
+        weights: of the output projection, of gate and up in one, of the down projection and,
             if there is a next layer, of its queries, keys and values; see `chain_plan`.
         norm_scales: bfloat16 [D], of the norms after the two residual sums.
         eps: Of these norms.
 
     Returns:
-        The residual stream on its way through the second norm; the last product or None.
+        The residual stream with the deferred second norm; the last product or None.
 
     Raises:
-        ValueError: arrays that are not planar weights of the given facts, or that do not fit each other.
+        ValueError: arrays that are not planar weights as described, or that do not fit each other.
         NotImplementedError: products for which `chain_plan` has nothing.
     """
     _check_chain(x, residual, weights, norm_scales)
@@ -255,24 +242,6 @@ def chain_matmul(
     return Scaled(*scaled), y
 
 
-def _case(
-    arrays: Arrays, *, bits: int, group_size: int, out_features: int, uniform: bool, out_dtype: Any
-) -> Case:
-    return Case(
-        m=arrays.x.shape[0],
-        n=out_features,
-        k=arrays.x.shape[1],
-        bits=bits,
-        group_size=group_size,
-        books=arrays.codebook.size // 2**bits,
-        x_dtype=arrays.x.dtype,
-        scale_dtype=arrays.scales.dtype,
-        bias_dtype=None if arrays.bias is None else arrays.bias.dtype,
-        out_dtype=out_dtype,
-        uniform=uniform,
-    )
-
-
 def _given(case: Case, config: choice.Config, gpu: target.Target) -> choice.Plan:
     reason = choice.unsupported_reason(case, config, gpu)
     if reason is not None:
@@ -285,10 +254,10 @@ def _check_chain(x, residual, weights, norm_scales) -> None:
         raise ValueError(
             f"{len(weights)} weights and {len(norm_scales)} norms, must be 3 or 4, and 2"
         )
-    for arrays, facts in weights:
-        facts = [facts[name] for name in ("bits", "group_size", "out_features")]
-        _check(arrays.x, arrays.packed, arrays.scales, arrays.codebook, *facts)
-    sizes = [(facts["out_features"], arrays.x.shape[1]) for arrays, facts in weights]
+    for arrays, weight in weights:
+        weight = [weight[name] for name in ("bits", "group_size", "out_features")]
+        _check(arrays.x, arrays.packed, arrays.scales, arrays.codebook, *weight)
+    sizes = [(weight["out_features"], arrays.x.shape[1]) for arrays, weight in weights]
     (hidden, width), (twice, _), *_ = sizes
     wanted = [(hidden, width), (twice, hidden), (hidden, twice // 2), (sizes[-1][0], hidden)]
     if sizes != wanted[: len(sizes)] or twice % 2:

@@ -17,10 +17,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic_decoding
+from pallas_kernels import mosaic_sums, mosaic_tiles, mosaic_values
 from pallas_kernels.case import PLANE, Arrays, Case
-from pallas_kernels.mosaic_decoding import U32, Decoder
+from pallas_kernels.mosaic_decoding import Decoder
 from pallas_kernels.mosaic_matmul import GROUP_ROWS, Config, quads, slab
+from pallas_kernels.mosaic_values import U32
 
 _TILES = GROUP_ROWS // 16
 _PRODUCER_REGISTERS = 40
@@ -157,14 +158,14 @@ def _find(case: Case, config: Config, sizes, visit, groups: int):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=(found,) * 3)
     def find(_, sizes, visit):
-        results = mosaic_decoding.find_tile(
+        results = mosaic_tiles.find_tile(
             sizes,
             U32(visit.registers.item()),
             groups=groups,
             tokens=config.tokens,
             rows=case.m,
         )
-        return tuple(mosaic_decoding.scalar(result) for result in results)
+        return tuple(mosaic_values.scalar(result) for result in results)
 
     return find(sizes, jnp.int32(visit))
 
@@ -244,13 +245,13 @@ def _produce(
         for index in range(max(0, last - config.x_stages), last):
             plgpu.barrier_wait(x_free.at[index % config.x_stages])
     if config.splits > 1:
-        _meet_over_splits()
-        _meet_over_splits()
+        _sync_splits()
+        _sync_splits()
 
 
 @plgpu.inline_mgpu()
-def _meet_over_splits(_):
-    mosaic_decoding.meet_cluster()
+def _sync_splits(_):
+    mosaic_values.sync_cluster()
 
 
 def _consume(
@@ -338,7 +339,7 @@ def _consume(
 
     @plgpu.inline_mgpu(arg_types=(whole, plgpu.Layout.WGMMA, _SCALAR), return_type=sums)
     def add(_, x_smem, total, warpgroup):
-        return mosaic_decoding.add_over_k(
+        return mosaic_sums.add_over_k(
             x_smem,
             total,
             U32(warpgroup.registers.item()),
@@ -355,27 +356,27 @@ def _consume(
     @pl.when(owner)
     def _():
         slot = 2 * (config.warpgroups - config.row_groups) + row_group
-        _write(case, config, total, bias, y, tile, first_row, x_flat, slot, meet=False)
+        _write(case, config, total, bias, y, tile, first_row, x_flat, slot, sync=False)
 
 
 def _x_transforms():
     return plgpu.TilingTransform((8, PLANE)), plgpu.SwizzleTransform(128)
 
 
-def _write(case, config, total, bias, y, tile, first_row, x_flat, slot, meet=True):
-    """Adds the bias, rounds, turns [rows, tokens] around in shared memory, and copies it out."""
+def _write(case, config, total, bias, y, tile, first_row, x_flat, slot, sync=True):
+    """Adds the bias, rounds, transposes [rows, tokens] in shared memory, and copies it out."""
     target = plgpu.RefType((plgpu.SwizzleTransform(128),))
     biases = (plgpu.RefType(),) * len(bias)
 
     @plgpu.inline_mgpu(arg_types=(target, plgpu.Layout.WGMMA, _SCALAR, _SCALAR, *biases))
-    def turn(_, target, total, first_row, group, *bias):
-        if meet:
-            mosaic_decoding.meet(128 * config.warpgroups)
+    def transpose(_, target, total, first_row, group, *bias):
+        if sync:
+            mosaic_values.sync_warpgroups(128 * config.warpgroups)
         rows = (U32(value.registers.item()) for value in (first_row, group))
-        mosaic_decoding.store_turned(target, total, case, *rows, *bias)
+        mosaic_sums.store_transposed(target, total, case, *rows, *bias)
 
     group = jnp.int32(0 if tile.group is None else tile.group)
-    turn(x_flat.at[slot], total, jnp.int32(first_row), group, *bias)
+    transpose(x_flat.at[slot], total, jnp.int32(first_row), group, *bias)
     plgpu.commit_smem()
     if tile.rows is not None:
         _copy_rows(config, x_flat.at[slot], y, tile.m, tile.rows, first_row)
@@ -393,7 +394,7 @@ def _copy_rows(config, source, y, m, rows, first_row):
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR, *sources))
     def copy(_, y, m, rows, first_row, source=None):
         places = (U32(value.registers.item()) for value in (m, rows, first_row))
-        mosaic_decoding.copy_rows(source, y, *places, config.tokens)
+        mosaic_sums.copy_rows(source, y, *places, config.tokens)
 
     places = (jnp.int32(value) for value in (m, rows, first_row))
     copy(y, *places, *(() if source is None else (source,)))

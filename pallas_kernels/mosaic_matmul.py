@@ -127,10 +127,10 @@ def guess(case: Case, target: Target) -> Config | None:
 
     def microseconds(config: Config) -> float:
         programs = math.ceil(case.m / config.tokens) * math.ceil(case.n / config.rows)
-        turns = math.ceil(programs * config.splits / target.multiprocessors)
+        waves = math.ceil(programs * config.splits / target.multiprocessors)
         key = config.tokens, config.row_groups, config.k_groups, config.x_stages
         own = planes / config.splits * _PLANE_US[key]
-        return turns * (_PROGRAM_US + own + (_SPLIT_US if config.splits > 1 else 0))
+        return waves * (_PROGRAM_US + own + (_SPLIT_US if config.splits > 1 else 0))
 
     found = []
     for tokens, row_groups, k_groups, x_stages in _PLANE_US:

@@ -9,13 +9,13 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import target, triton_compat
 
-_MOST = 16384  # features that the registers of one program hold
+_MAX_FEATURES = 16384  # features that the registers of one program hold
 
 
 def supported(features: int, dtype: jax.typing.DTypeLike) -> bool:
     """Whether `add_rms_norm` takes rows of so many features."""
     known = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16, jnp.float32)
-    return target.current().has_pallas and features <= _MOST and known
+    return target.current().has_pallas and features <= _MAX_FEATURES and known
 
 
 def add_rms_norm(

@@ -10,7 +10,6 @@ of a tile; S shifts of both halves of a tile; B tiles along K, which the program
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import layout, target, triton_compat
+from pallas_kernels.case import Arrays, Case
 
 _TILES = 4  # that a program's lines are of
 _LINES = 8 * _TILES
@@ -25,40 +25,24 @@ _TOKENS = 16  # the least that tensor cores take
 _PROGRAMS = 8  # a multiprocessor
 
 
-def matmul(
-    x: Array,
-    packed: Array,
-    scales: Array,
-    codebook: Array,
-    *,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    bias: Array | None,
-    out_dtype: Any,
-    interpret: bool,
-) -> Array:
+def matmul(case: Case, arrays: Arrays, *, interpret: bool) -> Array:
     """X [M, K] times the transpose of a planar weight, [M, N]; see `pallas_kernels.matmul`."""
-    (m, _), (tiles, blocks) = x.shape, packed.shape[:2]
-    tokens = 1 if m == 1 else _TOKENS
-    grid = pl.cdiv(tiles, _TILES), pl.cdiv(m, tokens)
-    each = blocks if interpret else _blocks_each(blocks, grid[0] * grid[1])
-    kernel = functools.partial(
-        _kernel, tokens=tokens, n=out_features, bits=bits, group_size=group_size, each=each
-    )
-    splits = pl.cdiv(blocks, each)
+    tokens = 1 if case.m == 1 else _TOKENS
+    grid = pl.cdiv(case.tiles, _TILES), pl.cdiv(case.m, tokens)
+    each = case.blocks if interpret else _blocks_each(case.blocks, grid[0] * grid[1])
+    splits = pl.cdiv(case.blocks, each)
     parts = pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((splits, m, out_features), jnp.float32),
+        functools.partial(_kernel, case, tokens=tokens, each=each),
+        out_shape=jax.ShapeDtypeStruct((splits, case.m, case.n), jnp.float32),
         grid=(*grid, splits),
         compiler_params=triton_compat.compiler_params(num_warps=4, num_stages=1),
         interpret=interpret,
         name="fdk_plain",
-    )(_in_order(x, bits, blocks), packed, scales, codebook.reshape(-1, 2**bits))
+    )(_in_order(case, arrays.x), *arrays[1:3], arrays.codebook.reshape(-1, 2**case.bits))
     y = parts[0] if splits == 1 else parts.sum(axis=0)
-    if bias is not None:
-        y += bias.astype(jnp.float32)[None, :]
-    return y.astype(out_dtype)
+    if arrays.bias is not None:
+        y += arrays.bias.astype(jnp.float32)[None, :]
+    return y.astype(case.out_dtype)
 
 
 def _blocks_each(blocks: int, programs: int) -> int:
@@ -67,20 +51,20 @@ def _blocks_each(blocks: int, programs: int) -> int:
     return max(4, pl.cdiv(blocks, splits))
 
 
-def _in_order(x: Array, bits: int, blocks: int) -> Array:
+def _in_order(case: Case, x: Array) -> Array:
     """X [M, K] as [M, B, S, 32]: what each word's code is multiplied with, shift by shift."""
-    span = 8 // bits * layout.PLANE
-    x = jnp.pad(x, ((0, 0), (0, blocks * span - x.shape[1]))).reshape(-1, blocks, span)
+    x = case.pad(x).reshape(-1, case.blocks, case.span)
     # Computed, as constants are not partitioned.
-    columns = jnp.stack([s.column(jnp.arange(layout.PLACES)) for s in layout.shifts(bits)])
+    columns = jnp.stack([s.column(jnp.arange(layout.PLACES)) for s in layout.shifts(case.bits)])
     return x[:, :, columns]
 
 
 def _kernel(
-    x_ref, packed_ref, scales_ref, codebook_ref, out_ref, *, tokens, n, bits, group_size, each
+    case: Case, x_ref, packed_ref, scales_ref, codebook_ref, out_ref, *, tokens: int, each: int
 ):
     # x :: [M, B, S, 32], packed :: [tiles, B, 2, 8, 32], scales :: [tiles, quads, 64], out :: [splits, M, N]
-    m, (tiles, blocks) = x_ref.shape[0], packed_ref.shape[:2]
+    m, n, tiles, blocks = case.m, case.n, case.tiles, case.blocks
+    bits, planes, books, group_size = case.bits, case.planes, case.books, case.group_size
     line = pl.program_id(0) * _LINES + jnp.arange(_LINES, dtype=jnp.int32)
     tile, row = jnp.minimum(line >> 3, tiles - 1), line & 7
     token = pl.program_id(1) * tokens + jnp.arange(tokens, dtype=jnp.int32)
@@ -88,8 +72,6 @@ def _kernel(
     place = jnp.arange(layout.PLACES, dtype=jnp.int32)
     split = pl.program_id(2)
     shape = (_LINES, layout.PLACES)
-    planes = 8 // bits
-    books = codebook_ref.shape[0]
     wide = functools.partial(jnp.broadcast_to, shape=shape)
     at_tile, at_row, at_place = wide(tile[:, None]), wide(row[:, None]), wide(place[None, :])
     odd = (at_place & 1) == 1
@@ -133,7 +115,7 @@ def _kernel(
             packed_ref[at_tile, at_block, jnp.full(shape, half), at_row, at_place].astype(jnp.int32)
             for half in range(layout.HALVES)
         ]
-        totals = list(totals)
+        sums = list(totals)
         for number, shift in enumerate(layout.shifts(bits)):
             code = words[shift.half] >> (shift.number * bits) & (2**bits - 1)
             x = x_ref[present[:, None], block, number, place[None, :]]
@@ -143,8 +125,8 @@ def _kernel(
                 weight = values[lower](code) * factors(shift, lower, block)
                 if shift.lower(0) != shift.lower(1):
                     weight = jnp.where(odd == (shift.lower(1) == lower), weight, 0.0)
-                totals[lower] += _product(weight, x)
-        return tuple(totals)
+                sums[lower] += _product(weight, x)
+        return sums[0], sums[1]
 
     start = jnp.zeros(shape if tokens == 1 else (_LINES, tokens), jnp.float32)
     steps = jnp.minimum(each, blocks - split * each)

@@ -1,6 +1,18 @@
-"""Writes PTX: registers, operations and the few idioms that the kernels share."""
+"""Writes PTX: registers with operators, instructions and the few idioms that the kernels share.
 
+    ptx = Ptx(target)
+    lane = ptx.op("mov.u32", "%laneid")           any instruction that fills a register
+    address = x + row * 128 + lane * 16           two of `mad.wide.u32`: x is an address of 64 bits
+    in_bounds = lane < 24                         `setp.lt.u32`, a predicate
+    ptx.do("st.global.b32", at(address, 4), word, when=in_bounds)
+
+An operator writes its instruction when it is evaluated, so that the text has the order of the Python code.
+"""
+
+import dataclasses
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +20,149 @@ import numpy as np
 from pallas_kernels.target import H200, Target
 
 LOG2_E = 1.4426950408889634  # powers are those of two
+
+
+_WIDTHS = {"b16": 16, "b32": 32, "b64": 64, "f32": 32, "pred": 1}  # of registers, in bits
+_KINDS = {"f32": "f32", "b64": "b64", "u64": "b64", "bf16": "b16", "f16": "b16", "b16": "b16"}
+_KINDS |= {"pred": "pred"}  # by an instruction's type; all others have 32 bits
+# Instructions whose operands are all as wide as their result.
+_ALIKE = {"add", "sub", "mul", "mad", "fma", "min", "max", "and", "or", "xor", "prmt", "lop3"}
+
+
+class Register:
+    """A register, a predicate or an operand of a block of PTX, with operators that write instructions.
+
+    Integers are unsigned. `a * b` of integers is no instruction yet, see `Product`. Comparisons give
+    predicates, of which `~` is the negation; equality has `eq` and `ne`.
+
+    Attributes:
+        ptx: the block.
+        name: in its text.
+        kind: "b32" (an integer, an address in shared memory, a pair of bfloat16 or float16), "b64" (an address
+            in memory), "f32", "b16" (half a pair) or "pred".
+    """
+
+    __slots__ = ("kind", "name", "ptx")
+
+    def __init__(self, ptx: "Ptx", name: str, kind: str) -> None:
+        self.ptx, self.name, self.kind = ptx, name, kind
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"{self.name} has its value on the GPU; use it as `when` of an instruction")
+
+    def _arithmetic(self, operation: str, first: Any, second: Any) -> "Register":
+        kind = {"b32": "u32", "b64": "u64", "f32": "f32"}.get(self.kind)
+        other = second if first is self else first
+        if isinstance(other, Register):
+            fits = other.kind == self.kind
+        else:
+            fits = isinstance(other, float) == (self.kind == "f32")
+        if kind is None or not fits:
+            raise TypeError(f"{operation} of {self}, which is {self.kind}, and {other}")
+        return self.ptx.op(f"{operation}.{kind}", first, second)
+
+    def _bitwise(self, operation: str, other: Any) -> "Register":
+        kind = "pred" if self.kind == "pred" else f"b{_WIDTHS[self.kind]}"
+        return self.ptx.op(f"{operation}.{kind}", self, other)
+
+    def __add__(self, other: Any) -> "Register":
+        return other + self if isinstance(other, Product) else self._arithmetic("add", self, other)
+
+    def __radd__(self, other: Any) -> "Register":
+        return self._arithmetic("add", other, self)
+
+    def __sub__(self, other: Any) -> "Register":
+        if isinstance(other, Product):
+            return Product(other.a, -other.b % 2**32) + self
+        return self._arithmetic("sub", self, other)
+
+    def __rsub__(self, other: Any) -> "Register":
+        return self._arithmetic("sub", other, self)
+
+    def __mul__(self, other: Any) -> Any:
+        """A product of floats; of integers a `Product`."""
+        return self._arithmetic("mul", self, other) if self.kind == "f32" else Product(self, other)
+
+    def __floordiv__(self, divisor: int) -> "Register":
+        return self.ptx.quotient(self, divisor)
+
+    def __mod__(self, divisor: int) -> "Register":
+        return self.ptx.remainder(self, divisor)
+
+    def __and__(self, other: Any) -> "Register":
+        return self._bitwise("and", other)
+
+    def __or__(self, other: Any) -> "Register":
+        return self._bitwise("or", other)
+
+    def __xor__(self, other: Any) -> "Register":
+        return self._bitwise("xor", other)
+
+    def __lshift__(self, count: Any) -> "Register":
+        return self.ptx.op("shl.b32", self, count)
+
+    def __rshift__(self, count: Any) -> "Register":
+        return self.ptx.op("shr.u32", self, count)
+
+    def __invert__(self) -> "Register":
+        if self.kind != "pred":
+            raise TypeError(f"~ is of predicates, {self.name} is {self.kind}")
+        return Register(self.ptx, f"!{self.name}", "pred")
+
+    def as_float(self) -> "Register":
+        """The same register, whose bits are a float32."""
+        return Register(self.ptx, self.name, "f32")
+
+    def _compare(self, relation: str, other: Any) -> "Register":
+        return self._arithmetic(f"setp.{relation}", self, other)
+
+    def __lt__(self, other: Any) -> "Register":
+        return self._compare("lt", other)
+
+    def __le__(self, other: Any) -> "Register":
+        return self._compare("le", other)
+
+    def __gt__(self, other: Any) -> "Register":
+        return self._compare("gt", other)
+
+    def __ge__(self, other: Any) -> "Register":
+        return self._compare("ge", other)
+
+    def eq(self, other: Any) -> "Register":
+        """Whether both are equal."""
+        return self._compare("eq", other)
+
+    def ne(self, other: Any) -> "Register":
+        """Whether they differ."""
+        return self._compare("ne", other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product of unsigned integers that waits for what it is added to: both are one instruction."""
+
+    a: Register
+    b: Any
+
+    def __add__(self, other: Any) -> Register:
+        wide = isinstance(other, Register) and other.kind == "b64"
+        return self.a.ptx.op(f"mad.{'wide' if wide else 'lo'}.u32", self.a, self.b, other)
+
+    __radd__ = __add__
+
+    def low(self) -> Register:
+        """The product by itself, 32 bits."""
+        return self.a.ptx.op("mul.lo.u32", self.a, self.b)
+
+    def wide(self) -> Register:
+        """The product by itself, 64 bits."""
+        return self.a.ptx.op("mul.wide.u32", self.a, self.b)
+
+    def __str__(self) -> str:
+        raise TypeError(f"{self.a} times {self.b} is added to nothing: call low() or wide()")
 
 
 class Ptx:
@@ -26,33 +181,45 @@ class Ptx:
         self._lines: list[str] = []
         self._counts: dict[str, int] = {}
         self._shared = 0
-        self._policies: dict[str, str] = {}
-        self._constants: dict[int, str] = {}
+        self._policies: dict[str, Register] = {}
+        self._constants: dict[int, Register] = {}
 
-    def register(self, kind: str) -> str:
+    def operands(self, *names: str) -> dict[str, Register]:
+        """The addresses of a kernel's operands and results by their names, in order from $1."""
+        return {name: Register(self, f"${i}", "b64") for i, name in enumerate(names, 1)}
+
+    def register(self, kind: str) -> Register:
         """A fresh register: "b32", "b64", "f32", "b16" or "pred"."""
         number = self._counts.get(kind, 0)
         self._counts[kind] = number + 1
-        return f"{kind}_{number}"
+        return Register(self, f"{kind}_{number}", kind)
 
-    def registers(self, kind: str, count: int) -> list[str]:
+    def registers(self, kind: str, count: int) -> list[Register]:
         """Fresh registers of one kind."""
         return [self.register(kind) for _ in range(count)]
 
-    def do(self, opcode: str, *operands: object, when: str | None = None) -> None:
-        """Appends an instruction, under a predicate (`p` or `!p`) if `when` names one."""
-        guard = f"@{when} " if when else ""
+    def do(self, opcode: str, *operands: object, when: Register | None = None) -> None:
+        """Appends an instruction, under a predicate if there is one. A Python float is a float32 constant."""
+        if when is not None and when.kind != "pred":
+            raise TypeError(f"{opcode}: {when} is {when.kind}, no predicate")
+        _check(opcode, operands)
         if opcode == "bra":
             operands = (f"{self.prefix}{operands[0]}",)
-        self._lines.append(f"{guard}{opcode} {', '.join(map(str, operands))};")
+        texts = (float_constant(o) if isinstance(o, float) else str(o) for o in operands)
+        guard = "" if when is None else f"@{when} "
+        self._lines.append(f"{guard}{opcode} {', '.join(texts)};")
 
-    def op(self, opcode: str, *operands: object, kind: str = "b32") -> str:
-        """Appends an instruction that fills a fresh register, and returns the register."""
-        result = self.register(kind)
+    def op(self, opcode: str, *operands: object, kind: str | None = None) -> Register:
+        """Appends an instruction that fills a fresh register, by default of the opcode's type."""
+        result = self.register(kind or _result_kind(opcode))
         self.do(opcode, result, *operands)
         return result
 
-    def quotient(self, value: str, divisor: int) -> str:
+    def zero(self) -> Register:
+        """A fresh float32 register that holds zero."""
+        return self.op("mov.f32", 0.0)
+
+    def quotient(self, value: Register, divisor: int) -> Register:
         """Value // divisor, for values below 2**30.
 
         `ptxas` divides by a constant as by any number: a reciprocal in floats, a hundred cycles.
@@ -64,32 +231,56 @@ class Ptx:
         product = self.op("mul.hi.u32", value, -(-(1 << 31 + shift) // divisor))
         return self.op("shr.u32", product, shift - 1)
 
-    def remainder(self, value: str, divisor: int) -> str:
+    def remainder(self, value: Register, divisor: int) -> Register:
         """The remainder of value / divisor, for values below 2**30."""
         if divisor.bit_count() == 1:
             return self.op("and.b32", value, divisor - 1)
         return self.op("mad.lo.u32", self.quotient(value, divisor), -divisor % 2**32, value)
 
-    def multiply_halves(self, kind: str, a: str, b: str) -> str:
+    def multiply_halves(self, kind: str, a: Register, b: Register) -> Register:
         """Two products of a register's halves ("bf16" or "f16"), each rounded once."""
         if kind == "bf16" and not self.target.has_bfloat16_arithmetic:
             minus_zero = self.constant(0x80008000)  # plus zero would change the sign of a zero
             return self.op("fma.rn.bf16x2", a, b, minus_zero)
         return self.op(f"mul.rn.{kind}x2", a, b)
 
-    def subtract_halves(self, kind: str, a: str, b: str) -> str:
+    def subtract_halves(self, kind: str, a: Register, b: Register) -> Register:
         """Two differences of a register's halves, each rounded once."""
         if kind == "bf16" and not self.target.has_bfloat16_arithmetic:
             return self.op("fma.rn.bf16x2", b, self.constant(0xBF80BF80), a)  # minus one
         return self.op(f"sub.rn.{kind}x2", a, b)
 
-    def constant(self, value: int) -> str:
+    def multiply_add(
+        self,
+        kind: str,
+        sums: Sequence[Register],
+        a: Sequence[Register],
+        b: Sequence[Register],
+        start: Sequence[Register] | None = None,
+    ) -> None:
+        """A product of the tensor cores, `mma.sync.m16n8k16`: sums = a b + start, [16, 8] in float32.
+
+        Of the lane 4 g + t, as the PTX ISA has its fragments:
+
+        Args:
+            kind: "bf16" or "f16".
+            sums: four registers: columns 2 t and 2 t + 1 of row g, then of row g + 8.
+            a: four, of two neighbours along K each: 2 t and 2 t + 1 of rows g and g + 8, then 8 further.
+            b: two, of two neighbours along K each: 2 t and 2 t + 1 of column g, then 8 further.
+            start: None for `sums` themselves.
+        """
+        self.do(
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32",
+            *(vector(registers) for registers in (sums, a, b, sums if start is None else start)),
+        )
+
+    def constant(self, value: int) -> Register:
         """A register with a value, set at the start: for operands that may not be literals."""
         if value not in self._constants:
             self._constants[value] = self.register("b32")
         return self._constants[value]
 
-    def policy(self, priority: str) -> str:
+    def policy(self, priority: str) -> Register:
         """A cache policy for loads with `.L2::cache_hint`: "evict_first" or "evict_last"."""
         if priority not in self._policies:
             self._policies[priority] = self.register("b64")
@@ -129,10 +320,10 @@ class Writer:
         ptx = self.ptx
         self.shared = ptx.op("mov.u32", "fdk_shared")
         self.thread = ptx.op("mov.u32", "%tid.x")
-        self.lane = ptx.op("and.b32", self.thread, 31)
-        self.warp = ptx.op("shr.u32", self.thread, 5)
-        self.row = ptx.op("shr.u32", self.lane, 2)
-        self.quad = ptx.op("and.b32", self.lane, 3)
+        self.lane = self.thread & 31
+        self.warp = self.thread >> 5
+        self.row = self.lane >> 2
+        self.quad = self.lane & 3
 
 
 def shared_declaration(size: int | str) -> str:
@@ -146,21 +337,57 @@ def shared_bytes(source: str) -> int:
     return int(size[1]) if size else 0
 
 
-def vector(registers: list[str]) -> str:
-    """Registers as the operand of a vector load or store."""
-    return "{" + ", ".join(registers) + "}"
+def vector(registers: Sequence[Register]) -> str:
+    """Registers as the operand of a vector load or store, or of an instruction of the tensor cores."""
+    return "{" + ", ".join(map(str, registers)) + "}"
 
 
-def wide(registers: list[str]) -> tuple[str, str]:
+def wide(registers: Sequence[Register]) -> tuple[str, str]:
     """What a load or store of one or more registers adds to its opcode, and its operand."""
     if len(registers) == 1:
-        return "", registers[0]
+        return "", str(registers[0])
     return f".v{len(registers)}", vector(registers)
 
 
-def at(address: str, offset: int = 0) -> str:
-    """A memory operand."""
-    return f"[{address}+{offset}]"
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """A memory operand: bytes from an address on."""
+
+    address: Register
+    offset: int
+
+    def __str__(self) -> str:
+        return f"[{self.address}+{self.offset}]"
+
+
+def at(address: Register, offset: int = 0) -> Memory:
+    """A memory operand, so many bytes after an address."""
+    return Memory(address, offset)
+
+
+def _result_kind(opcode: str) -> str:
+    """The kind of register that an instruction fills: by its type, of a conversion the first of two."""
+    name, *modifiers = opcode.split(".")
+    if name == "setp":
+        return "pred"
+    if "wide" in modifiers:
+        return "b64"
+    return _KINDS.get(modifiers[-2 if name == "cvt" else -1], "b32")
+
+
+def _check(opcode: str, operands: Sequence[object]) -> None:
+    """Raises TypeError for operands that an instruction does not take: of another width, of another memory."""
+    name, *modifiers = opcode.split(".")
+    if name in _ALIKE and "wide" not in modifiers:
+        width = _WIDTHS[_KINDS.get(modifiers[-1], "b32")]
+        for operand in operands:
+            if isinstance(operand, Register) and _WIDTHS[operand.kind] != width:
+                raise TypeError(f"{opcode} takes {width} bits, {operand} is {operand.kind}")
+    if name in ("ld", "st"):
+        kind = "b64" if "global" in modifiers else "b32"
+        for operand in operands:
+            if isinstance(operand, Memory) and operand.address.kind != kind:
+                raise TypeError(f"{opcode} takes an address of {kind}, {operand} is none")
 
 
 def float_constant(value: float) -> str:
@@ -173,20 +400,22 @@ def half_kind(dtype) -> str:
     return "bf16" if dtype == jnp.bfloat16 else "f16"
 
 
-def load_float(ptx: Ptx, base: str, index: str, dtype, *, opcode: str = "ld.global.nc") -> str:
+def load_float(
+    ptx: Ptx, base: Register, index: Register, dtype, *, opcode: str = "ld.global.nc"
+) -> Register:
     """An element of a float array in memory as float32."""
     size = jnp.dtype(dtype).itemsize
-    address = ptx.op("mad.wide.u32", index, size, base, kind="b64")
+    address = base + index * size
     if dtype == jnp.float32:
-        return ptx.op(f"{opcode}.f32", at(address), kind="f32")
+        return ptx.op(f"{opcode}.f32", at(address))
     half = ptx.op(f"{opcode}.b16", at(address), kind="b16")
     if dtype == jnp.float16:
-        return ptx.op("cvt.f32.f16", half, kind="f32")
-    zero = ptx.op("mov.b16", 0, kind="b16")
+        return ptx.op("cvt.f32.f16", half)
+    zero = ptx.op("mov.b16", 0)
     return ptx.op("mov.b32", vector([zero, half]), kind="f32")
 
 
-def store_float(ptx: Ptx, address: str, value: str, dtype) -> None:
+def store_float(ptx: Ptx, address: Register, value: Register, dtype) -> None:
     """Stores a float32 as an element of a float array in memory."""
     if dtype == jnp.float32:
         ptx.do("st.global.f32", at(address), value)
@@ -196,8 +425,8 @@ def store_float(ptx: Ptx, address: str, value: str, dtype) -> None:
 
 
 def over_lanes(
-    ptx: Ptx, opcode: str, value: str, distances: tuple[int, ...] = (1, 2, 4, 8, 16)
-) -> str:
+    ptx: Ptx, opcode: str, value: Register, distances: tuple[int, ...] = (1, 2, 4, 8, 16)
+) -> Register:
     """What an operation makes of the values of the lanes at these distances: of a warp, or of (1, 2) a row."""
     kind = "f32" if opcode.endswith("f32") else "b32"
     for distance in distances:

@@ -39,7 +39,7 @@ _TOKENS = (
     *((2, 8, 1, 1), (2, 8, 1, 2), (2, 16, 1, 1), (2, 16, 1, 2)),
 )
 # The same, with its programs a multiprocessor, which loop over tiles of rows.
-_TURNS = ((1, 8, 1, 1, 4), (1, 16, 1, 1, 2), (1, 16, 1, 2, 2))
+_PERSISTENT = ((1, 8, 1, 1, 4), (1, 16, 1, 1, 2), (1, 16, 1, 2, 2))
 _INTEGER = (
     (8, 1),
     (12, 1),
@@ -86,24 +86,25 @@ def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
     Not all of them run on every GPU: see `choice.unsupported_reason`.
     """
     if case.m == 1:
-        for facts in _DIAGONAL[case.bits]:
-            yield "matvec", matvec.Config(*facts[:3], row_warps=facts[3], diagonal=True)
-        for facts in _INTEGER if case.bits == 1 else ():
-            yield "integer", integer.Config(facts[0], facts[1] * target.multiprocessors)
-        for *facts, row_warps, each in _TURNS:
+        for values in _DIAGONAL[case.bits]:
+            yield "matvec", matvec.Config(*values[:3], row_warps=values[3], diagonal=True)
+        for values in _INTEGER if case.bits == 1 else ():
+            yield "integer", integer.Config(values[0], values[1] * target.multiprocessors)
+        for *values, row_warps, each in _PERSISTENT:
             programs = each * target.multiprocessors
-            config = matvec.Config(*facts, row_warps=row_warps, programs=programs)
-            if matvec.is_persistent_loop(case, config):
+            config = matvec.Config(*values, row_warps=row_warps, programs=programs)
+            if matvec.Plan.of(case, config).is_persistent:
                 yield "matvec", config
     if case.m <= (2 * choice.FEW if target.has_wgmma else choice.FEW):
-        for facts in _ONE_TOKEN if case.m == 1 else _TOKENS:
-            yield "matvec", choice.fit(case, matvec.Config(*facts[:3], row_warps=facts[3]), target)
+        for values in _ONE_TOKEN if case.m == 1 else _TOKENS:
+            config = matvec.Config(*values[:3], row_warps=values[3])
+            yield "matvec", choice.fit(case, config, target)
     if case.m >= min(_WGMMA) and target.has_wgmma:
-        for facts in _WGMMA[max(m for m in _WGMMA if m <= case.m)]:
-            yield "wgmma", wgmma.Config(*facts)
+        for values in _WGMMA[max(m for m in _WGMMA if m <= case.m)]:
+            yield "wgmma", wgmma.Config(*values)
     if case.m >= min(_MMA):
-        for *facts, x_stages in _MMA[max(m for m in _MMA if m <= case.m)]:
-            yield "mma", mma.Config(*facts, max(2, x_stages // case.planes), x_stages)
+        for *values, x_stages in _MMA[max(m for m in _MMA if m <= case.m)]:
+            yield "mma", mma.Config(*values, max(2, x_stages // case.planes), x_stages)
     if case.m >= (128 if target.has_wgmma else 64):
         yield "dequantise", None
 
@@ -130,7 +131,7 @@ def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
                 "m": case.m,
                 "n": case.n,
                 "k": case.k,
-                "even": case.even,
+                "even": case.computes_values,
                 "kernel": kernel,
                 "config": _recorded(config, target),
                 "us": round(microseconds, 2),
@@ -142,10 +143,10 @@ def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
 
 def _recorded(config: Any, target: Target) -> dict:
     """A configuration as a row of the table has it, see `configuration`."""
-    facts = {} if config is None else dataclasses.asdict(config)
-    if facts.get("programs"):
-        facts["programs_each"] = facts.pop("programs") // target.multiprocessors
-    return facts
+    values = {} if config is None else dataclasses.asdict(config)
+    if values.get("programs"):
+        values["programs_each"] = values.pop("programs") // target.multiprocessors
+    return values
 
 
 _TRIPS = 32  # so many that the host's work at the start of a program does not count
@@ -240,7 +241,7 @@ def main() -> None:
         weight = n, k, int(bits), flags.group_size, 1
         uniform = codebook == "uniform"
         cases = [Case(int(m), *weight, half, half, None, half, uniform) for m in flags.m.split(",")]
-        if uniform and not cases[0].even:  # the same kernels as with any codebook
+        if uniform and not cases[0].computes_values:  # the same kernels as with any codebook
             continue
         if time.perf_counter() - start < flags.budget:
             _write(search(cases), flags.output)

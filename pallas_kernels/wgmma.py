@@ -11,15 +11,17 @@ U warpgroups that share K (`Config.k_groups`), each with V * 64 rows: a team; D 
 """
 
 import dataclasses
+import functools
 
-from pallas_kernels import matvec
 from pallas_kernels.case import PLANE, Case
-from pallas_kernels.ptx import at, vector
+from pallas_kernels.ptx import Register, at, vector
 from pallas_kernels.target import Target
+from pallas_kernels.tile_plan import SumsPlan
+from pallas_kernels.tile_sums import SumsWriter
+from pallas_kernels.tile_writer import Block
 
-_STEPS = 4
-_X_DEPTH = 4  # most planes of x on their way
-_X_LOADS = 8  # most loads of x on their way, 4 registers each
+_X_DEPTH = 4  # planes of x being loaded, at most
+_X_LOADS = 8  # loads of x under way, at most, 4 registers each
 _CORE_BYTES = 128  # 8 tokens by 8 weights, what the instruction reads as a unit
 
 
@@ -48,18 +50,79 @@ class Config:
         """Warps a program."""
         return 4 * self.row_groups * self.k_groups
 
-    @property
-    def as_matvec(self) -> matvec.Config:
-        """What the parts shared with `matvec` see."""
-        return matvec.Config(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(SumsPlan):
+    """What follows from a case and a configuration."""
+
+    @classmethod
+    def of(cls, case: Case, config: Config) -> "Plan":
+        """The plan of a case and a configuration."""
+        return cls(
+            case=case,
             tiles=1,
-            warps=self.warps,
-            stages=self.stages,
-            columns=self.tokens // 8,
-            row_warps=4 * self.row_groups,
-            cluster=self.cluster,
-            ring=self.ring,
+            warps=config.warps,
+            stages=config.stages,
+            row_warps=4 * config.row_groups,
+            cluster=config.cluster,
+            ring=config.ring,
+            tokens=config.tokens,
         )
+
+    @property
+    def cores(self) -> int:
+        """Eights of tokens."""
+        return self.tokens // 8
+
+    @property
+    def half_bytes(self) -> int:
+        """From the first half of a plane of x to the second, in other banks for the same token."""
+        return 4 * self.cores * _CORE_BYTES + _CORE_BYTES // 2
+
+    @property
+    def x_bytes(self) -> int:
+        """Shared memory of a plane of x, of which each team has two."""
+        return self.tokens * PLANE * 2 + _CORE_BYTES
+
+    @property
+    def x_items(self) -> int:
+        """Loads of x a thread and plane: a warp's load has 4 tokens."""
+        return -(-2 * self.cores // self.row_warps)
+
+    @functools.cached_property
+    def x_depth(self) -> int:
+        """Planes of x being loaded into registers: enough to cover the latency of L2, a divisor of the loop."""
+        depth = 1
+        while (
+            depth < _X_DEPTH
+            and depth * self.x_items < _X_LOADS
+            and self.stages * self.case.planes % (2 * depth) == 0
+        ):
+            depth *= 2
+        return depth
+
+    @property
+    def ring_offset(self) -> int:
+        """Where the ring starts: after the decoder's memory and two planes of x for each team."""
+        return self.decoder_bytes + 2 * self.k_warps_here * self.x_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Shared memory of a token's sums of all teams."""
+        return self.k_warps_here * self.sum_stride * 4
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a program."""
+        return max(self.ring_offset + self.ring_bytes, 8 * self.token_bytes)
+
+    @functools.cached_property
+    def sum_tokens(self) -> int:
+        """As many as have their sums in the same memory at the end."""
+        tokens = self.tokens
+        while tokens * self.token_bytes > self.shared_bytes:
+            tokens //= 2
+        return tokens
 
 
 def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:
@@ -68,9 +131,7 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         return f"{target.architecture} has no wgmma, which is sm_90's alone"
     if config.stages * case.planes % 2:
         return f"{config.stages} stages of {case.planes} planes are odd"
-    return case.unsupported_reason(
-        config, target, lambda: _Writer(case, config, target).shared_bytes
-    )
+    return case.unsupported_reason(config, target, lambda: Plan.of(case, config).shared_bytes)
 
 
 def grid(case: Case, config: Config) -> tuple[int, int]:
@@ -80,166 +141,128 @@ def grid(case: Case, config: Config) -> tuple[int, int]:
 
 def source(case: Case, config: Config, target: Target) -> str:
     """The kernel's PTX."""
-    return _Writer(case, config, target).write()
+    return _Writer(Plan.of(case, config), target).write()
 
 
-class _Writer(matvec._Writer):
-    """Writes the PTX of one case."""
+class _Writer(SumsWriter):
+    """Writes the kernel: `write` is its stages in order."""
 
-    def __init__(self, case: Case, config: Config, target: Target) -> None:
-        self.launch = config
-        super().__init__(case, config.as_matvec, target)
-        self.cores = config.tokens // 8
-        # Of a plane of x, whose second half starts in other banks.
-        self.x_bytes = config.tokens * PLANE * 2 + _CORE_BYTES
-        self.single = False
-        # As many tokens as have their sums in the same memory at the end.
-        self.sum_tokens = config.tokens
-        while self.sum_tokens * self._token_bytes > self.shared_bytes:
-            self.sum_tokens //= 2
-
-    @property
-    def _token_bytes(self) -> int:
-        """Bytes of a token's sums of all teams."""
-        return self.launch.k_groups * self.sum_stride * 4
-
-    @property
-    def _ring_offset(self) -> int:
-        """Where the ring starts: behind the decoder's memory and two planes of x for each team."""
-        return self.decoder.shared_bytes + 2 * self.launch.k_groups * self.x_bytes
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a program."""
-        return max(self._ring_offset + self.ring_bytes, 8 * self._token_bytes)
+    plan: Plan
 
     def write(self) -> str:
-        config, ptx = self.launch, self.ptx
-        ptx.share(self.shared_bytes)
-        ptx.comment("locate: this lane's rows, range of K and addresses")
-        self._locate()
+        plan, ptx = self.plan, self.ptx
+        ptx.share(plan.shared_bytes)
+        self.locate()
         self._locate_x()
-        self._locate_ring(self._ring_offset)
-        buffers = [self._buffer(i) for i in range(config.stages)]
-        for stage, buffer in enumerate(buffers):
-            self._load(buffer, stage)
-        for plane in range(self.x_depth):
-            self._load_x(plane % self.x_depth, *divmod(plane, self.case.planes))
+        self.locate_ring(plan.ring_offset)
+        ptx.comment("load: the first blocks of codes and scales, the first planes of x")
+        blocks = self.blocks_in_flight()
+        for stage, block in enumerate(blocks):
+            self.load(block, stage)
+        for plane in range(plan.x_depth):
+            self._load_x(plane % plan.x_depth, *divmod(plane, self.case.planes))
         self._store_x(0)
-        self._load_x(0, *divmod(self.x_depth, self.case.planes))
-        self._set_up_decoder()
-        self._loop(buffers)
+        self._load_x(0, *divmod(plan.x_depth, self.case.planes))
+        self.set_up_decoder()
+        self.loop_over_k(blocks)
         ptx.do("wgmma.wait_group.sync.aligned", 0)
-        self._reduce()
+        self.reduce_in_parts(self.totals)
         return ptx.text()
 
-    def _locate_program(self) -> None:
+    def locate_program(self) -> None:
         """Programs that share rows come next to each other: the second finds the weight in L2."""
-        ptx, config = self.ptx, self.launch
-        self.program_row = ptx.op("mul.lo.u32", ptx.op("mov.u32", "%ctaid.y"), config.rows)
-        self.first_token = ptx.op("mul.lo.u32", self._place_along_x(), config.tokens)
+        ptx, plan = self.ptx, self.plan
+        self.output_row = self.program_row = (ptx.op("mov.u32", "%ctaid.y") * plan.rows).low()
+        self.first_token = (self._place_along_x() * plan.tokens).low()
 
     def _locate_x(self) -> None:
         """Where this thread loads x, where it stores it, and the descriptors of both buffers."""
-        ptx, case, config = self.ptx, self.case, self.launch
-        within = ptx.remainder(self.warp, 4 * config.row_groups)
-        team_bytes = 2 * self.x_bytes
-        team = ptx.op("mad.lo.u32", self.k_warp_here, team_bytes, self.shared)
-        team = ptx.op("add.u32", team, self.decoder.shared_bytes)
+        ptx, case, plan = self.ptx, self.case, self.plan
+        within = self.warp % (plan.row_warps)
+        team = self.shared + self.k_warp_here * (2 * plan.x_bytes) + plan.decoder_bytes
         self.x, self.x_targets = [], []
         # A warp moves 4 tokens by a plane at a time: a lane 8 weights, four pairs for one lane of four.
-        line = ptx.op("shr.u32", self.lane, 3)
-        half = ptx.op("and.b32", ptx.op("shr.u32", self.lane, 2), 1)
-        eighth = ptx.op("and.b32", self.lane, 7)
-        items = 2 * self.cores
-        per_warp = -(-items // (4 * config.row_groups))
-        for i in range(per_warp):
-            item = ptx.op("add.u32", within, i * 4 * config.row_groups)
-            if items % (4 * config.row_groups):
+        line = self.lane >> 3
+        half = (self.lane >> 2) & 1
+        eighth = self.lane & 7
+        items = 2 * self.plan.cores
+        for i in range(plan.x_items):
+            item = within + i * plan.row_warps
+            if items % (plan.row_warps):
                 item = ptx.op("min.u32", item, items - 1)
-            place = ptx.op("mad.lo.u32", item, 4, line)
-            token = ptx.op("add.u32", place, self.first_token)
+            place = line + item * 4
+            token = place + self.first_token
             token = ptx.op("min.u32", token, case.m - 1)
             row_bytes = case.blocks * case.span * 2
-            address = ptx.op("mad.wide.u32", token, row_bytes, self.operands["x"], kind="b64")
-            address = ptx.op("mad.wide.u32", self.k_warp, case.span * 2, address, kind="b64")
-            self.x.append(ptx.op("mad.wide.u32", eighth, 16, address, kind="b64"))
-            target = ptx.op("mad.lo.u32", half, self._half_bytes, team)
-            target = ptx.op("mad.lo.u32", place, 16, target)
-            self.x_targets.append(ptx.op("mad.lo.u32", self.quad, 4, target))
-        # Planes of x on their way in registers: enough to cover the latency of L2, a divisor of the loop.
-        self.x_depth = 1
-        while (
-            self.x_depth < _X_DEPTH
-            and self.x_depth * per_warp < _X_LOADS
-            and config.stages * case.planes % (2 * self.x_depth) == 0
-        ):
-            self.x_depth *= 2
-        self.x_registers = [[ptx.registers("b32", 4) for _ in self.x] for _ in range(self.x_depth)]
-        start = ptx.op("shr.u32", ptx.op("and.b32", team, 0x3FFFF), 4)
-        low = ptx.op("or.b32", start, self.cores * _CORE_BYTES // 16 << 16)
+            address = self.operands["x"] + token * row_bytes + self.k_warp * (case.span * 2)
+            self.x.append(address + eighth * 16)
+            target = team + half * self.plan.half_bytes + place * 16
+            self.x_targets.append(target + self.quad * 4)
+        self.x_registers = [
+            [ptx.registers("b32", 4) for _ in self.x] for _ in range(self.plan.x_depth)
+        ]
+        start = (team & 0x3FFFF) >> 4
+        low = start | (self.plan.cores * _CORE_BYTES // 16 << 16)
         high = ptx.op("mov.u32", _CORE_BYTES // 16)
         self.descriptor = ptx.register("b64")
         ptx.do("mov.b64", self.descriptor, vector([low, high]))
-        self.barrier = ptx.op("add.u32", self.k_warp_here, 1)
-        self.true = ptx.op("setp.eq.u32", 0, 0, kind="pred")
+        self.barrier = self.k_warp_here + 1
+        self.true = ptx.op("setp.eq.u32", 0, 0)
         zero = "0f00000000"
         self.totals = [
-            [[ptx.op("mov.f32", zero, kind="f32") for _ in range(4)] for _ in range(self.cores)]
+            [[ptx.op("mov.f32", zero) for _ in range(4)] for _ in range(self.plan.cores)]
         ]
-
-    @property
-    def _half_bytes(self) -> int:
-        """From the first half of a plane of x to the second, in other banks for the same token."""
-        return 4 * self.cores * _CORE_BYTES + _CORE_BYTES // 2
 
     def _load_x(self, slot: int, ahead: int, plane: int) -> None:
         """Starts the loads of a plane of x into one of the sets of registers."""
         ptx, case = self.ptx, self.case
-        in_bounds = ptx.op("setp.gt.u32", self.left, ahead, kind="pred")
-        offset = (ahead * self.config.k_warps * case.span + plane * PLANE) * 2
+        in_bounds = self.left > ahead
+        offset = (ahead * self.plan.k_warps * case.span + plane * PLANE) * 2
         for address, values in zip(self.x, self.x_registers[slot], strict=True):
             ptx.do("ld.global.nc.v4.b32", vector(values), at(address, offset), when=in_bounds)
 
-    def _turn_x(self, loads: int) -> None:
-        """Nothing to do: a turn of the loop is an even number of planes."""
+    def addresses_along_k(self) -> list[Register]:
+        """Where this thread loads x from."""
+        return self.x
 
     def _store_x(self, flat: int) -> None:
         """Stores the loaded plane in the order that the decoded weights have: step, pair, token."""
         ptx = self.ptx
-        values_of_plane = self.x_registers[flat % self.x_depth]
+        values_of_plane = self.x_registers[flat % self.plan.x_depth]
         for target, values in zip(self.x_targets, values_of_plane, strict=True):
             for i, value in enumerate(self.decoder.paired(values)):
-                offset = flat % 2 * self.x_bytes + i * self.cores * _CORE_BYTES
+                offset = flat % 2 * self.plan.x_bytes + i * self.plan.cores * _CORE_BYTES
                 ptx.do("st.shared.b32", at(target, offset), value)
 
-    def _multiply(self, buffer, stage: int) -> None:
-        case, ptx, config = self.case, self.ptx, self.launch
-        [words], [scales] = buffer["words"], buffer["scales"]
+    def multiply(self, block: Block, stage: int) -> None:
+        """Decodes a block of a plane at a time, while the products of the plane before are under way."""
+        case, ptx, plan = self.case, self.ptx, self.plan
+        [words], [scales] = block.words, block.scales
         for plane in range(case.planes):
+            ptx.comment(f"multiply: plane {plane} of a block, the {stage + 1}. of the round")
             flat = stage * case.planes + plane
-            factors = self._plane_factors(scales, plane)
-            operands = list(self._scaled_plane(words, factors, plane))
+            factors = self.plane_scales(scales, plane)
+            operands = list(self.decode_scaled(words, factors, plane))
             ptx.do("wgmma.wait_group.sync.aligned", 0)
             ptx.do("fence.proxy.async.shared::cta")
-            ptx.do("bar.sync", self.barrier, 128 * config.row_groups)
+            ptx.do("bar.sync", self.barrier, 32 * plan.row_warps)
             self._dot(operands, flat % 2)
             self._store_x(flat + 1)
-            ahead, next_plane = divmod(plane + 1 + self.x_depth, case.planes)
-            self._load_x((flat + 1) % self.x_depth, stage + ahead, next_plane)
+            ahead, next_plane = divmod(plane + 1 + self.plan.x_depth, case.planes)
+            self._load_x((flat + 1) % self.plan.x_depth, stage + ahead, next_plane)
 
-    def _dot(self, operands: list[list[str]], buffer: int) -> None:
+    def _dot(self, operands: list[list[Register]], buffer: int) -> None:
         """Starts the products of a plane with the tokens in a buffer."""
         ptx, kind = self.ptx, self.decoder.kind
         totals = vector([t for core in self.totals[0] for t in core])
         ptx.do("wgmma.fence.sync.aligned")
         for step, a in enumerate(operands):
             half, step_of_half = divmod(step, 2)
-            offset = half * self._half_bytes + step_of_half * 2 * self.cores * _CORE_BYTES
-            offset = (buffer * self.x_bytes + offset) // 16
-            descriptor = ptx.op("add.u64", self.descriptor, offset, kind="b64")
+            offset = half * self.plan.half_bytes + step_of_half * 2 * self.plan.cores * _CORE_BYTES
+            offset = (buffer * self.plan.x_bytes + offset) // 16
+            descriptor = self.descriptor + offset
             ptx.do(
-                f"wgmma.mma_async.sync.aligned.m64n{self.launch.tokens}k16.f32.{kind}.{kind}",
+                f"wgmma.mma_async.sync.aligned.m64n{self.plan.tokens}k16.f32.{kind}.{kind}",
                 totals,
                 vector(a),
                 descriptor,
@@ -249,22 +272,3 @@ class _Writer(matvec._Writer):
                 0,
             )
         ptx.do("wgmma.commit_group.sync.aligned")
-
-    def _reduce(self) -> None:
-        """Adds the teams' sums, adds the bias, and writes the outputs, some tokens at a time."""
-        ptx, config = self.ptx, self.launch
-        per_team = self.sum_tokens * self.sum_stride * 4
-        address = ptx.op("mad.lo.u32", self.k_warp_here, per_team, self.shared)
-        row = ptx.op("mad.lo.u32", self.row_warp, 16, self.row)
-        address = ptx.op("mad.lo.u32", row, 4, address)
-        address = ptx.op("mad.lo.u32", self.quad, 2 * self.sum_stride * 4, address)
-        for first in range(0, config.tokens, self.sum_tokens):
-            self._join_programs()
-            for core in range(self.sum_tokens // 8):
-                for i, total in enumerate(self.totals[0][first // 8 + core]):
-                    offset = ((8 * core + i % 2) * self.sum_stride + 8 * (i // 2)) * 4
-                    ptx.do("st.shared.f32", at(address, offset), total)
-            self._join_programs()
-            self._write_outputs(self.sum_tokens, per_team, f"{first}_")
-            ptx.do("add.u32", self.first_token, self.first_token, self.sum_tokens)
-        self._leave_cluster()

@@ -19,7 +19,7 @@ from pallas_kernels import triton_compat
 from pallas_kernels.ptx import shared_bytes, shared_declaration
 from pallas_kernels.target import Target
 
-_MOST_SHARED = 48 * 1024  # of a Triton kernel's block
+_MAX_SHARED = 48 * 1024  # of a Triton kernel's block
 
 
 def ptx_call(
@@ -49,7 +49,7 @@ def ptx_call(
             grid so often.
         aliases: operands that are updated in place, each with the number of its result.
     """
-    fits = cluster == 1 and shared_bytes(source) <= _MOST_SHARED and num_warps.bit_count() == 1
+    fits = cluster == 1 and shared_bytes(source) <= _MAX_SHARED and num_warps.bit_count() == 1
     if fits and target.triton:
         return triton_compat.inline_call(
             source,

@@ -147,7 +147,7 @@ def _sources(target: Target, quick: bool) -> Iterator[tuple[str, str, str, int]]
                     if case.supported(target):
                         source = split_attention.source(case, splits, target)
                         name = f"{dim} {eps} {window=} {splits=}"
-                        yield "split attention", name, source, split_attention._WARPS
+                        yield "split attention", name, source, split_attention.WARPS
 
 
 def _products(case, target, quick) -> Iterator[tuple[str, str, str, int]]:

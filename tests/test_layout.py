@@ -11,6 +11,7 @@ from backends import for_a_gpu
 
 from fdk_jax.format import packing
 from pallas_kernels import layout, plain
+from pallas_kernels.case import Arrays, Case
 
 
 @pytest.mark.parametrize("bits", packing.BITS)
@@ -58,17 +59,17 @@ def test_scales_are_where_packing_puts_them(rng):
 )
 def test_the_plain_kernel_in_the_interpreter(rng, bits, m, n, k, group_size, dtype, books):
     arrays, facts, wanted = planar.product(rng, m, n, k, bits, group_size, dtype, books)
-    y = plain.matmul(*arrays, **facts, bias=None, out_dtype=jnp.float32, interpret=True)
-    wanted.check(y)
+    arrays = Arrays(*arrays, bias=None)
+    case = Case.of(arrays, **facts, out_dtype=jnp.float32)
+    wanted.check(plain.matmul(case, arrays, interpret=True))
 
 
 @pytest.mark.parametrize("bits", packing.BITS)
 @pytest.mark.parametrize(("m", "group_size"), [(1, 64), (16, 24)])
 def test_the_plain_kernel_lowers_for_a_gpu(rng, bits, m, group_size):
     arrays, facts, _ = planar.product(rng, m, 64, 1024, bits, group_size, "bfloat16")
-    run = functools.partial(
-        plain.matmul, **facts, bias=None, out_dtype=jnp.bfloat16, interpret=False
-    )
+    arrays = Arrays(*arrays, bias=None)
+    run = functools.partial(plain.matmul, Case.of(arrays, **facts), interpret=False)
     with for_a_gpu():
-        text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+        text = jax.jit(run).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @__gpu$xla.gpu.triton") == 1

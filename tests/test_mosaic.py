@@ -12,7 +12,7 @@ import pytest
 from backends import for_a_gpu
 
 from fdk_jax.format import packing
-from pallas_kernels import mosaic_decoding, mosaic_matmul
+from pallas_kernels import mosaic_decoding, mosaic_matmul, mosaic_values
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.mosaic_matmul import Config
 from pallas_kernels.target import H200, Target
@@ -46,7 +46,7 @@ def test_a_thread_finds_the_codes_of_its_operands(bits, rng):
             shared[:, line, column ^ line] = raw[:, line, column]
     shared = np.concatenate([shared.reshape(-1), np.zeros(4, np.uint8)])
     thread = np.arange(128)
-    warp, g, c = mosaic_decoding.lane_of(thread)
+    warp, g, c = mosaic_values.lane_of(thread)
     for plane in range(planes * blocks):
         for chunk, (place, bit) in enumerate(
             mosaic_decoding.code_places(bits, thread, plane, blocks)

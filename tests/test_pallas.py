@@ -208,7 +208,7 @@ def test_errors_name_the_remedy(rng):
         pallas_kernels.matmul(x, packed, scales, codebook[:, :3], **facts, uniform=False)
     with pytest.raises(NotImplementedError, match="diagonal"):
         pallas_kernels.matmul(*arrays, **facts, uniform=False, config=matvec.Config(diagonal=True))
-    with pytest.raises(NotImplementedError, match="takes no turns"):
+    with pytest.raises(NotImplementedError, match="cannot be persistent"):
         config = matvec.Config(programs=4, ring=True)
         pallas_kernels.matmul(*arrays, **facts, uniform=False, config=config)
 
@@ -391,7 +391,7 @@ def test_evenly_spaced_values_are_exact(rng, bits, where, step, dtype, config):
     np.testing.assert_allclose(y, exact @ weight.T, rtol=0, atol=bound)
 
 
-def test_a_value_of_nought_stays_nought(rng):
+def test_a_value_of_zero_stays_zero(rng):
     (x, packed, scales, _), _, _ = planar.product(rng, 1, 16, 1024, 4, 64, "bfloat16")
     codebook = (np.arange(16, dtype=np.float32) - 8) / 7
     packed = jnp.full_like(packed, 0x8888)
@@ -420,12 +420,12 @@ def test_integer_kernel_is_exact_for_integers(rng):
         (1, False, 33, 600, 1, integer.Config(2, 2)),
         (1, False, 64, 2060, 2, integer.Config(3, 3)),
         (1, False, 20, 1024, 1, integer.Config(16, 132)),
-        (1, False, 400, 600, 1, integer.Config(1, 2)),  # outputs in more turns than one
+        (1, False, 400, 600, 1, integer.Config(1, 2)),  # more outputs than threads
         (1, False, 70, 1100, 1, matvec.Config(1, 8, 1, 1, 1, True)),
         (2, False, 96, 520, 3, matvec.Config(1, 8, 2, 1, 2)),
         (4, False, 33, 600, 1, matvec.Config(2, 4, 1, 1)),
         (4, False, 40, 1100, 1, matvec.Config(1, 8, 4, 1, 1, True)),
-        (4, True, 70, 700, 1, matvec.Config(4, 1, 1, 1)),  # outputs in more turns than one
+        (4, True, 70, 700, 1, matvec.Config(4, 1, 1, 1)),  # more outputs than threads
         (8, False, 20, 300, 1, matvec.Config(1, 16, 1, 1, 2)),
         (8, True, 100, 300, 1, matvec.Config(2, 8, 1, 1)),
         (4, False, 96, 600, 2, matvec.Config(1, 4, 1, 1, programs=4)),

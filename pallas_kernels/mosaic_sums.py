@@ -1,0 +1,173 @@
+"""The end of the Mosaic GPU kernel: sums over warpgroups and programs that share K, and the stores, in MLIR."""
+
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, llvm
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+
+from pallas_kernels.case import Case
+from pallas_kernels.mosaic_values import (
+    MEMORY,
+    U32,
+    address,
+    do,
+    f32,
+    lane_of,
+    load,
+    minimum,
+    op,
+    pack,
+    sync_cluster,
+    sync_warpgroups,
+    thread,
+)
+from pallas_kernels.ptx import half_kind
+
+
+def _floats(total: mgpu.FragmentedArray) -> list[ir.Value]:
+    """This thread's float32 values of [64, T]: for 8 tokens each, two of row g, two of row g + 8."""
+    registers = total.registers.flat
+    return [llvm.extractelement(register, U32(i).value) for register in registers for i in range(2)]
+
+
+def add_over_k(
+    shared: ir.Value,
+    total: mgpu.FragmentedArray,
+    warpgroup: U32,
+    row_groups: int,
+    k_groups: int,
+    splits: int,
+) -> mgpu.FragmentedArray:
+    """The sums of warpgroups and then programs that share K, in the first of them.
+
+    They are added in shared memory where x was. Every thread of the cluster has to come to two `sync_cluster`,
+    if there are `splits`.
+    """
+    values = _floats(total)
+    size = 512 * len(values)  # bytes of a warpgroup's sums
+    start = address(shared) + thread() % 128 * 16
+    threads = 128 * row_groups * k_groups
+    sync_warpgroups(threads)
+    others = warpgroup >= row_groups
+    if k_groups > 1:
+        _store_sums(start + (warpgroup - row_groups) * size, values, others)
+        sync_warpgroups(threads)
+    own = start + warpgroup % row_groups * size
+    for other in range(k_groups - 1):
+        place = own + other * row_groups * size
+        for i, value in enumerate(values):
+            part = place + (2048 * (i // 4) + 4 * (i % 4))
+            values[i] = arith.addf(value, load(part, f32()))
+    if splits > 1:
+        _store_sums(own, values, others ^ 1)
+        sync_cluster()
+        for other in range(1, splits):
+            remote = op("mapa.shared::cluster.u32 $0, $1, $2;", own, U32(other))
+            values = [
+                arith.addf(value, other)
+                for value, other in zip(values, _load_sums(remote, len(values)), strict=True)
+            ]
+        sync_cluster()
+    registers, vector = total.registers.copy(), ir.VectorType.get((2,), f32())
+    for i in range(registers.size):
+        pair = llvm.mlir_undef(vector)
+        for j in range(2):
+            pair = llvm.insertelement(pair, values[2 * i + j], U32(j).value)
+        registers.flat[i] = pair
+    return mgpu.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
+
+
+def _store_sums(place: U32, values: list[ir.Value], flag: U32) -> None:
+    """Stores a thread's values four by four, 2 KiB apart, unless the flag is 0."""
+    for i in range(0, len(values), 4):
+        store = f"@p st.shared.v4.f32 [$0+{512 * i}], {{$1, $2, $3, $4}};"
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [place.value, *values[i : i + 4], flag.value],
+            f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {store} }}",
+            f"r,f,f,f,f,r,{MEMORY}",
+            has_side_effects=True,
+        )
+
+
+def _load_sums(place: U32, count: int) -> list[ir.Value]:
+    """Loads what `_store_sums` has stored, of any program of the cluster."""
+    values = []
+    for i in range(0, count, 4):
+        four = llvm.inline_asm(
+            llvm.StructType.get_literal([f32()] * 4),
+            [place.value],
+            f"ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [$4+{512 * i}];",
+            f"=f,=f,=f,=f,r,{MEMORY}",
+            has_side_effects=True,
+        )
+        values += [llvm.extractvalue(f32(), four, [j]) for j in range(4)]
+    return values
+
+
+def store_transposed(
+    target: ir.Value,
+    total: mgpu.FragmentedArray,
+    case: Case,
+    first_row: U32,
+    group: U32,
+    bias: ir.Value | None = None,
+) -> None:
+    """Stores [64, T] float32 sums, plus a group's bias, as [T, 64] swizzled halves in shared memory."""
+    warp, g, _ = lane_of(thread())
+    values = _floats(total)
+    if bias is not None:
+        base, kind = utils.memref_ptr(bias), ir.MemRefType(bias.type).element_type
+        added = []
+        for h in range(2):
+            row = minimum(first_row + warp * 16 + g + 8 * h, U32(case.n - 1))
+            row = row + group * case.n
+            one = llvm.load(kind, utils.getelementptr(base, [row.value], kind))
+            added.append(one if kind == f32() else arith.extf(f32(), one))
+        values = [arith.addf(value, added[i // 2 % 2]) for i, value in enumerate(values)]
+    half = half_kind(case.x_dtype)
+    pairs = [pack(*two, half) for two in zip(values[::2], values[1::2], strict=True)]
+    # Lane 8 i + j gives the place of line j of the i-th of four 8 by 8 matrices: token j, 8 rows of the weight.
+    matrix, line = thread() % 32 // 8, thread() % 8
+    column, token = warp * 2 + matrix % 2, matrix // 2 * 8 + line
+    place = address(target) + token * 128 + (column ^ line) * 16
+    for i in range(0, len(pairs), 4):
+        store = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
+        do(f"{store} [$0+{512 * i}], {{$1, $2, $3, $4}};", place, *pairs[i : i + 4])
+
+
+def copy_rows(
+    source: ir.Value | None, y: ir.Value, first: U32, rows: U32, column: U32, tokens: int
+) -> None:
+    """Copies the first `rows` of [T, 64] swizzled halves to a place in y; zeros if there is no source."""
+    n = ir.MemRefType(y.type).shape[1]
+    i64 = ir.IntegerType.get_signless(64)
+    base = llvm.ptrtoint(i64, utils.memref_ptr(y))
+    here, line = thread() % 128, thread() % 128 // 8
+    chunk = here % 8
+    inside = 1 - (column + chunk * 8 >= n)
+    for i in range(tokens // 16):
+        token = line + 16 * i
+        flag = inside * (1 - (token >= rows))
+        place = arith.muli(arith.extui(i64, (first + token).value), _wide(n))
+        place = arith.addi(place, arith.extui(i64, (column + chunk * 8).value))
+        place = arith.addi(base, arith.muli(place, _wide(2)))
+        if source is None:
+            moves = "mov.b32 a, 0; mov.b32 b, 0; mov.b32 c, 0; mov.b32 d, 0;"
+            shared = U32(0)
+        else:
+            moves = "ld.shared.v4.b32 {a, b, c, d}, [$1];"
+            shared = address(source) + token * 128 + (chunk ^ token % 8) * 16
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [place, shared.value, flag.value],
+            "{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.b32 p, $2, 0; "
+            + moves
+            + " @p st.global.v4.b32 [$0], {a, b, c, d}; }",
+            f"l,r,r,{MEMORY}",
+            has_side_effects=True,
+        )
+
+
+def _wide(value: int) -> ir.Value:
+    return arith.constant(ir.IntegerType.get_signless(64), value)

@@ -1,0 +1,206 @@
+"""A launch of `ring`: the producer warp, the consumer warps, and the barriers between products."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pallas_kernels.ptx import Register, Writer, at
+from pallas_kernels.ring_plan import BARRIER, CODES, LaunchPlan
+from pallas_kernels.ring_product import Product
+from pallas_kernels.ring_slots import Place, Ring
+
+_WORKERS = 1  # the barrier of the consumer warps
+# How often a program polls whether the others are ready, about a minute. Then it traps, an error instead of
+# waiting for ever: some other launch holds multiprocessors, and waits for this one.
+_LOOKS = 1 << 26
+_AHEAD = 2  # slots copied of a product before the outputs of the one before it are in memory
+
+
+class Launch(Writer):
+    """Writes a whole launch: products one after another, each with the outputs of the one before as x.
+
+    Args:
+        plan: what is planned.
+        products: writers of the plan's products, with a common block of PTX.
+        counters: the address of a zero for each product, if there are several.
+    """
+
+    def __init__(self, plan: LaunchPlan, products: Sequence[Product], counters: Any = None) -> None:
+        self.plan, self.products, self.counters = plan, products, counters
+        first = products[0]
+        self.ptx, self.workers, self.programs = first.ptx, first.workers, first.plan.programs
+        for product in products:
+            product.places = plan.places
+            if product is not first:
+                # What this launch has written is not read-only data.
+                product.load_opcode = "ld.global"
+        self.ring = Ring(self.ptx, plan)
+
+    def write(self) -> str:
+        """The kernel's PTX."""
+        ptx, ring, first = self.ptx, self.ring, self.products[0]
+        ptx.share(self.plan.shared_bytes)
+        ptx.comment("locate: this lane and its program's rows")
+        self._locate_lane()
+        ring.is_first_lane = self.lane.eq(0)
+        is_producer = self.warp.eq(self.workers)
+        copies = self.thread.eq(32 * self.workers)
+        first.locate(self)
+        ptx.do("bra", "fdk_prepare", when=~copies)
+        ptx.comment("copy: the producer makes the ring and fills it")
+        ring.make(self.shared)
+        place, weight_range = ring.locate(self.shared, 1), first.weight_range(0)
+        self._copy(first, weight_range, place, "start", self.plan.slots, empty=True)
+        ptx.label("fdk_prepare")
+        ptx.comment("prepare: the consumers' x, codebooks and constants")
+        ptx.do("bra", "fdk_prepared", when=is_producer)
+        first.prepare_x(self._prepare_others)
+        ptx.label("fdk_prepared")
+        ptx.do("barrier.sync", 0)
+        ptx.do("bra", "fdk_multiply", when=~is_producer)
+        ptx.do("bra", "fdk_end", when=~copies)
+        ptx.comment("copy: the producer fills what the consumers have emptied")
+        self._copy(first, weight_range, place, "rest")
+        self._copy_others(place)
+        ptx.do("bra", "fdk_end")
+        ptx.label("fdk_multiply")
+        self._multiply()
+        ptx.label("fdk_end")
+        return ptx.text()
+
+    def _prepare_others(self) -> None:
+        """What is to be done while the first x is being loaded."""
+        first, *others = self.products
+        for product in others:
+            product.locate(self)
+        stores = [product.load_books() for product in self.products]
+        first.beside_x()
+        for store in stores:
+            store()
+        self._sync_consumers()
+        first.constants()
+
+    # The producer warp
+
+    def _copy_others(self, place: Place) -> None:
+        """Copies what follows the first run of the first product."""
+        for number, product in enumerate(self.products):
+            if number:
+                product.locate(self)
+            for run in range(0 if number else 1, product.plan.runs):
+                weight_range = product.weight_range(run)
+                if number and not run:
+                    self._copy(product, weight_range, place, f"{number}_ahead", _AHEAD)
+                    signalled = at(self.shared, self.plan.signalled)
+                    self.ring.wait(signalled, (number - 1) % 2, f"signalled_{number}")
+                self._copy(product, weight_range, place, f"{number}_{run}")
+
+    def _copy(
+        self,
+        product: Product,
+        weight_range: tuple[Register, Register, Register],
+        place: Place,
+        name: str,
+        slots: int | None = None,
+        empty: bool = False,
+    ) -> None:
+        """Starts the copies of a range of the weight into so many slots, or of all that is left.
+
+        Each waits until its slot is empty, unless with `empty` it is known to be.
+        """
+        ptx, workers, (codes_from, scales_from, left) = self.ptx, self.workers, weight_range
+        count = ptx.op("mov.u32", 0)
+        ptx.label(f"fdk_copy_{name}")
+        none = left.eq(0)
+        ptx.do("bra", f"fdk_copied_{name}", when=none)
+        if slots is not None:
+            enough = count.eq(slots)
+            ptx.do("bra", f"fdk_copied_{name}", when=enough)
+            ptx.do("add.u32", count, count, 1)
+        if not empty:
+            self.ring.wait(at(place.barrier, BARRIER), place.parity, name)
+        blocks = ptx.op("min.u32", left, workers)
+        codes = (blocks * CODES).low()
+        scales = (blocks * product.plan.block_scales).low()
+        both = codes + scales
+        ptx.do("mbarrier.arrive.expect_tx.shared::cta.b64", "_", at(place.barrier), both)
+        for target, source, size in (
+            (at(place.slot), at(codes_from), codes),
+            (at(place.slot, workers * CODES), at(scales_from), scales),
+        ):
+            opcode = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+            opcode += ".L2::cache_hint"
+            policy = ptx.policy("evict_first")  # read once: whatever else is in L2 shall stay
+            ptx.do(opcode, target, source, size, at(place.barrier), policy)
+        ptx.do("add.u64", codes_from, codes_from, workers * CODES)
+        ptx.do("add.u64", scales_from, scales_from, workers * product.plan.block_scales)
+        ptx.do("sub.u32", left, left, blocks)
+        self.ring.next_slot(place)
+        ptx.do("bra", f"fdk_copy_{name}")
+        ptx.label(f"fdk_copied_{name}")
+
+    # The consumer warps
+
+    def _multiply(self) -> None:
+        place, last = self.ring.locate(self.shared, 0), len(self.products) - 1
+        for number, product in enumerate(self.products):
+            self.ptx.prefix = f"p{number}_"
+            if number:
+                product.locate(self)
+                product.constants()
+                self._wait_for_programs(number - 1)
+                if number == last:
+                    self._clear_counters(last)
+                product.prepare_x(product.beside_x)
+                self._sync_consumers()
+            product.loop(self.ring, place)
+            self._sync_consumers()
+            product.reduce_and_store()
+            if number < last:
+                # All have stored theirs, and the next product's constants may take the places of the sums.
+                self._sync_consumers()
+                self._signal_outputs(number)
+        self.ptx.prefix = ""
+
+    def _sync_consumers(self) -> None:
+        """All consumers wait for each other."""
+        self.ptx.do("barrier.sync", _WORKERS, 32 * self.workers)
+
+    def _first_thread(self) -> Register:
+        return self.thread.eq(0)
+
+    def _signal_outputs(self, number: int) -> None:
+        """Signals that the program's outputs are in memory: to the other programs, and to the producer warp."""
+        first = self._first_thread()
+        counter = at(self.counters, 4 * number)
+        self.ptx.do("red.release.gpu.global.add.u32", counter, 1, when=first)
+        signalled = at(self.shared, self.plan.signalled)
+        self.ptx.do("mbarrier.arrive.shared::cta.b64", "_", signalled, when=first)
+
+    def _wait_for_programs(self, number: int) -> None:
+        """Waits until the outputs of all programs are in memory."""
+        ptx = self.ptx
+        ptx.comment("barrier: the outputs of all programs, of the whole grid")
+        ptx.do("bra", "fdk_others_are_ready", when=~self._first_thread())
+        looks = ptx.op("mov.u32", 0)
+        ptx.label("fdk_others")
+        ready = ptx.op("ld.acquire.gpu.global.b32", at(self.counters, 4 * number))
+        all_ready = ready >= self.programs
+        ptx.do("bra", "fdk_others_are_ready", when=all_ready)
+        ptx.do("add.u32", looks, looks, 1)
+        again = looks < _LOOKS
+        ptx.do("bra", "fdk_others", when=again)
+        ptx.do("trap")
+        ptx.label("fdk_others_are_ready")
+        self._sync_consumers()
+
+    def _clear_counters(self, last: int) -> None:
+        """The last program that has met all others leaves the counters as it found them."""
+        ptx = self.ptx
+        ptx.do("bra", "fdk_counters_in_use", when=~self._first_thread())
+        before = ptx.op("atom.relaxed.gpu.global.add.u32", at(self.counters, 4 * last), 1)
+        not_last = before.ne(self.programs - 1)
+        ptx.do("bra", "fdk_counters_in_use", when=not_last)
+        zero = ptx.op("mov.u32", 0)
+        for number in range(last + 1):
+            ptx.do("st.global.b32", at(self.counters, 4 * number), zero)
+        ptx.label("fdk_counters_in_use")

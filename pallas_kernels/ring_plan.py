@@ -1,0 +1,159 @@
+"""What a launch with a ring is: its configuration, its products and its shared memory, before any PTX.
+
+See `ring` for how it works, and for W and P.
+"""
+
+import abc
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from pallas_kernels.case import TILE_ROWS, Case
+
+CODES = 1024  # bytes of a block's codes
+BARRIER = 8  # bytes of a barrier
+BARRIERS = 2 * BARRIER  # those of a slot
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Launch configuration: W and P of the glossary of `ring`."""
+
+    workers: int = 16
+    programs: int = 132
+    cluster: ClassVar[int] = 1
+    rows: ClassVar[int] = TILE_ROWS  # at whose multiples the codebook may change
+
+    @property
+    def warps(self) -> int:
+        """Warps of a program: the consumers and the producer."""
+        return self.workers + 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProductPlan(abc.ABC):
+    """One product of a launch; the arithmetic (`integer`, `stream`) adds what it has in shared memory.
+
+    Attributes:
+        case: what is static about it; with `gated`, N rows of the gate are followed by N others.
+        workers: W.
+        programs: P.
+        position: its place among the launch's products.
+        gated: whether an output is the product of a row of the second half and of the SiLU of the first's.
+    """
+
+    case: Case
+    workers: int
+    programs: int
+    position: int = 0
+    gated: bool = False
+
+    @abc.abstractmethod
+    def areas(self) -> dict[str, int]:
+        """Names and bytes of what it has in shared memory besides "partial" and "squares"."""
+
+    @property
+    def runs(self) -> int:
+        """Ranges of rows: that of the gate and that of what it lets through, or one."""
+        return 2 if self.gated else 1
+
+    @property
+    def run_tiles(self) -> int:
+        """Tiles of a run."""
+        return self.case.tiles // self.runs
+
+    @property
+    def max_tiles(self) -> int:
+        """Tiles of a program of each run, or one less."""
+        return -(-self.run_tiles // self.programs)
+
+    @property
+    def block_scales(self) -> int:
+        """Bytes of a block's scales."""
+        return self.case.planes * TILE_ROWS * jnp.dtype(self.case.scale_dtype).itemsize
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot of the ring: a block of each consumer."""
+        return self.workers * (CODES + self.block_scales)
+
+    @property
+    def slots(self) -> int:
+        """Slots that a program fills in all, at most."""
+        return self.runs * -(-self.max_tiles * self.case.blocks // self.workers)
+
+    @property
+    def partial_bytes(self) -> int:
+        """Shared memory of the sums of each warp: of each run, tile, warp and row."""
+        return self.runs * self.max_tiles * self.workers * TILE_ROWS * 4
+
+    @property
+    def square_parts(self) -> int:
+        """Partial sums of squares that a program leaves: those of each warp with outputs, a tile's."""
+        return min(self.workers, self.max_tiles)
+
+    @property
+    def books_name(self) -> str:
+        """The area of its codebooks, its own: all are fetched at the start, later they would queue up."""
+        return f"books{self.position}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchPlan:
+    """The shared memory of a launch: areas, which the products share, then the ring.
+
+    Attributes:
+        products: with the same W, P and bytes of a slot.
+        capacity: shared memory that a program may have.
+    """
+
+    products: tuple[ProductPlan, ...]
+    capacity: int
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each area: what the product that needs most of it needs."""
+        sizes: dict[str, int] = {}
+        for product in self.products:
+            areas = {**product.areas(), "partial": product.partial_bytes, "squares": 4}
+            for name, size in areas.items():
+                sizes[name] = max(sizes.get(name, 0), size)
+        return sizes
+
+    @functools.cached_property
+    def places(self) -> dict[str, int]:
+        """Where in shared memory each area is."""
+        places, end = {}, 0
+        for name, size in self.sizes.items():
+            places[name] = end
+            end += -(-size // 128) * 128
+        return places
+
+    @property
+    def ring_start(self) -> int:
+        """Where the ring starts, after the areas."""
+        return sum(-(-size // 128) * 128 for size in self.sizes.values())
+
+    @property
+    def slots(self) -> int:
+        """As many as the capacity holds, at most what a program fills; two at least."""
+        slot_bytes = self.products[0].slot_bytes + BARRIERS
+        free = (self.capacity - self.ring_start - BARRIER) // slot_bytes
+        return max(2, min(free, sum(product.slots for product in self.products)))
+
+    @property
+    def barriers(self) -> int:
+        """Where the barriers of the slots are: of each one that it is full, one that it is empty."""
+        return self.ring_start + self.slots * self.products[0].slot_bytes
+
+    @property
+    def signalled(self) -> int:
+        """Where the barrier is at which the producer waits for a product's outputs."""
+        return self.barriers + self.slots * BARRIERS
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a program."""
+        return self.signalled + BARRIER

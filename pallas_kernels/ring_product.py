@@ -1,0 +1,287 @@
+"""One product in the program of `ring`: what all arithmetics have in common, and what each of them has to say.
+
+The order of the stages, which `ring_launch` writes: `locate`; `load_books`, `prepare_x` and `constants`, which
+fill shared memory; `loop`, which multiplies; `reduce_and_store`.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import ClassVar
+
+from pallas_kernels.case import TILE_ROWS
+from pallas_kernels.outputs import OutputWriter
+from pallas_kernels.ptx import LOG2_E, Ptx, Register, Writer, at, over_lanes, vector
+from pallas_kernels.ring_plan import CODES, ProductPlan
+from pallas_kernels.ring_slots import Place, Ring
+from pallas_kernels.target import Target
+
+
+class Product(OutputWriter, abc.ABC):
+    """Writes one product of such a program: stages that depend on the arithmetic, and those that do not.
+
+    Attributes:
+        plan: what is planned.
+        places: where its areas are in shared memory.
+        first_tile, tiles: registers with the first of the program's tiles, and how many it has, of each run.
+        blocks: a register with its blocks of a run.
+        totals: this lane's sums of the current tile, of its upper and lower row.
+    """
+
+    plan_class: ClassVar[type[ProductPlan]]
+
+    def __init__(
+        self,
+        plan: ProductPlan,
+        target: Target,
+        ptx: Ptx | None = None,
+        operands: dict[str, Register] | None = None,
+    ) -> None:
+        super().__init__(plan.case, target, ptx, operands)
+        self.plan, self.workers = plan, plan.workers
+        self.places: dict[str, int] = {}
+
+    @property
+    def books_place(self) -> int:
+        """Where in shared memory its codebooks are."""
+        return self.places[self.plan.books_name]
+
+    # What depends on the arithmetic
+
+    @abc.abstractmethod
+    def load_books(self) -> Callable[[], None]:
+        """Starts loading the codebooks, and returns what stores them in shared memory."""
+
+    def prepare_constants(self) -> None:
+        """Fills what else is in shared memory and does not depend on x."""
+
+    @abc.abstractmethod
+    def prepare_x(self, meanwhile: Callable[[], object]) -> None:
+        """Fills what is in shared memory of x; `meanwhile` writes what to do while it is being loaded."""
+
+    @abc.abstractmethod
+    def start_run(self, run: int) -> None:
+        """Sets what the tiles of a run share."""
+
+    @abc.abstractmethod
+    def start_tile(self, tile: Register, run: int) -> None:
+        """Sets what the blocks of a tile share."""
+
+    @abc.abstractmethod
+    def load_x(self, block: Register) -> None:
+        """Loads what it needs of x for a block, by its place along K."""
+
+    @abc.abstractmethod
+    def load_block(self, slot: Register) -> None:
+        """Loads this warp's block from a slot."""
+
+    @abc.abstractmethod
+    def multiply(self) -> None:
+        """Adds the block's part to the totals."""
+
+    @abc.abstractmethod
+    def store_totals(self, tile: Register) -> None:
+        """Stores the totals as the warp's part of a tile's."""
+
+    # What does not
+
+    def locate(self, like: Writer) -> None:
+        """Registers for who this lane is, as of another writer, and what its program has to do."""
+        for name in ("shared", "thread", "lane", "warp", "row", "quad"):
+            setattr(self, name, getattr(like, name))
+        ptx = self.ptx
+        self.first_tile, self.tiles = self._share(ptx.op("mov.u32", "%ctaid.x"))
+        self.blocks = (self.tiles * self.case.blocks).low()
+        self.residuals: list[list[Register]] = []
+
+    def _share(self, program: Register) -> tuple[Register, Register]:
+        """The first tile of a program, and how many it has, of each run."""
+        return self._among(program, self.plan.run_tiles, self.plan.programs)
+
+    def _among(self, program: Register, tiles: int, programs: int) -> tuple[Register, Register]:
+        """The same of so many tiles and programs: the first have one tile more, if not all have as many."""
+        ptx, (each, more) = self.ptx, divmod(tiles, programs)
+        before = ptx.op("min.u32", program, more)
+        has_more = program < more
+        first = before + program * each
+        return first, ptx.op("selp.b32", each + 1, each, has_more)
+
+    def weight_range(self, run: int) -> tuple[Register, Register, Register]:
+        """Where the codes and the scales of the program's rows start, and how many blocks there are."""
+        ptx, case = self.ptx, self.case
+        tile = self.first_tile + run * self.plan.run_tiles
+        first = (tile * case.blocks).low()
+        codes = self.operands["packed"] + first * CODES
+        scales = self.operands["scales"] + first * self.plan.block_scales
+        return codes, scales, ptx.op("mov.u32", self.blocks)
+
+    def constants(self) -> None:
+        """What can be done before x is there."""
+        if self.case.blocks < self.workers:  # a warp may have no block of a tile
+            self._clear(self.places["partial"], self.plan.partial_bytes)
+        self.prepare_constants()
+
+    def beside_x(self) -> None:
+        """What else comes from the product before it."""
+        if self.case.squares:
+            self._add_squares(self.workers - 1, self.places["squares"])
+        self._load_residuals()
+
+    def _clear(self, start: int, size: int) -> None:
+        """Writes zeros."""
+        ptx, threads = self.ptx, 32 * self.workers
+        zero = ptx.op("mov.u32", 0)
+        place = self.shared + self.thread * 16
+        for offset in range(0, size, 16 * threads):
+            last = -(-(size - offset) // 16)
+            in_bounds = self.thread < min(last, threads)
+            target = at(place, start + offset)
+            ptx.do("st.shared.v4.b32", target, vector([zero] * 4), when=in_bounds)
+
+    def loop(self, ring: Ring, place: Place) -> None:
+        """Multiplies the program's blocks of all runs."""
+        ptx = self.ptx
+        ptx.comment("multiply: the program's blocks as they arrive")
+        self.totals = [ptx.zero() for _ in range(2)]
+        for run in range(self.plan.runs):
+            self._loop_run(ring, place, run)
+
+    def _loop_run(self, ring: Ring, place: Place, run: int) -> None:
+        ptx, case = self.ptx, self.case
+        block, tile = ptx.op("mov.u32", self.warp), ptx.op("mov.u32", 0)
+        slot_end = ptx.op("mov.u32", 0)
+        self.start_run(run)
+        self.start_tile(tile, run)
+        ptx.label(f"fdk_loop_{run}")
+        done = slot_end >= self.blocks
+        ptx.do("bra", f"fdk_done_{run}", when=done)
+        none = block >= self.blocks
+        ptx.do("bra", f"fdk_next_{run}", when=none)
+        current = block // case.blocks
+        same = current.eq(tile)
+        ptx.do("bra", f"fdk_same_tile_{run}", when=same)
+        self._end_tile(tile, run)
+        ptx.do("mov.u32", tile, current)
+        self.start_tile(tile, run)
+        ptx.label(f"fdk_same_tile_{run}")
+        self.load_x(block - tile * case.blocks)
+        ring.wait(at(place.barrier), place.parity, f"full_{run}")
+        self.load_block(place.slot)
+        ptx.do("bar.warp.sync", "0xffffffff")
+        ring.signal_empty(place)
+        self.multiply()
+        ptx.do("bra", f"fdk_after_{run}")
+        # A warp without a block in the run's last slot signals too, but not before the slot is this round's.
+        ptx.label(f"fdk_next_{run}")
+        ring.wait(at(place.barrier), place.parity, f"unused_{run}")
+        ring.signal_empty(place)
+        ptx.label(f"fdk_after_{run}")
+        ptx.do("add.u32", block, block, self.workers)
+        ptx.do("add.u32", slot_end, slot_end, self.workers)
+        ring.next_slot(place)
+        ptx.do("bra", f"fdk_loop_{run}")
+        ptx.label(f"fdk_done_{run}")
+        self._end_tile(tile, run)
+
+    def _end_tile(self, tile: Register, run: int) -> None:
+        """Stores the totals, and begins new ones."""
+        ptx = self.ptx
+        if run:
+            tile = tile + self.tiles * run
+        self.store_totals(tile)
+        for total in self.totals:
+            ptx.do("mov.f32", total, 0.0)
+
+    # The end
+
+    @property
+    def _row_starts(self) -> range:
+        """The first of the rows that the program's threads take at a time, two threads a row."""
+        return range(0, self.plan.max_tiles * TILE_ROWS, TILE_ROWS * self.workers)
+
+    def _load_residuals(self) -> None:
+        """Starts loading what the outputs are added to and scaled by: at the end it would be waited for."""
+        case = self.case
+        for start in self._row_starts if case.residual else ():
+            row = (self.thread >> 1) + self.first_tile * TILE_ROWS
+            self.residuals.append(self._load_residual(row + start))
+
+    def reduce_and_store(self) -> None:
+        """Adds the warps' sums, adds the bias, and writes the outputs."""
+        ptx, case = self.ptx, self.case
+        ptx.comment("reduce and store: the warps' sums through shared memory")
+        rows = (self.tiles * TILE_ROWS).low()
+        self.squares = ptx.zero()
+        # One thread of a row sums up what the even warps have stored, the other one what the odd ones have.
+        self.odd = self.thread & 1
+        for number, start in enumerate(self._row_starts):
+            index = (self.thread >> 1) + start
+            none = index >= rows
+            ptx.do("bra", f"fdk_no_row_{start}", when=none)
+            self._store_output(index, number, f"fdk_no_row_{start}")
+            ptx.label(f"fdk_no_row_{start}")
+        if case.residual:
+            self._store_squares(self.squares, self.plan.square_parts)
+
+    def _store_output(self, index: Register, number: int, after: str) -> None:
+        """Writes the output of one of the program's rows, if the weight has it."""
+        ptx, case = self.ptx, self.case
+        n = index + self.first_tile * TILE_ROWS
+        totals = [self._total(index, run) for run in range(self.plan.runs)]
+        outside = n >= (case.n // self.plan.runs)
+        outside = ptx.op("selp.b32", 1, self.odd, outside)
+        ptx.do("bra", after, when=outside.ne(0))
+        for run, total in enumerate(totals):
+            total = self.finish(total, run)
+            if case.squares:
+                total = self._normalise(total, self.places["squares"])
+            if case.bias_dtype is not None:
+                self._add_bias(total, n + run * case.n // self.plan.runs)
+            totals[run] = total
+        if self.plan.gated:
+            self._store(self._gate(*totals), n, "y")
+        elif case.residual:
+            self._store_sum(totals[0], n, self.residuals[number], self.squares)
+        else:
+            self._store(totals[0], n, "y")
+
+    def _total(self, index: Register, run: int) -> Register:
+        """The sum of what the warps have stored of one of the program's rows."""
+        ptx = self.ptx
+        # Rows r and r + 8 are neighbours among the sums.
+        tile, row = index >> 4, index & 7
+        lower = (index >> 3) & 1
+        if run:
+            tile = tile + self.tiles * run
+        place = (
+            self.shared
+            + tile * (self.workers * 4 * TILE_ROWS)
+            + self.odd * (4 * TILE_ROWS)
+            + row * 8
+            + lower * 4
+        )
+        parts = ptx.registers("f32", -(-self.workers // 2))
+        for i, part in enumerate(parts):
+            in_bounds = None
+            if 2 * i + 1 == self.workers:
+                ptx.do("mov.f32", part, 0.0)
+                in_bounds = self.odd.eq(0)
+            source = at(place, self.places["partial"] + 2 * i * 4 * TILE_ROWS)
+            ptx.do("ld.shared.f32", part, source, when=in_bounds)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return over_lanes(ptx, "add.f32", total, (1,))
+
+    def finish(self, total: Register, run: int) -> Register:
+        """A row's sum, from what `store_totals` has stored."""
+        del run
+        return total
+
+    def _gate(self, gate: Register, value: Register) -> Register:
+        """The SiLU of the one times the other."""
+        ptx = self.ptx
+        power = gate * (-LOG2_E)
+        power = ptx.op("ex2.approx.f32", power) + 1.0
+        share = ptx.op("rcp.approx.f32", power)
+        share = gate * share
+        return share * value
