@@ -74,27 +74,49 @@ class Machine:
     def run(self) -> None:
         """Runs the threads until all are through."""
         while True:
-            ready = ~self.polling & ~self._waiting & (self._counter < len(self._handlers))
-            some = ready.any()
-            if self.bulk and (not some or (self._by_chance and self.chance.random() < 0.01)):
-                self.bulk.pop(self.chance.integers(len(self.bulk)) if self._by_chance else 0)()
-            elif some:
-                self._step(self._next(ready))
+            if self.bulk and self._by_chance and self.chance.random() < 0.01:
+                self._deliver()
+            elif (active := self._next()) is not None:
+                self._step(active)
+            elif self.bulk:
+                self._deliver()
             elif not self._running().any():
                 return
             elif not any(self._release(number) for number in list(self._at)):
                 raise Fault("a deadlock: all threads wait, and nobody is left to wake them")
 
-    def _next(self, ready: np.ndarray) -> np.ndarray:
+    def _deliver(self) -> None:
+        """Lets a bulk copy arrive: any by chance, in lockstep the oldest."""
+        self.bulk.pop(self.chance.integers(len(self.bulk)) if self._by_chance else 0)()
+
+    def _next(self) -> np.ndarray | None:
         """Whose turn it is: the threads that are behind all others, or behind those of their warp."""
-        if self._by_chance:
-            by_warp = ready.reshape(-1, 32)
-            if not self._turn or not by_warp[self._warp].any():
-                self._warp = self.chance.choice(np.flatnonzero(by_warp.any(axis=1)))
-                self._turn = self.chance.integers(1, _TURN)
-            self._turn -= 1
-            ready = ready & (np.arange(self.threads) // 32 == self._warp)
-        return ready & (self._counter == self._counter[ready].min())
+        if self._turn:
+            warp = slice(32 * self._warp, 32 * self._warp + 32)
+            active = np.zeros(self.threads, bool)
+            active[warp] = self._last(warp)
+            if active[warp].any():
+                self._turn -= 1
+                return active
+        active = self._last(slice(None))
+        if not active.any():
+            return None
+        if not self._by_chance:
+            return active
+        warps = self._ready(slice(None)).reshape(-1, 32).any(axis=1)
+        self._warp = self.chance.choice(np.flatnonzero(warps))
+        self._turn = self.chance.integers(1, _TURN)
+        return self._next()
+
+    def _ready(self, of: slice) -> np.ndarray:
+        """Which threads can go on."""
+        standing = self.polling[of] | self._waiting[of]
+        return ~standing & (self._counter[of] < len(self._handlers))
+
+    def _last(self, of: slice) -> np.ndarray:
+        """Those of them that are furthest behind."""
+        ready, counter = self._ready(of), self._counter[of]
+        return ready & (counter == counter.min(where=ready, initial=len(self._handlers)))
 
     def _step(self, active: np.ndarray) -> None:
         """An instruction of the threads that are at it."""

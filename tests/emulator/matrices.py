@@ -160,16 +160,14 @@ def multiply_group(machine: Machine, what: Instruction, active: np.ndarray) -> N
         machine.registers.replace(target, bits, active, defined)
     for warp in machine.warps(active):
         machine.products[warp].append((*d, *a))
-    _hold(machine)
+    machine.registers.hold((*d, *a), active)
 
 
 @instruction(r"wgmma\.fence\.sync\.aligned")
 def fence(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     """Lets `wgmma` see what registers hold."""
     machine.check_whole(active)
-    unfenced = machine.registers.unfenced
-    for register in list(unfenced):
-        unfenced[register] = unfenced[register] & ~active
+    machine.registers.fence(active)
 
 
 @instruction(r"wgmma\.commit_group\.sync\.aligned")
@@ -186,16 +184,9 @@ def wait(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     for warp in machine.warps(active):
         groups = machine.product_groups[warp]
         machine.product_groups[warp] = groups[max(len(groups) - int(what.operands[0]), 0) :]
-    _hold(machine)
-
-
-def _hold(machine: Machine) -> None:
-    """Says which registers the products not waited for work with."""
+    machine.registers.in_flight = {}
     warps = np.arange(machine.threads) // 32
-    machine.registers.settle(
-        (register, warps == warp)
-        for warp in range(machine.threads // 32)
-        for group in [*machine.product_groups[warp], machine.products[warp]]
-        for registers in group
-        for register in registers
-    )
+    for warp in range(machine.threads // 32):
+        for group in (*machine.product_groups[warp], machine.products[warp]):
+            for registers in group:
+                machine.registers.hold(registers, warps == warp)

@@ -52,7 +52,8 @@ class Registers:
         """Whose values of some registers are all defined."""
         found = None
         for name in names:
-            self.operand(name)  # one that nobody has written is in the table from now on
+            if name not in self._values and name not in self._fixed:
+                self._other(name)
             if name in self._partly:
                 found = self._partly[name] if found is None else found & self._partly[name]
         return found
@@ -87,11 +88,17 @@ class Registers:
         else:
             self._partly[name] = defined
 
-    def settle(self, held: Iterable[tuple[str, np.ndarray]]) -> None:
-        """Says which registers `wgmma` works with, and whose."""
-        self.in_flight = {}
-        for name, threads in held:
-            self.in_flight[name] = threads | self.in_flight.get(name, False)
+    def hold(self, names: Iterable[str], active: np.ndarray) -> None:
+        """Says that `wgmma` works with registers."""
+        for name in names:
+            self.in_flight[name] = active | self.in_flight.get(name, False)
+
+    def fence(self, active: np.ndarray) -> None:
+        """Lets `wgmma` see what the registers of these threads hold."""
+        if active.all():
+            self.unfenced.clear()
+        for name, threads in self.unfenced.items():
+            self.unfenced[name] = threads & ~active
 
     def _other(self, name: str) -> np.ndarray:
         """A fixed name or literal, kept for the next time; or a register that nobody has written."""
