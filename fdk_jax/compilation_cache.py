@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,10 +24,8 @@ def keep() -> None:
 
     Where JAX has a folder already (JAX_COMPILATION_CACHE_DIR), or none can be made, nothing changes.
     """
-    if (
-        jax.config.jax_compilation_cache_dir
-        or os.environ.get("JAX_ENABLE_COMPILATION_CACHE") == "0"
-    ):
+    options: Any = jax.config  # has no types
+    if options.jax_compilation_cache_dir or os.environ.get("JAX_ENABLE_COMPILATION_CACHE") == "0":
         return
     try:
         folder().mkdir(parents=True, exist_ok=True)

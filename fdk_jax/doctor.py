@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,9 @@ def backends() -> dict[str, str]:
 def plans(n: int = 4096, k: int = 4096) -> Iterator[str]:
     """The kernel of each width and several numbers of tokens for the GPU at hand, and why; runs nothing."""
     for bits, m in itertools.product((1, 2, 4, 8), (1, 16, 64, 512)):
-        facts = dict(bits=bits, group_size=64, out_features=n, in_features=k, uniform=bits == 1)
+        facts: dict[str, Any] = dict(
+            bits=bits, group_size=64, out_features=n, in_features=k, uniform=bits == 1
+        )
         yield f"{bits} bits, {m} tokens: {pallas_kernels.plan(m, dtype=jnp.bfloat16, **facts)}"
 
 

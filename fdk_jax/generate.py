@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -57,7 +58,8 @@ def _print_error(error: Exception) -> None:
 def _use_utf8() -> None:
     """Reads and writes UTF-8 where the locale knows ASCII only."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if "utf" not in (getattr(stream, "encoding", None) or "utf-8").lower():
+        wanted = "utf" in (getattr(stream, "encoding", None) or "utf-8").lower()
+        if not wanted and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
@@ -135,14 +137,13 @@ def _check(args: argparse.Namespace) -> None:
 
 def _devices(platform: str | None) -> int:
     """How many devices JAX runs on, once it has been told the platform."""
+    options: Any = jax.config  # has no types
     if platform is not None:
-        jax.config.update("jax_platforms", platform)
+        options.update("jax_platforms", platform)
     try:
         return jax.device_count()
     except (RuntimeError, AssertionError) as error:
-        wanted = (
-            f"--platform {platform}" if platform else f"JAX_PLATFORMS={jax.config.jax_platforms}"
-        )
+        wanted = f"--platform {platform}" if platform else f"JAX_PLATFORMS={options.jax_platforms}"
         reason = " ".join(str(error).split()) or "JAX finds no such device or no plugin for it"
         raise ValueError(f"{wanted} does not work here: {reason}") from error
 
@@ -178,7 +179,9 @@ def _complete(args, tokenizer: Tokenizer, console) -> None:
     max_tokens = args.max_tokens or max(1, min(_NEW_TOKENS, context - longest))
     models.check_prompts(config, prompts, max_tokens, context)
     generator = _generator(args, tokenizer, console)
-    options = dict(max_tokens=max_tokens, sampling=args.sampling, stop_tokens=tokenizer.stop_tokens)
+    options: dict[str, Any] = dict(
+        max_tokens=max_tokens, sampling=args.sampling, stop_tokens=tokenizer.stop_tokens
+    )
     if args.json or len(prompts) > 1:
         with console.status("generating"):
             out = generator.generate(prompts, **options)

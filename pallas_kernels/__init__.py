@@ -7,8 +7,8 @@ from pallas_kernels.launch import (
     Scaled,
     chain_matmul,
     chain_plan,
-    has_kernel,
     matmul,
+    plan_of,
     residual_matmul,
     residual_plan,
 )
@@ -20,9 +20,9 @@ __all__ = [
     "chain_plan",
     "grouped_matmul",
     "grouped_unsupported_reason",
-    "has_kernel",
     "matmul",
     "plan",
+    "plan_of",
     "residual_matmul",
     "residual_plan",
 ]

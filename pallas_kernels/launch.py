@@ -72,15 +72,14 @@ def matmul(
     return choice.launch(case, chosen.kernel, chosen.config, arrays, gpu)[0]
 
 
-def has_kernel(w: Arrays, **weight: Any) -> bool:
-    """Whether `matmul` has a kernel for a product, on the GPU at hand.
+def plan_of(arrays: Arrays, **weight: Any) -> choice.Plan:
+    """The kernel that `matmul` takes for a product on the GPU at hand; "xla" where it has none.
 
     Args:
-        w: its arrays, or their shapes and dtypes.
-        weight: bits, group_size, out_features and uniform, see `matmul`.
+        arrays: of the product, or their shapes and dtypes.
+        weight: bits, group_size, out_features, uniform and out_dtype, see `matmul`.
     """
-    case = Case.of(w, **weight)
-    return choice.choose(case, target.current()).kernel != "xla"
+    return choice.choose(Case.of(arrays, **weight), target.current())
 
 
 class Scaled(NamedTuple):

@@ -155,7 +155,7 @@ class Decoder:
         vector = ir.VectorType.get((2,), element)
         layout = mgpu.WGMMA_LAYOUT
         registers = np.empty(layout.registers_shape((64, 64)), dtype=object)
-        registers.flat = [llvm.bitcast(vector, value.value) for two in values for value in two]
+        registers.flat[:] = [llvm.bitcast(vector, value.value) for two in values for value in two]
         a = mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
         # Otherwise the compiler decodes later, when the products of the plane before have been waited for.
         return fragmented_array.optimization_barrier(a)

@@ -26,6 +26,7 @@ from pallas_kernels.mosaic_values import U32
 _TILES = GROUP_ROWS // 16
 _PRODUCER_REGISTERS = 40
 _SCALAR = plgpu.Layout.WG_SPLAT(())
+_inline: Any = plgpu.inline_mgpu  # by its type, callers would pass the context too
 
 
 class _Tile(NamedTuple):
@@ -156,7 +157,7 @@ def _find(case: Case, config: Config, sizes, visit, groups: int):
     """Group, first row and number of rows of a tile of a grouped product."""
     found = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=(found,) * 3)
+    @_inline(arg_types=(plgpu.RefType(), _SCALAR), return_type=(found,) * 3)
     def find(_, sizes, visit):
         results = mosaic_tiles.find_tile(
             sizes,
@@ -249,7 +250,7 @@ def _produce(
         _sync_splits()
 
 
-@plgpu.inline_mgpu()
+@_inline()
 def _sync_splits(_):
     mosaic_values.sync_cluster()
 
@@ -279,7 +280,7 @@ def _consume(
     row_group = jax.lax.rem(warpgroup, config.row_groups)
     k_group = warpgroup // config.row_groups
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR))
+    @_inline(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR))
     def set_up(_, codebook, table, book):
         decoder.set_up(codebook, table, U32(book.registers.item()), 128 * config.warpgroups)
 
@@ -292,7 +293,7 @@ def _consume(
     a_type = plgpu.ShapeDtypeStruct((GROUP_ROWS, PLANE), case.x_dtype, layout=plgpu.Layout.WGMMA)
     refs = plgpu.RefType((plgpu.SwizzleTransform(128),)), plgpu.RefType(), plgpu.RefType()
 
-    @plgpu.inline_mgpu(arg_types=(*refs, _SCALAR, _SCALAR), return_type=a_type)
+    @_inline(arg_types=(*refs, _SCALAR, _SCALAR), return_type=a_type)
     def decode(_, codes, scales, table, group, plane):
         return decoder.plane(
             codes, scales, table, U32(group.registers.item()), U32(plane.registers.item())
@@ -337,7 +338,7 @@ def _consume(
     whole = plgpu.RefType(_x_transforms())
     sums = plgpu.ShapeDtypeStruct(total.shape, total.dtype, layout=plgpu.Layout.WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(whole, plgpu.Layout.WGMMA, _SCALAR), return_type=sums)
+    @_inline(arg_types=(whole, plgpu.Layout.WGMMA, _SCALAR), return_type=sums)
     def add(_, x_smem, total, warpgroup):
         return mosaic_sums.add_over_k(
             x_smem,
@@ -368,12 +369,12 @@ def _write(case, config, total, bias, y, tile, first_row, x_flat, slot, sync=Tru
     target = plgpu.RefType((plgpu.SwizzleTransform(128),))
     biases = (plgpu.RefType(),) * len(bias)
 
-    @plgpu.inline_mgpu(arg_types=(target, plgpu.Layout.WGMMA, _SCALAR, _SCALAR, *biases))
+    @_inline(arg_types=(target, plgpu.Layout.WGMMA, _SCALAR, _SCALAR, *biases))
     def transpose(_, target, total, first_row, group, *bias):
         if sync:
             mosaic_values.sync_warpgroups(128 * config.warpgroups)
         rows = (U32(value.registers.item()) for value in (first_row, group))
-        mosaic_sums.store_transposed(target, total, case, *rows, *bias)
+        mosaic_sums.store_transposed(target, total, case, *rows, bias=bias[0] if bias else None)
 
     group = jnp.int32(0 if tile.group is None else tile.group)
     transpose(x_flat.at[slot], total, jnp.int32(first_row), group, *bias)
@@ -391,10 +392,10 @@ def _copy_rows(config, source, y, m, rows, first_row):
     """Copies a tile's own rows to y; zeros if there is no source."""
     sources = () if source is None else (plgpu.RefType((plgpu.SwizzleTransform(128),)),)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR, *sources))
+    @_inline(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR, *sources))
     def copy(_, y, m, rows, first_row, source=None):
         places = (U32(value.registers.item()) for value in (m, rows, first_row))
-        mosaic_sums.copy_rows(source, y, *places, config.tokens)
+        mosaic_sums.copy_rows(source, y, *places, tokens=config.tokens)
 
     places = (jnp.int32(value) for value in (m, rows, first_row))
     copy(y, *places, *(() if source is None else (source,)))

@@ -12,6 +12,7 @@ from pallas_kernels.mosaic_values import (
     address,
     do,
     f32,
+    inline_asm,
     lane_of,
     load,
     minimum,
@@ -94,7 +95,7 @@ def _load_sums(place: U32, count: int) -> list[ir.Value]:
     """Loads what `_store_sums` has stored, of any program of the cluster."""
     values = []
     for i in range(0, count, 4):
-        four = llvm.inline_asm(
+        four = inline_asm(
             llvm.StructType.get_literal([f32()] * 4),
             [place.value],
             f"ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [$4+{512 * i}];",

@@ -13,6 +13,7 @@ from jax.experimental.mosaic.gpu import utils
 _BARRIER = 9  # of the compute warpgroups
 # What an instruction changes that loads before and after it may see: without it they move across barriers.
 MEMORY = "~{memory}"
+inline_asm: Any = llvm.inline_asm  # its type does not say that what it returns is a value
 
 
 class U32:
@@ -87,13 +88,13 @@ def do(text: str, *operands: U32) -> None:
 def op(text: str, *operands: U32) -> U32:
     """An instruction whose result depends on its operands alone."""
     values = [operand.value for operand in operands]
-    return U32(llvm.inline_asm(i32(), values, text, ",".join(["=r"] + ["r"] * len(values))))
+    return U32(inline_asm(i32(), values, text, ",".join(["=r"] + ["r"] * len(values))))
 
 
 def pack(low: ir.Value, high: ir.Value, half: str) -> U32:
     """Two float32 as a register of bfloat16 or float16."""
     text = f"cvt.rn.{half}x2.f32 $0, $1, $2;"
-    return U32(llvm.inline_asm(i32(), [high, low], text, "=r,f,f"))
+    return U32(inline_asm(i32(), [high, low], text, "=r,f,f"))
 
 
 def load(address: U32, kind: ir.Type) -> ir.Value:

@@ -170,7 +170,7 @@ class Target:
     @property
     def has_clusters(self) -> bool:
         """Whether thread blocks form clusters that read each other's shared memory."""
-        return not self.unknown and self.capability >= (9, 0)
+        return not self.unknown and self.capability is not None and self.capability >= (9, 0)
 
     @property
     def has_bulk_copies(self) -> bool:

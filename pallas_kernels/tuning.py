@@ -104,7 +104,8 @@ def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
             yield "wgmma", wgmma.Config(*values)
     if case.m >= min(_MMA):
         for *values, x_stages in _MMA[max(m for m in _MMA if m <= case.m)]:
-            yield "mma", mma.Config(*values, max(2, x_stages // case.planes), x_stages)
+            stages = max(2, x_stages // case.planes)
+            yield "mma", mma.Config(*values, stages=stages, x_stages=x_stages)
     if case.m >= (128 if target.has_wgmma else 64):
         yield "dequantise", None
 
@@ -119,7 +120,7 @@ def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
         if config is None or choice.unsupported_reason(case, config, target) is None
     ]
     with ThreadPoolExecutor() as pool:
-        programs = list(pool.map(lambda job: _compile(*job, weights, target), jobs))
+        programs = list(pool.map(lambda job: _compile(*job, weights=weights, target=target), jobs))
     best: dict[Case, dict] = {}
     for (case, kernel, config), program in zip(jobs, programs, strict=True):
         microseconds = _measure(case, program, weights, seconds)

@@ -13,6 +13,7 @@ import jax
 from jax import Array
 from jax._src import dispatch
 from jax._src.interpreters import mlir
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 
 from pallas_kernels import triton_compat
@@ -83,7 +84,7 @@ _whole_kernel.def_impl(functools.partial(dispatch.apply_primitive, _whole_kernel
 @_whole_kernel.def_abstract_eval
 def _shapes(*operands, outputs, **_):
     del operands
-    return [jax.core.ShapedArray(shape, dtype) for shape, dtype in outputs]
+    return [ShapedArray(shape, dtype) for shape, dtype in outputs]
 
 
 def _lowering(ctx, *operands, source, outputs, target, grid, threads, name, cluster, aliases):

@@ -48,9 +48,9 @@ def _weight(group: Group) -> Stored:
     g = k // scale.shape[0]
 
     def read():
-        codes = np.ascontiguousarray(_columns(words.read()).T)
-        scales = np.ascontiguousarray(scale.read().T)
-        return with_zeros(codes, _columns(zero.read()).T, scales, bits=4, group_size=g)
+        codes = np.ascontiguousarray(_columns(words.array()).T)
+        scales = np.ascontiguousarray(scale.array().T)
+        return with_zeros(codes, _columns(zero.array()).T, scales, bits=4, group_size=g)
 
     return group.weight((n, k), f"{NAME} 4 bits, group {g}", read)
 

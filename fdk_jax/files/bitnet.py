@@ -42,11 +42,11 @@ def _weight(group: Group, divide: bool) -> Stored:
     n, k = 4 * packed.shape[0], packed.shape[1]
 
     def read():
-        raw = packed.read()
+        raw = packed.array()
         codes = np.concatenate([(raw >> np.uint8(2 * i)) & np.uint8(3) for i in range(4)])
         if (codes == 3).any():
             raise ValueError("a ternary code of 3 is damaged")
-        one = scale.read().reshape(()).astype(np.float32)
+        one = scale.array().reshape(()).astype(np.float32)
         scales = np.full((n, 1), np.float32(1) / one if divide else one, np.float32)
         return quantised_tensor(
             pack(codes, 2), scales, [-1, 0, 1], bits=2, group_size=k, in_features=k

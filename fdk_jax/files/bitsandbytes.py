@@ -42,7 +42,7 @@ def weights(
 
 def _weight(group: Group) -> Stored:
     name = next((state for state in _STATES if state in group), _STATES[0])
-    state = json.loads(np.asarray(group.dtype(name, "U8").read()).tobytes())
+    state = json.loads(np.asarray(group.dtype(name, "U8").array()).tobytes())
     packed, absmax = group.dtype("weight", "U8"), group["weight.absmax"]
     shape, size, quant_map = state["shape"], int(state["blocksize"]), group["weight.quant_map"]
     if len(shape) != 2:
@@ -55,11 +55,11 @@ def _weight(group: Group) -> Stored:
         )
 
     def read():
-        scales = absmax.read()
+        scales = absmax.array()
         if scales.dtype == np.uint8:
             scales = _nested(group, scales, state)
-        values, codes = sorted_values(quant_map.read().astype(np.float32))
-        bytes_ = packed.read().reshape(n, k // 2)
+        values, codes = sorted_values(quant_map.array().astype(np.float32))
+        bytes_ = packed.array().reshape(n, k // 2)
         if (codes != np.arange(16)).any():
             bytes_ = recoded(bytes_, codes, 4)
         scales = scales.astype(np.float32, copy=False).reshape(n, k // size)
@@ -70,8 +70,8 @@ def _weight(group: Group) -> Stored:
 
 def _nested(group: Group, scales: np.ndarray, state: Mapping[str, Any]) -> np.ndarray:
     """Float32 scales of uint8 ones, as `dequantize_blockwise` computes them."""
-    table = group["weight.nested_quant_map"].read().astype(np.float32)
-    factors = group["weight.nested_absmax"].read().astype(np.float32)
+    table = group["weight.nested_quant_map"].array().astype(np.float32)
+    factors = group["weight.nested_absmax"].array().astype(np.float32)
     spread = np.repeat(factors, int(state["nested_blocksize"]))[: scales.size]
     flat = table[scales.ravel()] * spread
     return flat + np.float32(state["nested_offset"])

@@ -118,8 +118,8 @@ def _whole(group: Group) -> Stored:
     g = _group_size(group, scale.shape, n, k)
 
     def read():
-        packed = weight.read().view(np.uint8) ^ np.uint8(0x80)
-        scales = _rows(scale.read(), n)
+        packed = weight.array().view(np.uint8) ^ np.uint8(0x80)
+        scales = _rows(scale.array(), n)
         return quantised_tensor(
             packed, scales, np.arange(-128, 128), bits=8, group_size=g, in_features=k
         )
@@ -130,7 +130,7 @@ def _whole(group: Group) -> Stored:
 def _integers(group: Group, schemes: list[dict[str, Any]]) -> Stored:
     """Integers in words of 32 bits, lowest bits first, along K."""
     packed, scale = group["weight_packed"], group.dtype("weight_scale", "BF16", "F16", "F32")
-    n, k = (int(d) for d in np.asarray(group["weight_shape"].read()).ravel())
+    n, k = (int(d) for d in np.asarray(group["weight_shape"].array()).ravel())
     widths = {s["bits"] for s in schemes if s["type"] == "int"}
     fits = [b for b in widths if -(-k * b // 32) == packed.shape[1] and b <= 8]
     if len(fits) != 1 or packed.shape[0] != n:
@@ -144,8 +144,8 @@ def _integers(group: Group, schemes: list[dict[str, Any]]) -> Stored:
     zero = group.parts.get("weight_zero_point")
 
     def read():
-        words = packed.read().view(np.uint8).reshape(n, -1)
-        scales = _rows(scale.read(), n)
+        words = packed.array().view(np.uint8).reshape(n, -1)
+        scales = _rows(scale.array(), n)
         if zero is None:
             values = np.arange(2**bits, dtype=np.float32) - 2 ** (bits - 1)
             bytes_a_row = -(-k * bits // 8)
@@ -158,7 +158,7 @@ def _integers(group: Group, schemes: list[dict[str, Any]]) -> Stored:
                 in_features=k,
             )
         # Zero points [N, groups] are packed along N.
-        turned_words = np.ascontiguousarray(zero.read().T).view(np.uint8)
+        turned_words = np.ascontiguousarray(zero.array().T).view(np.uint8)
         zeros = unpack(turned_words, bits)[:, :n].T
         return with_zeros(unpack(words, bits)[:, :k], zeros, scales, bits=bits, group_size=g)
 
@@ -194,9 +194,9 @@ def nvfp4(group: Group, codes: str, factor: str, name: str, *, divide: bool) -> 
     n, k = packed.shape[0], 2 * packed.shape[1]
 
     def read():
-        scales, f = small_floats.e4m3(scale.read()), np.float32(other.read().reshape(()))
+        scales, f = small_floats.e4m3(scale.array()), np.float32(other.array().reshape(()))
         return quantised_tensor(
-            small_floats.ascending_e2m1(turned(packed.read(), 4)),
+            small_floats.ascending_e2m1(turned(packed.array(), 4)),
             scales / f if divide else scales * f,
             small_floats.E2M1,
             bits=4,
@@ -216,8 +216,8 @@ def mxfp4(group: Group, codes: str, scales: str, name: str) -> Stored:
 
     def read():
         return quantised_tensor(
-            small_floats.ascending_e2m1(turned(packed.read().reshape(*rows, k // 2), 4)),
-            small_floats.e8m0(scale.read().view(np.uint8)),
+            small_floats.ascending_e2m1(turned(packed.array().reshape(*rows, k // 2), 4)),
+            small_floats.e8m0(scale.array().view(np.uint8)),
             small_floats.E2M1,
             bits=4,
             group_size=32,

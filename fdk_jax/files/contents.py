@@ -31,6 +31,17 @@ class Stored:
     read: Callable[[], HostArray | QuantisedTensor]
     quantised: bool = False
 
+    def array(self) -> HostArray:
+        """`read` of one that is not quantised.
+
+        Raises:
+            ValueError: it is quantised.
+        """
+        found = self.read()
+        if isinstance(found, QuantisedTensor):
+            raise ValueError(f"a plain array is needed here, not weights stored as {self.kind}")
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
@@ -103,10 +114,14 @@ def quantised_tensor(
     codebook = codebooks.check(values, bits)
     check_finite(scales)
     lead = packed.shape[:-2]
-    w = QuantisedTensor(
+    # A pytree may hold host arrays where its class says device arrays.
+    arrays: Any = (
         np.ascontiguousarray(packed),
         np.ascontiguousarray(scales),
         np.broadcast_to(codebook, (*lead, *codebook.shape)),
+    )
+    w = QuantisedTensor(
+        *arrays,
         bits=bits,
         group_size=group_size,
         shape=(packed.shape[-2], in_features),

@@ -32,7 +32,7 @@ def weights(
         bits = _bits(facts, g.module)
         made[f"{g.module}.weight"] = _weight(g, "embedding_quantized", "embedding_scale", bits)
     calibrated = any(
-        float(g[name].read().ravel()[0]) for g in linears for name in _SCALES if name in g
+        float(g[name].array().ravel()[0]) for g in linears for name in _SCALES if name in g
     )
     if calibrated:
         notes.append("activations are exact here; the checkpoint was made for 8-bit activations")
@@ -58,11 +58,11 @@ def _weight(group: Group, codes: str, scales: str, bits: int) -> Stored:
         raise ValueError(f"{group.module}: scales {scale.shape} do not divide a weight [{n}, {k}]")
 
     def read():
-        raw = packed.read().view(np.uint8)
+        raw = packed.array().view(np.uint8)
         raw = raw ^ np.uint8(0x80) if bits == 8 else turned(raw, bits)
         values = np.arange(2**bits) - 2 ** (bits - 1)
         return quantised_tensor(
-            raw, scale.read(), values, bits=bits, group_size=k // groups, in_features=k
+            raw, scale.array(), values, bits=bits, group_size=k // groups, in_features=k
         )
 
     return group.weight((n, k), f"{NAME} {bits} bits, group {k // groups}", read)

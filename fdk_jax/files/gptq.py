@@ -45,15 +45,15 @@ def _weight(group: Group, bits: int, offset: int) -> Stored:
     g = k // scale.shape[0]
 
     def read():
-        if "g_idx" in group and (group["g_idx"].read() != np.arange(k) // g).any():
+        if "g_idx" in group and (group["g_idx"].array() != np.arange(k) // g).any():
             raise ValueError("GPTQ with act-order (desc_act) is not supported")
-        codes = unpack(np.ascontiguousarray(words.read().T).view(np.uint8), bits)
-        zeros = unpack(zero.read().view(np.uint8), bits)[:, :n].T
+        codes = unpack(np.ascontiguousarray(words.array().T).view(np.uint8), bits)
+        zeros = unpack(zero.array().view(np.uint8), bits)[:, :n].T
         if offset and (zeros == 2**bits - 1).any():
             raise ValueError(
                 f"GPTQ with a stored zero point of {2**bits - 1} is not supported: tools disagree on it"
             )
-        scales = np.ascontiguousarray(scale.read().T)
+        scales = np.ascontiguousarray(scale.array().T)
         return with_zeros(codes, zeros.astype(np.int32) + offset, scales, bits=bits, group_size=g)
 
     return group.weight((n, k), f"{NAME} {bits} bits, group {g}", read)

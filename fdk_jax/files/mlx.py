@@ -42,10 +42,10 @@ def _weight(group: Group, bits: int, group_size: int) -> Stored:
     n, k, bias = words.shape[0], words.shape[1] * 32 // bits, group["biases"]
 
     def read():
-        scales = scale.read()
-        zero = _zero(scales, bias.read())
+        scales = scale.array()
+        zero = _zero(scales, bias.array())
         return quantised_tensor(
-            turned(words.read().view(np.uint8), bits),
+            turned(words.array().view(np.uint8), bits),
             scales,
             np.arange(2**bits, dtype=np.float32) + zero,
             bits=bits,

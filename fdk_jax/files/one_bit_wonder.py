@@ -27,9 +27,9 @@ def _weight(group: Group, bits: int, group_size: int) -> Stored:
     n, k = packed.shape[0], packed.shape[1] * 8 // bits
 
     def read():
-        values = np.asarray(centroids.read(), np.float32)
+        values = np.asarray(centroids.array(), np.float32)
         return quantised_tensor(
-            packed.read(), scales.read(), values, bits=bits, group_size=group_size, in_features=k
+            packed.array(), scales.array(), values, bits=bits, group_size=group_size, in_features=k
         )
 
     return group.weight((n, k), f"{NAME} {bits} bits, group {group_size}", read)

@@ -131,11 +131,11 @@ def _packed_rows(w: Any, rows: Array) -> tuple[Array, Array]:
     structs = packing.layout_struct(w.layout, dtype=w.scales.dtype, **facts)
 
     def one(row: Array) -> tuple[Array, Array]:
-        parts = [
+        parts = (
             jax.lax.dynamic_slice_in_dim(array, row // tile * struct.shape[0], struct.shape[0])
             for array, struct in zip((w.packed, w.scales), structs, strict=True)
-        ]
-        packed, scales = packing.convert(*parts, w.layout, "interchange", **facts)
+        )
+        packed, scales = packing.convert(*parts, source=w.layout, target="interchange", **facts)
         return packed[row % tile], scales[row % tile]
 
     return jax.vmap(one)(rows)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from fdk_jax.format.quantised_tensor import is_quantised
 from fdk_jax.layers.linear import QuantisedLinear, QuantisedWeight
-from fdk_jax.product.dispatch import ARITHMETIC, check_backend
+from fdk_jax.product.choice import ARITHMETIC, check_backend
 from fdk_jax.product.interpretation import UNFUSED, Options, axes_in, interpreted
 
 _classes: dict[type, type] = {}
@@ -132,7 +132,7 @@ def _of_modules(
     return out
 
 
-def _take_over(modules: list[nnx.Module], changed: list[nnx.Module]) -> None:
+def _take_over(modules: Any, changed: Any) -> None:
     """Gives modules the variables and attributes of others, which were made of them."""
     nodes = dict(nnx.iter_graph(modules))
     for path, new in nnx.iter_graph(changed):
@@ -151,7 +151,7 @@ def _is_node(value: Any) -> bool:
     return isinstance(value, (nnx.Variable, nnx.Pytree, list, dict, tuple))
 
 
-def _as_params(modules: list[nnx.Module]) -> Callable[[], None]:
+def _as_params(modules: Any) -> Callable[[], None]:
     """Puts an `nnx.Param` in the place of each `QuantisedWeight`, as the code of the modules expects it.
 
     Returns:
@@ -219,11 +219,12 @@ def _method(function: Callable) -> Callable:
 
 def _reduce(self: nnx.Module) -> Any:
     """Pickles a module of a made class by the class that it was made from."""
-    return _restore, (type(self).quantised_class, dict(vars(self)))
+    made: Any = type(self)
+    return _restore, (made.quantised_class, dict(vars(self)))
 
 
 def _restore(cls: type, state: dict[str, Any]) -> nnx.Module:
-    made = interpreted_class(cls)
+    made: Any = interpreted_class(cls)
     module = made.__new__(made)
     vars(module).update(state)
     return module

@@ -49,7 +49,8 @@ def apply_linear(
     Returns:
         Array [..., *n_shape].
     """
-    shape, letters = w.orientation if is_quantised(w) else (w.shape, axes or "kn")
+    quantised = isinstance(w, QuantisedTensor)
+    shape, letters = w.orientation if quantised else (w.shape, axes or "kn")
     k_shape = tuple(d for d, a in zip(shape, letters, strict=True) if a == "k")
     n_shape = tuple(d for d, a in zip(shape, letters, strict=True) if a == "n")
     dtype = jnp.promote_types(x.dtype, w.dtype) if dtype is None else dtype
@@ -62,7 +63,7 @@ def apply_linear(
             f"the contracted axes of {x.shape=} must be {k_shape} for {w}; if it was quantised along the wrong"
             " axes, say the right ones with axes={regular expression: orientation} of fdk_jax.quantise"
         )
-    if not is_quantised(w):
+    if not quantised:
         contracted = [i for i, a in enumerate(letters) if a == "k"]
         dims = ((range(len(lead), x.ndim), contracted), ((), ()))
         y = jax.lax.dot_general(

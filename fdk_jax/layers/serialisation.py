@@ -35,11 +35,11 @@ def _from_state(w: QuantisedTensor, state: dict[str, Any]) -> QuantisedTensor:
     return new
 
 
-def _aux_to_bytes(aux: tuple) -> bytearray:
-    return bytearray(json.dumps(aux).encode())
+def _aux_to_bytes(aux: Any) -> bytes:
+    return json.dumps(aux).encode()
 
 
-def _aux_from_bytes(data: bytearray) -> tuple:
+def _aux_from_bytes(data: bytes) -> tuple:
     bits, group_size, shape, *rest = json.loads(bytes(data))
     return (bits, group_size, tuple(shape), *rest)
 

@@ -110,15 +110,12 @@ def computed_as(cls: type) -> type | None:
 def why_not(layer: nnx.Module) -> str | None:
     """Why a layer is not computed as `QuantisedLinear` computes, or None if it is (see `computed_as`)."""
     cls = computed_as(type(layer))
+    if not isinstance(layer, (nnx.Linear, nnx.LinearGeneral)):
+        return "no Linear"
     if cls is None:
-        if not isinstance(layer, (nnx.Linear, nnx.LinearGeneral)):
-            return "no Linear"
-        name, flax = (
-            type(layer).__name__,
-            nnx.Linear if isinstance(layer, nnx.Linear) else nnx.LinearGeneral,
-        )
+        flax = nnx.Linear if isinstance(layer, nnx.Linear) else nnx.LinearGeneral
         return (
-            f"{name} is a subclass with a computation of its own (if not, say computes_as ="
+            f"{type(layer).__name__} is a subclass with a computation of its own (if not, say computes_as ="
             f" nnx.{flax.__name__} in its body)"
         )
     own = nnx.Linear if cls is nnx.LoRALinear else cls
@@ -132,7 +129,7 @@ def why_not(layer: nnx.Module) -> str | None:
         value = getattr(layer, name)
         if value is not None and jnp.dtype(value) not in FLOAT_DTYPES:
             return f"{name}={jnp.dtype(value)}"
-    if getattr(layer, "batch_axis", None):
+    if isinstance(layer, nnx.LinearGeneral) and layer.batch_axis:
         return f"batch_axis={dict(layer.batch_axis)}"
     known = {"kernel", "bias", "lora"}
     extra = [
@@ -189,6 +186,13 @@ def axes_of_equation(equation: Any) -> str | None:
     return axes if {"k", "n"} <= set(axes) else None
 
 
+def plain_linear(layer: nnx.Module) -> nnx.Linear | nnx.LinearGeneral | None:
+    """A layer that `why_not` has nothing against; None for any other module."""
+    if isinstance(layer, (nnx.Linear, nnx.LinearGeneral)) and why_not(layer) is None:
+        return layer
+    return None
+
+
 def from_flax(
     layer: nnx.Module, quantise: Callable[[Array, str], QuantisedTensor | QuantisedWeight]
 ) -> QuantisedLinear | None:
@@ -198,23 +202,24 @@ def from_flax(
         layer: the layer; its bias variable, and the adapter of an `nnx.LoRALinear`, are shared.
         quantise: makes the weight from a kernel and its `axes`.
     """
-    if why_not(layer) is not None:
+    plain = plain_linear(layer)
+    if plain is None:
         return None
-    weight = quantise(layer.kernel.get_value(), axes_of(layer)["kernel"])
-    out_dtype = layer.preferred_element_type
-    if out_dtype is not None and layer.bias is not None:
-        out_dtype = jnp.promote_types(out_dtype, layer.dtype or layer.bias.get_value().dtype)
-    lora = computed_as(type(layer)) is nnx.LoRALinear
+    weight = quantise(plain.kernel.get_value(), axes_of(plain)["kernel"])
+    out_dtype = plain.preferred_element_type
+    if out_dtype is not None and plain.bias is not None:
+        out_dtype = jnp.promote_types(out_dtype, plain.dtype or plain.bias.get_value().dtype)
+    lora = computed_as(type(plain)) is nnx.LoRALinear
     cls = QuantisedLoRALinear if lora else QuantisedLinear
-    new = cls.from_weight(
+    new: Any = cls.from_weight(
         weight,
-        layer.bias,
-        axis=getattr(layer, "axis", None),
-        dtype=layer.dtype,
+        plain.bias,
+        axis=getattr(plain, "axis", None),
+        dtype=plain.dtype,
         out_dtype=out_dtype,
     )
-    if isinstance(new, QuantisedLoRALinear):
-        new.lora = layer.lora
+    if lora and isinstance(plain, nnx.LoRALinear):
+        new.lora = plain.lora
     return new
 
 

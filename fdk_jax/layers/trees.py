@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
+from flax.nnx.nn import dtypes
 from jax import Array
 
 from fdk_jax.format.quantisation import check_options, quantise_array
@@ -18,14 +19,13 @@ from fdk_jax.layers.rules import SKIP, Rules
 from fdk_jax.layers.surgery import (
     axes_of,
     from_flax,
+    plain_linear,
     replace_layers,
     to_flax,
     to_flax_embed,
-    why_not,
 )
-from fdk_jax.product import cpu_backend
-from fdk_jax.product.dispatch import check_backend, prepare_tensor
-from pallas_kernels import target
+from fdk_jax.product.choice import check_backend, default_backend
+from fdk_jax.product.dispatch import prepare_tensor
 
 
 def quantise(
@@ -220,9 +220,9 @@ def _quantise_module(
         if type(layer) is nnx.Embed and chosen_axes["embedding"][1] == "nk" and _is_plain(layer):
             table = one(chosen_axes["embedding"][0], layer.embedding.get_value(), "nk")
             return QuantisedEmbed(table, dtype=layer.dtype)
-        if why_not(layer) is None:
+        if (plain := plain_linear(layer)) is not None:
             ((name, orientation),) = chosen_axes.values()
-            variable = layer.kernel
+            variable = plain.kernel
             return from_flax(layer, lambda *_: weight_of(name, variable, orientation))
         for attribute, (name, orientation) in chosen_axes.items():
             setattr(layer, attribute, weight_of(name, getattr(layer, attribute), orientation))
@@ -233,7 +233,7 @@ def _quantise_module(
 
 
 def _is_plain(layer: nnx.Embed) -> bool:
-    return layer.promote_dtype is nnx.nn.dtypes.promote_dtype
+    return layer.promote_dtype is dtypes.promote_dtype
 
 
 def module_weights(
@@ -325,14 +325,6 @@ def prepare(source: Any, backend: str | None = None) -> Any:
         source,
         QuantisedWeight,
     )
-
-
-def default_backend() -> str:
-    """The backend whose kernels run on JAX's default platform: "pallas", "cpu" or "xla"."""
-    platform = jax.default_backend()
-    if platform in ("gpu", "cuda"):
-        return "pallas" if target.current().has_kernels else "xla"
-    return "cpu" if platform == "cpu" and cpu_backend.unavailable_reason() is None else "xla"
 
 
 def is_leaf(x: Any) -> bool:

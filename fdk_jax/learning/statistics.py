@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from fdk_jax.layers.surgery import axes_of, replace_layers, why_not
+from fdk_jax.layers.surgery import axes_of, plain_linear, replace_layers
 from fdk_jax.learning.losses import next_token_loss
 
 Forward = Callable[[nnx.Module, Any], Any]
@@ -70,11 +70,10 @@ def linear_layers(model: nnx.Module, skip: Callable[[str], bool]) -> dict[str, L
     found: dict[str, LinearLayer] = {}
 
     def look(name: str, layer: nnx.Module) -> None:
-        if skip(name):
+        plain = None if skip(name) else plain_linear(layer)
+        if plain is None:
             return
-        if why_not(layer) is not None:
-            return
-        shape, axes = layer.kernel.get_value().shape, axes_of(layer)["kernel"]
+        shape, axes = plain.kernel.get_value().shape, axes_of(layer)["kernel"]
         axis = getattr(layer, "axis", -1)
         inputs = (axis,) if isinstance(axis, int) else tuple(axis)
         lead = len(shape) - len(axes)

@@ -36,9 +36,10 @@ def read_stack(stack: Stack, take: Callable[[str], HostArray]) -> HostArray:
             whole = np.asarray(whole).swapaxes(-1, -2)
         return _in_halves(whole) if stack.alternating else whole
     matrices = [[take(f"{part.name}.weight") for part in parts] for parts in stack.experts]
-    if not all(isinstance(part, QuantisedTensor) for parts in matrices for part in parts):
+    quantised = [[p for p in parts if isinstance(p, QuantisedTensor)] for parts in matrices]
+    if sum(map(len, quantised)) < sum(map(len, matrices)):
         return np.stack([np.concatenate([_float(p) for p in parts]) for parts in matrices])
-    return _stacked(stack, matrices)
+    return _stacked(stack, quantised)
 
 
 def stack_arrays(stack: Stack) -> dict[str, tuple[int, ...]]:
@@ -87,9 +88,8 @@ def set_stack(owner: nnx.Module, name: str, weight: Any, bias: Any, dtype: Any) 
 def _in_halves(rows: HostArray) -> HostArray:
     """Rows [E, N, ...] of gate and up that alternate, as all of gate and then all of up."""
     if isinstance(rows, QuantisedTensor):
-        return dataclasses.replace(
-            rows, packed=_in_halves(rows.packed), scales=_in_halves(rows.scales)
-        )
+        halves: Any = [_in_halves(np.asarray(array)) for array in (rows.packed, rows.scales)]
+        return dataclasses.replace(rows, packed=halves[0], scales=halves[1])
     return np.concatenate([rows[:, ::2], rows[:, 1::2]], axis=1)
 
 
@@ -102,10 +102,13 @@ def _stacked(stack: Stack, matrices: Sequence[Sequence[QuantisedTensor]]) -> Qua
         raise NotImplementedError(
             f"{stack.experts[0][0].name}: experts that are quantised in different ways"
         )
-    return QuantisedTensor(
+    arrays: Any = (
         np.stack([np.concatenate([part.packed for part in row]) for row in matrices]),
         np.stack([np.concatenate([part.scales for part in row]) for row in matrices]),
         np.stack([row[0] for row in books]),
+    )
+    return QuantisedTensor(
+        *arrays,
         bits=first.bits,
         group_size=first.group_size,
         shape=stack.shape[1:],

@@ -396,7 +396,7 @@ def _check_unread(c: Keys, config: Mapping[str, Any], family: str) -> None:
         longest = config.get("max_position_embeddings") or 0
         if key == "sliding_window" and isinstance(value, int) and 0 < longest <= value:
             continue
-        if key == "layer_types" and set(value) == {"full_attention"}:
+        if key == "layer_types" and isinstance(value, list) and set(value) == {"full_attention"}:
             continue
         raise ValueError(
             f"config.json has {key}={value!r}, which is not implemented for model_type={family!r}"

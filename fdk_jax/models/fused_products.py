@@ -7,7 +7,7 @@ weights in the planar layout, and for layers with RMS norms before their blocks 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import Array
 import pallas_kernels
 from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.models.blocks import Block, blocks
-from fdk_jax.models.modules import MLP, Layer, RMSNorm
+from fdk_jax.models.modules import MLP, Attention, Layer, RMSNorm
 from pallas_kernels import Scaled
 from pallas_kernels.case import Arrays
 
@@ -31,8 +31,7 @@ class InProducts:
 
     def takes(self, block: Block, x: Array) -> bool:
         """Whether there are kernels for a block and inputs like x [B, D]."""
-        layer = block.layer
-        linears = (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down)
+        linears = [block.layer.attention.qkv, *_usual(block).linears]
         return all(_residual_kernel(linear, x) is not None for linear in linears)
 
     def enter(self, x: Array, norm: RMSNorm, qkv: nnx.Module) -> tuple[Scaled, Array]:
@@ -42,14 +41,11 @@ class InProducts:
 
     def between(self, block: Block, stream: Scaled, mixed: Array) -> tuple[Scaled, Array | None]:
         """A block behind its attention: the stream behind it, and the next queries, keys and values."""
-        layer, norm, qkv = block
+        attention, mlp, inner, norm, qkv = _usual(block)
         product = functools.partial(_product, x=stream.total)
-        inner = layer.mlp_norm
-        stream = product(layer.attention.out)(
-            mixed, residual=stream.total, norm_scale=inner.scale[...]
-        )
-        gated = layer.mlp.gate(product(layer.mlp.gate_up)(stream, eps=inner.eps))
-        stream = product(layer.mlp.down)(gated, residual=stream.total, norm_scale=norm.scale[...])
+        stream = product(attention.out)(mixed, residual=stream.total, norm_scale=inner.scale[...])
+        gated = mlp.gate(product(mlp.gate_up)(stream, eps=inner.eps))
+        stream = product(mlp.down)(gated, residual=stream.total, norm_scale=norm.scale[...])
         return stream, None if qkv is None else product(qkv)(stream, eps=norm.eps)
 
     def leave(self, stream: Scaled, norm: RMSNorm) -> Array:
@@ -66,7 +62,7 @@ class InChains(InProducts):
 
     def takes(self, block: Block, x: Array) -> bool:
         """Whether there is a kernel for a block and inputs like x [B, D], and one for the first product."""
-        chain = _chain_kernel(_linears(block), x)
+        chain = _chain_kernel(_usual(block).linears, x)
         return chain is not None and _residual_kernel(block.layer.attention.qkv, x) is not None
 
     def enter(self, x: Array, norm: RMSNorm, qkv: nnx.Module) -> tuple[Array, Array]:
@@ -76,9 +72,10 @@ class InChains(InProducts):
 
     def between(self, block: Block, stream: Array, mixed: Array) -> tuple[Any, Array | None]:
         """See `InProducts.between`."""
-        chain = _chain_kernel(_linears(block), stream)
+        usual = _usual(block)
+        chain = _chain_kernel(usual.linears, stream)
         assert chain is not None, "a plan is chosen for blocks that it takes"
-        norms = block.layer.mlp_norm, block.norm
+        norms = usual.mlp_norm, usual.norm
         after, projected = chain(
             mixed,
             stream,
@@ -98,7 +95,7 @@ def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array) -> InProducts | Non
     """
     kinds: dict[Any, Block] = {}
     for block in blocks(layers, norm):
-        if not _is_usual(block):
+        if _parts(block) is None:
             return None
         graphdef, state = nnx.split(tuple(block))
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state))
@@ -109,27 +106,43 @@ def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array) -> InProducts | Non
     return None
 
 
-def _is_usual(block: Block) -> bool:
-    """Whether a block is what the kernels compute, apart from its weights."""
-    layer = block.layer
-    return (
+class _Usual(NamedTuple):
+    """The parts of a block that is what the kernels compute, apart from its weights."""
+
+    attention: Attention
+    mlp: MLP
+    mlp_norm: RMSNorm
+    norm: RMSNorm
+    qkv: nnx.Module | None
+
+    @property
+    def linears(self) -> list[nnx.Module]:
+        """The products of the block, in order."""
+        linears: list[nnx.Module] = [self.attention.out, self.mlp.gate_up, self.mlp.down]
+        return linears if self.qkv is None else [*linears, self.qkv]
+
+
+def _parts(block: Block) -> _Usual | None:
+    """None for a block with anything that the kernels do not compute."""
+    layer, norm, qkv = block
+    before, inner, mlp = layer.attention_norm, layer.mlp_norm, layer.mlp
+    if before is None or inner is None or norm is None or not isinstance(mlp, MLP):
+        return None
+    usual = (
         layer.attention.axis is None
         and layer.attention_post_norm is None
         and layer.mlp_post_norm is None
-        and isinstance(layer.mlp, MLP)
-        and layer.mlp.activation == "silu"
+        and mlp.activation == "silu"
         and layer.scale == 1
-        and all(
-            norm is not None and norm.offset == 0
-            for norm in (layer.attention_norm, layer.mlp_norm, block.norm)
-        )
+        and before.offset == inner.offset == norm.offset == 0
     )
+    return _Usual(layer.attention, mlp, inner, norm, qkv) if usual else None
 
 
-def _linears(block: Block) -> list[nnx.Module]:
-    layer = block.layer
-    linears = [layer.attention.out, layer.mlp.gate_up, layer.mlp.down]
-    return linears if block.qkv is None else [*linears, block.qkv]
+def _usual(block: Block) -> _Usual:
+    parts = _parts(block)
+    assert parts is not None, "a plan is chosen for blocks that it takes"
+    return parts
 
 
 def _product(linear: nnx.Module, x: Array) -> Callable:

@@ -17,14 +17,21 @@ from fdk_jax.files.contents import Stored
 from fdk_jax.format.quantisation import quantise_array
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedWeight
-from fdk_jax.layers.trees import default_backend
 from fdk_jax.models import names, prepared
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.expert_weights import read_bias, read_stack, set_stack, stack_arrays
 from fdk_jax.models.hub import find_checkpoint
 from fdk_jax.models.parallel import Parallel
 from fdk_jax.models.transformer import Transformer
-from fdk_jax.models.weights import Placer, check_arithmetic, join_rows, set_linear, set_vector
+from fdk_jax.models.weights import (
+    Placer,
+    check_arithmetic,
+    join_rows,
+    set_linear,
+    set_vector,
+    share_table,
+)
+from fdk_jax.product.choice import default_backend
 
 _SHOWN = 20  # names of each kind that an error lists
 _THREADS = 8  # that read and unpack
@@ -143,8 +150,8 @@ def read_config(path: str | Path, *, dtype: str | None = None) -> ModelConfig:
 def stored_bits(path: str | Path) -> int | None:
     """Bits of a code of the first linear layer of a checkpoint; None where its weights are floats."""
     for one in files.read(path).tensors.values():
-        if one.quantised:
-            return one.read().bits
+        if one.quantised and isinstance(weight := one.read(), QuantisedTensor):
+            return weight.bits
     return None
 
 
@@ -290,7 +297,7 @@ class _Reader:
         if self.config.tie_embeddings:
             if isinstance(self.table, QuantisedTensor):
                 self._place(model, projection, self.table, None)
-                model.embedding = model.lm_head.weight  # one array for both
+                share_table(model)
                 return
             weight = self.table
             if head is None:

@@ -13,6 +13,9 @@ from fdk_jax.models.transformer import Transformer
 
 _RUN = 16  # tokens on a GPU before it polls whether all sequences are done
 _LONGEST_RUN = 128
+_Carry = tuple[
+    KVCache, "Progress", Array
+]  # what a loop over tokens carries: the last are the tokens
 
 
 @jax.tree_util.register_dataclass
@@ -153,7 +156,7 @@ def decode(
     """
     begin, parallel = progress.step, model.parallel
 
-    def step(_, carry):
+    def step(_, carry: _Carry) -> _Carry:
         cache, at, out = carry
         logits, cache = model.decode(at.token, cache)
         chosen = options.choose(logits, at.step, method, parallel)
@@ -166,17 +169,17 @@ def decode(
         running = running if parallel is None else parallel.any(running)
         return running & (at.step - begin < steps)
 
-    def several(carry):
+    def several(carry: _Carry) -> _Carry:
         return jax.lax.fori_loop(0, loop.run, step, carry) if loop.run > 1 else step(0, carry)
 
-    def poll(carry):
-        carry = several(carry[1:])
-        return unfinished(carry[1]), *carry
+    def poll(polled: tuple[Array, _Carry]) -> tuple[Array, _Carry]:
+        carry = several(polled[1])
+        return unfinished(carry[1]), carry
 
     carry = (cache, progress, jnp.zeros((progress.token.shape[0], loop.room), jnp.int32))
     if loop.once:
         return several(carry)
-    return jax.lax.while_loop(lambda carry: carry[0], poll, (unfinished(progress), *carry))[1:]
+    return jax.lax.while_loop(lambda polled: polled[0], poll, (unfinished(progress), carry))[1]
 
 
 def poll_every(steps: int, may_stop: bool) -> int:

@@ -114,10 +114,10 @@ class Attention(nnx.Module):
         Returns:
             ([B, H * d], keys, values), the cache one token longer.
         """
-        norms, order = None, rope.order(self.rope, self.config.head_dim)
+        norms, plain, order = None, True, rope.order(self.rope, self.config.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             norms = (self.q_norm.scale[...], self.k_norm.scale[...])
-        plain = norms is None or (self.q_norm.offset == 0 and self.config.qk_norm_of == "head")
+            plain = self.q_norm.offset == 0 and self.config.qk_norm_of == "head"
         return platforms.token_attention(
             qkv,
             cos,
@@ -185,7 +185,7 @@ class MLP(nnx.Module):
 
 def make_feed_forward(
     config: ModelConfig, options: LayerOptions, parallel: Parallel | None, rngs: nnx.Rngs
-) -> nnx.Module:
+) -> MLP | MixtureOfExperts:
     """The block behind attention, which maps [..., D] to [..., D]: the place for other kinds than `MLP`."""
     if options.experts is not None:
         if parallel is not None:

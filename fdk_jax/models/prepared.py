@@ -19,7 +19,7 @@ from fdk_jax.layers.trees import prepare
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.transformer import Transformer
-from fdk_jax.models.weights import set_linear, set_vector
+from fdk_jax.models.weights import set_linear, set_vector, share_table
 
 _WEIGHTS = "model.fdk"
 
@@ -48,6 +48,7 @@ def write(folder: str | os.PathLike, model: Transformer, *, like: str | os.PathL
         raise ValueError("preparing a mixture of experts is not implemented")
     if target.exists():
         raise FileExistsError(f"{target} exists; give the name of a new folder")
+    like = Path(like)
     config = dict(files.read_config(like)) | {"dtype": model.config.dtype}
     for key in ("quantization_config", "quantization", "torch_dtype"):
         config.pop(key, None)
@@ -56,7 +57,7 @@ def write(folder: str | os.PathLike, model: Transformer, *, like: str | os.PathL
     temporary.mkdir()
     made = files.read_tokenizer(like)
     if made is None:
-        copy_texts(Path(like), temporary)
+        copy_texts(like, temporary)
     else:
         (temporary / "tokenizer.json").write_text(made.tokenizer, encoding="utf-8")
         _write_json(temporary / "tokenizer_config.json", dict(made.config))
@@ -92,7 +93,7 @@ def read(path: str | Path, *, dtype: str | None, backend: str, arithmetic: str) 
             place(layer, projection.path, _at(node, projection.path))
     if quantised and config.tie_embeddings:
         place(model, ("lm_head",), {"weight": table})
-        model.embedding = model.lm_head.weight  # one array for both
+        share_table(model)
     elif "lm_head" in tree:
         place(model, ("lm_head",), tree["lm_head"])
     return model

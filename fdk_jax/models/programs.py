@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from fdk_jax.models.cache import KVCache
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.loops import Options, Progress
+from fdk_jax.models.parallel import Parallel
 from fdk_jax.models.transformer import Transformer
 
 _MOST = 64  # programs that are kept: each holds device code and, on a GPU, a graph of its launches
@@ -75,7 +76,7 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
         """Arrays where the programs take them: a batch cut over the devices that share it, all else whole."""
         if self.parallel is None:
             return tree
-        return jax.tree.map(self.parallel.put, tree, self._specs(tree))
+        return jax.tree.map(self.parallel.put, tree, _specs(tree, self.parallel))
 
     def struct(self, tree: Any) -> Any:
         """Arrays' shapes and dtypes with the shardings of `place`."""
@@ -84,15 +85,16 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
         return jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
             tree,
-            self._shardings(tree),
+            _shardings(tree, self.parallel),
         )
 
     def cache_struct(self, batch: int, capacity: int) -> KVCache:
         """Shapes, dtypes and shardings of a cache."""
         config = self.config
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-        arrays = (jax.ShapeDtypeStruct(shape, config.dtype),) * config.num_layers
-        lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        shaped: Any = jax.ShapeDtypeStruct  # in the place of arrays
+        arrays = (shaped(shape, config.dtype),) * config.num_layers
+        lengths = shaped((batch,), jnp.int32)
         return self.struct(KVCache(arrays, arrays, lengths, lengths))
 
     @staticmethod
@@ -122,38 +124,42 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
 
         donated = tuple(i + 1 for i, arg in enumerate(args) if isinstance(arg, KVCache))
         if self.parallel is not None:
+            parallel, layers = self.parallel, self.config.num_layers
+            leaves: Any = self.leaves  # whose shardings have a spec: `Placer` made them
             with_leaves = jax.shard_map(
                 with_leaves,
-                mesh=self.parallel.mesh,
+                mesh=parallel.mesh,
                 in_specs=(
-                    tuple(leaf.sharding.spec for leaf in self.leaves),
-                    *(self._specs(arg) for arg in args),
+                    tuple(leaf.sharding.spec for leaf in leaves),
+                    *(_specs(arg, parallel) for arg in args),
                 ),
-                out_specs=tuple(self._result_specs(kind) for kind in results),
+                out_specs=tuple(_result_specs(kind, parallel, layers) for kind in results),
                 check_vma=False,
             )
         return jax.jit(with_leaves, donate_argnums=donated).lower(self.leaves, *args).compile()
 
-    def _shardings(self, tree: Any) -> Any:
-        return jax.tree.map(lambda spec: NamedSharding(self.parallel.mesh, spec), self._specs(tree))
 
-    def _specs(self, tree: Any) -> Any:
-        """Partition specs of arguments: caches by sequences and heads, other arrays by sequences.
+def _shardings(tree: Any, parallel: Parallel) -> Any:
+    return jax.tree.map(lambda spec: NamedSharding(parallel.mesh, spec), _specs(tree, parallel))
 
-        Scalars, and what all sequences share, are whole on every device.
-        """
-        if isinstance(tree, KVCache):
-            return jax.tree.map(
-                lambda a: self.parallel.cache if a.ndim == 4 else self.parallel.rows, tree
-            )
-        if isinstance(tree, Options):
-            return jax.tree.map(lambda _: P(), tree)
-        return jax.tree.map(lambda a: self.parallel.rows if a.ndim else P(), tree)
 
-    def _result_specs(self, kind: type) -> Any:
-        """The same for what a program returns; an array has a first axis of sequences."""
-        rows = self.parallel.rows
-        if kind is KVCache:
-            arrays = (self.parallel.cache,) * self.config.num_layers
-            return KVCache(arrays, arrays, rows, rows)
-        return Progress(rows, rows, P()) if kind is Progress else rows
+def _specs(tree: Any, parallel: Parallel) -> Any:
+    """Partition specs of arguments: caches by sequences and heads, other arrays by sequences.
+
+    Scalars, and what all sequences share, are whole on every device.
+    """
+    if isinstance(tree, KVCache):
+        return jax.tree.map(lambda a: parallel.cache if a.ndim == 4 else parallel.rows, tree)
+    if isinstance(tree, Options):
+        return jax.tree.map(lambda _: P(), tree)
+    return jax.tree.map(lambda a: parallel.rows if a.ndim else P(), tree)
+
+
+def _result_specs(kind: type, parallel: Parallel, layers: int) -> Any:
+    """The same for what a program returns; an array has a first axis of sequences."""
+    rows: Any = parallel.rows
+    whole: Any = P()
+    if kind is KVCache:
+        arrays: Any = (parallel.cache,) * layers
+        return KVCache(arrays, arrays, rows, rows)
+    return Progress(rows, rows, whole) if kind is Progress else rows

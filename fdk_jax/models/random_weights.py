@@ -14,12 +14,11 @@ from jax import Array
 
 from fdk_jax.format import codebooks, packing
 from fdk_jax.format.quantised_tensor import QuantisedTensor
-from fdk_jax.layers.trees import default_backend
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.transformer import Transformer
 from fdk_jax.models.weights import check_arithmetic, join_codebooks, set_linear, set_vector
-from fdk_jax.product.dispatch import LAYOUT_OF
+from fdk_jax.product.choice import LAYOUT_OF, default_backend
 
 
 def random_model(

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,8 @@ class Request:
 
     def compile(self, loop: Loop | None) -> None:
         """Compiles all programs without running them; that which decodes only for a loop."""
-        shaped, batch = jax.ShapeDtypeStruct, len(self._lengths)
+        shaped: Any = jax.ShapeDtypeStruct  # in the place of arrays
+        batch = len(self._lengths)
         cache, struct = self._programs.cache_struct(batch, self._capacity), self._programs.struct
         step = struct(shaped((), jnp.int32))
         if len(self._runs) == 1:

@@ -111,9 +111,12 @@ class Tokenizer:
             ValueError: no chat template, or one that refuses these messages.
             ImportError: the `jinja2` package is missing.
         """
-        is_source = template is not None and "{" in template
-        source = template if is_source else self._templates.choose(template, tools)
-        text = chat_template.render(source, messages, tools=tools, **(self._special | variables))
+        if template is not None and "{" in template:
+            source = template
+        else:
+            source = self._templates.choose(template, tools)
+        variables = self._special | variables
+        text = chat_template.render(source, messages, tools=tools, **variables)
         return self.encode(text, special=False)
 
     def _whole(self, tokens: Sequence[int]) -> list[int]:

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 
 from fdk_jax.format.quantised_tensor import QuantisedTensor
+from fdk_jax.layers.linear import QuantisedLinear, QuantisedWeight
 from fdk_jax.models import decoding, platforms
 from fdk_jax.models.cache import KVCache, fill
 from fdk_jax.models.config import ModelConfig
@@ -33,12 +34,14 @@ class Transformer(nnx.Module):
         local = parallel.local(config) if parallel else config
         dtype, shape = jnp.dtype(config.dtype), (local.vocab_size, config.hidden_size)
         scale = jnp.asarray(config.hidden_size**-0.5, dtype)
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+        self.embedding: nnx.Param | QuantisedWeight = nnx.Param(
+            jax.random.normal(rngs.params(), shape, dtype) * scale
+        )
         self.layers = nnx.List(
             [Layer(local, config.layer(i), parallel, rngs) for i in range(config.num_layers)]
         )
         self.norm = RMSNorm(config.hidden_size, config)
-        self.lm_head = (
+        self.lm_head: Linear | QuantisedLinear | None = (
             None
             if config.tie_embeddings
             else make_linear(config.hidden_size, local.vocab_size, config, False, rngs)
@@ -109,7 +112,8 @@ class Transformer(nnx.Module):
 
     def resume(self, tokens: Array, starts: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """A later run, of tokens int [B, T] from slots `starts` int32 [B or 1] on; see `begin`."""
-        x, keys, values = self._run(tokens, cache.lengths, cache.ends, starts, cache)
+        ends = cache.lengths if cache.ends is None else cache.ends
+        x, keys, values = self._run(tokens, cache.lengths, ends, starts, cache)
         return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
 
     def logits(self, x: Array) -> Array:
@@ -143,22 +147,25 @@ class Transformer(nnx.Module):
         return x, keys, values
 
     def _embed(self, tokens: Array) -> Array:
-        table = self.embedding.get_value()
-        take = platforms.take_rows
-        if isinstance(table, QuantisedTensor):
-            take = functools.partial(take_quantised_rows, dtype=self.config.dtype)
         if self.parallel is None:
-            rows = take(table, tokens)
+            rows = self._rows(tokens)
         else:
             # Each device holds a run of the vocabulary and adds zeros for the other tokens.
-            local = tokens - jax.lax.axis_index(self.parallel.axis) * table.shape[0]
-            owned = (local >= 0) & (local < table.shape[0])
-            rows = take(table, jnp.where(owned, local, 0))
+            size = self.embedding.get_value().shape[0]
+            local = tokens - jax.lax.axis_index(self.parallel.axis) * size
+            owned = (local >= 0) & (local < size)
+            rows = self._rows(jnp.where(owned, local, 0))
             rows = jnp.where(owned[..., None], rows, jnp.zeros((), rows.dtype))
             rows = jax.lax.psum(rows, self.parallel.axis)
         if self.config.embedding_scale == 1:
             return rows
         return rows * jnp.asarray(self.config.embedding_scale, rows.dtype)
+
+    def _rows(self, tokens: Array) -> Array:
+        table = self.embedding.get_value()
+        if isinstance(table, QuantisedTensor):
+            return take_quantised_rows(table, tokens, dtype=self.config.dtype)
+        return platforms.take_rows(table, tokens)
 
     def _head(self, x: Array) -> Array:
         head, cap = self.lm_head, self.config.logit_soft_cap

@@ -23,7 +23,7 @@ from fdk_jax.format import packing
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.models.parallel import Parallel
-from fdk_jax.product.dispatch import ARITHMETIC, LAYOUT_OF
+from fdk_jax.product.choice import ARITHMETIC, LAYOUT_OF
 
 HostArray = np.ndarray | Array
 
@@ -150,9 +150,10 @@ class Placer:
         self, parts: Sequence[QuantisedTensor], spec: P, facts: dict
     ) -> tuple[Array, Array]:
         """Joined codes and scales on the device in the kernels' layout, each device's slice by itself."""
-        convert = functools.partial(
-            packing.convert, source="interchange", target=self.layout, **facts
-        )
+
+        def convert(packed: Any, scales: Any) -> tuple[Array, Array]:
+            return packing.convert(packed, scales, "interchange", self.layout, **facts)
+
         arrays = [part.packed for part in parts], [part.scales for part in parts]
         if self.parallel is None and self.layout not in packing.NATIVE:
             return _converted(*jax.tree.map(jnp.asarray, arrays), target=self.layout, **facts)
@@ -164,7 +165,7 @@ class Placer:
             return packed, scales
         # Slices are laid end to end along the first axis, whatever the layout makes of it.
         local = jax.shard_map(
-            lambda p, s: convert(p, s),
+            convert,
             mesh=self.parallel.mesh,
             in_specs=(spec, spec),
             out_specs=P(self._axis),
@@ -225,6 +226,11 @@ def check_arithmetic(arithmetic: str, backend: str) -> None:
         raise ValueError(f"{arithmetic=} is not one of {ARITHMETIC}")
     if arithmetic != "exact" and backend != "cpu":
         raise ValueError(f'{arithmetic=} needs backend="cpu", not {backend!r}')
+
+
+def share_table(model: Any) -> None:
+    """Makes the embedding of a model the array of its quantised head."""
+    model.embedding = model.lm_head.weight
 
 
 def set_vector(module: nnx.Module, path: Sequence[str], value: Array) -> None:

@@ -13,7 +13,6 @@ A call goes through these layers, outermost first:
 
 import contextlib
 import contextvars
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -25,38 +24,20 @@ from jax.core import Tracer
 
 import pallas_kernels
 from fdk_jax.format import packing
-from fdk_jax.format.quantised_tensor import FACTS, FLOAT_DTYPES, QuantisedTensor
+from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
 from fdk_jax.product import cpu_backend, partitioning, reference
+from fdk_jax.product.choice import (
+    ARITHMETIC,
+    LAYOUT_OF,
+    PLATFORM_OF,
+    Product,
+    check_backend,
+    choose,
+)
 from fdk_jax.product.reverse_mode import reverse_only
 from pallas_kernels.case import Arrays
 
-BACKENDS = ("pallas", "cpu", "xla")
-ARITHMETIC = ("exact", "int16", "int8")
-LAYOUT_OF = {"pallas": "planar", "cpu": "tiled", "xla": "interchange"}
-_PLATFORM_OF = {"pallas": "cuda", "cpu": "cpu"}
-
 _interpret = contextvars.ContextVar("interpret", default=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """What is static about one product; hashable."""
-
-    bits: int
-    group_size: int
-    out_features: int
-    in_features: int
-    layout: str
-    uniform: bool
-    backend: str | None
-    arithmetic: str
-    out_dtype: Any
-    interpret: bool
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The arguments of `packing.convert`."""
-        return {name: getattr(self, name) for name in FACTS}
 
 
 @contextlib.contextmanager
@@ -77,13 +58,6 @@ def interpreted() -> bool:
 def prepare_tensor(w: QuantisedTensor, backend: str) -> QuantisedTensor:
     """A tensor in the layout that a backend's kernels read."""
     return w.to_layout(LAYOUT_OF[check_backend(backend)])
-
-
-def check_backend(backend: str) -> str:
-    """Returns `backend` if there is one of that name."""
-    if backend not in BACKENDS:
-        raise ValueError(f"{backend=} is not one of {BACKENDS}")
-    return backend
 
 
 def matmul(
@@ -127,13 +101,12 @@ def matmul(
     _check_call(x, w, backend, bias, out_dtype, arithmetic)
     if backend is not None and w.layout != LAYOUT_OF[backend]:
         w = prepare_tensor(w, backend)
-    product = Product(
-        **w.facts,
-        layout=w.layout,
-        uniform=w.uniform,
+    product = Product.of(
+        x,
+        w,
         backend=backend,
+        out_dtype=out_dtype,
         arithmetic=arithmetic,
-        out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype),
         interpret=_interpret.get(),
     )
     lead = x.shape[:-1]
@@ -256,26 +229,14 @@ def _loop(call, batched: Arrays, operands: Arrays) -> Array:
 
 def _on_platform(product: Product, operands: Arrays) -> Array:
     """One product by the chosen backend, or by the platform that the program is lowered for."""
-    if product.backend is not None:
-        return _run(product.backend, product, operands)
-    kernel = _kernel_of(product, operands)
-    if kernel is None:
-        return _run("xla", product, operands)
-    branches = {_PLATFORM_OF[kernel]: functools.partial(_run, kernel, product)}
+    platform = PLATFORM_OF.get(product.layout, "")
+    backend = choose(product, operands, platform).backend
+    if backend == product.backend or backend == "xla":
+        return _run(backend, product, operands)
+    branches = {platform: functools.partial(_run, backend, product)}
     return jax.lax.platform_dependent(
         operands, **branches, default=functools.partial(_run, "xla", product)
     )
-
-
-def _kernel_of(product: Product, operands: Arrays) -> str | None:
-    """The kernel whose layout the weight has, if it exists here."""
-    if product.layout == "planar":
-        names = ("bits", "group_size", "out_features", "uniform")
-        facts = {name: getattr(product, name) for name in names}
-        return "pallas" if pallas_kernels.has_kernel(operands, **facts) else None
-    if product.layout == "tiled" and cpu_backend.unsupported_reason(product.group_size) is None:
-        return "cpu"
-    return None
 
 
 def _run(backend: str, product: Product, operands: Arrays) -> Array:

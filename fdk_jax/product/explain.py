@@ -7,12 +7,17 @@ from typing import Any
 import jax
 from jax import Array
 
-import pallas_kernels
 from fdk_jax.format.quantised_tensor import QuantisedTensor
-from fdk_jax.layers.trees import default_backend
 from fdk_jax.product import cpu_backend
-from fdk_jax.product.dispatch import LAYOUT_OF, check_backend
-from pallas_kernels import target
+from fdk_jax.product.choice import (
+    LAYOUT_OF,
+    Product,
+    check_backend,
+    choose,
+    default_backend,
+    gpu_plan,
+)
+from pallas_kernels.case import Arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +43,20 @@ def explain(
     w: QuantisedTensor,
     *,
     backend: str | None = None,
+    bias: Array | jax.ShapeDtypeStruct | None = None,
+    out_dtype: Any = None,
+    arithmetic: str = "exact",
     platform: str | None = None,
 ) -> Explanation:
-    """Says which path `matmul(x, w, backend=backend)` takes, and why. Runs nothing.
+    """Says which path `matmul` with these arguments takes, and why. Runs nothing.
 
     Args:
         x: activations [..., K], or their shape and dtype.
         w: the weight.
         backend: as given to `matmul`.
+        bias: as given to `matmul`, or its shape and dtype.
+        out_dtype: as given to `matmul`.
+        arithmetic: as given to `matmul`.
         platform: "cpu", "cuda", ... that the program is lowered for; None for JAX's default.
 
     Raises:
@@ -55,39 +66,24 @@ def explain(
         raise ValueError(f"{x.shape=} must end in K={w.in_features} of {w}")
     if backend is not None:
         check_backend(backend)
-        reason = "asked for"
-        if w.layout != LAYOUT_OF[backend]:
-            reason += f"; reformats the {w.layout} weight at each call: fdk_jax.prepare it once"
-        return _path(backend, x, w, reason)
     platform = platform or jax.default_backend()
     platform = "cuda" if platform == "gpu" else platform
-    if w.layout == "interchange":
-        reason = "the weight is in the interchange layout"
-        if default_backend() != "xla":
-            reason += f'; fdk_jax.prepare makes it one for "{default_backend()}"'
-        return _path("xla", x, w, reason)
-    if w.layout == "planar" and platform == "cuda":
-        gpu = target.current()
-        path = _path("pallas", x, w, f"the weight is prepared for it, on {gpu}")
-        if path.kernel.startswith("xla"):
-            return _path("xla", x, w, path.kernel.partition(": ")[2])
-        return path
-    if w.layout == "tiled" and platform == "cpu":
-        missing = cpu_backend.unsupported_reason(w.group_size)
-        if missing is None:
-            return _path("cpu", x, w, "the weight is prepared for it, on a CPU")
-        return _path("xla", x, w, missing)
-    return _path("xla", x, w, f"a {w.layout} weight has no kernel on {platform}")
-
-
-def _path(backend: str, x: Any, w: QuantisedTensor, reason: str) -> Explanation:
-    m = math.prod(x.shape[:-1])
-    if backend == "pallas":
-        kernel = str(pallas_kernels.plan(m, uniform=w.uniform, dtype=x.dtype, **w.facts))
-    elif backend == "cpu":
+    product = Product.of(x, w, backend=backend, out_dtype=out_dtype, arithmetic=arithmetic)
+    row: Any = jax.ShapeDtypeStruct((max(1, math.prod(x.shape[:-1])), w.in_features), x.dtype)
+    shapes: Any = bias
+    operands = Arrays(row, w.packed, w.scales, w.codebook, shapes)
+    choice = choose(product, operands, platform)
+    reason = choice.reason
+    if backend is not None and w.layout != LAYOUT_OF[backend]:
+        reason += f"; reformats the {w.layout} weight at each call: fdk_jax.prepare it once"
+    if backend is None and w.layout == "interchange" and default_backend() != "xla":
+        reason += f'; fdk_jax.prepare makes it one for "{default_backend()}"'
+    if choice.backend == "pallas":
+        kernel = str(gpu_plan(product, operands))
+    elif choice.backend == "cpu":
         kernel = cpu_backend.describe()
-        if (name := cpu_backend.kernel_name(x, w)) is not None:
+        if (name := cpu_backend.kernel_name(x, w, arithmetic)) is not None:
             kernel += f", {name}"
     else:
         kernel = "dequantise, then dot"
-    return Explanation(backend, kernel, reason)
+    return Explanation(choice.backend, kernel, reason)

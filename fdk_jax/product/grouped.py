@@ -18,6 +18,7 @@ import pallas_kernels
 from fdk_jax.format import packing
 from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
 from fdk_jax.product import dispatch, reference
+from fdk_jax.product.choice import LAYOUT_OF
 from fdk_jax.product.reverse_mode import reverse_only
 from pallas_kernels.case import Arrays
 
@@ -60,7 +61,7 @@ def grouped_matmul(
         NotImplementedError: the backend cannot do this case.
     """
     out_dtype = _check(x, w, group_sizes, backend, bias, out_dtype)
-    if backend is not None and w.layout != dispatch.LAYOUT_OF[backend]:
+    if backend is not None and w.layout != LAYOUT_OF[backend]:
         w = dispatch.prepare_tensor(w, backend)
     y = jnp.zeros((x.shape[0], w.out_features), out_dtype)
     if y.size == 0 or w.batch_shape[0] == 0:

@@ -304,13 +304,14 @@ def _dot_general(eqn, inputs, options):
         options.report(lhs, "dot_general", "both operands are weights")
         lhs = lhs.unpack()
     first = isinstance(lhs, _VIEWS)
+    x: Any
     view, x = (lhs, rhs) if first else (rhs, lhs)
     contract, batch = ((rc, lc), (rb, lb)) if first else ((lc, rc), (lb, rb))
     out_dtype = eqn.params["preferred_element_type"]
     y = view.dot(
         x,
-        tuple(map(tuple, contract)),
-        tuple(map(tuple, batch)),
+        (tuple(contract[0]), tuple(contract[1])),
+        (tuple(batch[0]), tuple(batch[1])),
         weight_first=first,
         out_dtype=jnp.dtype(eqn.outvars[0].aval.dtype if out_dtype is None else out_dtype),
         backend=options.backend,

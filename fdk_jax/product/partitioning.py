@@ -28,7 +28,7 @@ def sharded(run: Callable[[Any, Any], Array], product: Any) -> Callable[[Any], A
 
     Args:
         run: computes one product on one device.
-        product: `fdk_jax.product.dispatch.Product` of the whole weight.
+        product: `fdk_jax.product.choice.Product` of the whole weight.
 
     Returns:
         A function of `pallas_kernels.case.Arrays`.
