@@ -7,7 +7,7 @@ BENCH_FLAGS ?=
 TEST_FLAGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: bench test test-long test-all architectures test-newest toolchains lint cpu clean fuzz matrix
+.PHONY: bench test test-long test-all architectures test-newest toolchains lint docs cpu clean fuzz matrix
 
 # Builds the C++ library and its Python module for the environment $(1).
 define build_cpu
@@ -59,7 +59,7 @@ fuzz: $(VENV)/.ready-dev
 	$(call build_cpu,$(VENV))
 	tests/fuzz.sh $(VENV)/bin/python $(FUZZ_SECONDS)
 
-# The suite in a clean state on every supported set of packages; see docs/trust.md.
+# The suite in a clean state on every supported set of packages; see docs/robustness.md.
 matrix:
 	tests/matrix.sh
 
@@ -67,6 +67,13 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'cpu/*.cpp' 'cpu/*.h')
+	PYTHON=$(CURDIR)/$(VENV)/bin/python $(VENV)/bin/ninja -C cpu warnings
+
+# The documents as a site, build/docs/index.html; a warning is an error.
+docs: $(VENV)/.ready-docs
+	$(VENV)/bin/sphinx-build -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 cpu: $(VENV)/.ready
 	$(call build_cpu,$(VENV))
@@ -79,6 +86,10 @@ cpu: $(VENV)/.ready
 
 %/.ready-dev: %/.ready
 	$*/bin/pip install --quiet --editable .[dev]
+	touch $@
+
+%/.ready-docs: %/.ready
+	$*/bin/pip install --quiet --editable .[docs]
 	touch $@
 
 clean:

@@ -40,8 +40,8 @@ def decode(codes: np.ndarray, codebook: np.ndarray, scales: np.ndarray, group: i
 
 def product(x: np.ndarray, w, bias: np.ndarray | None = None) -> np.ndarray:
     """float64 x @ w.T + bias."""
-    bias = 0 if bias is None else np.asarray(bias).astype(np.float64)
-    return np.asarray(x).astype(np.float64) @ weights(w).T + bias
+    added = 0.0 if bias is None else np.asarray(bias).astype(np.float64)
+    return np.asarray(x).astype(np.float64) @ weights(w).T + added
 
 
 def rounded(values: np.ndarray, dtype) -> np.ndarray:

@@ -38,7 +38,7 @@ class _Anything(metaclass=_Name):
 class _StandIn(types.ModuleType):
     """A module that has every name."""
 
-    __path__ = ()
+    __path__: Any = ()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

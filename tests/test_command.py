@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -178,7 +179,7 @@ def prompts(monkeypatch):
     """Every prompt that is read, as text; `prompts.answer` is said to each."""
 
     class Prompts(list):
-        answer = "fox"
+        answer: Any = "fox"
 
     seen, tokenizer = Prompts(), Tokenizer(CHATTY)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ KINDS = {
 
 def block(experts: Experts, rng) -> MixtureOfExperts:
     """With random parameters, biases too."""
-    module = make_feed_forward(CONFIG, LayerOptions(experts=experts), None, nnx.Rngs(0))
+    module: Any = make_feed_forward(CONFIG, LayerOptions(experts=experts), None, nnx.Rngs(0))
     graph, state = nnx.split(module)
     state = jax.tree.map(
         lambda a: (

@@ -247,7 +247,7 @@ def _converted(folder: Path) -> Any:
         )
     words = " and ".join(found)
     try:
-        import transformers
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise FileNotFoundError(
             f"{folder} has {words} but no tokenizer.json; make it with: pip install transformers"

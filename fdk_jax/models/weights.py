@@ -182,7 +182,7 @@ def _converted(
     packed: list[Array], scales: list[Array], target: str, **facts: int
 ) -> tuple[Array, Array]:
     """Joins and converts on the device; matrices of one shape share a compiled program."""
-    joined = join_rows(packed, 1), join_rows(scales, 1)
+    joined: Any = join_rows(packed, 1), join_rows(scales, 1)
     return packing.convert(*joined, "interchange", target, **facts)
 
 
