@@ -4,7 +4,6 @@ import collections
 import os
 import shutil
 import subprocess
-import time
 import zlib
 from pathlib import Path
 
@@ -12,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import fuzzing
 import jax
 import numpy as np
 import pytest
@@ -25,9 +25,8 @@ def _strict_jax():
 
 # Of a test with more cases than these, others are marked slow: `make test` runs it for this many.
 QUICK_CASES = 3
-# `make fuzz` sets both: seeds that differ from run to run, and when no more tests should start.
+# `make fuzz` sets it: seeds that differ from run to run.
 RANDOM_SEEDS = bool(os.environ.get("FDK_RANDOM_SEEDS"))
-DEADLINE = time.monotonic() + float(os.environ.get("FDK_FUZZ_SECONDS", "inf"))
 
 
 # Tests that take more seconds of the processor than this, by name: `make test` leaves them out.
@@ -61,7 +60,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 def pytest_runtest_setup() -> None:
     """Skips what would start after the time for random input is over."""
-    if time.monotonic() > DEADLINE:
+    if fuzzing.over():
         pytest.skip("FDK_FUZZ_SECONDS are over")
 
 

@@ -13,7 +13,12 @@ SAYS = {
     "load_and_chat": "tokens a second",
     "quantise_flax_model": "relative error",
     "bench_a_product": "xla-b4-m1-k256",
+    "train_at_two_bits": "quantisation-aware training: loss",
 }
+
+
+def test_there_is_an_example_of_each_kind():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(SAYS)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)

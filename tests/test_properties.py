@@ -5,10 +5,10 @@ Without it a test looks at a few, always the same.
 """
 
 import dataclasses
-import os
 import tempfile
 from pathlib import Path
 
+import fuzzing
 import hypothesis.extra.numpy as hnp
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ import fdk_jax
 from fdk_jax import checkpoint
 from fdk_jax.format import packing
 
-ROUNDS = os.environ.get("FDK_FUZZ_ROUNDS")
 DOCUMENTED = (TypeError, ValueError, NotImplementedError)
 # Few sizes, so that programs are compiled once: 0, 1, primes, whole tiles and their neighbours.
 SIZES = st.sampled_from([0, 1, 7, 16, 17, 64, 67, 129])
@@ -35,13 +34,14 @@ KEYS = st.text("abc._é/ ", min_size=1, max_size=4) | st.integers(-3, 3)
 
 
 def examples(count: int):
-    return settings(
-        max_examples=count * int(ROUNDS) if ROUNDS else max(4, count // 8),
+    chosen = settings(
+        max_examples=count * fuzzing.ROUNDS if fuzzing.RANDOM else max(4, count // 8),
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        derandomize=ROUNDS is None,
+        derandomize=not fuzzing.RANDOM,
         database=None,
     )
+    return lambda test: chosen(fuzzing.until_over(test))
 
 
 @st.composite

@@ -59,7 +59,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def driver(platform_name: str) -> str | None:
     """Version of the GPU's driver; None for other devices or when nothing tells."""
     if platform_name != "gpu":
@@ -98,7 +98,7 @@ def threads(device: jax.Device) -> int | None:
     return os.cpu_count()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def cache_bytes(device: jax.Device) -> int:
     """Size of the last-level cache; a generous guess where it cannot be read."""
     if device.platform != "cpu":
@@ -110,7 +110,7 @@ def cache_bytes(device: jax.Device) -> int:
     return max(sizes, default=32 << 20)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def memory_bytes(device: jax.Device) -> int | None:
     """Memory that programs may use, where the device or the system tells."""
     stats = device.memory_stats()

@@ -60,7 +60,7 @@ def quantised_weight(case: KernelCase, rng: np.random.Generator) -> QuantisedTen
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def _codebook(kind: str, bits: int) -> np.ndarray:
     if kind == "uniform":
         return codebooks.uniform(bits)

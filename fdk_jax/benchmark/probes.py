@@ -43,7 +43,7 @@ def bound(
     }
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def copy_gb_s(device: jax.Device) -> float:
     """Bytes read plus bytes written a nanosecond by an elementwise pass over a large array."""
     size, passes = environment.probe_bytes(device), _passes(device)
@@ -55,7 +55,7 @@ def copy_gb_s(device: jax.Device) -> float:
     return 2 * size * passes / _best_seconds(program, _words(size, device), donate=True) / 1e9
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def read_gb_s(device: jax.Device) -> float:
     """Bytes read a nanosecond by a sum over a large array.
 
@@ -79,7 +79,7 @@ def read_gb_s(device: jax.Device) -> float:
     return max(rate, size / seconds / 1e9)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def matmul_gflop_s(device: jax.Device, dtype: str, arithmetic: str = "exact") -> float:
     """Operations a nanosecond of the fastest large product at hand for activations of `dtype`.
 
@@ -107,7 +107,7 @@ def _library_rate(dtype: str, arithmetic: str) -> float:
     return 2 * case.m * case.k * case.n / _best_seconds(program, x) / 1e9
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def _xla_rate(device: jax.Device, dtype: str) -> float:
     size, passes = 1536 if device.platform == "cpu" else 8192, _passes(device)
     with jax.default_device(device):

@@ -13,8 +13,6 @@ from fdk_jax.layers.linear import QuantisedLinear, QuantisedWeight
 from fdk_jax.product.choice import ARITHMETIC, check_backend
 from fdk_jax.product.interpretation import UNFUSED, Options, axes_in, interpreted
 
-_classes: dict[type, type] = {}
-
 
 def quantised_apply(
     apply: Callable,
@@ -194,17 +192,18 @@ def interpreted_class(cls: type) -> type:
 
     Inside a traced call the weights are arrays, and the methods are those of `cls`.
     """
-    if cls in _classes or getattr(cls, "quantised_class", None) is not None:
-        return _classes.get(cls, cls)
+    if getattr(cls, "quantised_class", None) is not None:
+        return cls
+    for known in cls.__subclasses__():
+        if vars(known).get("quantised_class") is cls:
+            return known
     methods = {}
     for base in reversed(cls.__mro__[: cls.__mro__.index(nnx.Module)]):
         for name, value in vars(base).items():
             if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_")):
                 methods[name] = _method(value)
     doc = {"__doc__": cls.__doc__, "__module__": cls.__module__, "quantised_class": cls}
-    made = type(cls)(f"Packed{cls.__name__}", (cls,), {**methods, **doc, "__reduce__": _reduce})
-    _classes[cls] = made
-    return made
+    return type(cls)(f"Packed{cls.__name__}", (cls,), {**methods, **doc, "__reduce__": _reduce})
 
 
 def _method(function: Callable) -> Callable:

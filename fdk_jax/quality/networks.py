@@ -167,7 +167,7 @@ def _embed(model: nnx.Module, tokens: Array) -> Array:
 NETWORKS = {"smollm2": LanguageModel, "minilm": SentenceEncoder}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def _package(name: str) -> Path:
     """The folder of an installed package.
 
