@@ -144,6 +144,29 @@ def test_explain_names_the_architecture(rng):
     assert "sm_89" in told.reason
 
 
+def test_explain_and_matmul_ask_for_the_kernel_of_one_case(rng, monkeypatch):
+    """Both follow `choice.choose`: with a bias, codebooks of their own, another dtype of the result."""
+    asked = []
+    choose = choice.choose
+    monkeypatch.setattr(
+        choice, "choose", lambda case, gpu: (asked.append(case), choose(case, gpu))[1]
+    )
+    matrix = jnp.asarray(rng.normal(size=(64, 512)), HALF)
+    w = fdk_jax.quantise(matrix, codebook="kmeans")
+    joined = dataclasses.replace(w, codebook=jnp.stack([w.codebook, w.codebook * 2]))
+    w = fdk_jax.prepare(joined, "pallas")
+    x, bias = jnp.ones((2, 5, 512), HALF), jnp.ones(64, jnp.float32)
+    options = dict(bias=bias, out_dtype=jnp.float32)
+    with using(SM89):
+        fdk_jax.explain(x, w, platform="cuda", **options)
+        told = set(asked)
+        asked.clear()
+        program = jax.jit(lambda x: fdk_jax.matmul(x, w, **options)).trace(x)
+        program.lower(lowering_platforms=("cuda",))
+    assert told == set(asked) and len(told) == 1
+    assert next(iter(told)).books == 2 and next(iter(told)).out_dtype == jnp.float32
+
+
 def test_several_gpus_share_what_all_have():
     hopper, ada, blackwell = (Target.parse(name) for name in ("sm_90", "sm_89", "sm_100"))
     both = target.common([hopper, ada])
