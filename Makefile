@@ -30,8 +30,8 @@ test: $(VENV)/.ready-dev
 test-long: test toolchains
 	$(VENV)/bin/python -m pytest -n 2 -m "long and not slow" $(TEST_FLAGS)
 
-# All cases of every test.
-test-all: test-long
+# All cases of every test, the types and the site.
+test-all: lint docs test-long
 	$(VENV)/bin/python -m pytest -n 2 -m slow $(TEST_FLAGS)
 
 # Every GPU kernel for every architecture, by the assemblers of CUDA 12 and 13; then products through XLA for GPUs
@@ -63,12 +63,12 @@ fuzz: $(VENV)/.ready-dev
 matrix:
 	tests/matrix.sh
 
+# Every build of the C++ library has -Wall -Wextra -Wconversion -Werror.
 lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'cpu/*.cpp' 'cpu/*.h')
-	PYTHON=$(CURDIR)/$(VENV)/bin/python $(VENV)/bin/ninja -C cpu warnings
+	$(call build_cpu,$(VENV))
 
 # The documents as a site, build/docs/index.html; a warning is an error.
 docs: $(VENV)/.ready-docs
