@@ -215,7 +215,7 @@ class _Writer(SumsWriter):
         sums = [[ptx.registers("f32", 4) for _ in self.x] for _ in self.packed]
         per_run = 1 if self.plan.diagonal else max(1, case.planes // self.plan.scale_runs)
         for plane in range(case.planes):
-            ptx.comment(f"multiply: plane {plane} of a block, the {stage + 1}. of the round")
+            ptx.comment(f"multiply: block {stage} of those in flight, plane {plane}")
             flat = stage * case.planes + plane
             current = flat // self.plan.x_planes % 2
             if flat % self.plan.x_planes == 0:

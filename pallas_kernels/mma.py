@@ -221,7 +221,7 @@ class _Writer(SumsWriter):
         """Multiplies a block of each of the warp's tiles with its part of x."""
         case, ptx, plan = self.case, self.ptx, self.plan
         for plane in range(case.planes):
-            ptx.comment(f"multiply: plane {plane} of a block, the {stage + 1}. of the round")
+            ptx.comment(f"multiply: block {stage} of those in flight, plane {plane}")
             flat = stage * case.planes + plane
             # The plane is there when each thread's copies are, and nobody still reads the one before it.
             ptx.do("cp.async.wait_group", plan.x_stages - 2)

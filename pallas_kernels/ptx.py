@@ -10,6 +10,7 @@ An operator writes its instruction when it is evaluated, so that the text has th
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -312,7 +313,14 @@ class Ptx:
 
 
 class Writer:
-    """What writers of kernels share: registers for who this lane is, among those of `mma.sync`."""
+    """What writers of kernels share: registers for who this thread is.
+
+    Attributes:
+        shared: the address of the program's shared memory.
+        thread, warp, lane: its number in the program, its warp's, and its own in that.
+        row, quad: lane / 4 and lane % 4: `groupID` and `threadID_in_group`, by which the PTX ISA describes the
+            fragments of the tensor cores.
+    """
 
     ptx: Ptx
 
@@ -365,6 +373,7 @@ def at(address: Register, offset: int = 0) -> Memory:
     return Memory(address, offset)
 
 
+@functools.cache
 def _result_kind(opcode: str) -> str:
     """The kind of register that an instruction fills: by its type, of a conversion the first of two."""
     name, *modifiers = opcode.split(".")
@@ -375,19 +384,24 @@ def _result_kind(opcode: str) -> str:
     return _KINDS.get(modifiers[-2 if name == "cvt" else -1], "b32")
 
 
+@functools.cache
+def _operand_types(opcode: str) -> tuple[int | None, str | None]:
+    """Bits of all of an instruction's registers, and the kind of its addresses; None where they differ."""
+    name, *modifiers = opcode.split(".")
+    if name in ("ld", "st"):
+        return None, "b64" if "global" in modifiers else "b32"
+    alike = name in _ALIKE and "wide" not in modifiers
+    return _WIDTHS[_KINDS.get(modifiers[-1], "b32")] if alike else None, None
+
+
 def _check(opcode: str, operands: Sequence[object]) -> None:
     """Raises TypeError for operands that an instruction does not take: of another width, of another memory."""
-    name, *modifiers = opcode.split(".")
-    if name in _ALIKE and "wide" not in modifiers:
-        width = _WIDTHS[_KINDS.get(modifiers[-1], "b32")]
-        for operand in operands:
-            if isinstance(operand, Register) and _WIDTHS[operand.kind] != width:
-                raise TypeError(f"{opcode} takes {width} bits, {operand} is {operand.kind}")
-    if name in ("ld", "st"):
-        kind = "b64" if "global" in modifiers else "b32"
-        for operand in operands:
-            if isinstance(operand, Memory) and operand.address.kind != kind:
-                raise TypeError(f"{opcode} takes an address of {kind}, {operand} is none")
+    width, address = _operand_types(opcode)
+    for operand in operands:
+        if isinstance(operand, Register) and width not in (None, _WIDTHS[operand.kind]):
+            raise TypeError(f"{opcode} takes {width} bits, {operand} is {operand.kind}")
+        if isinstance(operand, Memory) and address not in (None, operand.address.kind):
+            raise TypeError(f"{opcode} takes an address of {address}, {operand} is none")
 
 
 def float_constant(value: float) -> str:

@@ -239,7 +239,7 @@ class _Writer(SumsWriter):
         case, ptx, plan = self.case, self.ptx, self.plan
         [words], [scales] = block.words, block.scales
         for plane in range(case.planes):
-            ptx.comment(f"multiply: plane {plane} of a block, the {stage + 1}. of the round")
+            ptx.comment(f"multiply: block {stage} of those in flight, plane {plane}")
             flat = stage * case.planes + plane
             factors = self.plane_scales(scales, plane)
             operands = list(self.decode_scaled(words, factors, plane))

@@ -2,6 +2,7 @@
 
     python tests/assemble.py                            all architectures, by every ptxas that there is
     python tests/assemble.py --architectures sm_80,sm_120 --quick
+    python tests/assemble.py --candidates 48            what the search tries for 48 tokens, tuned or not
 
 prints for each family of kernels and architecture how many there are, their registers, their spilled bytes and
 their shared memory, and fails if one does not assemble, spills, or has more shared memory than the architecture
@@ -33,6 +34,7 @@ from pallas_kernels import (
     short_attention,
     split_attention,
     stream,
+    tuning,
     xla_call,
 )
 from pallas_kernels.ptx import shared_bytes
@@ -96,15 +98,19 @@ def target_of(architecture: str) -> Target:
     return H200 if architecture.startswith("sm_90") else Target.parse(architecture)
 
 
-def kernels(architecture: str, quick: bool = False) -> Iterator[Kernel]:
+def kernels(
+    architecture: str, quick: bool = False, candidates: int | None = None
+) -> Iterator[Kernel]:
     """The different kernels that products and models take on an architecture.
 
     Args:
         architecture: one of `ARCHITECTURES`.
         quick: only one kernel of each family, decoder and number of tokens.
+        candidates: instead, all that the search tries for so many tokens.
     """
     target, seen = target_of(architecture), set()
-    for family, name, source, warps in _sources(target, quick):
+    sources = _sources(target, quick) if candidates is None else _candidates(target, candidates)
+    for family, name, source, warps in sources:
         if source in seen or ("wgmma." in source and architecture == "sm_90"):
             continue
         seen.add(source)
@@ -167,6 +173,17 @@ def _products(case, target, quick) -> Iterator[tuple[str, str, str, int]]:
         fits = case.m == 1 and config.cluster == 1 and case.x_dtype == jnp.bfloat16
         if fits and choice.unsupported_reason(around, config, target) is None:
             yield f"{kernel}+sum", name, module.source(around, config, target), config.warps
+
+
+def _candidates(target: Target, m: int) -> Iterator[tuple[str, str, str, int]]:
+    """What the search tries for so many tokens, whether it is in the table or not."""
+    for bits, uniform in golden.DECODERS:
+        case = golden.case(m, 4096, 4096, bits, uniform)
+        for kernel, config in tuning.candidates(case, target):
+            if config is None or choice.unsupported_reason(case, config, target) is not None:
+                continue
+            source = choice.KERNELS[kernel].source(case, config, target)
+            yield kernel, f"{bits} {uniform=} {config}", source, config.warps
 
 
 def _chains(bits, uniform, target, quick) -> Iterator[tuple[str, str, str, int]]:
@@ -236,9 +253,12 @@ def faults(report: Report, limit: int) -> list[str]:
     return [f"{kernel.family} {kernel.name}: {fault}" for fault in found]
 
 
-def check(ptxas: Path, architecture: str, quick: bool) -> tuple[list[str], list[str]]:
-    """Lines of the table of an architecture, and what is wrong."""
-    found, limit = list(kernels(architecture, quick)), target_of(architecture).shared_bytes
+def check(
+    ptxas: Path, architecture: str, quick: bool, candidates: int | None = None
+) -> tuple[list[str], list[str]]:
+    """Lines of the table of an architecture, and what is wrong; see `kernels`."""
+    found = list(kernels(architecture, quick, candidates))
+    limit = target_of(architecture).shared_bytes
     families, wrong = collections.defaultdict(list), []
     for report in assemble(ptxas, architecture, found):
         families[report.kernel.family].append(report)
@@ -260,6 +280,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--architectures", default=",".join(ARCHITECTURES))
     parser.add_argument("--quick", action="store_true", help="one kernel of each kind")
+    parser.add_argument(
+        "--candidates", type=int, metavar="M", help="what the search tries for M tokens"
+    )
     flags, failed = parser.parse_args(), []
     found = assemblers()
     if not found:
@@ -271,7 +294,7 @@ def main() -> int:
             if not knows(ptxas, architecture):
                 print(f"{architecture:8} is not known to it")
                 continue
-            lines, wrong = check(ptxas, architecture, flags.quick)
+            lines, wrong = check(ptxas, architecture, flags.quick, flags.candidates)
             print(*lines, *wrong, sep="\n", flush=True)
             failed += wrong
     print(f"{len(failed)} faults" if failed else "everything assembles")

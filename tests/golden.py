@@ -134,31 +134,38 @@ def _chains() -> Iterator[tuple[str, str]]:
 
 
 def canonical(source: str) -> str:
-    """A block of PTX without what means nothing: comments, blank lines, names of registers and labels."""
+    """A block of PTX without what means nothing: comments, blank lines, names of labels and named registers.
+
+    A register that is declared with others (`.reg .b32 b32_<9>`) keeps its number from its second use on: so
+    the hashes that are recorded know the order in which registers are made, too.
+    """
     lines = [re.sub(r"\s*//.*", "", line).strip() for line in source.splitlines()]
     lines = [line for line in lines if line]
     kinds: dict[str, str] = {}
-    names: dict[str, str] = {}
+    names: set[str] = set()
     for line in lines:
         if found := re.fullmatch(r"\.reg (\S+) (\w+)<\d+>;", line):
             kinds[found[2]] = found[1]
         elif found := re.fullmatch(r"\.reg (\S+) ([\w, ]+);", line):
-            names |= {name: "" for name in found[2].split(", ")}
+            names |= set(found[2].split(", "))
             kinds |= {name: found[1] for name in found[2].split(", ")}
         elif found := re.fullmatch(r"(\w+):", line):
-            names[found[1]] = ""
+            names.add(found[1])
             kinds[found[1]] = "label"
     counts: dict[str, int] = {}
+    known: dict[str, str] = {}  # what words are from their second use on
 
     def rename(found: re.Match) -> str:
         word = found[0]
-        kind = kinds.get(word) if word in names else kinds.get(re.sub(r"\d+$", "", word))
+        if word in known:
+            return known[word]
+        kind = kinds.get(word) or kinds.get(re.sub(r"\d+$", "", word))
         if kind is None:
+            known[word] = word
             return word
-        if not names.get(word):
-            counts[kind] = counts.get(kind, 0) + 1
-            names[word] = f"{kind}{counts[kind]}"
-        return names[word]
+        counts[kind] = counts.get(kind, 0) + 1
+        known[word] = f"{kind}{counts[kind]}" if word in names else word
+        return f"{kind}{counts[kind]}"
 
     body = [line for line in lines if not line.startswith(".reg")]
     return "\n".join(re.sub(r"\b[a-zA-Z_]\w*\b", rename, line) for line in body)
