@@ -160,6 +160,16 @@ def test_nnx_models_with_tuples_ties_and_parameters_of_their_own():
         fdk_jax.quantise(_Own())
 
 
+def test_weights_in_containers_are_named():
+    model = _Own()
+    model.own = nnx.data({"a": nnx.Param(jnp.asarray(W))})
+    with pytest.raises(TypeError, match=r"own\.a \(in a container"):
+        fdk_jax.quantise(model)
+    model.own = nnx.Dict(a=nnx.Param(jnp.asarray(W)))
+    with pytest.raises(TypeError, match=r"own\.a \(Dict is no layer whose computation is known"):
+        fdk_jax.quantise(model)
+
+
 class _Own(nnx.Module):
     def __init__(self):
         self.own = nnx.Param(jnp.asarray(W))

@@ -185,22 +185,32 @@ def check_nnx(layer, args, what):
     return small
 
 
-@pytest.mark.filterwarnings("ignore::fdk_jax.UnfusedWarning")
-@pytest.mark.parametrize("name", list(nnx_classes()))
-def test_every_nnx_class(name):
-    cls = getattr(nnx, name)
-    if name not in NNX:
-        assert name in NO_MATRIX, f"flax.nnx has a new class {name}: is it a layer with a matrix?"
-        return
-    make, args = NNX[name]
-    for kwargs in nnx_variants(cls):
-        check_nnx(make(cls, **kwargs), args, (name, kwargs))
+def nnx_subclass(cls):
+    """A subclass with a computation of its own."""
 
     def call(self, *args, **kwargs):
         return jax.tree.map(lambda a: 3 * a, cls.__call__(self, *args, **kwargs))
 
-    mine = type("Mine", (cls,), {"__call__": call})
-    check_nnx(make(mine), args, (name, "subclass"))
+    return type("Mine", (cls,), {"__call__": call})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::fdk_jax.UnfusedWarning")
+@pytest.mark.parametrize("name", NNX)
+def test_every_nnx_class(name):
+    cls, (make, args) = getattr(nnx, name), NNX[name]
+    for kwargs in nnx_variants(cls):
+        check_nnx(make(cls, **kwargs), args, (name, kwargs))
+    check_nnx(make(nnx_subclass(cls)), args, (name, "subclass"))
+
+
+def test_arguments_and_subclasses_of_linear():
+    """The quick part of the walk."""
+    make, args = NNX["Linear"]
+    own = dict(dot_general=ARGUMENTS["dot_general"], promote_dtype=promote_nnx)
+    for name, value in own.items():
+        assert check_nnx(make(nnx.Linear, **{name: value}), args, name) is not None
+    assert check_nnx(make(nnx_subclass(nnx.Linear)), args, "subclass") is not None
 
 
 @pytest.mark.parametrize(
@@ -292,22 +302,42 @@ def check_linen(model, args, what):
         )
 
 
-@pytest.mark.filterwarnings("ignore::fdk_jax.UnfusedWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", list(linen_classes()))
-def test_every_linen_class(name):
-    cls = getattr(nn, name)
-    if name not in LINEN:
-        assert name in LINEN_NO_MATRIX, f"flax.linen has a new class {name}: has it a matrix?"
-        return
-    make, args = LINEN[name]
-    for kwargs in linen_variants(cls):
-        check_linen(make(cls, **kwargs), args, (name, kwargs))
+def linen_subclass(cls):
+    """A subclass with a computation of its own."""
 
     class Mine(cls):
         @nn.compact
         def __call__(self, *args, **kwargs):
             return jax.tree.map(lambda a: 3 * a, super().__call__(*args, **kwargs))
 
+    return Mine
+
+
+def test_no_class_of_flax_is_forgotten():
+    for found, known in (
+        (nnx_classes(), {*NNX} | NO_MATRIX),
+        (linen_classes(), {*LINEN} | LINEN_NO_MATRIX),
+    ):
+        new = set(found) - known
+        assert not new, f"Flax has new classes {new}: are they layers with a matrix?"
+
+
+def test_arguments_and_subclasses_of_dense():
+    """The quick part of the walk."""
+    make, args = LINEN["Dense"]
+    own = dict(dot_general=ARGUMENTS["dot_general"], promote_dtype=promote_linen)
+    for name, value in own.items():
+        check_linen(make(nn.Dense, **{name: value}), args, name)
+    check_linen(make(linen_subclass(nn.Dense)), args, "subclass")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::fdk_jax.UnfusedWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", LINEN)
+def test_every_linen_class(name):
+    cls, (make, args) = getattr(nn, name), LINEN[name]
+    for kwargs in linen_variants(cls):
+        check_linen(make(cls, **kwargs), args, (name, kwargs))
     if name not in ("RNN", "Bidirectional", "Sequential", "SelfAttention", "MultiHeadAttention"):
-        check_linen(make(Mine), args, (name, "subclass"))
+        check_linen(make(linen_subclass(cls)), args, (name, "subclass"))

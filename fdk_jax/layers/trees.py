@@ -104,6 +104,9 @@ def quantise(
     decisions: dict[str, str | None] = {}
     if isinstance(source, nnx.Module):
         result = _quantise_module(source, chosen, one, decisions)
+        for name, leaf in named_leaves(nnx.state(source)).items():
+            why = rules.unfit(leaf) or "in a container: which computation reads it is not known"
+            decisions.setdefault(name, why)
     else:
         result = _quantise_tree(source, chosen, one, decisions)
     _check_something(source, decisions)
