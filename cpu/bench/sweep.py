@@ -1,7 +1,7 @@
 """Times the library beside other CPU kernels from one token to many, and draws the figure.
 
 usage: sweep.py [--m 1,2,...] [--k 4096] [--threads 2] [--rounds 10] [--rotate_mib MIB]
-                [--output FILE.jsonl] [--figure FILE.svg]
+                [--processor_time] [--output FILE.jsonl] [--figure FILE.svg]
        sweep.py --from FILE.jsonl --figure FILE.svg    draws rows that are there
 
 For each number of tokens the cases take turns as in peers.py: this library at 4 bits (`exact`, `int8`),
@@ -13,12 +13,13 @@ matplotlib.
 import argparse
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from ggml_case import ggml_case
 from peer_cases import fdk_case, onnxruntime_case, torch_case
-from peers import copies, facts, measure, show, use_small_pages
+from peers import PROCESSOR_TIME, copies, facts, measure, show, use_small_pages
 
 TOKENS = (*range(1, 41), 64, 128, 256, 512)
 
@@ -86,6 +87,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--rotate_mib", type=int, help="three times the last-level cache")
+    parser.add_argument(
+        "--processor_time",
+        action="store_true",
+        help="of one thread, on a machine that others use too",
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--figure", type=Path)
     parser.add_argument(
@@ -99,6 +105,13 @@ def main() -> None:
         use_small_pages()
         rotated = copies if args.rotate_mib is None else functools.partial(rotate, args.rotate_mib)
         shared, chosen, rows = facts() | {"suite": "sweep"}, cases(rotated), []
+        shared["clock"] = "processor" if args.processor_time else "wall"
+        if args.processor_time:
+            if args.threads != 1:
+                parser.error(
+                    "--processor_time is for one thread: others wait on a processor's time"
+                )
+            os.environ[PROCESSOR_TIME] = "1"
         for m in args.m:
             found = measure(chosen, m, args.k, args.threads, args.rounds, shared)
             show(found)

@@ -105,7 +105,8 @@ def sweep(found: Iterable[Row]) -> str:
             lines.append(cells)
         head = ["tokens", *(f"{b} {n}, {bits} bits" for b, n, bits in kinds)]
         plural = "s" * (threads > 1)
-        title = f"{device}, k = n = {k}, {threads} thread{plural}, {_commits(here)}"
+        clock = ", processor time" * any(r.get("clock") == "processor" for r in here)
+        title = f"{device}, k = n = {k}, {threads} thread{plural}{clock}, {_commits(here)}"
         texts.append(f"{title}:\n\n{_table(head, lines)}")
     return "\n\n".join(texts) or "(No rows yet.)"
 
