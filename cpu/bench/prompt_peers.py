@@ -1,17 +1,19 @@
 """Times reading a prompt and decoding after it, beside llama.cpp, by the same weights from one GGUF file.
 
 usage: prompt_peers.py [--shape 1B] [--type Q4_0|Q1_0] [--prompts 512,2048] [--steps 16] [--rounds 10]
-                       [--site FOLDER] [--output FILE.jsonl]
+                       [--processor_time] [--site FOLDER] [--output FILE.jsonl]
 
 The file has the shape of Llama 3.2 1B or of Bonsai 1.7B and random codes. Each case is a process of its own
 with all processors, and they take turns. A row is a case and a prompt: its samples are the time to the first
 token, `decode_us` the time of a later one, `peak_bytes` the most memory that the process held. --site: the
-packages of the environment that llama-cpp-python was built in, if that is another one.
+packages of the environment that llama-cpp-python was built in, if that is another one. --processor_time: what
+the processes computed, for a machine that others use too; on one processor (`taskset -c 0`) nobody spins.
 """
 
 import argparse
 import dataclasses
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -31,6 +33,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 TYPES = {"Q4_0": (2, 32, 18), "Q1_0": (41, 128, 18)}  # number, weights and bytes of a block
+PROCESSOR_TIME = "FDK_BENCH_PROCESSOR_TIME"  # in the environment, which the processes inherit
 CASES = (("cpu", "exact"), ("cpu", "int8"), ("llama.cpp", "llama.cpp"))
 
 
@@ -91,6 +94,13 @@ def ours(path: Path, arithmetic: str) -> Run:
     generator = models.Generator(model, backend="cpu")
 
     def run(tokens: int, steps: int) -> tuple[float, float]:
+        if PROCESSOR_TIME in os.environ:
+            prompt, times = [list(range(1, tokens + 1))], [time.process_time()]
+            for new in (1, steps + 1):
+                generator.generate(prompt, max_tokens=new)
+                times.append(time.process_time())
+            first = times[1] - times[0]
+            return first, (times[2] - times[1] - first) / steps
         found = generator.generate([list(range(1, tokens + 1))], max_tokens=steps + 1)
         return found.prefill_seconds, found.decode_seconds / found.decode_steps
 
@@ -101,19 +111,20 @@ def llama_cpp(path: Path, context: int) -> Run:
     """llama.cpp as llama-cpp-python has it."""
     import llama_cpp
 
-    threads = multiprocessing.cpu_count()
+    threads = len(os.sched_getaffinity(0))
+    clock = time.process_time if PROCESSOR_TIME in os.environ else time.perf_counter
     model = llama_cpp.Llama(
         str(path), n_ctx=context, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
     )  # fmt: skip
 
     def run(tokens: int, steps: int) -> tuple[float, float]:
         model.reset()
-        begin = time.perf_counter()
+        begin = clock()
         model.eval(range(1, tokens + 1))
-        first = time.perf_counter()
+        first = clock()
         for i in range(steps):
             model.eval([i + 1])
-        return first - begin, (time.perf_counter() - first) / steps
+        return first - begin, (clock() - first) / steps
 
     return run
 
@@ -152,7 +163,8 @@ def measure(args: argparse.Namespace, path: Path) -> list[dict]:
                 "suite": "prompts", "name": f"{name}-{args.type}", "backend": backend, "m": prompt,
                 "bits": 4 if args.type == "Q4_0" else 1, "model": args.shape, "batch": 1,
                 "prompt": prompt, "steps": args.steps, "bytes_rw": size, "arithmetic": name,
-                "threads": multiprocessing.cpu_count(),
+                "threads": len(os.sched_getaffinity(0)),
+                "clock": "processor" if PROCESSOR_TIME in os.environ else "wall",
             }  # fmt: skip
             rows.append(row)
             if reason is not None:
@@ -190,9 +202,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=numbers, default=[512, 2048])
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--processor_time", action="store_true")
     parser.add_argument("--site", help="a folder of packages")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.processor_time:
+        os.environ[PROCESSOR_TIME] = "1"
     if args.site:
         sys.path.append(args.site)  # the processes get it, too
     import jax
