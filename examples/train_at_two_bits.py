@@ -3,6 +3,8 @@
 python examples/train_at_two_bits.py
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +41,7 @@ def train(model: nnx.Module, steps: int, rate: float) -> nnx.Module:
 test, evaluate = batch(1024), nnx.jit(loss)
 model = train(nnx.Sequential(nnx.Linear(32, 16, rngs=nnx.Rngs(0))), steps=150, rate=1e-2)
 print(f"float32: loss {evaluate(model, test):.3f}")
-options = dict(bits=2, group_size=16, codebook="uniform")
+options: dict[str, Any] = dict(bits=2, group_size=16, codebook="uniform")
 small = fdk_jax.quantise(model, **options)
 print(f"2 bits, quantised after training: loss {evaluate(small, test):.3f}")
 aware = train(fdk_jax.training.quantisation_aware(model, **options), steps=200, rate=1e-3)

@@ -14,7 +14,7 @@ tests=${MATRIX_TESTS:-tests}
 mkdir -p "$work"
 
 # The lowest version of a package in pyproject.toml's list.
-lowest() { sed -n "s/.*\"$1>=\([0-9.]*\)\".*/$1==\1/p" pyproject.toml | head -1; }
+lowest() { sed -n "s/.*\"$1>=\([0-9.]*\)[\",].*/$1==\1/p" pyproject.toml | head -1; }
 
 # A virtual environment with this package's dependencies, and pins if there are any.
 environment() {

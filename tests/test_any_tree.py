@@ -237,7 +237,8 @@ def test_modules_that_change_themselves_do_so_on_packed_codes_too():
     model, x = Noting(), jnp.ones((2, 64))
     small = fdk_jax.quantise(model, 8, axes={"^w$": "kn"})
     for calls in (1, 2):
-        model(x), small(x)
+        model(x)
+        small(x)
         assert small.calls[...] == calls and small.kind == "called" and not hasattr(small, "old")
         assert len(small.seen.get_value()) == calls and small.seen.get_value()[-1] == 128
     assert fdk_jax.is_quantised(small.w.get_value())

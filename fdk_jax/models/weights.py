@@ -182,8 +182,9 @@ def _converted(
     packed: list[Array], scales: list[Array], target: str, **facts: int
 ) -> tuple[Array, Array]:
     """Joins and converts on the device; matrices of one shape share a compiled program."""
-    joined: Any = join_rows(packed, 1), join_rows(scales, 1)
-    return packing.convert(*joined, "interchange", target, **facts)
+    codes: Any = join_rows(packed, 1)
+    factors: Any = join_rows(scales, 1)
+    return packing.convert(codes, factors, "interchange", target, **facts)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -47,7 +47,7 @@ def _known(
 def _columns(machine: Machine, b: tuple[str, ...]) -> np.ndarray | None:
     """Which columns [warps, 8] of B are defined."""
     known: Known = machine.registers.known(*b)
-    return None if known is None else known.reshape(-1, 8, 4).all(axis=2)
+    return None if known is None else np.asarray(known.reshape(-1, 8, 4).all(axis=2))
 
 
 def _sums(
