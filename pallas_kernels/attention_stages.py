@@ -5,7 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels import decoding
-from pallas_kernels.ptx import LOG2_E, Ptx, Register, Writer, at, over_lanes
+from pallas_kernels.ptx import LOG2_E, Ptx, Writer, over_lanes
+from pallas_kernels.registers import Register, at
 from pallas_kernels.target import Target
 
 NEVER = -1e30  # a score whose power is zero

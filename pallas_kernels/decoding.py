@@ -16,7 +16,8 @@ import abc
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ptx import Ptx, Register, at, half_kind, vector, wide
+from pallas_kernels.ptx import Ptx, half_kind
+from pallas_kernels.registers import Register, at, vector, wide
 
 _TABLE_ROW = 128  # bytes of the table for one byte of codes: copies for all lanes together
 

@@ -12,7 +12,7 @@ from jax import Array
 
 from pallas_kernels import xla_call
 from pallas_kernels.case import PLANE, Arrays, Case
-from pallas_kernels.ptx import Register, at, vector
+from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.target import Target
 from pallas_kernels.tile_plan import TilePlan
 from pallas_kernels.tile_writer import Block, TileWriter

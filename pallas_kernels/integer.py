@@ -24,7 +24,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import decoding, ring, ring_product
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
-from pallas_kernels.ptx import Register, at, over_lanes, vector
+from pallas_kernels.ptx import over_lanes
+from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.ring_plan import CODES, ProductPlan
 from pallas_kernels.target import Target
 

@@ -25,7 +25,8 @@ block is a tile of each of the R.
 
 from pallas_kernels.case import PLANE, Case
 from pallas_kernels.matvec_plan import Config, Plan
-from pallas_kernels.ptx import Register, at, over_lanes, vector
+from pallas_kernels.ptx import over_lanes
+from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.target import Target
 from pallas_kernels.tile_sums import SumsWriter
 from pallas_kernels.tile_writer import Block

@@ -17,7 +17,7 @@ import functools
 from typing import ClassVar
 
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
-from pallas_kernels.ptx import Register, at, vector
+from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.target import Target
 from pallas_kernels.tile_plan import SumsPlan
 from pallas_kernels.tile_sums import SumsWriter

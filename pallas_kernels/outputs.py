@@ -6,7 +6,8 @@ with a residual leaves the squares in parts, and the next one divides its result
 
 from pallas_kernels import decoding
 from pallas_kernels.case import Case
-from pallas_kernels.ptx import Ptx, Register, Writer, at, load_float, over_lanes, store_float
+from pallas_kernels.ptx import Ptx, Writer, load_float, over_lanes, store_float
+from pallas_kernels.registers import Register, at
 from pallas_kernels.target import Target
 
 

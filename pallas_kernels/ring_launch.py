@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pallas_kernels.ptx import Register, Writer, at
+from pallas_kernels.ptx import Writer
+from pallas_kernels.registers import Register, at
 from pallas_kernels.ring_plan import BARRIER, CODES, LaunchPlan
 from pallas_kernels.ring_product import Product
 from pallas_kernels.ring_slots import Place, Ring

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from pallas_kernels.case import TILE_ROWS
 from pallas_kernels.outputs import OutputWriter
-from pallas_kernels.ptx import LOG2_E, Ptx, Register, Writer, at, over_lanes, vector
+from pallas_kernels.ptx import LOG2_E, Ptx, Writer, over_lanes
+from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.ring_plan import CODES, ProductPlan
 from pallas_kernels.ring_slots import Place, Ring
 from pallas_kernels.target import Target

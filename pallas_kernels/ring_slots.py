@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from pallas_kernels.ptx import Memory, Ptx, Register, at
+from pallas_kernels.ptx import Ptx
+from pallas_kernels.registers import Memory, Register, at
 from pallas_kernels.ring_plan import BARRIER, BARRIERS, LaunchPlan
 
 

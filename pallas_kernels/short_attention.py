@@ -17,7 +17,8 @@ from jax import Array
 
 from pallas_kernels import xla_call
 from pallas_kernels.attention_stages import NEVER, AttentionCase, AttentionWriter
-from pallas_kernels.ptx import Register, at, over_lanes, store_float, vector, wide
+from pallas_kernels.ptx import over_lanes, store_float
+from pallas_kernels.registers import Register, at, vector, wide
 from pallas_kernels.target import Target
 
 _WARPS = 8

@@ -17,7 +17,8 @@ from jax import Array
 
 from pallas_kernels import xla_call
 from pallas_kernels.attention_stages import NEVER, AttentionWriter
-from pallas_kernels.ptx import Register, at, half_kind, over_lanes, vector
+from pallas_kernels.ptx import half_kind, over_lanes
+from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.split_attention_plan import TILE, WARPS, Case
 from pallas_kernels.target import Target
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import decoding, ring_product
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
-from pallas_kernels.ptx import Register, at, vector, wide
+from pallas_kernels.registers import Register, at, vector, wide
 from pallas_kernels.ring_plan import CODES, ProductPlan
 
 _STEPS = 4  # instructions a plane

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels import decoding
 from pallas_kernels.case import PLANE
 from pallas_kernels.outputs import OutputWriter
-from pallas_kernels.ptx import Register, at, wide
+from pallas_kernels.registers import Register, at, wide
 from pallas_kernels.target import Target
 from pallas_kernels.tile_plan import TILE_BYTES, TilePlan
 

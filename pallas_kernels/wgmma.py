@@ -14,7 +14,7 @@ import dataclasses
 import functools
 
 from pallas_kernels.case import PLANE, Case
-from pallas_kernels.ptx import Register, at, vector
+from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.target import Target
 from pallas_kernels.tile_plan import SumsPlan
 from pallas_kernels.tile_sums import SumsWriter

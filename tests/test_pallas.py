@@ -21,7 +21,8 @@ from fdk_jax.models.cache import KVCache
 from fdk_jax.models.config import ModelConfig
 from pallas_kernels import choice, dequantise, integer, matvec, mma, tuning, wgmma, xla_call
 from pallas_kernels.case import Arrays, Case
-from pallas_kernels.ptx import Ptx, at, shared_bytes
+from pallas_kernels.ptx import Ptx, shared_bytes
+from pallas_kernels.registers import at
 from pallas_kernels.target import H200, Target
 
 HALF = jnp.dtype(jnp.bfloat16)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pallas_kernels.ptx import Ptx, at
+from pallas_kernels.ptx import Ptx
+from pallas_kernels.registers import at
 
 
 @pytest.fixture
