@@ -4,12 +4,14 @@ import argparse
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 
 import rich.console
 
 from fdk_jax import arguments, compilation_cache
 from fdk_jax.learning.evaluation import evaluate
+from fdk_jax.learning.statistics import CalibrationWarning
 from fdk_jax.models import calibrating
 from fdk_jax.models.hub import find_checkpoint
 from fdk_jax.models.tokenizer import Tokenizer
@@ -56,7 +58,9 @@ def _evaluate(args: argparse.Namespace, console: rich.console.Console) -> str:
     if args.bits is not None:
         plain = argparse.Namespace(**vars(args) | dict(bits=None, calibrate=None, head_bits=None))
         reference = arguments.load(plain, tokenizer, console, backend=args.backend)
-    report = evaluate(model, reference, rows, batch_size=1)
+    with warnings.catch_warnings():  # a few tokens are enough to measure with
+        warnings.simplefilter("ignore", CalibrationWarning)
+        report = evaluate(model, reference, rows, batch_size=1)
     return json.dumps(dataclasses.asdict(report)) if args.json else str(report)
 
 

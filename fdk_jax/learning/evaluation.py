@@ -93,7 +93,7 @@ class Report:
 
 
 def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
 def evaluate(
