@@ -23,11 +23,11 @@ autodoc_default_options = {"members": True}
 
 
 def _from_markdown(app, what, name, obj, options, lines: list[str]) -> None:
-    """Docstrings write code as Markdown does: `code`s, indented blocks, and 2**bits outside of both."""
+    """Docstrings write code as Markdown does: `code`s, indented blocks, and a * outside of both."""
     text = re.sub(r"\n\n(?=    \S)", "\n\n::\n\n", "\n".join(lines))
     text = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``\\ ", text)
     parts = re.split(r"(``[^`]*``)", text)  # every other part is code
-    parts[::2] = [re.sub(r"(?<=\w)\*\*(?=\w)", r"\\*\\*", part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"(?<!\\)\*", r"\\*", part) for part in parts[::2]]
     lines[:] = "".join(parts).split("\n")
 
 
