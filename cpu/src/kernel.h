@@ -63,6 +63,7 @@ struct Plan {
   std::span<const Block> blocks;  // in the order of k; every column is in exactly one
   int64_t num_codebooks;          // row n uses codebook n / (n_total / num_codebooks)
   const float *codebook;          // [num_codebooks][2**bits], rounded to scales_dtype
+  bool codebook_is_bfloat16;      // every value is one, whatever scales_dtype is
   const Levels *levels;           // [num_codebooks]; null for FDK_EXACT
 
   const uint8_t *tile_packed(int64_t tile) const { return packed + tile * steps * kStepBytes; }

@@ -275,6 +275,9 @@ void OwnedPlan::build_codebooks(const float *codebook) {
   const size_t total = static_cast<size_t>(plan_.num_codebooks) * static_cast<size_t>(count);
   codebook_.resize(total);
   for (size_t i = 0; i < total; ++i) codebook_[i] = round_to(codebook[i], plan_.scales_dtype);
+  plan_.codebook_is_bfloat16 = std::all_of(codebook_.begin(), codebook_.end(), [](float value) {
+    return round_to(value, FDK_BF16) == value;
+  });
   plan_.codebook = codebook_.data();
   if (plan_.arithmetic == FDK_EXACT) return;
 

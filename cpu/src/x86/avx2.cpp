@@ -18,10 +18,10 @@ bool supports_exact(const Plan &plan) {
   return plan.arithmetic == FDK_EXACT && plan.bits == kBits;
 }
 
-// Every value of the codebook is a bfloat16: they are rounded to the dtype of the scales.
+// The values are read as bfloat16.
 template <int kBits>
 bool supports_short(const Plan &plan) {
-  return supports_exact<kBits>(plan) && plan.scales_dtype == FDK_BF16;
+  return supports_exact<kBits>(plan) && plan.codebook_is_bfloat16;
 }
 
 constexpr Kernel kKernels[] = {

@@ -35,11 +35,11 @@ struct BFloat16 : Words<kBits_> {
   static __m512 to_float(Sum sum) { return sum; }
 };
 
-// Both sides must be bfloat16 already: the codebook was rounded to the dtype of the scales.
+// Both sides must be bfloat16 already: nothing is rounded here.
 template <int kBits>
 bool is_bfloat16(const Plan &plan) {
   return plan.arithmetic == FDK_EXACT && plan.bits == kBits && plan.x_dtype == FDK_BF16 &&
-         plan.scales_dtype == FDK_BF16;
+         plan.codebook_is_bfloat16;
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ struct DenseProducts {
 };
 
 bool supports_wide8(const Plan &plan) {
-  return supports_exact<8>(plan) && plan.scales_dtype == FDK_BF16;
+  return supports_exact<8>(plan) && plan.codebook_is_bfloat16;
 }
 
 constexpr Kernel kKernels[] = {
