@@ -171,7 +171,7 @@ def test_odd_variables(variables, expected):
 )
 def test_the_number_of_threads(variables, wanted):
     """FDK_NUM_THREADS before OMP_NUM_THREADS, never more than the processors of the process."""
-    code = "from fdk_jax import cpu_backend; print(cpu_backend.library().num_threads())"
+    code = "from fdk_jax.product import cpu_backend; print(cpu_backend.library().num_threads())"
     assert int(python(code, **variables)) == (wanted or len(os.sched_getaffinity(0)))
 
 
