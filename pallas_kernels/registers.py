@@ -188,7 +188,7 @@ def float_constant(value: float) -> str:
     return f"0f{int(np.float32(value).view(np.uint32)):08X}"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=512)  # the opcodes of all kernels are fewer
 def result_kind(opcode: str) -> str:
     """The kind of register that an instruction fills: by its type, of a conversion the first of two."""
     name, *modifiers = opcode.split(".")
@@ -199,7 +199,7 @@ def result_kind(opcode: str) -> str:
     return _KINDS.get(modifiers[-2 if name == "cvt" else -1], "b32")
 
 
-@functools.cache
+@functools.lru_cache(maxsize=512)  # the opcodes of all kernels are fewer
 def _operand_types(opcode: str) -> tuple[int | None, str | None]:
     """Bits of all of an instruction's registers, and the kind of its addresses; None where they differ."""
     name, *modifiers = opcode.split(".")
