@@ -3,7 +3,7 @@
 usage: model_peers.py [--rounds 7] [--steps 30] [--cases REGEX] [--pause] [--output FILE.jsonl]
 
 The model has the shape of Llama 3.2 1B and random weights; a sample is the time of `steps` tokens, one
-sequence, behind a prompt of two. Each case is a process of its own and all of them are alive from the
+sequence, after a prompt of two. Each case is a process of its own and all of them are alive from the
 start; they decode in turns, so the ratios compare neighbours in time. About 15 GB of memory.
 
 Peers are optional; those that are not installed become rows with status "skipped":
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import llama_file
 import numpy as np
 
 from fdk_jax.models import ModelConfig, custom_llama
@@ -158,47 +159,12 @@ def write_gguf(path: Path, config: ModelConfig) -> None:
     import ml_dtypes
 
     block = np.random.default_rng(0).normal(size=1 << 22).astype(np.float32)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_context)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
 
-    def matrix(name: str, rows: int, columns: int) -> None:
+    def matrix(rows: int, columns: int) -> tuple[np.ndarray, int]:
         values = np.resize(block * columns**-0.5, (rows, columns)).astype(ml_dtypes.bfloat16)
-        writer.add_tensor(
-            f"{name}.weight",
-            values.view(np.uint8),
-            raw_dtype=gguf.GGMLQuantizationType.BF16,
-        )
+        return values.view(np.uint8), gguf.GGMLQuantizationType.BF16
 
-    def norm(name: str) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(config.hidden_size, np.float32))
-
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    matrix("token_embd", config.vocab_size, config.hidden_size)
-    norm("output_norm")
-    for layer in range(config.num_layers):
-        base = f"blk.{layer}"
-        norm(f"{base}.attn_norm")
-        norm(f"{base}.ffn_norm")
-        for name, rows in (("attn_q", heads), ("attn_k", kv), ("attn_v", kv)):
-            matrix(f"{base}.{name}", rows, config.hidden_size)
-        matrix(f"{base}.attn_output", config.hidden_size, heads)
-        for name in ("ffn_gate", "ffn_up"):
-            matrix(f"{base}.{name}", config.intermediate_size, config.hidden_size)
-        matrix(f"{base}.ffn_down", config.hidden_size, config.intermediate_size)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    llama_file.write(path, config, matrix)
 
 
 CASES = (

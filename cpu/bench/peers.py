@@ -33,9 +33,8 @@ from pathlib import Path
 # A thread of one OpenMP runtime must not spin (200 ms by default) while another library is timed.
 os.environ.setdefault("KMP_BLOCKTIME", "10")
 _SETTLE_SECONDS = 0.03
-# In the environment, which processes inherit: samples are processor time, on a machine that others use too.
-PROCESSOR_TIME = "FDK_BENCH_PROCESSOR_TIME"
 
+import clock  # noqa: E402
 import numpy as np  # noqa: E402
 from ggml_case import TYPES, ggml_case  # noqa: E402
 from peer_cases import (  # noqa: E402
@@ -100,11 +99,10 @@ def cases_of(bits: int):
 
 def sample(product: Product, counter: list[int]) -> float:
     """Mean microseconds of as many calls as fill the time, after one that wakes the threads."""
-    clock = time.process_time if PROCESSOR_TIME in os.environ else time.perf_counter
     time.sleep(_SETTLE_SECONDS)
     product.call(counter[0])
-    calls, start = 0, clock()
-    while (passed := clock() - start) < _SAMPLE_SECONDS or calls == 0:
+    calls, start = 0, clock.now()
+    while (passed := clock.now() - start) < _SAMPLE_SECONDS or calls == 0:
         counter[0] += 1
         product.call(counter[0])
         calls += 1

@@ -16,11 +16,12 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import clock
+import llama_file
 import numpy as np
 
 from fdk_jax.models import ModelConfig, custom_llama
@@ -33,54 +34,20 @@ SHAPES = {
     ),
 }  # fmt: skip
 TYPES = {"Q4_0": (2, 32, 18), "Q1_0": (41, 128, 18)}  # number, weights and bytes of a block
-PROCESSOR_TIME = "FDK_BENCH_PROCESSOR_TIME"  # in the environment, which the processes inherit
 CASES = (("cpu", "exact"), ("cpu", "int8"), ("llama.cpp", "llama.cpp"))
 
 
 def write_gguf(path: Path, config: ModelConfig, kind: str) -> None:
-    """A Llama model with tied embeddings whose matrices repeat random blocks, which no speed depends on."""
-    import gguf
-
+    """A model whose matrices repeat random blocks, which no speed depends on."""
     number, weights, size = TYPES[kind]
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (1 << 16, size), np.uint8)
     blocks[:, :2] = np.full(1, 0.01, np.float16).view(np.uint8)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_context)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-
-    def matrix(name: str, rows: int, columns: int) -> None:
-        data = np.resize(blocks, (rows, columns // weights * size))
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType(number))
-
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    matrix("token_embd", config.vocab_size, config.hidden_size)
-    writer.add_tensor("output_norm.weight", np.ones(config.hidden_size, np.float32))
-    for layer in range(config.num_layers):
-        base = f"blk.{layer}"
-        for norm in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"{base}.{norm}.weight", np.ones(config.hidden_size, np.float32))
-        for name, rows in (("attn_q", heads), ("attn_k", kv), ("attn_v", kv)):
-            matrix(f"{base}.{name}", rows, config.hidden_size)
-        matrix(f"{base}.attn_output", config.hidden_size, heads)
-        for name in ("ffn_gate", "ffn_up"):
-            matrix(f"{base}.{name}", config.intermediate_size, config.hidden_size)
-        matrix(f"{base}.ffn_down", config.hidden_size, config.intermediate_size)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    llama_file.write(
+        path,
+        config,
+        lambda rows, columns: (np.resize(blocks, (rows, columns // weights * size)), number),
+    )
 
 
 Run = Callable[[int, int], tuple[float, float]]  # tokens, steps -> seconds to the first, of a later
@@ -94,11 +61,11 @@ def ours(path: Path, arithmetic: str) -> Run:
     generator = models.Generator(model, backend="cpu")
 
     def run(tokens: int, steps: int) -> tuple[float, float]:
-        if PROCESSOR_TIME in os.environ:
-            prompt, times = [list(range(1, tokens + 1))], [time.process_time()]
+        if clock.is_processor():
+            prompt, times = [list(range(1, tokens + 1))], [clock.now()]
             for new in (1, steps + 1):
                 generator.generate(prompt, max_tokens=new)
-                times.append(time.process_time())
+                times.append(clock.now())
             first = times[1] - times[0]
             return first, (times[2] - times[1] - first) / steps
         found = generator.generate([list(range(1, tokens + 1))], max_tokens=steps + 1)
@@ -112,19 +79,18 @@ def llama_cpp(path: Path, context: int) -> Run:
     import llama_cpp
 
     threads = len(os.sched_getaffinity(0))
-    clock = time.process_time if PROCESSOR_TIME in os.environ else time.perf_counter
     model = llama_cpp.Llama(
         str(path), n_ctx=context, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
     )  # fmt: skip
 
     def run(tokens: int, steps: int) -> tuple[float, float]:
         model.reset()
-        begin = clock()
+        begin = clock.now()
         model.eval(range(1, tokens + 1))
-        first = clock()
+        first = clock.now()
         for i in range(steps):
             model.eval([i + 1])
-        return first - begin, (clock() - first) / steps
+        return first - begin, (clock.now() - first) / steps
 
     return run
 
@@ -164,7 +130,7 @@ def measure(args: argparse.Namespace, path: Path) -> list[dict]:
                 "bits": 4 if args.type == "Q4_0" else 1, "model": args.shape, "batch": 1,
                 "prompt": prompt, "steps": args.steps, "bytes_rw": size, "arithmetic": name,
                 "threads": len(os.sched_getaffinity(0)),
-                "clock": "processor" if PROCESSOR_TIME in os.environ else "wall",
+                "clock": clock.name(),
             }  # fmt: skip
             rows.append(row)
             if reason is not None:
@@ -207,7 +173,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if args.processor_time:
-        os.environ[PROCESSOR_TIME] = "1"
+        clock.take_processor_time()
     if args.site:
         sys.path.append(args.site)  # the processes get it, too
     import jax

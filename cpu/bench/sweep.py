@@ -13,13 +13,13 @@ matplotlib.
 import argparse
 import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+import clock
 from ggml_case import ggml_case
 from peer_cases import fdk_case, onnxruntime_case, torch_case
-from peers import PROCESSOR_TIME, copies, facts, measure, show, use_small_pages
+from peers import copies, facts, measure, show, use_small_pages
 
 TOKENS = (*range(1, 41), 64, 128, 256, 512)
 
@@ -104,14 +104,14 @@ def main() -> None:
     else:
         use_small_pages()
         rotated = copies if args.rotate_mib is None else functools.partial(rotate, args.rotate_mib)
-        shared, chosen, rows = facts() | {"suite": "sweep"}, cases(rotated), []
-        shared["clock"] = "processor" if args.processor_time else "wall"
         if args.processor_time:
             if args.threads != 1:
                 parser.error(
                     "--processor_time is for one thread: others wait on a processor's time"
                 )
-            os.environ[PROCESSOR_TIME] = "1"
+            clock.take_processor_time()
+        shared = facts() | {"suite": "sweep", "clock": clock.name()}
+        chosen, rows = cases(rotated), []
         for m in args.m:
             found = measure(chosen, m, args.k, args.threads, args.rounds, shared)
             show(found)
