@@ -21,15 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status. Errors are one line on stderr."""
     args = _parser().parse_args(argv)
     console = rich.console.Console(stderr=True, quiet=args.quiet)
-    try:
-        arguments.check_weights(args)
-        print(_evaluate(args, console))
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        if args.debug:
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return arguments.exit_status(lambda: print(_evaluate(args, console)), debug=args.debug)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _evaluate(args: argparse.Namespace, console: rich.console.Console) -> str:
     """The report: with --bits against the model as it is, otherwise of the model alone."""
+    arguments.check_weights(args)
     args.model = find_checkpoint(args.model)
     tokenizer = Tokenizer(args.model)
     rows = calibrating.token_windows(args.text, tokenizer, context=args.context, tokens=args.tokens)

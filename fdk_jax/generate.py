@@ -27,32 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     console = rich.console.Console(stderr=True, quiet=args.quiet)
     _use_utf8()
-    try:
-        _check(args)
-        args.model = find_checkpoint(args.model)
-        tokenizer = Tokenizer(args.model)
-        if args.chat:
-            _chat(args, tokenizer, console)
-        else:
-            _complete(args, tokenizer, console)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever read the text has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:
-        if args.debug:
-            raise
-        _print_error(error)
-        return 2
-    return 0
+    return arguments.exit_status(lambda: _run(args, console), debug=args.debug)
 
 
-def _print_error(error: Exception) -> None:
-    text = " ".join(str(error).split()) or "no reason given"
-    if not isinstance(error, (ValueError, OSError, ImportError, NotImplementedError)):
-        text = f"{type(error).__name__}: {text} (--debug shows where)"
-    print(f"error: {text}", file=sys.stderr)
+def _run(args: argparse.Namespace, console: rich.console.Console) -> None:
+    _check(args)
+    args.model = find_checkpoint(args.model)
+    tokenizer = Tokenizer(args.model)
+    if args.chat:
+        _chat(args, tokenizer, console)
+    else:
+        _complete(args, tokenizer, console)
 
 
 def _use_utf8() -> None:
@@ -300,7 +285,7 @@ def _chat(args, tokenizer: Tokenizer, console) -> None:
             prompt, new, forgotten = talk.prompt()
         except ValueError as error:
             talk.take_back()
-            _print_error(error)
+            arguments.print_error(error)
             continue
         if forgotten:
             console.print(
@@ -333,7 +318,7 @@ def _line(console) -> str:
         except EOFError:
             return ""
         except ValueError as error:
-            _print_error(error)
+            arguments.print_error(error)
         except KeyboardInterrupt:
             if interrupted:
                 return ""
