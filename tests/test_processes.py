@@ -43,7 +43,9 @@ def test_two_processes_choose_the_tokens_of_one(tmp_path, bits):
     for process in processes:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-        assert json.loads(out.splitlines()[-1]) == dict(tokens=expected, own=True, processes=2)
+        assert json.loads(out.splitlines()[-1]) == dict(
+            tokens=expected, own=True, product=True, processes=2
+        )
 
 
 @pytest.mark.slow

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fdk_jax.models.config import ModelConfig
+from fdk_jax.product.sharding import place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +68,8 @@ class Parallel:
         return P(self.data, self.axis)
 
     def put(self, value: Any, spec: P) -> Array:
-        """An array, the same in every process, on the devices: each process hands over its own slices."""
-        sharding = NamedSharding(self.mesh, spec)
-        if sharding.is_fully_addressable:
-            return jax.device_put(value, sharding)
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            data = self.put(jax.random.key_data(value), spec)
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
-        whole = np.asarray(value)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+        """An array, the same in every process, cut over the mesh's devices as `spec` says."""
+        return place(value, NamedSharding(self.mesh, spec))
 
     def first_row(self, rows: int) -> Array | int:
         """Inside shard_map: which sequence of the batch is the first of this device's `rows`."""

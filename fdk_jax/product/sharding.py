@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,7 +30,18 @@ def shard(w: QuantisedTensor, mesh: Mesh, *, n: Axis = None, k: Axis = None) -> 
         ValueError: an axis that the mesh lacks, or parts that would cut a group or a tile.
     """
     specs = _specs(w, mesh, n, k)
-    return jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), w, specs)
+    return jax.tree.map(lambda a, s: place(a, NamedSharding(mesh, s)), w, specs)
+
+
+def place(value: Any, sharding: NamedSharding) -> Array:
+    """An array, the same in every process, on the devices: each process hands over its own devices' slices."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        data = place(jax.random.key_data(value), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def matmul(
