@@ -69,7 +69,7 @@ def load(folder: str | Path) -> Encoder:
     stored = read_stored(folder)
 
     def take(name: str) -> Array:
-        return jnp.asarray(np.asarray(stored[name].read(), np.float32))
+        return jnp.asarray(np.asarray(stored[name].array(), np.float32))
 
     def fill(layer: nnx.Linear | nnx.LayerNorm, name: str) -> None:
         if isinstance(layer, nnx.Linear):
@@ -102,7 +102,7 @@ def load(folder: str | Path) -> Encoder:
 
 
 def tokenise(folder: str | Path, texts: list[str], length: int = 48) -> np.ndarray:
-    """int32 [texts, length], zeros behind the tokens of each."""
+    """int32 [texts, length], zeros after the tokens of each."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))

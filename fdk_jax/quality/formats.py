@@ -10,8 +10,8 @@ import numpy as np
 from jax import Array
 
 from fdk_jax.format import codebooks
-from fdk_jax.format.densities import DISTRIBUTIONS, cube_root
-from fdk_jax.format.quantisation import quantise_array, scaled
+from fdk_jax.format.densities import DISTRIBUTIONS
+from fdk_jax.format.quantisation import quantise_array, resolve_codebook, resolve_scale, scaled
 from fdk_jax.learning.calibration import calibrate_array
 from fdk_jax.learning.rounding import spread
 
@@ -107,16 +107,14 @@ class Format:
 def even_or_named(name: str, bits: int, scale: str) -> np.ndarray:
     """float32 levels, at most 2**bits, of a name that is not fitted."""
     half = 2 ** (bits - 1)
-    if name == "uniform":
+    if name == "uniform":  # 3 bits, which have no layout, too
         return np.linspace(-1, 1, 2**bits, dtype=np.float32)
     if name == "symmetric":
         return (np.arange(1 - half, half) / max(1, half - 1)).astype(np.float32)
     if name == "integers":
         return (np.arange(-half, half) / half).astype(np.float32)
-    if name in DISTRIBUTIONS:
-        rule = ("absmean" if bits <= 2 else "absmax") if scale == "search" else scale
-        return cube_root(2**bits, scale=rule, group_size=_GROUP, distribution=name)
-    return {"nf4": codebooks.nf4, "fp4": codebooks.fp4}[name]()
+    rule = resolve_scale("auto", bits) if scale == "search" else scale
+    return resolve_codebook(name, bits, rule, _GROUP)
 
 
 @jax.jit
