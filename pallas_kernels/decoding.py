@@ -101,7 +101,7 @@ class Decoder(abc.ABC):
     def value(
         self, codebook: Register, code: Register | int, when: Register | None = None
     ) -> Register:
-        """A value of the codebook, float32. It stays in L2: from memory it would queue up behind the weight."""
+        """A value of the codebook, float32. It stays in L2: from memory it would queue up after the weight."""
         ptx, value = self.ptx, self.ptx.register("f32")
         if self.space == "shared":
             address = ptx.op("mad.lo.u32", code, 4, codebook)

@@ -6,7 +6,7 @@ capacity allows, from the first instruction on; consumer warps prepare x, once a
 they do that is `integer` for codes of one bit and `stream` for the others.
 
 A launch may have several products, each with the outputs of the one before it as its x. Between two of them
-is a grid barrier, a counter in memory, while the copies of what comes next go on; but stores queue up behind
+is a grid barrier, a counter in memory, while the copies of what comes next go on; but stores queue up after
 copies, so these are throttled: all but a few wait for the program's outputs. There are as many programs as
 the device runs at once: more would never all arrive. The first launch finds the counters at zero, and each
 leaves them so.

@@ -90,7 +90,7 @@ class Machine:
         self.bulk.pop(self.chance.integers(len(self.bulk)) if self._by_chance else 0)()
 
     def _next(self) -> np.ndarray | None:
-        """Whose turn it is: the threads that are behind all others, or behind those of their warp."""
+        """Whose turn it is: the threads that are the least far of all, or of their warp."""
         if self._turn:
             warp = slice(32 * self._warp, 32 * self._warp + 32)
             active = np.zeros(self.threads, bool)
@@ -114,7 +114,7 @@ class Machine:
         return ~standing & (self._counter[of] < len(self._handlers))
 
     def _last(self, of: slice) -> np.ndarray:
-        """Those of them that are furthest behind."""
+        """Those of them that are the least far."""
         ready, counter = self._ready(of), self._counter[of]
         return ready & (counter == counter.min(where=ready, initial=len(self._handlers)))
 
@@ -202,5 +202,5 @@ class Machine:
         self._at_cluster[gone] = self._waiting[gone] = False
 
     def _running(self) -> np.ndarray:
-        """The threads that are not through; one that waits behind the last instruction is not."""
+        """The threads that are not through; one that waits after the last instruction is not."""
         return (self._counter < len(self._handlers)) | self._waiting

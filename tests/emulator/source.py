@@ -12,7 +12,7 @@ class Fault(AssertionError):
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """A memory operand: a register and a number of bytes behind it."""
+    """A memory operand: a register and a number of bytes after it."""
 
     base: str
     offset: int
