@@ -19,3 +19,12 @@ def test_the_example_of_the_readme_runs():
     example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     assert len(example.strip().splitlines()) <= 16
     exec(compile(example, "README.md", "exec"), {})
+
+
+def test_links_to_files_lead_somewhere():
+    dead = []
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if ":" not in link]
+        dead += [(page.name, link) for link in links if not (page.parent / link).exists()]
+    assert not dead
