@@ -347,7 +347,9 @@ def cached(tmp_path, monkeypatch) -> Path:
     return repository
 
 
-def test_a_name_of_the_hub_is_found_on_this_disk(cached):
+def test_a_name_of_the_hub_is_found_on_this_disk(cached, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")  # beside which there is no b
     wanted = cached / "snapshots" / "abc123"
     assert find_checkpoint("someone/chatty") == wanted
     assert find_checkpoint(cached) == wanted
