@@ -94,8 +94,8 @@ std::vector<std::pair<std::string, std::string>> pairs(const std::vector<std::st
 std::vector<Case> make_cases(const Options &o, int64_t threads) {
   std::vector<Case> cases;
   const std::regex include(o.include);
-  auto memory = std::make_shared<Buffer>(
-      std::max(static_cast<size_t>(o.rotate_mib) << 20, 4 * kProbeBytes));
+  auto memory =
+      std::make_shared<Buffer>(std::max(static_cast<size_t>(o.rotate_mib) << 20, 4 * kProbeBytes));
   fill_random(*memory);
   cases.push_back(probe_case(memory, false, threads));
   cases.push_back(probe_case(memory, true, threads));
@@ -111,8 +111,7 @@ std::vector<Case> make_cases(const Options &o, int64_t threads) {
               Case c = codebook_case(o, m, k, n, bits, arithmetic, kind, threads);
               c.level = level;
               if (!std::regex_search(c.name, include)) continue;
-              if (weights == nullptr)
-                weights = make_weights(o, n, k, static_cast<int>(bits), kind);
+              if (weights == nullptr) weights = make_weights(o, n, k, static_cast<int>(bits), kind);
               if (o.busy_cores > 0 && m == 1 && threads > 1 && o.dtype == "bfloat16") {
                 cases.push_back(c);
                 bind_equal_split(cases.back(), weights);
@@ -136,8 +135,8 @@ void run(const Options &o, int64_t threads, std::ofstream &output) {
   const Bounds bounds{rate(cases[1]), rate(cases[0])};
   std::printf("\n%s, level %s, %d thread(s)\n", processor_name().c_str(), level.c_str(),
               static_cast<int>(threads));
-  std::printf("%-28s %-10s %5s %6s %6s %4s %-8s %10s %9s %9s %7s %9s\n", "case", "level", "m", "k", "n", "bits",
-              "codebook", "median us", "GB/s", "GFLOP/s", "of read", "error");
+  std::printf("%-28s %-10s %5s %6s %6s %4s %-8s %10s %9s %9s %7s %9s\n", "case", "level", "m", "k",
+              "n", "bits", "codebook", "median us", "GB/s", "GFLOP/s", "of read", "error");
   for (const Case &c : cases) {
     // The share of the bandwidth is taken round by round, neighbours in time.
     std::vector<double> shares;
@@ -145,9 +144,10 @@ void run(const Options &o, int64_t threads, std::ofstream &output) {
       shares.push_back(c.bytes / c.samples_us[i] / (cases[0].bytes / cases[0].samples_us[i]));
     const double median = quantile(c.samples_us, 0.5);
     std::printf("%-28s %-10s %5lld %6lld %6lld %4lld %-8s %10.1f %9.2f %9.1f %6.1f%% %9.2g\n",
-                c.name.c_str(), c.level.c_str(), static_cast<long long>(c.m), static_cast<long long>(c.k),
-                static_cast<long long>(c.n), static_cast<long long>(c.bits), c.codebook.c_str(),
-                median, rate(c), c.ops / median * 1e-3, 100.0 * quantile(shares, 0.5), c.error);
+                c.name.c_str(), c.level.c_str(), static_cast<long long>(c.m),
+                static_cast<long long>(c.k), static_cast<long long>(c.n),
+                static_cast<long long>(c.bits), c.codebook.c_str(), median, rate(c),
+                c.ops / median * 1e-3, 100.0 * quantile(shares, 0.5), c.error);
     if (output.is_open()) output << to_json(o, c, bounds) << "\n" << std::flush;
   }
 }

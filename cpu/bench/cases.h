@@ -30,7 +30,9 @@ struct Buffer {
     return result;
   }
   template <typename T>
-  T *as() const { return static_cast<T *>(data.get()); }
+  T *as() const {
+    return static_cast<T *>(data.get());
+  }
   size_t size;
   std::unique_ptr<void, void (*)(void *)> data;
 };
@@ -75,15 +77,14 @@ struct Weights {
 };
 
 inline std::shared_ptr<Weights> make_weights(const Options &o, int64_t n, int64_t k, int bits,
-                                      const std::string &kind) {
+                                             const std::string &kind) {
   size_t packed_bytes = 0;
   size_t scales = 0;
   check(fdk_tiled_packed_bytes(n, k, bits, &packed_bytes));
   check(fdk_tiled_scales_count(n, k, o.group_size, &scales));
   const size_t one = packed_bytes + scales * 2;
   const auto copies = static_cast<int64_t>((static_cast<size_t>(o.rotate_mib) << 20) / one) + 2;
-  auto weights = std::make_shared<Weights>(
-      Weights{{}, {}, Buffer(sizeof(float) << bits), copies});
+  auto weights = std::make_shared<Weights>(Weights{{}, {}, Buffer(sizeof(float) << bits), copies});
   fill_random(weights->packed.emplace_back(packed_bytes));
   fill_normal(weights->scales.emplace_back(scales * 2), FDK_BF16,
               1.0F / std::sqrt(static_cast<float>(k)), 0.1F / std::sqrt(static_cast<float>(k)));
@@ -107,7 +108,7 @@ struct Product {
 };
 
 inline Product make_product(const Case &c, const Weights &w, int64_t copy, const Buffer &x,
-                     const Buffer &y) {
+                            const Buffer &y) {
   Product p;
   p.weight.struct_size = sizeof p.weight;
   p.weight.out_features = c.n;
@@ -157,7 +158,8 @@ inline double measure_error(const Case &c, const Weights &w, const Buffer &x, co
       const uint8_t byte =
           p.weight.packed[((n / kTileRows) * steps + k / columns) * kStepBytes + at.byte];
       const int code = (byte >> at.shift) & ((1 << bits) - 1);
-      const int64_t scale = ((n / kTileRows) * groups + k / c.group_size) * kTileRows + n % kTileRows;
+      const int64_t scale =
+          ((n / kTileRows) * groups + k / c.group_size) * kTileRows + n % kTileRows;
       sum += double{load_as_f32(p.weight.scales, FDK_BF16, scale)} *
              double{round_to(p.weight.codebook[code], FDK_BF16)} *
              double{load_as_f32(p.args.x, p.args.x_dtype, m * c.k + k)};
@@ -170,7 +172,7 @@ inline double measure_error(const Case &c, const Weights &w, const Buffer &x, co
 }
 
 inline Case codebook_case(const Options &o, int64_t m, int64_t k, int64_t n, int64_t bits,
-                   const std::string &arithmetic, const std::string &kind, int64_t threads) {
+                          const std::string &arithmetic, const std::string &kind, int64_t threads) {
   Case c;
   c.name = "codebook_" + arithmetic;
   c.codebook = kind;
@@ -187,8 +189,7 @@ inline Case codebook_case(const Options &o, int64_t m, int64_t k, int64_t n, int
   c.call = nullptr;
   c.bytes = static_cast<double>(size * (m * k + m * n)) +
             static_cast<double>(num_tiles(n) * kTileRows * ceil_div(k, o.group_size) * 2) +
-            static_cast<double>(num_tiles(n) * num_steps(k, static_cast<int>(bits)) *
-                                kStepBytes);
+            static_cast<double>(num_tiles(n) * num_steps(k, static_cast<int>(bits)) * kStepBytes);
   return c;
 }
 
@@ -230,8 +231,8 @@ inline void bind_equal_split(Case &c, const std::shared_ptr<Weights> &w) {
       p.weight.out_features = count * kTileRows;
       p.weight.packed += begin * part(whole.weight.packed_bytes);
       p.weight.packed_bytes = static_cast<size_t>(count * part(whole.weight.packed_bytes));
-      p.weight.scales = static_cast<const char *>(whole.weight.scales) +
-                        begin * part(whole.weight.scales_bytes);
+      p.weight.scales =
+          static_cast<const char *>(whole.weight.scales) + begin * part(whole.weight.scales_bytes);
       p.weight.scales_bytes = static_cast<size_t>(count * part(whole.weight.scales_bytes));
       p.args.y = y->as<uint16_t>() + begin * kTileRows;
       p.args.y_bytes = static_cast<size_t>(count * kTileRows * 2);
@@ -262,9 +263,18 @@ inline Case dense_case(const Options &o, int64_t m, int64_t k, int64_t n, int64_
   for (int64_t i = 1; i < copies; ++i) weights->push_back((*weights)[0].copy());
   c.call = [=](int64_t copy) {
     const Buffer &w = (*weights)[static_cast<size_t>(copy % copies)];
-    const fdk_dense_args args{sizeof(fdk_dense_args), m, n, k, x->as<uint16_t>(), x->size,
-                              w.as<uint16_t>(), w.size, y->as<uint16_t>(), y->size,
-                              static_cast<int32_t>(threads), 0};
+    const fdk_dense_args args{sizeof(fdk_dense_args),
+                              m,
+                              n,
+                              k,
+                              x->as<uint16_t>(),
+                              x->size,
+                              w.as<uint16_t>(),
+                              w.size,
+                              y->as<uint16_t>(),
+                              y->size,
+                              static_cast<int32_t>(threads),
+                              0};
     check(fdk_dense_matmul(&args));
   };
   return c;

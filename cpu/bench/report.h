@@ -91,15 +91,15 @@ inline std::string to_json(const Options &o, const Case &c, const Bounds &bounds
     << ", \"stderr_us\": " << number(std::sqrt(variance / count))
     << ", \"rel_rms_error\": " << number(c.error) << ", \"plain_rel_rms_error\": null"
     << ", \"copy_gb_s\": " << number(bounds.copy_gb_s)
-    << ", \"read_gb_s\": " << number(bounds.read_gb_s) << ", \"bound_us\": "
-    << number(weights ? c.bytes / bounds.read_gb_s * 1e-3 : std::nan(""))
+    << ", \"read_gb_s\": " << number(bounds.read_gb_s)
+    << ", \"bound_us\": " << number(weights ? c.bytes / bounds.read_gb_s * 1e-3 : std::nan(""))
     << ", \"device\": " << quoted(o.device.empty() ? processor_name() : o.device)
     << ", \"driver\": null, \"versions\": {\"compiler\": " << quoted(kCompiler)
     << ", \"fdk_abi\": " << fdk_abi_version() << "}, \"digest\": " << quoted(o.digest)
     << ", \"commit\": null, \"date\": " << quoted(date)
     << ", \"status\": \"ok\", \"reason\": null, \"arithmetic\": " << quoted(c.arithmetic)
-    << ", \"level\": " << quoted(c.level.empty() ? fdk_level() : c.level) << ", \"kernel\": " << quoted(c.kernel)
-    << ", \"busy_cores\": " << o.busy_cores << "}";
+    << ", \"level\": " << quoted(c.level.empty() ? fdk_level() : c.level)
+    << ", \"kernel\": " << quoted(c.kernel) << ", \"busy_cores\": " << o.busy_cores << "}";
   return s.str();
 }
 

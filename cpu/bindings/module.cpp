@@ -78,8 +78,7 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> p
                   ffi::AnyBuffer scales, ffi::Buffer<ffi::F32> codebook, ffi::AnyBuffer bias,
                   ffi::Result<ffi::AnyBuffer> y, int64_t bits, int64_t group_size, bool uniform,
                   int64_t arithmetic) {
-  if (x.dimensions().size() != 2 || y->dimensions().size() != 2 ||
-      codebook.dimensions().size() < 1)
+  if (x.dimensions().size() != 2 || y->dimensions().size() != 2 || codebook.dimensions().size() < 1)
     return ffi::Error::InvalidArgument("fdk: x and y must have two axes, the codebook one or two");
   fdk_weight weight{};
   weight.struct_size = sizeof weight;
@@ -109,7 +108,8 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> p
       !to_dtype(y->element_type(), args.y_dtype) ||
       !to_dtype(bias.element_type(), args.bias_dtype) ||
       !to_dtype(scales.element_type(), weight.scales_dtype))
-    return ffi::Error::InvalidArgument("fdk: x, y, scales or bias has a shape or dtype unknown here");
+    return ffi::Error::InvalidArgument(
+        "fdk: x, y, scales or bias has a shape or dtype unknown here");
   return to_error(fdk::matmul(&weight, &args, fdk::Team{run_on_xla, &pool}));
 }
 
@@ -128,8 +128,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_matmul, matmul,
                                   .Attr<int64_t>("arithmetic"));
 
 // Attention of one token a sequence, which puts its key and value into the cache in place: qkv
-// [B, (H + 2 KV) d], cos and sin [B, d / 2], lengths [B], keys and values [B, KV, S, d] (also results),
-// norms [d] or [0] -> out [B, H d].
+// [B, (H + 2 KV) d], cos and sin [B, d / 2], lengths [B], keys and values [B, KV, S, d] (also
+// results), norms [d] or [0] -> out [B, H d].
 ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::BufferR2<ffi::F32> cos,
                      ffi::BufferR2<ffi::F32> sin, ffi::BufferR1<ffi::S32> lengths,
                      ffi::AnyBuffer keys, ffi::AnyBuffer values, ffi::AnyBuffer q_norm,
@@ -216,11 +216,11 @@ ffi::Error dense(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
       !to_dtype(x.element_type(), x_dtype) || !to_dtype(weight.element_type(), args.dtype) ||
       !to_dtype(y->element_type(), args.y_dtype))
     return ffi::Error::InvalidArgument(
-        "fdk: x, weight and y do not fit each other, or have a dtype unknown here or over 16 tokens");
+        "fdk: x, weight and y do not fit each other, or have a dtype unknown here or over 16 "
+        "tokens");
   args.weight = weight.untyped_data();
   args.y = y->untyped_data();
-  return to_error(
-      fdk::few_tokens(args, x.untyped_data(), x_dtype, fdk::Team{run_on_xla, &pool}));
+  return to_error(fdk::few_tokens(args, x.untyped_data(), x_dtype, fdk::Team{run_on_xla, &pool}));
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_dense, dense,
@@ -249,11 +249,9 @@ ffi::Error take_rows(ffi::AnyBuffer table, ffi::BufferR1<ffi::S32> index,
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_take_rows, take_rows,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::BufferR1<ffi::S32>>()
-                                  .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    fdk_ffi_take_rows, take_rows,
+    ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<ffi::BufferR1<ffi::S32>>().Ret<ffi::AnyBuffer>());
 
 void check(fdk_status status) {
   if (status == FDK_OK) return;
@@ -287,9 +285,9 @@ void to_tiled(const Bytes &packed, const Bytes &scales, Bytes &tiled_packed, Byt
   fdk_status status = FDK_OK;
   {
     const py::gil_scoped_release release;
-    status = fdk_to_tiled(&layout, packed.data(), size_of(packed), scales.data(), size_of(scales),
-                          target_packed, size_of(tiled_packed), target_scales,
-                          size_of(tiled_scales));
+    status =
+        fdk_to_tiled(&layout, packed.data(), size_of(packed), scales.data(), size_of(scales),
+                     target_packed, size_of(tiled_packed), target_scales, size_of(tiled_scales));
   }
   check(status);
 }
@@ -328,10 +326,21 @@ std::string kernel_name(int64_t m, int64_t k, int32_t bits, int64_t group_size, 
   const std::vector<uint8_t> x(rows * static_cast<size_t>(k) * element);
   std::vector<uint8_t> y(rows * static_cast<size_t>(num_codebooks) * element);
   const std::vector<float> codebook(static_cast<size_t>(num_codebooks) << bits);
-  const fdk_weight weight{sizeof(fdk_weight), num_codebooks, k, bits, uniform ? 1 : 0, group_size,
-                          packed.data(), packed.size(), scales.data(), scales.size(),
-                          dtype(scales_size, scales_are_f16), 0, codebook.data(),
-                          codebook.size() * sizeof(float), num_codebooks};
+  const fdk_weight weight{sizeof(fdk_weight),
+                          num_codebooks,
+                          k,
+                          bits,
+                          uniform ? 1 : 0,
+                          group_size,
+                          packed.data(),
+                          packed.size(),
+                          scales.data(),
+                          scales.size(),
+                          dtype(scales_size, scales_are_f16),
+                          0,
+                          codebook.data(),
+                          codebook.size() * sizeof(float),
+                          num_codebooks};
   fdk_matmul_args args{};
   args.struct_size = sizeof args;
   args.m = m;
@@ -364,14 +373,17 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The CPU library: XLA FFI handlers and the layout conversion.";
   module.attr("interface") = 3;  // raised with every change that fdk_jax/cpu_backend.py must follow
   module.attr("compiler") = fdk::kCompiler;
-  module.def("ffi_handlers", [] {
-    py::dict handlers;
-    handlers["fdk_matmul"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_matmul));
-    handlers["fdk_attention"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_attention));
-    handlers["fdk_dense"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_dense));
-    handlers["fdk_take_rows"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_take_rows));
-    return handlers;
-  }, "FFI handlers by the name of their target.");
+  module.def(
+      "ffi_handlers",
+      [] {
+        py::dict handlers;
+        handlers["fdk_matmul"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_matmul));
+        handlers["fdk_attention"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_attention));
+        handlers["fdk_dense"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_dense));
+        handlers["fdk_take_rows"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_take_rows));
+        return handlers;
+      },
+      "FFI handlers by the name of their target.");
   // Scales travel as bytes.
   module.def("to_tiled", to_tiled, py::arg("packed").noconvert(), py::arg("scales").noconvert(),
              py::arg("tiled_packed").noconvert(), py::arg("tiled_scales").noconvert(),
@@ -388,14 +400,20 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("group_size"), py::arg("uniform"), py::arg("num_codebooks"), py::arg("x_size"),
              py::arg("x_is_f16"), py::arg("scales_size"), py::arg("scales_are_f16"),
              py::arg("arithmetic"), "The kernel that a product takes at the level in use.");
-  module.def("levels", [] {
-    py::list names;
-    for (int32_t i = 0; i < fdk_num_levels(); ++i)
-      if (fdk_level_available(fdk_level_at(i)) != 0) names.append(fdk_level_at(i));
-    return names;
-  }, "Levels that this machine can run, the best first.");
-  module.def("set_level", [](const py::object &name) {
-    check(fdk_set_level(name.is_none() ? nullptr : name.cast<std::string>().c_str()));
-  }, py::arg("name"), "Forces a level; None returns to the best one.");
+  module.def(
+      "levels",
+      [] {
+        py::list names;
+        for (int32_t i = 0; i < fdk_num_levels(); ++i)
+          if (fdk_level_available(fdk_level_at(i)) != 0) names.append(fdk_level_at(i));
+        return names;
+      },
+      "Levels that this machine can run, the best first.");
+  module.def(
+      "set_level",
+      [](const py::object &name) {
+        check(fdk_set_level(name.is_none() ? nullptr : name.cast<std::string>().c_str()));
+      },
+      py::arg("name"), "Forces a level; None returns to the best one.");
   module.def("num_threads", &fdk_default_num_threads, "Threads that a call may use now.");
 }

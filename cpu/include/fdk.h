@@ -53,8 +53,8 @@ typedef struct fdk_weight {
   int64_t out_features; /* N >= 1 */
   int64_t in_features;  /* K >= 1 */
   int32_t bits;         /* 1, 2, 4 or 8 */
-  int32_t uniform;      /* 1: codebook[q] = codebook[0] + q * step, may be decoded without a table */
-  int64_t group_size;   /* weights along K that share a scale: a multiple of 8 */
+  int32_t uniform;    /* 1: codebook[q] = codebook[0] + q * step, may be decoded without a table */
+  int64_t group_size; /* weights along K that share a scale: a multiple of 8 */
   const uint8_t *packed; /* fdk_tiled_packed_bytes bytes */
   size_t packed_bytes;
   const void *scales; /* fdk_tiled_scales_count elements of scales_dtype */

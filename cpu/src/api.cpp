@@ -75,8 +75,7 @@ LayoutSizes check_layout(const fdk_layout &layout) {
           "out_features and in_features must be positive (and below 2**40)");
   const int64_t groups = ceil_div(k, layout.group_size);
   const size_t scale_size = dtype_size(layout.scales_dtype);
-  return {checked_product(n, ceil_div(k * layout.bits, 8)),
-          checked_product(n, groups) * scale_size,
+  return {checked_product(n, ceil_div(k * layout.bits, 8)), checked_product(n, groups) * scale_size,
           checked_product(num_tiles(n), num_steps(k, layout.bits), kStepBytes),
           checked_product(num_tiles(n), groups, kTileRows) * scale_size, scale_size};
 }
@@ -169,8 +168,8 @@ fdk_status fdk_tiled_scales_count(int64_t out_features, int64_t in_features, int
                                   size_t *count) {
   return guarded([&] {
     require(count != nullptr, "count is null");
-    const fdk_layout layout{sizeof(fdk_layout), out_features, in_features, group_size, 8,
-                            FDK_BF16,           1,            0};
+    const fdk_layout layout{
+        sizeof(fdk_layout), out_features, in_features, group_size, 8, FDK_BF16, 1, 0};
     *count = check_layout(layout).tiled_scales / dtype_size(FDK_BF16);
   });
 }

@@ -68,8 +68,7 @@ void pack_one(const fdk_layout &layout, const uint8_t *packed, uint8_t *tile, in
 }
 
 template <int kBits>
-void unpack_one(const fdk_layout &layout, const uint8_t *tile, uint8_t *packed,
-                int64_t first_row) {
+void unpack_one(const fdk_layout &layout, const uint8_t *tile, uint8_t *packed, int64_t first_row) {
   const RowBytes bytes(layout.in_features, kBits);
   const int64_t steps = num_steps(layout.in_features, kBits);
   const int64_t rows = std::min(kTileRows, layout.out_features - first_row);
@@ -107,8 +106,8 @@ void copy_scales_out(const fdk_layout &layout, const T *tiled, T *scales, int64_
 
 }  // namespace
 
-void pack_tiles(const fdk_layout &layout, const uint8_t *packed, uint8_t *tiled,
-                int64_t tile_begin, int64_t tile_end) {
+void pack_tiles(const fdk_layout &layout, const uint8_t *packed, uint8_t *tiled, int64_t tile_begin,
+                int64_t tile_end) {
   const int64_t tile_bytes = num_steps(layout.in_features, layout.bits) * kStepBytes;
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     uint8_t *target = tiled + tile * tile_bytes;
@@ -139,11 +138,11 @@ void pack_scales(const fdk_layout &layout, const void *scales, void *tiled, int6
                  int64_t tile_end) {
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     if (layout.scales_dtype == FDK_F32)
-      copy_scales_in(layout, static_cast<const uint32_t *>(scales),
-                     static_cast<uint32_t *>(tiled), tile);
+      copy_scales_in(layout, static_cast<const uint32_t *>(scales), static_cast<uint32_t *>(tiled),
+                     tile);
     else
-      copy_scales_in(layout, static_cast<const uint16_t *>(scales),
-                     static_cast<uint16_t *>(tiled), tile);
+      copy_scales_in(layout, static_cast<const uint16_t *>(scales), static_cast<uint16_t *>(tiled),
+                     tile);
   }
 }
 
@@ -151,11 +150,11 @@ void unpack_scales(const fdk_layout &layout, const void *tiled, void *scales, in
                    int64_t tile_end) {
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     if (layout.scales_dtype == FDK_F32)
-      copy_scales_out(layout, static_cast<const uint32_t *>(tiled),
-                      static_cast<uint32_t *>(scales), tile);
+      copy_scales_out(layout, static_cast<const uint32_t *>(tiled), static_cast<uint32_t *>(scales),
+                      tile);
     else
-      copy_scales_out(layout, static_cast<const uint16_t *>(tiled),
-                      static_cast<uint16_t *>(scales), tile);
+      copy_scales_out(layout, static_cast<const uint16_t *>(tiled), static_cast<uint16_t *>(scales),
+                      tile);
   }
 }
 

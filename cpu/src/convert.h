@@ -8,8 +8,8 @@
 namespace fdk {
 
 // packed [N, ceil(K / E)], first code in the highest bits; tiled [tiles][steps][64].
-void pack_tiles(const fdk_layout &layout, const uint8_t *packed, uint8_t *tiled,
-                int64_t tile_begin, int64_t tile_end);
+void pack_tiles(const fdk_layout &layout, const uint8_t *packed, uint8_t *tiled, int64_t tile_begin,
+                int64_t tile_end);
 void unpack_tiles(const fdk_layout &layout, const uint8_t *tiled, uint8_t *packed,
                   int64_t tile_begin, int64_t tile_end);
 

@@ -58,8 +58,7 @@ void turned_head(const Attention &a, int64_t first, int64_t sequence, const void
   const int64_t half = d / 2;
   widen<dtype>(a.qkv, first, d, head);
   if (norm != nullptr) {
-    const float factor =
-        1.0F / std::sqrt(dot(head, head, d) / static_cast<float>(d) + a.norm_eps);
+    const float factor = 1.0F / std::sqrt(dot(head, head, d) / static_cast<float>(d) + a.norm_eps);
     for (int64_t i = 0; i < d; ++i) head[i] *= factor * element<dtype>(norm, i);
   }
   const float *cos = a.cos + sequence * half;
@@ -81,10 +80,10 @@ void attend_one(const Attention &a, int64_t sequence, int64_t kv_head, float *sc
   const int64_t slot = a.slot(sequence);
   const int64_t token = sequence * (a.heads + 2 * a.kv_heads) * d;
   const int64_t cache = (sequence * a.kv_heads + kv_head) * a.capacity * d;
-  float *queries = scratch;            // [group][d]
-  float *sums = queries + group * d;   // [group][d]
-  float *row = sums + group * d;       // [d]
-  float *scores = row + d;             // [group][slot + 1]
+  float *queries = scratch;           // [group][d]
+  float *sums = queries + group * d;  // [group][d]
+  float *row = sums + group * d;      // [d]
+  float *scores = row + d;            // [group][slot + 1]
 
   turned_head<dtype>(a, token + (a.heads + kv_head) * d, sequence, a.k_norm, row);
   for (int64_t i = 0; i < d; ++i) store_from_f32(a.keys, dtype, cache + slot * d + i, row[i]);
@@ -169,8 +168,8 @@ void dense_columns_of(const FewTokens &args, int64_t begin, int64_t end) {
       if (count == kRows) {
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i)
-          sums[t][i] += x[0] * rows[0][i] + x[1] * rows[1][i] + x[2] * rows[2][i] +
-                        x[3] * rows[3][i];
+          sums[t][i] +=
+              x[0] * rows[0][i] + x[1] * rows[1][i] + x[2] * rows[2][i] + x[3] * rows[3][i];
         continue;
       }
       for (int64_t r = 0; r < count; ++r)

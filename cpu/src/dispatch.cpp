@@ -18,13 +18,13 @@ namespace {
 // The best first. A build without a level's translation unit leaves it out (FDK_WITHOUT_SIMD).
 constexpr const Level *kLevels[] = {
 #if defined(__x86_64__) && !defined(FDK_WITHOUT_SIMD)
-    &kAmxLevel, &kAvx512Bf16Level, &kAvx512VnniLevel, &kAvx2Level,
+    &kAmxLevel,    &kAvx512Bf16Level, &kAvx512VnniLevel, &kAvx2Level,
 #endif
 #if defined(__aarch64__) && !defined(FDK_WITHOUT_SIMD)
 #if defined(__linux__)
     &kSve2Level,
 #endif
-    &kBf16Level, &kI8mmLevel, &kDotprodLevel, &kNeonLevel,
+    &kBf16Level,   &kI8mmLevel,       &kDotprodLevel,    &kNeonLevel,
 #endif
     &kScalarLevel,
 };
@@ -47,7 +47,8 @@ const Level *initial_level() {
 
 std::atomic<const Level *> g_level{nullptr};
 
-// Calls use(level) for the current level and those below it that are preferred, until one returns true.
+// Calls use(level) for the current level and those below it that are preferred, until one returns
+// true.
 template <typename Use>
 bool any_usable_level(Use use) {
   const Level *current = &current_level();
@@ -207,8 +208,7 @@ void run_plan(const Plan &plan, const Team &team, int threads) {
   const int64_t token_parts = choose_token_parts(plan, kernel, threads);
   const int64_t pieces = ceil_div(token_parts * plan.tiles, kernel.preferred_tiles);
   threads = static_cast<int>(std::min<int64_t>(threads, std::max(pieces, int64_t{1})));
-  const size_t stride =
-      kernel.scratch_bytes == nullptr ? 0 : round_up(kernel.scratch_bytes(plan));
+  const size_t stride = kernel.scratch_bytes == nullptr ? 0 : round_up(kernel.scratch_bytes(plan));
   const Buffer prepared = allocate(kernel.prepared_bytes(plan));
   const Buffer scratch = allocate(stride * static_cast<size_t>(threads));
   Job job(plan, kernel, prepared.get(), static_cast<char *>(scratch.get()), stride, token_parts,
@@ -262,8 +262,7 @@ void run_few_tokens(const FewTokens &args, const Team &team, int threads) {
              });
 }
 
-void run_probe_copy(const void *source, void *target, size_t bytes, const Team &team,
-                    int threads) {
+void run_probe_copy(const void *source, void *target, size_t bytes, const Team &team, int threads) {
   const ProbeCopy copy = first_of(&Level::probe_copy);
   for_pieces(team, threads, static_cast<int64_t>(bytes), int64_t{1} << 18,
              [&](int64_t begin, int64_t end) {

@@ -105,13 +105,13 @@ using ProbeSum = int64_t (*)(const int32_t *source, size_t count);
 struct Attention {
   int64_t batch, heads, kv_heads, head_dim, capacity;
   fdk_dtype dtype;
-  const void *qkv;                // [batch, (heads + 2 kv_heads) head_dim]
-  const float *cos, *sin;         // [batch, head_dim / 2], of the new tokens' positions
-  const int32_t *lengths;         // [batch], tokens in the cache
-  void *keys, *values;            // [batch, kv_heads, capacity, head_dim]
-  const void *q_norm, *k_norm;    // [head_dim], or null
+  const void *qkv;              // [batch, (heads + 2 kv_heads) head_dim]
+  const float *cos, *sin;       // [batch, head_dim / 2], of the new tokens' positions
+  const int32_t *lengths;       // [batch], tokens in the cache
+  void *keys, *values;          // [batch, kv_heads, capacity, head_dim]
+  const void *q_norm, *k_norm;  // [head_dim], or null
   float norm_eps;
-  void *out;                      // [batch, heads head_dim]
+  void *out;  // [batch, heads head_dim]
 
   // Where a sequence's new token goes; a full cache has its last slot overwritten.
   int64_t slot(int64_t sequence) const {

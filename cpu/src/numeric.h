@@ -26,8 +26,7 @@ static inline float f16_to_f32(uint16_t x) {
   const uint32_t sign = (uint32_t{x} & 0x8000U) << 16;
   const uint32_t magnitude = uint32_t{x} & 0x7fffU;
   if (magnitude >= 0x7c00U) return std::bit_cast<float>(sign | 0x7f800000U | (magnitude << 13));
-  if (magnitude >= 0x0400U)
-    return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000U));
+  if (magnitude >= 0x0400U) return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000U));
   const float value = static_cast<float>(magnitude) * 0x1p-24F;
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
 }
@@ -54,8 +53,7 @@ static inline float load_as_f32(const void *data, fdk_dtype dtype, int64_t index
 }
 
 static inline void store_from_f32(void *data, fdk_dtype dtype, int64_t index, float value) {
-  if (dtype == FDK_F32)
-    static_cast<float *>(data)[index] = value;
+  if (dtype == FDK_F32) static_cast<float *>(data)[index] = value;
   else
     static_cast<uint16_t *>(data)[index] =
         dtype == FDK_BF16 ? f32_to_bf16(value) : f32_to_f16(value);
@@ -67,7 +65,8 @@ static inline float round_to(float value, fdk_dtype dtype) {
 }
 
 // The 16 scales of a group of a tile as float32.
-static inline void load_scales(const Plan &plan, int64_t tile, int64_t group, float out[kTileRows]) {
+static inline void load_scales(const Plan &plan, int64_t tile, int64_t group,
+                               float out[kTileRows]) {
   const int64_t first = (tile * plan.groups + group) * kTileRows;
   for (int64_t r = 0; r < kTileRows; ++r)
     out[r] = load_as_f32(plan.scales, plan.scales_dtype, first + r);
@@ -75,7 +74,7 @@ static inline void load_scales(const Plan &plan, int64_t tile, int64_t group, fl
 
 // y[token, the rows of the tile within the range] = sums + bias.
 static inline void store_tile(const Plan &plan, int64_t token, int64_t tile, const Range &range,
-                       const float sums[kTileRows]) {
+                              const float sums[kTileRows]) {
   const int64_t first = tile * kTileRows;
   const int64_t begin = range.row_begin > first ? range.row_begin : first;
   const int64_t end = range.row_end < first + kTileRows ? range.row_end : first + kTileRows;

@@ -15,12 +15,13 @@ struct Team {
   const void *handle;  // for run
 };
 
-// OpenMP, or threads of its own where this file is compiled without it. Calls from several threads at
-// once share the processors instead of multiplying the threads; in a forked child whose OpenMP runtime
-// does not survive fork() the caller works alone.
+// OpenMP, or threads of its own where this file is compiled without it. Calls from several threads
+// at once share the processors instead of multiplying the threads; in a forked child whose OpenMP
+// runtime does not survive fork() the caller works alone.
 const Team &openmp_team();
 
-// FDK_NUM_THREADS, else OpenMP's number (OMP_NUM_THREADS), bounded by the processors that the process may use.
+// FDK_NUM_THREADS, else OpenMP's number (OMP_NUM_THREADS), bounded by the processors that the
+// process may use.
 int default_num_threads();
 
 // Hands out [0, total) in pieces that shrink towards the end, so that a slow core takes fewer of

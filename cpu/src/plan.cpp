@@ -79,9 +79,8 @@ void check_shape(const fdk_weight &weight, const fdk_matmul_args &args) {
   constexpr int64_t limit = std::numeric_limits<int32_t>::max() / 2;
   if (weight.out_features < 1 || weight.in_features < 1 || args.m < 1 ||
       weight.out_features > limit || weight.in_features > limit || args.m > limit)
-    invalid("m, out_features and in_features must be in [1, 2**30), not " +
-            std::to_string(args.m) + ", " + std::to_string(weight.out_features) + ", " +
-            std::to_string(weight.in_features));
+    invalid("m, out_features and in_features must be in [1, 2**30), not " + std::to_string(args.m) +
+            ", " + std::to_string(weight.out_features) + ", " + std::to_string(weight.in_features));
 }
 
 void check_buffers(const fdk_weight &weight, const fdk_matmul_args &args) {
@@ -106,8 +105,7 @@ void check_buffers(const fdk_weight &weight, const fdk_matmul_args &args) {
   check_buffer("y", args.y, args.y_bytes, checked_product(args.m, n) * y_size, y_size);
   if (args.bias != nullptr) {
     const size_t bias_size = dtype_size(args.bias_dtype);
-    check_buffer("bias", args.bias, args.bias_bytes, static_cast<size_t>(n) * bias_size,
-                 bias_size);
+    check_buffer("bias", args.bias, args.bias_bytes, static_cast<size_t>(n) * bias_size, bias_size);
   }
   check_apart("packed", weight.packed, weight.packed_bytes, args.y, args.y_bytes);
   check_apart("scales", weight.scales, weight.scales_bytes, args.y, args.y_bytes);
@@ -255,10 +253,8 @@ void OwnedPlan::fill_levels(const float *codebook, int count, uint8_t *levels8, 
                             Levels &out) const {
   if (!plan_.uniform) {
     out.x_limit16 = 8191;  // 8191 * 4095 * kMaxBlock < 2**31
-    if (plan_.arithmetic == FDK_INT8)
-      round_levels8(codebook, count, levels8, out);
-    else
-      round_levels16(codebook, count, levels16, out);
+    if (plan_.arithmetic == FDK_INT8) round_levels8(codebook, count, levels8, out);
+    else round_levels16(codebook, count, levels16, out);
     return;
   }
   out.x_limit16 = 32767;  // 32767 * 255 * kMaxBlock < 2**31

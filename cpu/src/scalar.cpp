@@ -96,9 +96,8 @@ void integer_prepare(const Plan &plan, void *prepared, int64_t token_begin, int6
       int32_t sum = 0;
       for (int64_t k = block.k0; k < block.k0 + block.length; ++k) {
         const float value = load_as_f32(plan.x, plan.x_dtype, token * plan.k + k);
-        const int32_t q = scale.inverse == 0.0F
-                              ? 0
-                              : static_cast<int32_t>(std::nearbyint(value * scale.inverse));
+        const int32_t q =
+            scale.inverse == 0.0F ? 0 : static_cast<int32_t>(std::nearbyint(value * scale.inverse));
         out.x[k] = static_cast<int16_t>(q);
         sum += q;
       }
@@ -128,8 +127,8 @@ void integer_run(const Plan &plan, const void *prepared, void *, const Range &ra
             const int code = code_at(plan, packed, r, k);
             sum += (int8 ? int32_t{levels.level8[code]} : int32_t{levels.level16[code]}) * in.x[k];
           }
-          const float value = factor * static_cast<float>(sum) +
-                              offset * static_cast<float>(in.sums[b]);
+          const float value =
+              factor * static_cast<float>(sum) + offset * static_cast<float>(in.sums[b]);
           sums[r] += scales[r] * (in.scales[b] * value);
         }
       }
@@ -170,7 +169,7 @@ bool available() { return true; }
 
 }  // namespace
 
-const Level kScalarLevel = {"scalar", available, kKernels, dense_rows, probe_copy, probe_sum,
-                            &kDecoding};
+const Level kScalarLevel = {"scalar",   available, kKernels,  dense_rows,
+                            probe_copy, probe_sum, &kDecoding};
 
 }  // namespace fdk

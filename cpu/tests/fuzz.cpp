@@ -1,12 +1,14 @@
 // Random calls of the C interface between guard pages: the right answer or a refusal, never a stray
-// byte. A case is decoded from a string of bytes, by libFuzzer (built with FDK_LIBFUZZER) or by main:
+// byte. A case is decoded from a string of bytes, by libFuzzer (built with FDK_LIBFUZZER) or by
+// main:
 //
 //   fuzz [--seconds S] [--threads T] [--seed N]
 //
-// Kinds of cases: products compared with a float64 oracle, products of arbitrary bit patterns (nothing
-// may be touched beyond the buffers), broken calls (refused, y untouched), conversions of the layout,
-// dense products, probes, and what models need besides (attention over a cache, a few tokens times an
-// unquantised matrix), which the Python module calls. Every buffer ends or begins at a page that may not be touched.
+// Kinds of cases: products compared with a float64 oracle, products of arbitrary bit patterns
+// (nothing may be touched beyond the buffers), broken calls (refused, y untouched), conversions of
+// the layout, dense products, probes, and what models need besides (attention over a cache, a few
+// tokens times an unquantised matrix), which the Python module calls. Every buffer ends or begins
+// at a page that may not be touched.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -51,7 +53,8 @@ class Guarded {
   Guarded(const Guarded &) = delete;
   Guarded &operator=(const Guarded &) = delete;
 
-  // At the front a buffer starts on a page, at the back it ends on one; both are aligned to elements.
+  // At the front a buffer starts on a page, at the back it ends on one; both are aligned to
+  // elements.
   uint8_t *place(size_t bytes, bool front) {
     expect(bytes <= kSize, "a buffer of the fuzzer is too large");
     return front ? base_ : base_ + kSize - bytes;
@@ -373,8 +376,8 @@ void check_product(const Case &c, const Matrix &matrix, const Bytes &codebook, c
             decode(&bias[static_cast<size_t>(n) * size_of(c.args.bias_dtype)], c.args.bias_dtype);
       const auto at = static_cast<size_t>(m * c.weight.out_features + n);
       const double got = decode(y + at * size_of(c.args.y_dtype), c.args.y_dtype);
-      const double allowed = arithmetic_tolerance(c) * std::sqrt(norm) +
-                             rounding(c.args.y_dtype, expected) + 1e-6;
+      const double allowed =
+          arithmetic_tolerance(c) * std::sqrt(norm) + rounding(c.args.y_dtype, expected) + 1e-6;
       if (!(std::fabs(got - expected) <= allowed))
         failure("y[" + std::to_string(m) + ", " + std::to_string(n) + "] is " +
                 std::to_string(got) + ", expected " + std::to_string(expected) + " within " +
@@ -398,8 +401,8 @@ void attach_noise(Case &c, Arena &arena) {
   const Bytes packed = c.noise(tiled_packed_bytes(c));
   const Bytes scales = c.noise(tiled_scales_bytes(c));
   const Bytes codebook = c.noise(static_cast<size_t>(c.weight.num_codebooks * c.codes()) * 4);
-  const Bytes x = c.noise(static_cast<size_t>(c.args.m * c.weight.in_features) *
-                          size_of(c.args.x_dtype));
+  const Bytes x =
+      c.noise(static_cast<size_t>(c.args.m * c.weight.in_features) * size_of(c.args.x_dtype));
   const Bytes bias =
       c.noise(static_cast<size_t>(c.weight.out_features) * size_of(c.args.bias_dtype));
   attach(c, arena, packed, scales, codebook, x, bias);
@@ -416,7 +419,8 @@ bool break_call(Case &c, Source &source) {
   fdk_weight &w = c.weight;
   fdk_matmul_args &a = c.args;
   const int64_t which = source.below(30);
-  constexpr int64_t bad_counts[] = {0, -1, INT64_MIN, INT64_MAX, int64_t{1} << 31, int64_t{1} << 62};
+  constexpr int64_t bad_counts[] = {
+      0, -1, INT64_MIN, INT64_MAX, int64_t{1} << 31, int64_t{1} << 62};
   constexpr int64_t bad_groups[] = {0, -8, INT64_MIN, 7, 12, 63, INT64_MAX - 7};
   constexpr size_t off_by[] = {1, 4, 64, ~size_t{0}, ~size_t{63}, size_t{1} << 63};
   const size_t off = source.one_of(off_by);
@@ -447,7 +451,9 @@ bool break_call(Case &c, Source &source) {
     case 21: std::memcpy(&a.y_dtype, &enumerator, 4); return true;
     case 22: std::memcpy(&a.bias_dtype, &enumerator, 4); return c.has_bias;
     case 23: std::memcpy(&a.arithmetic, &enumerator, 4); return true;
-    case 24: a.num_threads = off > 64 ? -std::abs(enumerator) : 4097 + std::abs(enumerator); return true;
+    case 24:
+      a.num_threads = off > 64 ? -std::abs(enumerator) : 4097 + std::abs(enumerator);
+      return true;
     case 25: a.x = static_cast<const uint8_t *>(a.x) + 1; return true;  // misaligned
     case 26: w.scales = static_cast<const uint8_t *>(w.scales) + 1; return true;
     case 27:
@@ -587,7 +593,8 @@ void probes(Case &c, Arena &arena) {
   expect(static_cast<uint32_t>(sum) == static_cast<uint32_t>(expected), "a sum differs");
 }
 
-// Attention of one token a sequence. Its operands may hold any bits (`wild`): then only memory is checked.
+// Attention of one token a sequence. Its operands may hold any bits (`wild`): then only memory is
+// checked.
 struct DecodingStep {
   fdk::Attention args{};
   Bytes qkv, cos, sin, lengths, keys, values, q_norm, k_norm;
@@ -730,8 +737,7 @@ void attention(Case &c, Arena &arena, Source &source) {
         }
         const auto at = static_cast<size_t>((sequence * a.heads + which) * d + i) * width;
         const double got = decode(out + at, a.dtype);
-        const double allowed = rounding(a.dtype, expected) +
-                               (1e-5 + 1e-6 * reach) * largest + 1e-6;
+        const double allowed = rounding(a.dtype, expected) + (1e-5 + 1e-6 * reach) * largest + 1e-6;
         if (!(std::fabs(got - expected) <= allowed))
           failure("attention gives " + std::to_string(got) + ", not " + std::to_string(expected));
       }
@@ -754,10 +760,12 @@ void few_tokens(Case &c, Arena &arena, Source &source) {
   const Bytes x = some(args.m * args.k, c.args.x_dtype);
   const Bytes weight = some(args.n * args.k, args.dtype);
   args.weight = put(arena.packed, weight, c.front);
-  uint8_t *y = poisoned(arena.y, static_cast<size_t>(args.m * args.n) * size_of(args.y_dtype), c.front);
+  uint8_t *y =
+      poisoned(arena.y, static_cast<size_t>(args.m * args.n) * size_of(args.y_dtype), c.front);
   args.y = y;
-  expect(fdk::few_tokens(args, put(arena.x, x, c.front), c.args.x_dtype, fdk::openmp_team()) == FDK_OK,
-         fdk_last_error());
+  expect(
+      fdk::few_tokens(args, put(arena.x, x, c.front), c.args.x_dtype, fdk::openmp_team()) == FDK_OK,
+      fdk_last_error());
   if (wild) return;
   for (int64_t i = 0; i < args.m; ++i)
     for (int64_t j = 0; j < args.n; ++j) {
@@ -766,7 +774,8 @@ void few_tokens(Case &c, Arena &arena, Source &source) {
       for (int64_t l = 0; l < args.k; ++l) {
         const int64_t at = args.rows ? j * args.k + l : l * args.n + j;
         const double term =
-            decode(&x[static_cast<size_t>(i * args.k + l) * size_of(c.args.x_dtype)], c.args.x_dtype) *
+            decode(&x[static_cast<size_t>(i * args.k + l) * size_of(c.args.x_dtype)],
+                   c.args.x_dtype) *
             decode(&weight[static_cast<size_t>(at) * size_of(args.dtype)], args.dtype);
         expected += term;
         size += std::fabs(term);

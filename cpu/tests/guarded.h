@@ -37,8 +37,7 @@ inline void unmap_pages(void *pages, size_t) { VirtualFree(pages, 0, MEM_RELEASE
 #else
 inline size_t page_size() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
 inline void *map_pages(size_t bytes) {
-  void *pages =
-      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void *pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   return pages == MAP_FAILED ? nullptr : pages;
 }
 inline void forbid_page(void *page, size_t bytes) { mprotect(page, bytes, PROT_NONE); }
@@ -77,7 +76,9 @@ class Guarded {
   Guarded &operator=(const Guarded &) = delete;
 
   template <typename T>
-  T *as() const { return reinterpret_cast<T *>(data_); }
+  T *as() const {
+    return reinterpret_cast<T *>(data_);
+  }
   void *get() const { return data_; }
   size_t size() const { return bytes_; }
 

@@ -79,8 +79,7 @@ double decode(const void *data, fdk_dtype dtype, size_t i) {
   const double sign = (bits >> 15) != 0 ? -1.0 : 1.0;
   const int exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
   const int mantissa = bits & ((1 << mantissa_bits) - 1);
-  if (exponent == (1 << exponent_bits) - 1)
-    return mantissa != 0 ? std::nan("") : sign * HUGE_VAL;
+  if (exponent == (1 << exponent_bits) - 1) return mantissa != 0 ? std::nan("") : sign * HUGE_VAL;
   if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
   return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
 }
@@ -138,11 +137,11 @@ std::string describe(const Shape &s) {
 
 struct Problem {
   Shape shape;
-  std::vector<uint8_t> codes;             // [n][k]
-  std::vector<double> scales, x, bias;    // [n][groups], [m][k], [n]
-  std::vector<float> codebook;            // [codebooks][2**bits]
-  std::vector<double> expected;           // [m][n]
-  std::vector<double> magnitude;          // [m][n]: sum of the absolute values of all that is added
+  std::vector<uint8_t> codes;           // [n][k]
+  std::vector<double> scales, x, bias;  // [n][groups], [m][k], [n]
+  std::vector<float> codebook;          // [codebooks][2**bits]
+  std::vector<double> expected;         // [m][n]
+  std::vector<double> magnitude;        // [m][n]: sum of the absolute values of all that is added
   double size = 0.0;  // sum of the squares of all products: what y's would be without cancellation
 };
 
@@ -232,25 +231,24 @@ struct Call {
         &layout, source.as<uint8_t>(), source.size(), source_scales.get(), source_scales.size(),
         packed.as<uint8_t>(), packed.size(), scales.get(), scales.size());
     expect(status == FDK_OK, "to_tiled: %s", fdk_last_error());
-    weight = {sizeof(fdk_weight), s.n,           s.k,
-              s.bits,             s.affine,      s.group_size,
-              packed.as<uint8_t>(), packed.size(), scales.get(),
-              scales.size(),      s.scales,      0,
-              codebook.as<float>(), codebook.size(), s.codebooks};
-    args = {sizeof(fdk_matmul_args),
-            s.m,
-            x.get(),
-            x.size(),
-            s.x,
-            s.y,
-            y.get(),
-            y.size(),
-            s.bias ? bias.get() : nullptr,
-            bias.size(),
-            s.x,
-            FDK_EXACT,
-            0,
-            0};
+    weight = {sizeof(fdk_weight),
+              s.n,
+              s.k,
+              s.bits,
+              s.affine,
+              s.group_size,
+              packed.as<uint8_t>(),
+              packed.size(),
+              scales.get(),
+              scales.size(),
+              s.scales,
+              0,
+              codebook.as<float>(),
+              codebook.size(),
+              s.codebooks};
+    args = {
+        sizeof(fdk_matmul_args),       s.m,         x.get(), x.size(),  s.x, s.y, y.get(), y.size(),
+        s.bias ? bias.get() : nullptr, bias.size(), s.x,     FDK_EXACT, 0,   0};
   }
 
   static size_t tiled_bytes(const Shape &s) {
@@ -287,8 +285,8 @@ double worst_element(const Problem &p, const Guarded &y) {
   double worst = 0.0;
   for (size_t i = 0; i < p.expected.size(); ++i) {
     const double miss = std::fabs(decode(y.get(), s.y, i) - p.expected[i]);
-    const double allowed =
-        sums * p.magnitude[i] + rounding * std::fabs(p.expected[i]) + (s.y == FDK_F16 ? 0x1p-25 : 1e-37);
+    const double allowed = sums * p.magnitude[i] + rounding * std::fabs(p.expected[i]) +
+                           (s.y == FDK_F16 ? 0x1p-25 : 1e-37);
     worst = miss <= allowed * worst ? worst : miss / allowed;  // NaN wins
   }
   return worst;
@@ -435,8 +433,8 @@ void test_levels_agree() {
         for_levels([&](const char *level) {
           expect(fdk_matmul(&call.weight, &call.args) == FDK_OK, "%s", fdk_last_error());
           const double error = relative_error(problem, call.y);
-          expect(error < (arithmetic == FDK_INT8 ? 2e-5 : 3e-6), "%s differs from scalar by %g: %s", level, error,
-                 describe(s).c_str());
+          expect(error < (arithmetic == FDK_INT8 ? 2e-5 : 3e-6), "%s differs from scalar by %g: %s",
+                 level, error, describe(s).c_str());
         });
       }
 }
@@ -494,11 +492,12 @@ void test_conversion() {
         const fdk_layout layout = layout_of(s);
         expect(fdk_to_tiled(&layout, packed.as<uint8_t>(), packed.size(), scales.get(),
                             scales.size(), tiled.as<uint8_t>(), tiled.size(), tiled_scales.get(),
-                            tiled_scales.size()) == FDK_OK, "%s", fdk_last_error());
+                            tiled_scales.size()) == FDK_OK,
+               "%s", fdk_last_error());
         expect(fdk_from_tiled(&layout, tiled.as<uint8_t>(), tiled.size(), tiled_scales.get(),
                               tiled_scales.size(), back.as<uint8_t>(), back.size(),
-                              back_scales.get(), back_scales.size()) == FDK_OK, "%s",
-               fdk_last_error());
+                              back_scales.get(), back_scales.size()) == FDK_OK,
+               "%s", fdk_last_error());
         expect(std::memcmp(packed.get(), back.get(), packed.size()) == 0, "codes changed: %s",
                describe(s).c_str());
         expect(std::memcmp(scales.get(), back_scales.get(), scales.size()) == 0,
@@ -515,9 +514,9 @@ void test_layout_bytes() {
     int value;
   };
   // One code of 1 at (row, column) of a 16-row tile of 128 columns.
-  constexpr Expected cases[] = {{8, 2, 5, 64 + 2 * 4 + 1, 1}, {4, 3, 13, 64 + 3 * 4 + 1, 0x10},
-                                {4, 15, 0, 60, 1},            {2, 1, 30, 64 + 4 + 2, 0x40},
-                                {1, 9, 43, 64 + 16 + 9, 8},   {1, 0, 31, 48, 0x80}};
+  constexpr Expected cases[] = {
+      {8, 2, 5, 64 + 2 * 4 + 1, 1}, {4, 3, 13, 64 + 3 * 4 + 1, 0x10}, {4, 15, 0, 60, 1},
+      {2, 1, 30, 64 + 4 + 2, 0x40}, {1, 9, 43, 64 + 16 + 9, 8},       {1, 0, 31, 48, 0x80}};
   for (const Expected &e : cases) {
     Problem p;
     p.shape = {1, 16, 128, 64, e.bits};
@@ -550,8 +549,17 @@ void test_dense() {
           Problem p;
           p.shape.y = FDK_BF16;
           const Guarded y(static_cast<size_t>(m * n * 2), side);
-          const fdk_dense_args args{sizeof(fdk_dense_args), m, n, k, xs.as<uint16_t>(), xs.size(),
-                                    ws.as<uint16_t>(), ws.size(), y.as<uint16_t>(), y.size(), 2,
+          const fdk_dense_args args{sizeof(fdk_dense_args),
+                                    m,
+                                    n,
+                                    k,
+                                    xs.as<uint16_t>(),
+                                    xs.size(),
+                                    ws.as<uint16_t>(),
+                                    ws.size(),
+                                    y.as<uint16_t>(),
+                                    y.size(),
+                                    2,
                                     0};
           expect(fdk_dense_matmul(&args) == FDK_OK, "%s", fdk_last_error());
           for (int64_t i = 0; i < m; ++i)

@@ -74,8 +74,7 @@ using Panel = Mmla<Bf16Pairs>;
 
 // Codebooks in another precision are not exact in bfloat16.
 bool supports_exact(const Plan &plan) {
-  return plan.arithmetic == FDK_EXACT && plan.x_dtype == FDK_BF16 &&
-         plan.scales_dtype == FDK_BF16;
+  return plan.arithmetic == FDK_EXACT && plan.x_dtype == FDK_BF16 && plan.scales_dtype == FDK_BF16;
 }
 
 constexpr Kernel kKernels[] = {
@@ -139,9 +138,7 @@ void dense_rows(const fdk_dense_args &args, int64_t row_begin, int64_t row_end) 
   }
 }
 
-bool available() {
-  return arm_features().dotprod && arm_features().i8mm && arm_features().bf16;
-}
+bool available() { return arm_features().dotprod && arm_features().i8mm && arm_features().bf16; }
 
 }  // namespace
 

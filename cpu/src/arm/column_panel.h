@@ -170,8 +170,7 @@ struct Int16Columns {
     const Levels &levels = plan.levels[codebook];
     const float *scale = scales(plan, prepared, token) + block;
     const float slope = *scale * levels.factor16;
-    const float32x4_t shift =
-        vdupq_n_f32(*scale * (levels.offset16 * scale[plan.blocks.size()]));
+    const float32x4_t shift = vdupq_n_f32(*scale * (levels.offset16 * scale[plan.blocks.size()]));
     for (int j = 0; j < 4; ++j) out[j] = vfmaq_n_f32(shift, vcvtq_f32_s32(acc[j]), slope);
   }
 };
@@ -203,8 +202,7 @@ struct ColumnPanel {
                          int64_t b, const E *panel, const float32x4_t scales[4], float *sums) {
     const Block &block = plan.blocks[static_cast<size_t>(b)];
     const E *x[T];
-    for (int t = 0; t < T; ++t)
-      x[t] = Kind::activations(plan, prepared, token + t) + block.k0;
+    for (int t = 0; t < T; ++t) x[t] = Kind::activations(plan, prepared, token + t) + block.k0;
     typename Kind::Accumulator acc[T][4] = {};
     // Four columns at a time: beyond K the activations are zero, and so are the codes.
     for (int64_t c = 0; c < block.length; c += 4) {
@@ -256,9 +254,8 @@ struct ColumnPanel {
   }
 
   static void run(const Plan &plan, const void *prepared, void *scratch, const Range &range) {
-    with_bits(plan.bits, [&](auto bits) {
-      run_bits<decltype(bits)::value>(plan, prepared, scratch, range);
-    });
+    with_bits(plan.bits,
+              [&](auto bits) { run_bits<decltype(bits)::value>(plan, prepared, scratch, range); });
   }
 };
 

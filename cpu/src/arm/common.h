@@ -36,8 +36,7 @@ inline void copy_as_f32(const void *data, fdk_dtype dtype, int64_t index, int64_
 
 // The 16 scales of a group of a tile. `zero` lets a caller have its zeros from elsewhere.
 template <fdk_dtype kDtype>
-inline void load_scales4(const void *data, float32x4_t out[4],
-                         uint16x8_t zero = vdupq_n_u16(0)) {
+inline void load_scales4(const void *data, float32x4_t out[4], uint16x8_t zero = vdupq_n_u16(0)) {
   if constexpr (kDtype == FDK_F32) {
     for (int j = 0; j < 4; ++j) out[j] = vld1q_f32(static_cast<const float *>(data) + 4 * j);
     return;
@@ -117,8 +116,8 @@ inline void quantise_block(const Plan &plan, int64_t token, const Block &block, 
 
 inline void narrow_block(const QuantisedBlock &block, int8_t out[kMaxBlock]) {
   for (int i = 0; i < kMaxBlock; i += 16)
-    vst1q_s8(out + i, vcombine_s8(vmovn_s16(vld1q_s16(block.x + i)),
-                                  vmovn_s16(vld1q_s16(block.x + i + 8))));
+    vst1q_s8(out + i,
+             vcombine_s8(vmovn_s16(vld1q_s16(block.x + i)), vmovn_s16(vld1q_s16(block.x + i + 8))));
 }
 
 // The columns that a kernel walks through for a block: whole units of the packed bytes, from
@@ -144,8 +143,7 @@ inline const uint8_t *column_bytes(const Plan &plan, int64_t tile, const Columns
 // Room for any block's columns in the prepared activations.
 inline int64_t columns_stride(const Plan &plan) {
   int64_t most = 0;
-  for (const Block &block : plan.blocks)
-    most = std::max(most, block_columns(plan, block).count);
+  for (const Block &block : plan.blocks) most = std::max(most, block_columns(plan, block).count);
   return round_up_to(most, 16);
 }
 
@@ -178,8 +176,7 @@ inline size_t int8_prepared_bytes(const Plan &plan) {
   return static_cast<size_t>(plan.m * Int8Token::bytes(plan, columns_stride(plan)));
 }
 
-inline void int8_prepare(const Plan &plan, void *prepared, int64_t token_begin,
-                         int64_t token_end) {
+inline void int8_prepare(const Plan &plan, void *prepared, int64_t token_begin, int64_t token_end) {
   const int64_t stride = columns_stride(plan);
   for (int64_t token = token_begin; token < token_end; ++token) {
     const Int8Token out(plan, prepared, token, stride);
@@ -205,8 +202,7 @@ struct Affine {
   float factor;
   float offset;  // of one activation
   Affine(const Levels &levels, int bits, int bias)
-      : factor(levels.factor8),
-        offset(levels.offset8 + static_cast<float>(bias) * levels.factor8) {
+      : factor(levels.factor8), offset(levels.offset8 + static_cast<float>(bias) * levels.factor8) {
     if (bits > 1) return;
     const int zero = levels.level8[0];
     offset = levels.offset8 + static_cast<float>(zero) * levels.factor8;
@@ -295,8 +291,9 @@ inline void for_each_code_unit(const uint8_t *bytes, int64_t count, F f) {
 
 // ---- Weights of a block as int8 ------------------------------------------------------------
 
-// Level - bias for every code (at 1 bit, where two values are always affine, the code); at 2 bits also for the two codes of a nibble. The levels of an affine
-// codebook of few bits are small as they are, and lose least that way.
+// Level - bias for every code (at 1 bit, where two values are always affine, the code); at 2 bits
+// also for the two codes of a nibble. The levels of an affine codebook of few bits are small as
+// they are, and lose least that way.
 struct Int8Tables {
   bool uniform;
   int bias;
@@ -305,7 +302,9 @@ struct Int8Tables {
   const uint8_t *all;
 
   Int8Tables(const Levels &levels, int bits, bool is_uniform)
-      : uniform(is_uniform), bias(bits == 1 || (is_uniform && bits < 8) ? 0 : 128), all(levels.level8) {
+      : uniform(is_uniform),
+        bias(bits == 1 || (is_uniform && bits < 8) ? 0 : 128),
+        all(levels.level8) {
     const uint8x16_t subtract = vdupq_n_u8(static_cast<uint8_t>(bias));
     uint8_t low_bytes[16] = {};
     uint8_t high_bytes[16] = {};

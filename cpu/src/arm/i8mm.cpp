@@ -53,13 +53,10 @@ struct Int8Pairs {
       vst1q_s8(to, vreinterpretq_s8_s32(vzip1q_s32(low, high)));
       vst1q_s8(to + 16, vreinterpretq_s8_s32(vzip2q_s32(low, high)));
     };
-    for_each_unit<kBits>(bytes, count, tables.int8,
-                         [&](int64_t unit, int j, int8x16_t w) {
-                           if (unit % 2 == 0)
-                             even[j] = w;
-                           else
-                             store(unit, j, w);
-                         });
+    for_each_unit<kBits>(bytes, count, tables.int8, [&](int64_t unit, int j, int8x16_t w) {
+      if (unit % 2 == 0) even[j] = w;
+      else store(unit, j, w);
+    });
     if (kBits == 8 && count % 8 != 0)
       for (int j = 0; j < 4; ++j) store(count / 4, j, vdupq_n_s8(0));
   }

@@ -71,10 +71,15 @@ struct Int8Panel {
       std::memset(sums, 0, static_cast<size_t>(tokens * kTileRows) * sizeof(float));
       for (size_t b = 0; b < plan.blocks.size(); ++b) {
         const Columns columns = block_columns(plan, plan.blocks[b]);
-        decode_int8_panel<kBits>(column_bytes(plan, tile, columns), columns.count, tables,
-                                 panel);
-        Part part{plan,          prepared, columns_stride(plan), static_cast<int64_t>(b),
-                  columns.count, panel,    {},                   Affine(levels, kBits, tables.bias)};
+        decode_int8_panel<kBits>(column_bytes(plan, tile, columns), columns.count, tables, panel);
+        Part part{plan,
+                  prepared,
+                  columns_stride(plan),
+                  static_cast<int64_t>(b),
+                  columns.count,
+                  panel,
+                  {},
+                  Affine(levels, kBits, tables.bias)};
         load_scales4(plan, tile, plan.blocks[b].group, part.scales);
         int64_t t = 0;
         for (; t + Dot::kTokens <= tokens; t += Dot::kTokens)
@@ -87,9 +92,8 @@ struct Int8Panel {
   }
 
   static void run(const Plan &plan, const void *prepared, void *scratch, const Range &range) {
-    with_bits(plan.bits, [&](auto bits) {
-      run_bits<decltype(bits)::value>(plan, prepared, scratch, range);
-    });
+    with_bits(plan.bits,
+              [&](auto bits) { run_bits<decltype(bits)::value>(plan, prepared, scratch, range); });
   }
 };
 

@@ -127,9 +127,9 @@ struct Matvec {
   }
 
   template <fdk_dtype kDtype>
-  [[gnu::always_inline]] static void add_block(const Tile &at, const Code &code,
-                                               const Block &block, bool full, const int8_t *x,
-                                               const float *affine, float32x4_t y[4]) {
+  [[gnu::always_inline]] static void add_block(const Tile &at, const Code &code, const Block &block,
+                                               bool full, const int8_t *x, const float *affine,
+                                               float32x4_t y[4]) {
     alignas(16) static constexpr int32_t kStart[4] = {kMagicBits, kMagicBits, kMagicBits,
                                                       kMagicBits};
     const uint8_t *w = at.packed + block.step_begin * kStepBytes;
@@ -183,8 +183,7 @@ struct Matvec {
   }
 
   template <fdk_dtype kDtype>
-  static void run_dtype(const Plan &plan, const void *prepared, void *scratch,
-                        const Range &range) {
+  static void run_dtype(const Plan &plan, const void *prepared, void *scratch, const Range &range) {
     float *affine = static_cast<float *>(scratch);
     const Levels &levels = plan.levels[range.codebook];
     const Code code(levels);

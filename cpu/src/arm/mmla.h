@@ -5,9 +5,9 @@
 //   kColumns                      columns in eight bytes
 //   Accumulator, multiply()       the instruction
 //   Tables(plan, codebook)        what decode() needs
-//   decode<bits>()                a block's weights as [columns / kColumns][8 pairs][2 rows][8 bytes]
-//   write_row()                   a block of one token's activations, in order, with scale and sum
-//   value(acc, slope, shift)      a block's products as float
+//   decode<bits>()                a block's weights as [columns / kColumns][8 pairs][2 rows][8
+//   bytes] write_row()                   a block of one token's activations, in order, with scale
+//   and sum value(acc, slope, shift)      a block's products as float
 #pragma once
 
 #include "common.h"
@@ -107,8 +107,7 @@ struct Mmla {
       const int64_t at = part.block * kTokens + 2 * p;
       const float32x2_t x_scale = vld1_f32(in.scales + at);
       const float32x2_t slope = vmul_n_f32(x_scale, part.factor);
-      const float32x2_t shift =
-          vmul_f32(x_scale, vmul_n_f32(vld1_f32(in.sums + at), part.offset));
+      const float32x2_t shift = vmul_f32(x_scale, vmul_n_f32(vld1_f32(in.sums + at), part.offset));
       for (int r = 0; r < 4; ++r) {
         const float32x4_t four = part.scales[2 * half + r / 2];
         const float32x4_t scales = r % 2 == 0 ? vzip1q_f32(four, four) : vzip2q_f32(four, four);
@@ -161,12 +160,8 @@ struct Mmla {
         const Columns columns = block_columns(plan, plan.blocks[b]);
         Kind::template decode<kBits>(column_bytes(plan, tile, columns), columns.count, tables,
                                      panel);
-        Part part{plan,
-                  static_cast<int64_t>(b),
-                  ceil_div(columns.count, Kind::kColumns),
-                  panel,
-                  tables.factor(),
-                  tables.offset(),
+        Part part{plan,  static_cast<int64_t>(b), ceil_div(columns.count, Kind::kColumns),
+                  panel, tables.factor(),         tables.offset(),
                   {}};
         load_scales4(plan, tile, plan.blocks[b].group, part.scales);
         for (int64_t g = 0; g < groups; ++g)
@@ -178,9 +173,8 @@ struct Mmla {
   }
 
   static void run(const Plan &plan, const void *prepared, void *scratch, const Range &range) {
-    with_bits(plan.bits, [&](auto bits) {
-      run_bits<decltype(bits)::value>(plan, prepared, scratch, range);
-    });
+    with_bits(plan.bits,
+              [&](auto bits) { run_bits<decltype(bits)::value>(plan, prepared, scratch, range); });
   }
 };
 

@@ -25,9 +25,9 @@ struct LongMultiply {
       for (int t = 0; t < T; ++t) {
         const int8_t *at = x + t * x_stride + unit * 4;
         x0[t] = vreinterpretq_s8_s32(vld1q_dup_s32(reinterpret_cast<const int32_t *>(at)));
-        x1[t] = both ? vreinterpretq_s8_s32(
-                           vld1q_dup_s32(reinterpret_cast<const int32_t *>(at + 4)))
-                     : vdupq_n_s8(0);
+        x1[t] = both
+                    ? vreinterpretq_s8_s32(vld1q_dup_s32(reinterpret_cast<const int32_t *>(at + 4)))
+                    : vdupq_n_s8(0);
       }
       const int8_t *next = panel + (both ? unit + 1 : unit) * 64;
       for (int j = 0; j < 4; ++j) {
@@ -104,8 +104,7 @@ int64_t probe_sum(const int32_t *source, size_t count) {
   size_t i = 0;
   for (; i + 16 <= count; i += 16)
     for (size_t j = 0; j < 4; ++j) sums[j] = vpadalq_s32(sums[j], vld1q_s32(source + i + 4 * j));
-  int64_t sum =
-      vaddvq_s64(vaddq_s64(vaddq_s64(sums[0], sums[1]), vaddq_s64(sums[2], sums[3])));
+  int64_t sum = vaddvq_s64(vaddq_s64(vaddq_s64(sums[0], sums[1]), vaddq_s64(sums[2], sums[3])));
   for (; i < count; ++i) sum += source[i];
   return sum;
 }
@@ -129,8 +128,8 @@ bool available() { return true; }
 
 }  // namespace
 
-const Level kNeonLevel = {"neon", available, kKernels, dense_rows, probe_copy, probe_sum,
-                          &kDecoding};
+const Level kNeonLevel = {"neon",     available, kKernels,  dense_rows,
+                          probe_copy, probe_sum, &kDecoding};
 
 }  // namespace fdk
 #endif

@@ -87,8 +87,8 @@ struct Tables1 {
     const Affine affine(levels, 1, 0);
     for (size_t b = 0; b < plan.blocks.size(); ++b, out += kAffineFloats) {
       const float slope = token.scales[b] * affine.factor * 8192.0F;
-      const float shift = token.scales[b] * (affine.offset * token.sums[b] +
-                                             affine.factor * token.smallest[b]);
+      const float shift =
+          token.scales[b] * (affine.offset * token.sums[b] + affine.factor * token.smallest[b]);
       vst1q_f32(out, vdupq_n_f32(slope));
       vst1q_f32(out + 4, vdupq_n_f32(shift - slope));
     }
@@ -117,9 +117,10 @@ struct Tables1 {
 // Two tiles, eight units. Written out because the order is what makes it fast on cores that issue
 // and finish in order (a Cortex-A510: three instructions a cycle, two of them vector ones; look-ups
 // finish after four cycles, other vector instructions after three, loads after two, so that a load
-// right behind a look-up waits). A unit takes ten cycles, two vector instructions in each: four of
+// right after a look-up waits). A unit takes ten cycles, two vector instructions in each: four of
 // look-ups, then the additions, beside which the next unit's tables are loaded and its indices
 // made. Compilers load far ahead instead, and spill.
+// clang-format off: one line is what issues together.
 #define FDK_LOAD(to, base, offset) "ldr %q[" to "], [%[" base "], #" #offset "]\n"
 #define FDK_ADD(to, from) "add %[" to "].16b, %[" to "].16b, %[" from "].16b\n"
 #define FDK_TBL(to, table, index) "tbl %[" to "].16b, {%[" table "].16b}, %[" index "].16b\n"
@@ -179,6 +180,7 @@ struct Tables1 {
         : [nibble] "w"(nibble), [bytes0] "r"(bytes0), [bytes1] "r"(bytes1), [tables] "r"(tables)
         : "memory");
   }
+  // clang-format on
 
 #undef FDK_LOAD
 #undef FDK_ADD
@@ -218,10 +220,10 @@ struct Tables1 {
     const void *scales_at[kTiles];
     for (int t = 0; t < kTiles; ++t) scales_at[t] = at.scales_of<kDtype>(t, block.group);
     Sums sums[kTiles];
-    if (kTiles == 2 && units == 8)
-      add_eight_units(bytes, bytes + at.packed_stride, tables, sums);
+    if (kTiles == 2 && units == 8) add_eight_units(bytes, bytes + at.packed_stride, tables, sums);
     else
-      for (int t = 0; t < kTiles; ++t) add_units(bytes + t * at.packed_stride, tables, units, sums[t]);
+      for (int t = 0; t < kTiles; ++t)
+        add_units(bytes + t * at.packed_stride, tables, units, sums[t]);
     const float32x4_t slope = vld1q_f32(affine);
     const uint16x8_t step = vreinterpretq_u16_u32(load_again(kStep));
     const uint16x8_t zero = vreinterpretq_u16_u32(load_again(kZero));
@@ -250,7 +252,7 @@ struct Tables1 {
   // Not inlined: the sums stay in registers, and its loop is the one that cpu/model looks for.
   template <int kTiles, fdk_dtype kDtype>
   [[gnu::noinline]] static void run_tiles(const Plan &plan, const Token &token, int64_t token_index,
-                        const float *affine, int64_t tile, const Range &range) {
+                                          const float *affine, int64_t tile, const Range &range) {
     float32x4_t y[kTiles][4] = {};
     const Tile at(plan, tile);
     const Block *blocks = plan.blocks.data();
@@ -265,8 +267,7 @@ struct Tables1 {
   }
 
   template <fdk_dtype kDtype>
-  static void run_dtype(const Plan &plan, const void *prepared, void *scratch,
-                        const Range &range) {
+  static void run_dtype(const Plan &plan, const void *prepared, void *scratch, const Range &range) {
     float *affine = static_cast<float *>(scratch);
     for (int64_t t = range.token_begin; t < range.token_end; ++t) {
       const Token token(plan, prepared, t);

@@ -9,8 +9,8 @@
 namespace fdk {
 namespace {
 
-// With fewer tokens the levels below are faster (Xeon with AMX and AVX512-FP16, one thread, k = n = 4096,
-// weights from memory, 2026-11).
+// With fewer tokens the levels below are faster (Xeon with AMX and AVX512-FP16, one thread, k = n =
+// 4096, weights from memory, 2026-11).
 constexpr int64_t fewest_tokens(int bits, bool integer) {
   if (integer) return bits == 8 ? 9 : bits == 4 ? 7 : bits == 2 ? 6 : 5;
   return bits == 8 || bits == 1 ? 5 : 3;
@@ -49,9 +49,7 @@ constexpr Kernel kKernels[] = {
     make_matrix_kernel<Int8Matrix<1, false>>("amx.int8_1bit", supports_int8<1, false>),
 };
 
-bool available() {
-  return kEmulated || (kAvx512Bf16Level.available() && amx_available());
-}
+bool available() { return kEmulated || (kAvx512Bf16Level.available() && amx_available()); }
 
 }  // namespace
 

@@ -10,8 +10,8 @@
 namespace fdk {
 namespace {
 
-// Registers that the words of a block fill; the last one ends with zeros, so that what it reads behind
-// the block meets nothing.
+// Registers that the words of a block fill; the last one ends with zeros, so that what it reads
+// behind the block meets nothing.
 template <typename A>
 inline int64_t block_registers(const Block &block) {
   return ceil_div((block.step_end - block.step_begin) * A::kVectors, kMatrixRows);
@@ -31,8 +31,8 @@ struct MatrixFactor {
 // Each codebook has offsets of its own; more of them take too long to prepare.
 inline constexpr int64_t kMatrixCodebooks = 4;
 
-// prepared: factors [codebook][blocks][tokens] (integers only), then words [group of 16 tokens][register]
-// [16 tokens][16 words]: a register is 1 KiB in one piece.
+// prepared: factors [codebook][blocks][tokens] (integers only), then words [group of 16
+// tokens][register] [16 tokens][16 words]: a register is 1 KiB in one piece.
 template <typename A>
 struct MatrixPrepared {
   int64_t blocks, tokens, registers, factor_bytes;

@@ -3,8 +3,8 @@
 // Decoded vectors are 16 rows x 32 bits, and prepared activations are words of 32 bits in the same
 // order: sixteen vectors one below the other are a matrix register of weights, sixteen words of
 // sixteen tokens one of activations. Two groups of 16 tokens by two tiles are multiplied at a time.
-// A block has sums of its own, which leave the registers for the float32 totals because scales differ
-// from block to block; those of a block are added between the products of the next one.
+// A block has sums of its own, which leave the registers for the float32 totals because scales
+// differ from block to block; those of a block are added between the products of the next one.
 #pragma once
 
 #include <algorithm>
@@ -17,15 +17,16 @@
 namespace fdk {
 namespace {
 
-// Tiles that are decoded together: two for up to 32 tokens, so that what is decoded stays in the L1 cache;
-// more for many, so that activations are read again less often.
+// Tiles that are decoded together: two for up to 32 tokens, so that what is decoded stays in the L1
+// cache; more for many, so that activations are read again less often.
 inline constexpr int64_t kMatrixTiles = 16;
 constexpr int64_t tiles_together(int64_t tokens) {
   return tokens <= 2 * kMatrixRows ? 2 : tokens <= 4 * kMatrixRows ? 8 : kMatrixTiles;
 }
 // Tokens that tiles meet before the next ones are decoded: their totals stay in the L2 cache.
 inline constexpr int64_t kMatrixTokens = 512;
-// Of a tile's registers so many are decoded at a time: the L1 cache holds two tiles' and 32 tokens'.
+// Of a tile's registers so many are decoded at a time: the L1 cache holds two tiles' and 32
+// tokens'.
 inline constexpr int64_t kMatrixRegisters = 8;
 inline constexpr int64_t kMatrixBytes = kMatrixRows * 64;
 
@@ -34,8 +35,8 @@ struct Stretch {
   size_t begin, end;
   int64_t index;
 
-  // Packed bytes of tile `tile` that are decoded after this stretch: its next blocks, or the first ones
-  // of the tile `next`.
+  // Packed bytes of tile `tile` that are decoded after this stretch: its next blocks, or the first
+  // ones of the tile `next`.
   const uint8_t *after(const Plan &plan, int64_t tile, int64_t next) const {
     if (end == plan.blocks.size()) return plan.tile_packed(next);
     return plan.tile_packed(tile) + plan.blocks[end].step_begin * kStepBytes;
@@ -50,8 +51,9 @@ struct MatrixScratch {
   char *weights;
   char *sums;
   float *scales;
-  static constexpr int64_t kTileBytes = (kMatrixRegisters + kMaxBlockRegisters<A>) * kMatrixBytes;
-  static constexpr int64_t kTileScales = kMatrixRegisters * kTileRows;  // a block has a register or more
+  static constexpr int64_t kTileBytes = (kMatrixRegisters + kMaxBlockRegisters<A>)*kMatrixBytes;
+  static constexpr int64_t kTileScales =
+      kMatrixRegisters * kTileRows;  // a block has a register or more
 
   MatrixScratch(void *scratch, int64_t tokens)
       : totals(static_cast<float *>(scratch)),
@@ -59,10 +61,9 @@ struct MatrixScratch {
         sums(weights + kMatrixTiles * kTileBytes),
         scales(reinterpret_cast<float *>(sums + 4 * kMatrixBytes)) {}
   static size_t bytes(const Plan &plan) {
-    return static_cast<size_t>(
-        kMatrixTiles * (std::min(plan.m, kMatrixTokens) * kTileRows * 4 + kTileBytes +
-                        kTileScales * 4) +
-        4 * kMatrixBytes);
+    return static_cast<size_t>(kMatrixTiles * (std::min(plan.m, kMatrixTokens) * kTileRows * 4 +
+                                               kTileBytes + kTileScales * 4) +
+                               4 * kMatrixBytes);
   }
 };
 
@@ -92,16 +93,15 @@ size_t decode_stretch(const Plan &plan, const A &tables, const Finish<A> &finish
   return end;
 }
 
-// What a block's sums add to the totals of a token: sums x scales, and for integers the scale of the
-// activations and the codebook's offset (see MatrixPrepared).
+// What a block's sums add to the totals of a token: sums x scales, and for integers the scale of
+// the activations and the codebook's offset (see MatrixPrepared).
 template <typename A>
 inline void add_row(const MatrixFactor *factor, __m512 scales, const char *sums, float *total) {
   __m512 added;
   if constexpr (A::kInteger)
     added = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums)),
                             _mm512_set1_ps(factor->scale), _mm512_set1_ps(factor->offset));
-  else
-    added = _mm512_load_ps(reinterpret_cast<const float *>(sums));
+  else added = _mm512_load_ps(reinterpret_cast<const float *>(sums));
   _mm512_store_ps(total, _mm512_fmadd_ps(added, scales, _mm512_load_ps(total)));
 }
 
@@ -121,26 +121,26 @@ inline void add_block(const MatrixFactor *factors, __m512 scales, int64_t rows, 
 
 // Two tiles by up to 32 tokens: what multiply_stretch() works on.
 struct MatrixWork {
-  int64_t token, tokens;     // the first one, and how many
-  const char *weights;       // of the first tile
-  const float *scales;       // of the first tile
+  int64_t token, tokens;  // the first one, and how many
+  const char *weights;    // of the first tile
+  const float *scales;    // of the first tile
   char *sums;
-  float *totals;             // of the first tile and token
-  int64_t total_stride;      // to those of the second tile
-  const uint8_t *ahead[2];   // packed bytes to ask memory for meanwhile, or null
+  float *totals;            // of the first tile and token
+  int64_t total_stride;     // to those of the second tile
+  const uint8_t *ahead[2];  // packed bytes to ask memory for meanwhile, or null
 };
 
 // A stretch of two tiles by up to 32 tokens; kSecond: more than 16 of them.
 template <typename A, bool kSecond>
 void multiply_stretch(const Plan &plan, const MatrixPrepared<A> &layout, const void *prepared,
                       int64_t codebook, const Stretch &stretch, const MatrixWork &work) {
-  // Adds up the sums of tokens `group` by tile `i` that the block before `end` left, if there is one.
+  // Adds up the sums of tokens `group` by tile `i` that the block before `end` left, if there is
+  // one.
   const auto add_before = [&](size_t end, int64_t group, int64_t i) {
     if (end == stretch.begin) return;
     const size_t b = end - 1;
-    const __m512 scales =
-        _mm512_load_ps(work.scales + i * MatrixScratch<A>::kTileScales +
-                       static_cast<int64_t>(b - stretch.begin) * kTileRows);
+    const __m512 scales = _mm512_load_ps(work.scales + i * MatrixScratch<A>::kTileScales +
+                                         static_cast<int64_t>(b - stretch.begin) * kTileRows);
     add_block<A>(layout.factors(prepared, codebook, b, work.token + group * kMatrixRows), scales,
                  std::min(work.tokens - group * kMatrixRows, kMatrixRows),
                  work.sums + (2 * group + i) * kMatrixBytes,
@@ -220,7 +220,8 @@ void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &fi
   const MatrixScratch<A> own(scratch, tokens);
   std::fill(own.totals, own.totals + ceil_div(tiles, int64_t{2}) * 2 * total_stride, 0.0F);
   if (tiles % 2 != 0) {  // the last pair's second tile: its sums are dropped
-    std::memset(own.weights + tiles * MatrixScratch<A>::kTileBytes, 0, MatrixScratch<A>::kTileBytes);
+    std::memset(own.weights + tiles * MatrixScratch<A>::kTileBytes, 0,
+                MatrixScratch<A>::kTileBytes);
     float *scales = own.scales + tiles * MatrixScratch<A>::kTileScales;
     std::fill(scales, scales + MatrixScratch<A>::kTileScales, 0.0F);
   }
@@ -240,8 +241,7 @@ void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &fi
       work.ahead[j] = stretch.after(plan, std::min(tile + i + j, last_tile), next(i + j));
     if (work.tokens > kMatrixRows)
       multiply_stretch<A, true>(plan, layout, prepared, range.codebook, stretch, work);
-    else
-      multiply_stretch<A, false>(plan, layout, prepared, range.codebook, stretch, work);
+    else multiply_stretch<A, false>(plan, layout, prepared, range.codebook, stretch, work);
   };
   for (; stretch.begin < plan.blocks.size(); stretch.begin = stretch.end) {
     // The first tokens meet two tiles while what was decoded of them lies in the L1 cache.
@@ -285,7 +285,8 @@ void run_matrix(const Plan &plan, const void *prepared, void *scratch, const Ran
   const MatrixPrepared<A> layout(plan);
   const int64_t tokens = range.token_end - range.token_begin;
   const int64_t together = tiles_together(tokens);
-  const int64_t part = ceil_div(tokens, ceil_div(tokens, kMatrixTokens) * 2 * kMatrixRows) * 2 * kMatrixRows;
+  const int64_t part =
+      ceil_div(tokens, ceil_div(tokens, kMatrixTokens) * 2 * kMatrixRows) * 2 * kMatrixRows;
   // Once a call: it takes as long as dozens of products. Rows beyond the last token hold zeros.
   configure_matrices(std::min(tokens, kMatrixRows),
                      tokens > 2 * kMatrixRows ? kMatrixRows : tokens - kMatrixRows);
@@ -314,8 +315,13 @@ bool fills_registers(const Plan &plan) {
 
 template <typename A>
 constexpr Kernel make_matrix_kernel(const char *name, bool (*supports)(const Plan &)) {
-  return {name,           supports,      matrix_prepared_bytes<A>,
-          prepare_matrix<A>, matrix_scratch_bytes<A>, run_matrix<A>, kMatrixTiles / 2};
+  return {name,
+          supports,
+          matrix_prepared_bytes<A>,
+          prepare_matrix<A>,
+          matrix_scratch_bytes<A>,
+          run_matrix<A>,
+          kMatrixTiles / 2};
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Activations in AVX2: quantised, and written in the order of decoded weights; what a block adds to y.
+// Activations in AVX2: quantised, and written in the order of decoded weights; what a block adds to
+// y.
 #pragma once
 
 #include <immintrin.h>

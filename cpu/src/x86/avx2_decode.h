@@ -16,7 +16,7 @@ namespace fdk {
 namespace {
 
 constexpr int64_t kHalfRows = 8;
-constexpr int kMaxVectors = 32;        // of a half and a step, over all arithmetics
+constexpr int kMaxVectors = 32;         // of a half and a step, over all arithmetics
 constexpr int64_t kMaxBlockSteps = 20;  // 64 columns at 4 a step, and the ragged ends
 constexpr int64_t kTokens = 4;
 
@@ -41,10 +41,12 @@ constexpr int column_at(int bits, int j, int offset) {
   return bits == 1 ? 8 * j + offset : 4 * (offset / bits) + j;
 }
 
-inline __m256i shift_right(__m256i v, int bits) { return _mm256_srl_epi32(v, _mm_cvtsi32_si128(bits)); }
+inline __m256i shift_right(__m256i v, int bits) {
+  return _mm256_srl_epi32(v, _mm_cvtsi32_si128(bits));
+}
 
-// Looks up 16-bit entries of a codebook of up to 16 by nibbles: a table of their low bytes and one of
-// their high bytes for each code that a nibble holds.
+// Looks up 16-bit entries of a codebook of up to 16 by nibbles: a table of their low bytes and one
+// of their high bytes for each code that a nibble holds.
 template <int kBits>
 struct NibbleTables {
   static constexpr int kTables = 4 / kBits;
@@ -81,8 +83,8 @@ struct NibbleTables {
   }
 };
 
-// The decode() of each Arithmetic calls use(v, weights) for the vectors v = 0 .. kVectors - 1 of a half
-// of a step, as soon as each is there.
+// The decode() of each Arithmetic calls use(v, weights) for the vectors v = 0 .. kVectors - 1 of a
+// half of a step, as soon as each is there.
 
 // Integer arithmetic on 16-bit levels. Below 8 bits a nibble looks up the low and the high byte of
 // a level; at 8 bits levels are gathered, or are the codes themselves when the codebook is affine.
@@ -173,9 +175,8 @@ struct Float32 {
         use(f, _mm256_castps_si256(_mm256_i32gather_ps(values, byte, 4)));
       } else if constexpr (kBits == 4) {
         const __m256 top = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-        use(f, _mm256_castps_si256(
-                   _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
-                                    _mm256_permutevar8x32_ps(high, index), top)));
+        use(f, _mm256_castps_si256(_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
+                                                    _mm256_permutevar8x32_ps(high, index), top)));
       } else {  // two bits of the index count: at 1 bit entries 2 and 3 are 0 and 1 again
         use(f, _mm256_castps_si256(_mm256_permutevar_ps(low, index)));
       }

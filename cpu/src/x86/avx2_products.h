@@ -26,9 +26,8 @@ inline void store_half(const Plan &plan, int64_t token, int64_t tile, const Rang
 
 // kTokens tokens by kTiles tiles side by side.
 template <typename A, int kTokens, int kTiles>
-void direct(const Plan &plan, const A &arithmetic, const Levels *levels,
-            const Prepared<A> &layout, const void *prepared, const Range &range, int64_t token,
-            int64_t tile) {
+void direct(const Plan &plan, const A &arithmetic, const Levels *levels, const Prepared<A> &layout,
+            const void *prepared, const Range &range, int64_t token, int64_t tile) {
   const bool int8 = plan.arithmetic == FDK_INT8;
   const int32_t *words[kTokens];
   __m256 totals[kTokens][kTiles][2];
@@ -58,9 +57,10 @@ void direct(const Plan &plan, const A &arithmetic, const Levels *levels,
       for (int half = 0; half < 2; ++half) {
         const __m256 scales = load_half_scales(plan, tile + i, block.group, half);
         for (int t = 0; t < kTokens; ++t)
-          totals[t][i][half] = _mm256_fmadd_ps(
-              finish_block<A>(levels, int8, sums[t][i][half], layout.factors(prepared, token + t)[b]),
-              scales, totals[t][i][half]);
+          totals[t][i][half] =
+              _mm256_fmadd_ps(finish_block<A>(levels, int8, sums[t][i][half],
+                                              layout.factors(prepared, token + t)[b]),
+                              scales, totals[t][i][half]);
       }
   }
   for (int t = 0; t < kTokens; ++t)

@@ -1,8 +1,8 @@
 // AVX2 kernels for a few tokens at 1 bit: sums of activations from tables.
 //
-// Three bits of a row are three codes, of 8 kinds. For each of their places along K, prepare() writes
-// what the 8 kinds add to y: a table is a register, and a permutation by 8 rows' bits finds three
-// products a row. The integer arithmetics do the same with int32.
+// Three bits of a row are three codes, of 8 kinds. For each of their places along K, prepare()
+// writes what the 8 kinds add to y: a table is a register, and a permutation by 8 rows' bits finds
+// three products a row. The integer arithmetics do the same with int32.
 #pragma once
 
 #include "x86/avx2_products.h"
@@ -23,8 +23,8 @@ struct SumVector<true> {
 template <fdk_arithmetic kArithmetic>
 struct Sums {
   static constexpr bool kInteger = kArithmetic != FDK_EXACT;
-  static constexpr int64_t kColumns = 3;   // of a table
-  static constexpr int64_t kTables = 11;   // of a step; the last one has two columns
+  static constexpr int64_t kColumns = 3;    // of a table
+  static constexpr int64_t kTables = 11;    // of a step; the last one has two columns
   static constexpr int64_t kMaxTokens = 4;  // with more, decoding once for all of them pays
   static constexpr int64_t kMaxBytes = 64 << 20;
   static constexpr int64_t kMaxCodebooks = 4;  // more take too long to prepare for
@@ -36,7 +36,8 @@ struct Sums {
   };
   using Sum = typename Arithmetic::Sum;
 
-  // prepared: BlockFactor [token][blocks], then tables [token][codebook][block, step of it][kTables][8].
+  // prepared: BlockFactor [token][blocks], then tables [token][codebook][block, step of
+  // it][kTables][8].
   struct Layout {
     int64_t factors, tables;  // of a token; tables of a codebook
     const Plan &plan;
@@ -71,12 +72,9 @@ struct Sums {
   // The values of the two codes.
   static void load_values(const Plan &plan, int64_t codebook, Element values[2]) {
     for (int q = 0; q < 2; ++q) {
-      if constexpr (!kInteger)
-        values[q] = plan.codebook[2 * codebook + q];
-      else if (plan.arithmetic == FDK_INT8)
-        values[q] = plan.levels[codebook].level8[q];
-      else
-        values[q] = plan.levels[codebook].level16[q];
+      if constexpr (!kInteger) values[q] = plan.codebook[2 * codebook + q];
+      else if (plan.arithmetic == FDK_INT8) values[q] = plan.levels[codebook].level8[q];
+      else values[q] = plan.levels[codebook].level16[q];
     }
   }
 
@@ -91,8 +89,8 @@ struct Sums {
         for (int64_t i = 0; i < block.length; ++i)
           x[i] = load_as_f32(plan.x, plan.x_dtype, token * plan.k + block.k0 + i);
         Element natural[2 * kMaxBlock + 64] = {};
-        factors[b] = convert_block<Arithmetic>(
-            plan, x, natural + (block.k0 - block.step_begin * step_k(1)));
+        factors[b] =
+            convert_block<Arithmetic>(plan, x, natural + (block.k0 - block.step_begin * step_k(1)));
         const int64_t steps = block.step_end - block.step_begin;
         for (int64_t c = 0; c < plan.num_codebooks; ++c) {
           Element values[2];
@@ -116,10 +114,8 @@ struct Sums {
   }
 
   static Sum zero() {
-    if constexpr (kInteger)
-      return _mm256_setzero_si256();
-    else
-      return _mm256_setzero_ps();
+    if constexpr (kInteger) return _mm256_setzero_si256();
+    else return _mm256_setzero_ps();
   }
 
   static Sum add(Sum sum, __m256i index, const Element *table) {
@@ -127,8 +123,7 @@ struct Sums {
       return _mm256_add_epi32(
           sum, _mm256_permutevar8x32_epi32(
                    _mm256_load_si256(reinterpret_cast<const __m256i *>(table)), index));
-    else
-      return _mm256_add_ps(sum, _mm256_permutevar8x32_ps(_mm256_load_ps(table), index));
+    else return _mm256_add_ps(sum, _mm256_permutevar8x32_ps(_mm256_load_ps(table), index));
   }
 
   // kTokens tokens by kTiles tiles side by side: they share the tables, and the tokens the bits.

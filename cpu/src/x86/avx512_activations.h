@@ -1,4 +1,5 @@
-// Activations in AVX-512: read in any dtype, quantised, and written in the order of decoded weights.
+// Activations in AVX-512: read in any dtype, quantised, and written in the order of decoded
+// weights.
 #pragma once
 
 #include <immintrin.h>
@@ -18,8 +19,7 @@ namespace {
 inline __m512 load_floats(const void *data, fdk_dtype dtype, int64_t index, __mmask16 mask) {
   if (dtype == FDK_F32)
     return _mm512_maskz_loadu_ps(mask, static_cast<const float *>(data) + index);
-  const __m256i bits =
-      _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t *>(data) + index);
+  const __m256i bits = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t *>(data) + index);
   if (dtype == FDK_F16) return _mm512_cvtph_ps(bits);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
@@ -41,13 +41,16 @@ struct Prepared {
   int64_t stride;
   explicit Prepared(const Plan &plan) {
     words = 0;
-    for (const Block &block : plan.blocks) words += (block.step_end - block.step_begin) * A::kVectors;
-    const int64_t factors = A::kInteger ? static_cast<int64_t>(plan.blocks.size() * sizeof(BlockFactor)) : 0;
+    for (const Block &block : plan.blocks)
+      words += (block.step_end - block.step_begin) * A::kVectors;
+    const int64_t factors =
+        A::kInteger ? static_cast<int64_t>(plan.blocks.size() * sizeof(BlockFactor)) : 0;
     factor_bytes = ceil_div(factors, 64) * 64;
     stride = factor_bytes + ceil_div(words * 4, 64) * 64 + 64;
   }
   const BlockFactor *factors(const void *prepared, int64_t token) const {
-    return reinterpret_cast<const BlockFactor *>(static_cast<const char *>(prepared) + token * stride);
+    return reinterpret_cast<const BlockFactor *>(static_cast<const char *>(prepared) +
+                                                 token * stride);
   }
   const int32_t *token_words(const void *prepared, int64_t token) const {
     return reinterpret_cast<const int32_t *>(static_cast<const char *>(prepared) + token * stride +
@@ -69,8 +72,7 @@ inline constexpr auto kColumnOrder = [] {
   std::array<uint8_t, static_cast<size_t>(step_k(A::kBits))> order{};
   for (int v = 0; v < A::kVectors; ++v)
     for (int i = 0; i < A::kColumns; ++i)
-      order[static_cast<size_t>(v * A::kColumns + i)] =
-          static_cast<uint8_t>(A::word_column(v, i));
+      order[static_cast<size_t>(v * A::kColumns + i)] = static_cast<uint8_t>(A::word_column(v, i));
   return order;
 }();
 
@@ -116,8 +118,8 @@ inline BlockFactor quantise_block(const __m512 x[4], int32_t limit, Element *nat
   const __m512i magnitude_mask = _mm512_set1_epi32(0x7fffffff);
   __m512i magnitude = _mm512_setzero_si512();
   for (int i = 0; i < 4; ++i)
-    magnitude = _mm512_max_epu32(magnitude,
-                                 _mm512_and_si512(_mm512_castps_si512(x[i]), magnitude_mask));
+    magnitude =
+        _mm512_max_epu32(magnitude, _mm512_and_si512(_mm512_castps_si512(x[i]), magnitude_mask));
   const BlockScale scale = block_scale(_mm512_reduce_max_epu32(magnitude), limit);
   const __m512 inverse = _mm512_set1_ps(scale.inverse);
   // A block that holds a NaN or an infinity has inverse 0: its integers must not be NaN's.
@@ -140,7 +142,8 @@ inline void load_block(const Plan &plan, int64_t token, const Block &block, __m5
                        first_lanes(block.length - 16 * i));
 }
 
-// The words of a block of a token, and its factor; whole vectors are written, up to 60 bytes too many.
+// The words of a block of a token, and its factor; whole vectors are written, up to 60 bytes too
+// many.
 template <typename A>
 BlockFactor prepare_block(const Plan &plan, int64_t token, const Block &block, int32_t *words) {
   using Element = std::conditional_t<A::kColumns == 4, int8_t,
@@ -151,9 +154,9 @@ BlockFactor prepare_block(const Plan &plan, int64_t token, const Block &block, i
   load_block(plan, token, block, x);
   BlockFactor factor{1.0F, 0.0F};
   if constexpr (A::kInteger)
-    factor = quantise_block<A>(x, A::kColumns == 4 ? 127 : plan.levels[0].x_limit16, natural + lead);
-  else
-    A::store_block(x, natural + lead);
+    factor =
+        quantise_block<A>(x, A::kColumns == 4 ? 127 : plan.levels[0].x_limit16, natural + lead);
+  else A::store_block(x, natural + lead);
   write_words<A>(natural, block.step_end - block.step_begin, words);
   return factor;
 }

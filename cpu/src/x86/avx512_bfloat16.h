@@ -24,9 +24,8 @@ struct BFloat16 : Words<kBits_> {
   }
   static void store_block(const __m512 x[4], int16_t *natural) {
     for (int i = 0; i < 4; ++i)
-      _mm256_storeu_si256(
-          reinterpret_cast<__m256i *>(natural + 16 * i),
-          _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x[i]), 16)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i *>(natural + 16 * i),
+                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x[i]), 16)));
   }
   static Sum zero() { return _mm512_setzero_ps(); }
   static Sum multiply_add(Sum sum, __m512i weights, __m512i word) {

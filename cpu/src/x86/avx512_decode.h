@@ -32,10 +32,8 @@ inline __m512i load_step_1bit(const uint8_t *step) {
 
 template <int kBits>
 inline __m512i load_step(const uint8_t *step) {
-  if constexpr (kBits == 1)
-    return load_step_1bit(step);
-  else
-    return _mm512_loadu_si512(step);
+  if constexpr (kBits == 1) return load_step_1bit(step);
+  else return _mm512_loadu_si512(step);
 }
 
 // Column within a step of the code at bit `offset` of byte j of a row.
@@ -61,8 +59,8 @@ inline void load_tables(const Element *entries, __m512i (&tables)[kCount]) {
   const __m512i values = _mm512_load_si512(codebook);
   for (size_t t = 0; t < kCount; ++t)
     if constexpr (sizeof(Element) == 1)
-      tables[t] = _mm512_permutexvar_epi8(
-          _mm512_load_si512(kFieldIndex<kBits, uint8_t>[t].data()), values);
+      tables[t] =
+          _mm512_permutexvar_epi8(_mm512_load_si512(kFieldIndex<kBits, uint8_t>[t].data()), values);
     else if constexpr (sizeof(Element) == 2)
       tables[t] = _mm512_permutexvar_epi16(
           _mm512_load_si512(kFieldIndex<kBits, uint16_t>[t].data()), values);
@@ -88,8 +86,7 @@ struct Table256 {
 template <typename T>
 inline void load_plane(const T *table, size_t plane, Table256 &out) {
   alignas(64) uint8_t bytes[256];
-  for (int i = 0; i < 256; ++i)
-    bytes[i] = reinterpret_cast<const uint8_t *>(table + i)[plane];
+  for (int i = 0; i < 256; ++i) bytes[i] = reinterpret_cast<const uint8_t *>(table + i)[plane];
   out.load(bytes);
 }
 
@@ -245,8 +242,8 @@ struct Float32 {
         __m512i value = _mm512_and_si512(_mm512_srli_epi32(p[0], 8 * k), byte);
         for (unsigned i = 1; i < 4; ++i)
           value = _mm512_or_si512(
-              value, _mm512_slli_epi32(_mm512_and_si512(_mm512_srli_epi32(p[i], 8 * k), byte),
-                                       8 * i));
+              value,
+              _mm512_slli_epi32(_mm512_and_si512(_mm512_srli_epi32(p[i], 8 * k), byte), 8 * i));
         out[k] = value;
       }
     } else {

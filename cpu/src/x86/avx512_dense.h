@@ -26,8 +26,7 @@ void dense_block(const fdk_dense_args &args, int64_t row, int64_t token) {
       const uint16_t *weight = args.weight + (row + r) * k + i;
       prefetch(reinterpret_cast<const char *>(weight) + kPrefetchBytes);
       const typename Products::Pair w = Products::load(_mm512_maskz_loadu_epi16(mask, weight));
-      for (int t = 0; t < kTokens; ++t)
-        sums[r][t] = Products::multiply_add(sums[r][t], w, x[t]);
+      for (int t = 0; t < kTokens; ++t) sums[r][t] = Products::multiply_add(sums[r][t], w, x[t]);
     }
   }
   for (int r = 0; r < kRows; ++r)

@@ -46,14 +46,16 @@ void direct(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
       streams.fetch_scales(block.group, i);
       const __m512 scales = load_tile_scales(plan, tile + i, block.group);
       for (int t = 0; t < kTokens; ++t)
-        totals[t][i] = _mm512_fmadd_ps(finish.block(sums[t][i], factors[t], b), scales, totals[t][i]);
+        totals[t][i] =
+            _mm512_fmadd_ps(finish.block(sums[t][i], factors[t], b), scales, totals[t][i]);
     }
   }
   for (int t = 0; t < kTokens; ++t)
     for (int i = 0; i < kTiles; ++i) store_sums(plan, token + t, tile + i, range, totals[t][i]);
 }
 
-// All kTokens tokens of the range: every number has code of its own, so that weights are decoded once.
+// All kTokens tokens of the range: every number has code of its own, so that weights are decoded
+// once.
 template <typename A, int kTokens>
 void direct_tokens(const Plan &plan, const A &arithmetic, const Finish<A> &finish,
                    const void *prepared, const Range &range) {

@@ -27,14 +27,12 @@ inline void store_floats(void *data, fdk_dtype dtype, int64_t index, __m512 valu
   } else {
     const __m512i u = _mm512_castps_si512(values);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i rounded =
-        _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-    bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(
-        _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000)), 16));
+    bits = _mm512_cvtepi32_epi16(
+        _mm512_srli_epi32(_mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000)), 16));
   }
-  _mm256_storeu_si256(
-      reinterpret_cast<__m256i *>(static_cast<uint16_t *>(data) + index), bits);
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(static_cast<uint16_t *>(data) + index), bits);
 }
 
 // sums -> y.

@@ -11,8 +11,8 @@
 namespace fdk {
 namespace {
 
-inline constexpr int64_t kPanelTiles = 4;     // the register block of the panel path:
-inline constexpr int64_t kPanelTokens = 6;    // 24 sums, 4 weights, 1 activation word
+inline constexpr int64_t kPanelTiles = 4;          // the register block of the panel path:
+inline constexpr int64_t kPanelTokens = 6;         // 24 sums, 4 weights, 1 activation word
 inline constexpr int64_t kPanelBytes = 192 << 10;  // decoded weights that stay in the L2 cache
 
 // Many tokens: kPanelTiles tiles are decoded once for a stretch of blocks, then meet all tokens.
@@ -21,8 +21,7 @@ template <typename A>
 size_t panel_scratch_bytes(const Plan &plan) {
   if (plan.m <= kDirectTokens) return 0;
   const int64_t totals = plan.m * kPanelTiles * kTileRows * 4;
-  const int64_t block_bytes =
-      (kMaxBlock / step_k(A::kBits) + 2) * A::kVectors * kPanelTiles * 64;
+  const int64_t block_bytes = (kMaxBlock / step_k(A::kBits) + 2) * A::kVectors * kPanelTiles * 64;
   return static_cast<size_t>(totals + kPanelBytes + block_bytes);
 }
 
@@ -30,7 +29,8 @@ size_t panel_scratch_bytes(const Plan &plan) {
 template <typename A, int kTokens>
 void panel_tokens(const Plan &plan, const Finish<A> &finish, const Prepared<A> &layout,
                   const void *prepared, const __m512i *panel, float *totals, int64_t tile,
-                  int64_t tiles, int64_t token, size_t block_begin, size_t block_end, int64_t word) {
+                  int64_t tiles, int64_t token, size_t block_begin, size_t block_end,
+                  int64_t word) {
   for (size_t b = block_begin; b < block_end; ++b) {
     const Block &block = plan.blocks[b];
     const int64_t vectors = (block.step_end - block.step_begin) * A::kVectors;
@@ -82,8 +82,7 @@ void run_panel(const Plan &plan, const A &tables, const Finish<A> &finish,
       for (int64_t s = block.step_begin; s < block.step_end; ++s, vectors += A::kVectors)
         for (int64_t i = 0; i < kPanelTiles; ++i) {
           __m512i weights[A::kVectors];
-          if (i < tiles)
-            arithmetic.decode(plan.tile_packed(tile + i) + s * kStepBytes, weights);
+          if (i < tiles) arithmetic.decode(plan.tile_packed(tile + i) + s * kStepBytes, weights);
           else
             for (auto &w : weights) w = _mm512_setzero_si512();
           for (int v = 0; v < A::kVectors; ++v)
@@ -125,8 +124,8 @@ void run(const Plan &plan, const void *prepared, void *scratch, const Range &ran
 
 template <typename A>
 constexpr Kernel make_kernel(const char *name, bool (*supports)(const Plan &)) {
-  return {name, supports, prepared_bytes<A>, prepare<A>, panel_scratch_bytes<A>, run<A>,
-          kPanelTiles};
+  return {name,   supports,   prepared_bytes<A>, prepare<A>, panel_scratch_bytes<A>,
+          run<A>, kPanelTiles};
 }
 
 }  // namespace

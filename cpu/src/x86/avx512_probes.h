@@ -56,8 +56,7 @@ int64_t probe_sum(const int32_t *source, size_t count) {
         }
     for (size_t t = 0; t < kStreams; ++t) {
       // sum = halves * 2**16 + what the lower halves add, which is below 2**31.
-      const __m512i lower =
-          _mm512_sub_epi32(wrapped[t], _mm512_slli_epi32(halves[t], 16));
+      const __m512i lower = _mm512_sub_epi32(wrapped[t], _mm512_slli_epi32(halves[t], 16));
       sum += _mm512_reduce_add_epi64(widened_sum(halves[t])) * 65536 +
              _mm512_reduce_add_epi64(widened_sum(lower));
     }

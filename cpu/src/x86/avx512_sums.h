@@ -11,10 +11,10 @@
 namespace fdk {
 namespace {
 
-inline constexpr int64_t kSumTables = 8;             // of a step: a row of it has 32 bits
-inline constexpr int64_t kSumWorkBytes = 1 << 20;    // of the tokens at work: within the L2 cache
-inline constexpr int64_t kSumMaxBytes = 64 << 20;   // of all
-inline constexpr int64_t kSumCodebooks = 4;          // more take too long to prepare for
+inline constexpr int64_t kSumTables = 8;           // of a step: a row of it has 32 bits
+inline constexpr int64_t kSumWorkBytes = 1 << 20;  // of the tokens at work: within the L2 cache
+inline constexpr int64_t kSumMaxBytes = 64 << 20;  // of all
+inline constexpr int64_t kSumCodebooks = 4;        // more take too long to prepare for
 
 // Vectors of what tables hold: float32, or int32 for the sums of 16-bit activations and levels.
 template <bool kInteger>
@@ -103,10 +103,8 @@ struct Sums {
     for (unsigned i = 0; i < kCodes; ++i) {
       for (unsigned l = 0; l < 16; ++l) {
         const unsigned q = l >> (i * kBits) & ((1U << kBits) - 1U);
-        if constexpr (kInteger)
-          lanes[l] = plan.levels[codebook].level16[q];
-        else
-          lanes[l] = plan.codebook[(codebook << kBits) + q];
+        if constexpr (kInteger) lanes[l] = plan.levels[codebook].level16[q];
+        else lanes[l] = plan.codebook[(codebook << kBits) + q];
       }
       values[i] = Vectors::load(lanes);
     }
@@ -126,8 +124,7 @@ struct Sums {
         if constexpr (kInteger)
           const_cast<BlockFactor *>(layout.token_factors(prepared, token))[b] =
               quantise_block<Ending>(x, plan.levels[0].x_limit16, target);
-        else
-          Float32<kBits>::store_block(x, target);
+        else Float32<kBits>::store_block(x, target);
         const int64_t steps = block.step_end - block.step_begin;
         for (int64_t c = 0; c < plan.num_codebooks; ++c) {
           Vector values[kCodes];
@@ -180,8 +177,10 @@ struct Sums {
         streams.fetch_scales(block.group, i);
         const __m512 scales = load_tile_scales(plan, tile + i, block.group);
         for (int j = 0; j < kTokens; ++j) {
-          const BlockFactor *factors = kInteger ? layout.token_factors(prepared, token + j) : nullptr;
-          totals[j][i] = _mm512_fmadd_ps(finish.block(sums[j][i], factors, b), scales, totals[j][i]);
+          const BlockFactor *factors =
+              kInteger ? layout.token_factors(prepared, token + j) : nullptr;
+          totals[j][i] =
+              _mm512_fmadd_ps(finish.block(sums[j][i], factors, b), scales, totals[j][i]);
         }
       }
     }

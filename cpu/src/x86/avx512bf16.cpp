@@ -1,4 +1,5 @@
-// AVX-512 BF16 (Intel from Cooper Lake, AMD from Zen 4): bfloat16 activations in their own precision.
+// AVX-512 BF16 (Intel from Cooper Lake, AMD from Zen 4): bfloat16 activations in their own
+// precision.
 #if defined(__x86_64__)
 
 #include "levels.h"
@@ -28,8 +29,8 @@ bool available() {
   return kEmulated || (kAvx512VnniLevel.available() && __builtin_cpu_supports("avx512bf16"));
 }
 
-// Intel's processors take 2.2 cycles for VDPBF16PS on 512 bits, that is 14.5 products a cycle, and do
-// 32 in float32 (Emerald Rapids, 2026-11).
+// Intel's processors take 2.2 cycles for VDPBF16PS on 512 bits, that is 14.5 products a cycle, and
+// do 32 in float32 (Emerald Rapids, 2026-11).
 bool preferred() { return !__builtin_cpu_is("intel"); }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// AVX-512 with VBMI and VNNI (Intel from Ice Lake, AMD from Zen 4): integer arithmetic, and float32.
+// AVX-512 with VBMI and VNNI (Intel from Ice Lake, AMD from Zen 4): integer arithmetic, and
+// float32.
 #if defined(__x86_64__)
 
 #include "decoding.h"
@@ -74,7 +75,7 @@ bool available() {
 
 }  // namespace
 
-const Level kAvx512VnniLevel = {"avx512vnni", available,  kKernels, dense_rows<DenseProducts>,
+const Level kAvx512VnniLevel = {"avx512vnni", available, kKernels,  dense_rows<DenseProducts>,
                                 probe_copy,   probe_sum, &kDecoding};
 
 }  // namespace fdk

@@ -1,6 +1,6 @@
-// <immintrin.h> for a build that runs the AVX-512 and AMX kernels on any processor: SIMDe's plain loops
-// in place of the instructions, and here what it lacks. Found before the compiler's own header by the
-// build `emulated` of build.ninja. Slow: for tests only.
+// <immintrin.h> for a build that runs the AVX-512 and AMX kernels on any processor: SIMDe's plain
+// loops in place of the instructions, and here what it lacks. Found before the compiler's own
+// header by the build `emulated` of build.ninja. Slow: for tests only.
 #pragma once
 
 #if !__has_include("simde/x86/avx512.h")
@@ -180,11 +180,12 @@ struct FdkMatrixRegisters {
 inline thread_local FdkMatrixRegisters fdk_matrix_registers;
 
 inline void fdk_dpbsud(int sums, int a, int b) {
-  fdk_matrix_registers.multiply<int32_t>(
-      sums, a, b, [](int32_t sum, const uint8_t *x, const uint8_t *w) {
-        for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(x[i]) * int32_t{w[i]};
-        return sum;
-      });
+  fdk_matrix_registers.multiply<int32_t>(sums, a, b,
+                                         [](int32_t sum, const uint8_t *x, const uint8_t *w) {
+                                           for (int i = 0; i < 4; ++i)
+                                             sum += static_cast<int8_t>(x[i]) * int32_t{w[i]};
+                                           return sum;
+                                         });
 }
 inline void fdk_dpbf16ps(int sums, int a, int b) {
   fdk_matrix_registers.multiply<float>(
