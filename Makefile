@@ -67,6 +67,8 @@ matrix:
 lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	find cpu android -path cpu/build -prune -o '(' -name '*.h' -o -name '*.cpp' ')' -print | \
+		xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(call build_cpu,$(VENV))
 
