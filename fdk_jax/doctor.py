@@ -90,8 +90,8 @@ def backends() -> dict[str, str]:
         cpu = f"missing: JAX has no CPU platform (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')})"
     else:
         library = cpu_backend.library()
-        usable = ", ".join(library.levels())
-        cpu = f"{cpu_backend.describe()}; usable levels: {usable}; {library.__file__}"
+        usable = ", ".join(library.isas())
+        cpu = f"{cpu_backend.describe()}; usable ISAs: {usable}; {library.__file__}"
         cpu += f", compiled by {cpu_backend.compiler()}"
     return {"pallas": pallas, "cpu": cpu, "xla": f"on {jax.default_backend()}"}
 
@@ -127,14 +127,14 @@ def _cpu_checks() -> Iterator[Check]:
     """The checks of each instruction set, with those of the integer arithmetics."""
     library = cpu_backend.library()
     try:
-        for level in library.levels():
-            library.set_level(level)
-            yield from _checks_of("cpu", f" {level}")
+        for isa in library.isas():
+            library.set_isa(isa)
+            yield from _checks_of("cpu", f" {isa}")
             for arithmetic in _INTEGER_TOLERANCE:
                 for bits in (1, 4):
-                    yield _check("cpu", f" {level}", bits, "kmeans", "float32", 2, arithmetic)
+                    yield _check("cpu", f" {isa}", bits, "kmeans", "float32", 2, arithmetic)
     finally:
-        library.set_level(None)
+        library.set_isa(None)
 
 
 def _checks_of(backend: str, detail: str = "") -> Iterator[Check]:

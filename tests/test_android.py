@@ -139,9 +139,9 @@ def _left(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("cpu", "level"), [("cortex-a53", "neon"), ("cortex-a76", "dotprod"), ("max,sve=off", "bf16")]
+    ("cpu", "isa"), [("cortex-a53", "neon"), ("cortex-a76", "dotprod"), ("max,sve=off", "bf16")]
 )
-def test_measures_old_and_new_cores(session, tmp_path, cpu, level):
+def test_measures_old_and_new_cores(session, tmp_path, cpu, isa):
     """Self-tests and benchmark run on a core, with the instructions it has and no others."""
     output = tmp_path / "rows here.jsonl"
     script = f"'{RUNNER}' -s 127.0.0.1:6555 --cores all --cool-down 0 --test-share 0.002"
@@ -150,7 +150,7 @@ def test_measures_old_and_new_cores(session, tmp_path, cpu, level):
     assert found.returncode == 0, found.stderr[-3000:]
     rows = _rows(output)
     assert {row["bits"] for row in rows} >= {4, 1}
-    assert {row["level"] for row in rows} == {level}
+    assert {row["isa"] for row in rows} == {isa}
     assert all(row["emulated"] for row in rows)
     assert all(row["state"]["before"]["cores"] and row["state"]["after"]["cores"] for row in rows)
     assert all(row["toolchain"] == "android-static" and row["pinned"] == "all" for row in rows)

@@ -16,7 +16,7 @@ CACHE = Path(
     or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fdk_jax"
 )
 SYSROOT = CPU / "build" / "sysroot-arm64"
-# Core: the best level that it has.
+# Core: the best ISA that it has.
 CORES = {
     "cortex-a53": "neon",
     "cortex-a72": "neon",
@@ -28,7 +28,7 @@ CORES = {
     "max,sve256=on,sve-default-vector-length=32": "sve2",
     "max,sve512=on,sve-default-vector-length=64": "sve2",
 }
-LEVELS = ("sve2", "bf16", "i8mm", "dotprod", "neon", "scalar")
+ISAS = ("sve2", "bf16", "i8mm", "dotprod", "neon", "scalar")
 
 
 def _ninja(file: str) -> None:
@@ -58,28 +58,28 @@ def _emulate(core: str, *command: object, **environment: str) -> subprocess.Comp
 
 @pytest.mark.parametrize("core", CORES)
 def test_every_kernel_on(programs, core):
-    """All kernels of the levels that the core has; an instruction it lacks would end the program."""
+    """All kernels of the ISAs that the core has; an instruction it lacks would end the program."""
     found = _emulate(core, programs / "fdk_test", "--share", "0.004")
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-1000:]
     assert " 0 failures" in found.stdout
 
 
 @pytest.mark.parametrize("core", ["cortex-a53", "cortex-a76", "max"])
-def test_level_is_the_best_or_the_one_forced(programs, core):
+def test_isa_is_the_best_or_the_one_forced(programs, core):
     arguments = "--m 1 --k 64 --n 16 --bits 4 --rounds 2 --round_ms 1 --rotate_mib 1 --threads 1"
     best = CORES.get(core, "sve2")
-    available = LEVELS[LEVELS.index(best) :]
-    for forced in ("", *LEVELS):
-        found = _emulate(core, programs / "fdk_bench", *arguments.split(), FDK_CPU_LEVEL=forced)
+    available = ISAS[ISAS.index(best) :]
+    for forced in ("", *ISAS):
+        found = _emulate(core, programs / "fdk_bench", *arguments.split(), FDK_CPU_ISA=forced)
         assert found.returncode == 0, (forced, found.stderr[-500:])
-        level = re.search(r"level (\w+)", found.stdout)
-        assert level is not None
-        assert level[1] == (forced if forced in available else best)
+        isa = re.search(r"ISA (\w+)", found.stdout)
+        assert isa is not None
+        assert isa[1] == (forced if forced in available else best)
 
 
-def test_new_instructions_stay_in_their_level(programs):
+def test_new_instructions_stay_in_their_isa(programs):
     """What a translation unit for new cores shares with others, the linker could give to old ones."""
-    for name in LEVELS[:-1]:
+    for name in ISAS[:-1]:
         found = subprocess.run(
             ["llvm-nm-19", "--defined-only", "-C", CPU / f"build/arm64/{name}.o"],
             capture_output=True, text=True, check=True,

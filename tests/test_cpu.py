@@ -1,4 +1,4 @@
-"""The C++ library from Python: layout, arithmetic, levels, jit and scan, threads, fork, the wheel's hooks."""
+"""The C++ library from Python: layout, arithmetic, ISAs, jit and scan, threads, fork, the wheel's hooks."""
 
 import concurrent.futures
 import functools
@@ -25,11 +25,11 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def level():
-    """The module, on its best level again afterwards."""
+def isa():
+    """The module, on its best ISA again afterwards."""
     module = cpu_backend.library()
     yield module
-    module.set_level(None)
+    module.set_isa(None)
 
 
 def _problem(rng, m, n, k, bits, group_size=64, dtype="bfloat16", codebooks=None):
@@ -110,19 +110,19 @@ def test_arithmetic(rng, bits, arithmetic, m, dtype):
 
 
 @pytest.mark.parametrize("arithmetic", ["exact", "int8"])
-def test_every_level(rng, level, arithmetic):
+def test_every_isa(rng, isa, arithmetic):
     x, w = _problem(rng, 3, 50, 328, 4, group_size=40)
-    assert level.levels()[-1] == "scalar"
-    for name in level.levels():
-        level.set_level(name)
-        assert level.level() == name
+    assert isa.isas()[-1] == "scalar"
+    for name in isa.isas():
+        isa.set_isa(name)
+        assert isa.isa() == name
         y = fdk_jax.matmul(x, w, backend="cpu", arithmetic=arithmetic, out_dtype=jnp.float32)
         oracle.check_product(y, x, w, arithmetic=arithmetic)
 
 
-def test_unknown_level_is_refused(level):
-    with pytest.raises(ValueError, match="no such level: mmx"):
-        level.set_level("mmx")
+def test_unknown_isa_is_refused(isa):
+    with pytest.raises(ValueError, match="no such ISA: mmx"):
+        isa.set_isa("mmx")
 
 
 @pytest.mark.parametrize("codebooks", [1, 3, 10])
@@ -183,12 +183,12 @@ def _run(program: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_environment_chooses_threads_and_level():
+def test_environment_chooses_threads_and_isa():
     program = """
         from fdk_jax.product import cpu_backend
         print(cpu_backend.describe())
     """
-    text = _run(program, FDK_NUM_THREADS="1", FDK_CPU_LEVEL="scalar")
+    text = _run(program, FDK_NUM_THREADS="1", FDK_CPU_ISA="scalar")
     assert text.strip() == "C++ library, scalar, 1 threads"
 
 
@@ -268,13 +268,13 @@ def test_build_without_a_compiler_says_so():
     assert "install g++" in done.stderr
 
 
-def test_the_kernel_of_a_product_is_named(rng, level):
-    """`kernel_name` is what the library would run: of the level in use, for the dtype, bits and tokens."""
+def test_the_kernel_of_a_product_is_named(rng, isa):
+    """`kernel_name` is what the library would run: of the ISA in use, for the dtype, bits and tokens."""
     x, w = _problem(rng, 3, 40, 128, 4)
     name = cpu_backend.kernel_name(x, w)
     assert name is not None
-    assert name.split(".")[0] in level.levels()
-    level.set_level("scalar")
+    assert name.split(".")[0] in isa.isas()
+    isa.set_isa("scalar")
     for arithmetic in cpu_backend.ARITHMETIC:
         assert cpu_backend.kernel_name(x, w, arithmetic).startswith("scalar.")
     assert "scalar." in fdk_jax.explain(x, fdk_jax.prepare(w, "cpu"), backend="cpu").kernel

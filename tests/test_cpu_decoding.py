@@ -21,14 +21,14 @@ DTYPES = ["bfloat16", "float16", "float32"]
 
 
 @pytest.fixture(params=["avx512vnni", "avx2", "neon", "scalar"])
-def level(request):
-    """Each level that has loops of its own."""
+def isa(request):
+    """Each ISA that has loops of its own."""
     module = cpu_backend.library()
-    if request.param not in module.levels():
+    if request.param not in module.isas():
         pytest.skip(f"this machine lacks {request.param}")
-    module.set_level(request.param)
+    module.set_isa(request.param)
     yield request.param
-    module.set_level(None)
+    module.set_isa(None)
 
 
 def random(rng, dtype, *shape):
@@ -41,7 +41,7 @@ def random(rng, dtype, *shape):
 )
 @pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dense(rng, level, m, k, n, rows, dtype):
+def test_dense(rng, isa, m, k, n, rows, dtype):
     x, w = random(rng, dtype, m, k), random(rng, dtype, *((n, k) if rows else (k, n)))
     wide = np.asarray(w.astype(jnp.float32), np.float64)
     wanted = oracle.expectations(x, [wide if rows else wide.T])
@@ -87,11 +87,11 @@ def _attention_inputs(rng, dtype, batch, kv_heads, group, head_dim, capacity):
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 2, 3), (2, 3, 2, 10, 40), (3, 2, 4, 64, 1000)], ids=str
 )
-def test_attention_agrees_on_every_level(rng, level, dtype, shape):
-    """The best level is compared with float64 in test_models.py."""
+def test_attention_agrees_on_every_isa(rng, isa, dtype, shape):
+    """The best ISA is compared with float64 in test_models.py."""
     args = _attention_inputs(rng, dtype, *shape)
     found = jax.jit(cpu_backend.attention)(*args)
-    cpu_backend.library().set_level("scalar")
+    cpu_backend.library().set_isa("scalar")
     for ours, wanted in zip(found, jax.jit(cpu_backend.attention)(*args), strict=True):
         wanted = np.asarray(wanted, np.float64)
         # What is not quite the same in float32 may be rounded to either neighbour.

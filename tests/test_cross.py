@@ -1,7 +1,7 @@
 """The C++ library, its benchmark and its tests for macOS and Windows: they build, and hold the kernels.
 
 Nothing here runs what was built: there is no such machine. What is looked for are the instructions of each
-level and the question to the operating system whether the processor has them.
+ISA and the question to the operating system whether the processor has them.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ import pytest
 
 CPU = Path(__file__).resolve().parent.parent / "cpu"
 pytestmark = pytest.mark.slow
-# Target: the format, instructions of its levels, what asks for them.
+# Target: the format, instructions of its ISAs, what asks for them.
 TARGETS = {
     "aarch64-macos": ("Mach-O", ("sdot", "smmla", "bfmmla"), "hw.optional.arm.FEAT_I8MM"),
     "aarch64-windows": ("PE32+", ("sdot", "smmla", "bfmmla"), "IsProcessorFeaturePresent"),
@@ -41,7 +41,7 @@ def built() -> Path:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_programs_hold_every_level(built, target):
+def test_the_programs_hold_every_isa(built, target):
     kind, instructions, question = TARGETS[target]
     suffix = ".exe" if kind == "PE32+" else ""
     for name in ("fdk_test", "fdk_bench"):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def program() -> Path:
     if platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("the emulated levels are those of x86-64")
+        pytest.skip("the emulated ISAs are those of x86-64")
     if importlib.util.find_spec("simde_py") is None:
         pytest.skip("the package simde-py, which emulates AVX-512, is not installed")
     if shutil.which("ninja") is None:
@@ -32,9 +32,9 @@ def program() -> Path:
     return CPU / "build" / "emulated" / "fdk_test"
 
 
-def test_the_kernels_of_every_level(program):
-    """The tests of the library, a share of their products: amx is the level in use, all others follow."""
+def test_the_kernels_of_every_isa(program):
+    """The tests of the library, a share of their products: amx is the ISA in use, all others follow."""
     run = subprocess.run([program, "--share", "0.05"], capture_output=True, text=True, timeout=900)
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "level amx" in run.stdout
+    assert "ISA amx" in run.stdout

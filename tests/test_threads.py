@@ -128,9 +128,9 @@ def test_fork_after_import_and_after_work(expected):
         dict(OMP_NUM_THREADS="99999999999999999999"),
         dict(OMP_STACKSIZE="1"),
         dict(KMP_AFFINITY="none"),
-        dict(FDK_NUM_THREADS="100000", FDK_CPU_LEVEL="no such level"),
-        dict(FDK_NUM_THREADS="-1", FDK_CPU_LEVEL=""),
-        dict(FDK_NUM_THREADS="1", FDK_CPU_LEVEL="scalar"),
+        dict(FDK_NUM_THREADS="100000", FDK_CPU_ISA="no such ISA"),
+        dict(FDK_NUM_THREADS="-1", FDK_CPU_ISA=""),
+        dict(FDK_NUM_THREADS="1", FDK_CPU_ISA="scalar"),
     ],
     ids=lambda v: ",".join(f"{key}={value}" for key, value in v.items()),
 )

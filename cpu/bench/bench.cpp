@@ -107,9 +107,9 @@ std::vector<Case> make_cases(const Options &o, int64_t threads) {
         for (const std::string &kind : o.codebook) {
           std::shared_ptr<Weights> weights;
           for (const int64_t m : o.m)
-            for (const auto &[arithmetic, level] : pairs(o.arithmetic, o.level)) {
+            for (const auto &[arithmetic, isa] : pairs(o.arithmetic, o.isa)) {
               Case c = codebook_case(o, m, k, n, bits, arithmetic, kind, threads);
-              c.level = level;
+              c.isa = isa;
               if (!std::regex_search(c.name, include)) continue;
               if (weights == nullptr) weights = make_weights(o, n, k, static_cast<int>(bits), kind);
               if (o.busy_cores > 0 && m == 1 && threads > 1 && o.dtype == "bfloat16") {
@@ -127,15 +127,15 @@ std::vector<Case> make_cases(const Options &o, int64_t threads) {
 double rate(const Case &c) { return c.bytes / quantile(c.samples_us, 0.5) * 1e-3; }
 
 void run(const Options &o, int64_t threads, std::ofstream &output) {
-  const std::string level = fdk_level();
+  const std::string isa = fdk_isa();
   std::vector<Case> cases = make_cases(o, threads);
   int64_t copy = 0;
   for (int round = -1; round < o.rounds; ++round)
     for (Case &c : cases) sample(c, o.round_ms, copy, round >= 0);
   const Bounds bounds{rate(cases[1]), rate(cases[0])};
-  std::printf("\n%s, level %s, %d thread(s)\n", processor_name().c_str(), level.c_str(),
+  std::printf("\n%s, ISA %s, %d thread(s)\n", processor_name().c_str(), isa.c_str(),
               static_cast<int>(threads));
-  std::printf("%-28s %-10s %5s %6s %6s %4s %-8s %10s %9s %9s %7s %9s\n", "case", "level", "m", "k",
+  std::printf("%-28s %-10s %5s %6s %6s %4s %-8s %10s %9s %9s %7s %9s\n", "case", "ISA", "m", "k",
               "n", "bits", "codebook", "median us", "GB/s", "GFLOP/s", "of read", "error");
   for (const Case &c : cases) {
     // The share of the bandwidth is taken round by round, neighbours in time.
@@ -144,7 +144,7 @@ void run(const Options &o, int64_t threads, std::ofstream &output) {
       shares.push_back(c.bytes / c.samples_us[i] / (cases[0].bytes / cases[0].samples_us[i]));
     const double median = quantile(c.samples_us, 0.5);
     std::printf("%-28s %-10s %5lld %6lld %6lld %4lld %-8s %10.1f %9.2f %9.1f %6.1f%% %9.2g\n",
-                c.name.c_str(), c.level.c_str(), static_cast<long long>(c.m),
+                c.name.c_str(), c.isa.c_str(), static_cast<long long>(c.m),
                 static_cast<long long>(c.k), static_cast<long long>(c.n),
                 static_cast<long long>(c.bits), c.codebook.c_str(), median, rate(c),
                 c.ops / median * 1e-3, 100.0 * quantile(shares, 0.5), c.error);

@@ -52,7 +52,7 @@ inline void fill_normal(const Buffer &buffer, fdk_dtype dtype, float mean, float
 }
 
 struct Case {
-  std::string name, backend = "cpu", codebook, dtype = "bfloat16", arithmetic, kernel, level;
+  std::string name, backend = "cpu", codebook, dtype = "bfloat16", arithmetic, kernel, isa;
   int64_t m = 0, k = 0, n = 0, bits = 0, group_size = 0, threads = 1;
   double bytes = 0, ops = 0, error = std::nan("");
   std::function<void(int64_t)> call;  // argument: number of the copy
@@ -63,9 +63,9 @@ inline void check(fdk_status status) {
   if (status != FDK_OK) fail(fdk_last_error());
 }
 
-// Forces the level of the case, if it names one.
-inline void use_level(const Case &c) {
-  if (!c.level.empty()) check(fdk_set_level(c.level.c_str()));
+// Forces the ISA of the case, if it names one.
+inline void use_isa(const Case &c) {
+  if (!c.isa.empty()) check(fdk_set_isa(c.isa.c_str()));
 }
 
 // --- codebook products -------------------------------------------------------------------------
@@ -198,14 +198,14 @@ inline void bind_codebook(Case &c, const std::shared_ptr<Weights> &w) {
   auto x = std::make_shared<Buffer>(static_cast<size_t>(c.m * c.k) * size);
   auto y = std::make_shared<Buffer>(static_cast<size_t>(c.m * c.n) * size);
   fill_normal(*x, c.dtype == "float32" ? FDK_F32 : FDK_BF16, 0.0F, 1.0F);
-  use_level(c);
+  use_isa(c);
   const Product p = make_product(c, *w, 0, *x, *y);
   const char *kernel = "";
   check(fdk_kernel_name(&p.weight, &p.args, &kernel));
   c.kernel = kernel;
   c.error = measure_error(c, *w, *x, *y);
   c.call = [c, w, x, y](int64_t copy) {
-    use_level(c);
+    use_isa(c);
     const Product product = make_product(c, *w, copy % w->copies, *x, *y);
     check(fdk_matmul(&product.weight, &product.args));
   };

@@ -15,7 +15,7 @@ namespace fdk::bench {
 struct Options {
   std::vector<int64_t> m{1}, k{4096}, n{}, bits{8, 4, 2, 1}, threads{};
   std::vector<std::string> arithmetic{"int8", "int16", "exact"}, codebook{"kmeans"};
-  std::vector<std::string> level{""};  // "": the one in use
+  std::vector<std::string> isa{""};  // "": the one in use
   int64_t group_size = 64;
   int64_t rotate_mib = 0;  // default_rotate_mib()
   int64_t busy_cores = 0;
@@ -27,7 +27,7 @@ struct Options {
 inline constexpr const char *kUsage =
     "usage: fdk_bench [--m 1,16] [--k 4096] [--n 4096] [--bits 8,4,2,1] [--group_size 64]\n"
     "  [--arithmetic int8,int16,exact] [--codebook kmeans,uniform] [--dtype bfloat16|float32]\n"
-    "  [--level amx,avx2]: every product on each of these instruction sets, in turns\n"
+    "  [--isa amx,avx2]: every product on each of these instruction sets, in turns\n"
     "  [--threads 1,2] [--rounds 15] [--round_ms 4] [--rotate_mib MIB] [--include REGEX]\n"
     "  [--busy_cores 0]: that many processors are kept busy, and an equal split is timed as well\n"
     "  [--output FILE.jsonl] [--suite kernels|android] [--digest SOURCE] [--device NAME]\n"
@@ -94,7 +94,7 @@ inline Options parse(int argc, char **argv) {
     else if (name == "--bits") o.bits = to_ints(value);
     else if (name == "--threads") o.threads = to_ints(value);
     else if (name == "--arithmetic") o.arithmetic = split(value);
-    else if (name == "--level") o.level = split(value);
+    else if (name == "--isa") o.isa = split(value);
     else if (name == "--codebook") o.codebook = split(value);
     else if (name == "--group_size") o.group_size = to_int(value);
     else if (name == "--rotate_mib") o.rotate_mib = to_int(value);

@@ -130,7 +130,7 @@ def facts() -> dict:
         except metadata.PackageNotFoundError:
             continue
     library = ctypes.CDLL(str(LIBRARY))
-    library.fdk_level.restype = ctypes.c_char_p
+    library.fdk_isa.restype = ctypes.c_char_p
 
     return {
         "schema": 2,
@@ -138,7 +138,7 @@ def facts() -> dict:
         "device": processor(),
         "versions": versions,
         "digest": source_digest(),
-        "level": library.fdk_level().decode(),
+        "isa": library.fdk_isa().decode(),
     }
 
 

@@ -98,7 +98,7 @@ inline std::string to_json(const Options &o, const Case &c, const Bounds &bounds
     << ", \"fdk_abi\": " << fdk_abi_version() << "}, \"digest\": " << quoted(o.digest)
     << ", \"commit\": null, \"date\": " << quoted(date)
     << ", \"status\": \"ok\", \"reason\": null, \"arithmetic\": " << quoted(c.arithmetic)
-    << ", \"level\": " << quoted(c.level.empty() ? fdk_level() : c.level)
+    << ", \"isa\": " << quoted(c.isa.empty() ? fdk_isa() : c.isa)
     << ", \"kernel\": " << quoted(c.kernel) << ", \"busy_cores\": " << o.busy_cores << "}";
   return s.str();
 }

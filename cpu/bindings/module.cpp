@@ -371,7 +371,7 @@ int64_t reduce_sum(const py::array_t<int32_t, py::array::c_style> &source) {
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The CPU library: XLA FFI handlers and the layout conversion.";
-  module.attr("interface") = 3;  // raised with every change that fdk_jax/cpu_backend.py must follow
+  module.attr("interface") = 4;  // raised with every change that fdk_jax/cpu_backend.py must follow
   module.attr("compiler") = fdk::kCompiler;
   module.def(
       "ffi_handlers",
@@ -395,25 +395,25 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("out_features"), py::arg("in_features"), py::arg("scale_size"));
   module.def("reduce_sum", reduce_sum, py::arg("source").noconvert(),
              "The sum of int32 values, read as fast as the machine does: a probe of bandwidth.");
-  module.def("level", [] { return std::string(fdk_level()); }, "The instruction-set level in use.");
+  module.def("isa", [] { return std::string(fdk_isa()); }, "The ISA in use.");
   module.def("kernel_name", kernel_name, py::kw_only(), py::arg("m"), py::arg("k"), py::arg("bits"),
              py::arg("group_size"), py::arg("uniform"), py::arg("num_codebooks"), py::arg("x_size"),
              py::arg("x_is_f16"), py::arg("scales_size"), py::arg("scales_are_f16"),
-             py::arg("arithmetic"), "The kernel that a product takes at the level in use.");
+             py::arg("arithmetic"), "The kernel that a product takes with the ISA in use.");
   module.def(
-      "levels",
+      "isas",
       [] {
         py::list names;
-        for (int32_t i = 0; i < fdk_num_levels(); ++i)
-          if (fdk_level_available(fdk_level_at(i)) != 0) names.append(fdk_level_at(i));
+        for (int32_t i = 0; i < fdk_num_isas(); ++i)
+          if (fdk_isa_available(fdk_isa_at(i)) != 0) names.append(fdk_isa_at(i));
         return names;
       },
       "Levels that this machine can run, the best first.");
   module.def(
-      "set_level",
+      "set_isa",
       [](const py::object &name) {
-        check(fdk_set_level(name.is_none() ? nullptr : name.cast<std::string>().c_str()));
+        check(fdk_set_isa(name.is_none() ? nullptr : name.cast<std::string>().c_str()));
       },
-      py::arg("name"), "Forces a level; None returns to the best one.");
+      py::arg("name"), "Forces an ISA; None returns to the best one.");
   module.def("num_threads", &fdk_default_num_threads, "Threads that a call may use now.");
 }

@@ -145,15 +145,15 @@ FDK_API fdk_status fdk_probe_copy(const void *source, void *target, size_t bytes
 FDK_API fdk_status fdk_probe_reduce_sum(const int32_t *source, size_t bytes, int32_t num_threads,
                                         int64_t *sum);
 
-/* The instruction-set level in use, e.g. "avx512bf16"; levels from the best to "scalar". */
-FDK_API const char *fdk_level(void);
-/* Number of levels in this build; fdk_level_at(i) is a name, NULL when i is out of range. */
-FDK_API int32_t fdk_num_levels(void);
-FDK_API const char *fdk_level_at(int32_t index);
-/* 1 when this machine can run the level. */
-FDK_API int32_t fdk_level_available(const char *name);
-/* Forces a level (tests, measurements); NULL returns to FDK_CPU_LEVEL or the best one. */
-FDK_API fdk_status fdk_set_level(const char *name);
+/* The ISA in use, e.g. "avx512bf16"; ISAs from the best to "scalar". */
+FDK_API const char *fdk_isa(void);
+/* Number of ISAs in this build; fdk_isa_at(i) is a name, NULL when i is out of range. */
+FDK_API int32_t fdk_num_isas(void);
+FDK_API const char *fdk_isa_at(int32_t index);
+/* 1 when this machine can run the ISA. */
+FDK_API int32_t fdk_isa_available(const char *name);
+/* Forces an ISA (tests, measurements); NULL returns to FDK_CPU_ISA or the best one. */
+FDK_API fdk_status fdk_set_isa(const char *name);
 
 /* Threads that num_threads = 0 means now: FDK_NUM_THREADS, bounded by the process' affinity. */
 FDK_API int32_t fdk_default_num_threads(void);

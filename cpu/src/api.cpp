@@ -232,23 +232,23 @@ fdk_status fdk_probe_reduce_sum(const int32_t *source, size_t bytes, int32_t num
   });
 }
 
-const char *fdk_level(void) { return current_level().name; }
+const char *fdk_isa(void) { return current_isa().name; }
 
-int32_t fdk_num_levels(void) { return static_cast<int32_t>(all_levels().size()); }
+int32_t fdk_num_isas(void) { return static_cast<int32_t>(all_isas().size()); }
 
-const char *fdk_level_at(int32_t index) {
-  const auto levels = all_levels();
-  if (index < 0 || static_cast<size_t>(index) >= levels.size()) return nullptr;
-  return levels[static_cast<size_t>(index)]->name;
+const char *fdk_isa_at(int32_t index) {
+  const auto isas = all_isas();
+  if (index < 0 || static_cast<size_t>(index) >= isas.size()) return nullptr;
+  return isas[static_cast<size_t>(index)]->name;
 }
 
-int32_t fdk_level_available(const char *name) {
-  const Level *level = name == nullptr ? nullptr : find_level(name);
-  return level != nullptr && level->available() ? 1 : 0;
+int32_t fdk_isa_available(const char *name) {
+  const Isa *isa = name == nullptr ? nullptr : find_isa(name);
+  return isa != nullptr && isa->available() ? 1 : 0;
 }
 
-fdk_status fdk_set_level(const char *name) {
-  return guarded([&] { set_level(name); });
+fdk_status fdk_set_isa(const char *name) {
+  return guarded([&] { set_isa(name); });
 }
 
 int32_t fdk_default_num_threads(void) { return default_num_threads(); }

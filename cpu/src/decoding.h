@@ -1,5 +1,5 @@
 // What a decoding step needs beside products with quantised weights: attention over the cache, and
-// unquantised matrices times a few tokens. Plain loops: the translation unit of each level includes
+// unquantised matrices times a few tokens. Plain loops: the translation unit of each ISA includes
 // this file and has them vectorised for its instruction set.
 #pragma once
 

@@ -8,54 +8,54 @@
 #include <new>
 #include <string>
 
-#include "levels.h"
+#include "isas.h"
 #include "plan.h"
 #include "platform.h"
 
 namespace fdk {
 namespace {
 
-// The best first. A build without a level's translation unit leaves it out (FDK_WITHOUT_SIMD).
-constexpr const Level *kLevels[] = {
+// The best first. A build without an ISA's translation unit leaves it out (FDK_WITHOUT_SIMD).
+constexpr const Isa *kIsas[] = {
 #if defined(__x86_64__) && !defined(FDK_WITHOUT_SIMD)
-    &kAmxLevel,    &kAvx512Bf16Level, &kAvx512VnniLevel, &kAvx2Level,
+    &kAmxIsa,    &kAvx512Bf16Isa, &kAvx512VnniIsa, &kAvx2Isa,
 #endif
 #if defined(__aarch64__) && !defined(FDK_WITHOUT_SIMD)
 #if defined(__linux__)
-    &kSve2Level,
+    &kSve2Isa,
 #endif
-    &kBf16Level,   &kI8mmLevel,       &kDotprodLevel,    &kNeonLevel,
+    &kBf16Isa,   &kI8mmIsa,       &kDotprodIsa,    &kNeonIsa,
 #endif
-    &kScalarLevel,
+    &kScalarIsa,
 };
 
-bool is_preferred(const Level &level) { return level.preferred == nullptr || level.preferred(); }
+bool is_preferred(const Isa &isa) { return isa.preferred == nullptr || isa.preferred(); }
 
-const Level *best_level() {
-  for (const Level *level : kLevels)
-    if (level->available() && is_preferred(*level)) return level;
-  return &kScalarLevel;
+const Isa *best_isa() {
+  for (const Isa *isa : kIsas)
+    if (isa->available() && is_preferred(*isa)) return isa;
+  return &kScalarIsa;
 }
 
-const Level *initial_level() {
-  const char *name = std::getenv("FDK_CPU_LEVEL");
-  if (name == nullptr || *name == '\0') return best_level();
-  const Level *level = find_level(name);
-  // An unusable request must not end in an illegal instruction; fdk_set_level reports it.
-  return level != nullptr && level->available() ? level : best_level();
+const Isa *initial_isa() {
+  const char *name = std::getenv("FDK_CPU_ISA");
+  if (name == nullptr || *name == '\0') return best_isa();
+  const Isa *isa = find_isa(name);
+  // An unusable request must not end in an illegal instruction; fdk_set_isa reports it.
+  return isa != nullptr && isa->available() ? isa : best_isa();
 }
 
-std::atomic<const Level *> g_level{nullptr};
+std::atomic<const Isa *> g_isa{nullptr};
 
-// Calls use(level) for the current level and those below it that are preferred, until one returns
+// Calls use(isa) for the current ISA and those below it that are preferred, until one returns
 // true.
 template <typename Use>
-bool any_usable_level(Use use) {
-  const Level *current = &current_level();
+bool any_usable_isa(Use use) {
+  const Isa *current = &current_isa();
   bool below = false;
-  for (const Level *level : kLevels) {
-    below = below || level == current;
-    if (below && (level == current || is_preferred(*level)) && use(*level)) return true;
+  for (const Isa *isa : kIsas) {
+    below = below || isa == current;
+    if (below && (isa == current || is_preferred(*isa)) && use(*isa)) return true;
   }
   return false;
 }
@@ -152,54 +152,54 @@ int64_t choose_token_parts(const Plan &plan, const Kernel &kernel, int threads) 
   return threads == 1 ? 1 : std::clamp(wanted, int64_t{1}, ceil_div(plan.m, smallest_part));
 }
 
-// The first entry that a usable level has.
+// The first entry that a usable ISA has.
 template <typename T>
-T first_of(T Level::*member) {
+T first_of(T Isa::*member) {
   T found = nullptr;
-  if (any_usable_level([&](const Level &level) { return (found = level.*member) != nullptr; }))
+  if (any_usable_isa([&](const Isa &isa) { return (found = isa.*member) != nullptr; }))
     return found;
-  throw Error(FDK_INTERNAL, "no level offers the function");
+  throw Error(FDK_INTERNAL, "no ISA offers the function");
 }
 
 }  // namespace
 
-std::span<const Level *const> all_levels() { return kLevels; }
+std::span<const Isa *const> all_isas() { return kIsas; }
 
-const Level *find_level(const char *name) {
-  for (const Level *level : kLevels)
-    if (std::strcmp(level->name, name) == 0) return level;
+const Isa *find_isa(const char *name) {
+  for (const Isa *isa : kIsas)
+    if (std::strcmp(isa->name, name) == 0) return isa;
   return nullptr;
 }
 
-const Level &current_level() {
-  const Level *level = g_level.load(std::memory_order_relaxed);
-  if (level == nullptr) {
-    level = initial_level();
-    g_level.store(level, std::memory_order_relaxed);
+const Isa &current_isa() {
+  const Isa *isa = g_isa.load(std::memory_order_relaxed);
+  if (isa == nullptr) {
+    isa = initial_isa();
+    g_isa.store(isa, std::memory_order_relaxed);
   }
-  return *level;
+  return *isa;
 }
 
-void set_level(const char *name) {
+void set_isa(const char *name) {
   if (name == nullptr) {
-    g_level.store(initial_level());
+    g_isa.store(initial_isa());
     return;
   }
-  const Level *level = find_level(name);
-  if (level == nullptr) invalid(std::string("no such level: ") + name);
-  if (!level->available())
-    throw Error(FDK_UNSUPPORTED, std::string("this machine lacks the level ") + name);
-  g_level.store(level);
+  const Isa *isa = find_isa(name);
+  if (isa == nullptr) invalid(std::string("no such ISA: ") + name);
+  if (!isa->available())
+    throw Error(FDK_UNSUPPORTED, std::string("this machine lacks the ISA ") + name);
+  g_isa.store(isa);
 }
 
 const Kernel &choose_kernel(const Plan &plan) {
   const Kernel *found = nullptr;
-  const auto has_kernel = [&](const Level &level) {
-    for (const Kernel &kernel : level.kernels)
+  const auto has_kernel = [&](const Isa &isa) {
+    for (const Kernel &kernel : isa.kernels)
       if (found == nullptr && kernel.supports(plan)) found = &kernel;
     return found != nullptr;
   };
-  if (any_usable_level(has_kernel)) return *found;
+  if (any_usable_isa(has_kernel)) return *found;
   throw Error(FDK_INTERNAL, "no kernel supports the plan");
 }
 
@@ -217,13 +217,13 @@ void run_plan(const Plan &plan, const Team &team, int threads) {
 }
 
 void run_dense(const fdk_dense_args &args, const Team &team, int threads) {
-  const DenseRows rows = first_of(&Level::dense_rows);
+  const DenseRows rows = first_of(&Isa::dense_rows);
   for_pieces(team, threads, args.out_features, kTileRows,
              [&](int64_t begin, int64_t end) { rows(args, begin, end); });
 }
 
 void run_attention(const Attention &args, const Team &team, int threads) {
-  const Decoding &loops = *first_of(&Level::decoding);
+  const Decoding &loops = *first_of(&Isa::decoding);
   int64_t longest = 0;
   int64_t slots = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
@@ -253,7 +253,7 @@ void run_attention(const Attention &args, const Team &team, int threads) {
 }
 
 void run_few_tokens(const FewTokens &args, const Team &team, int threads) {
-  const Decoding &loops = *first_of(&Level::decoding);
+  const Decoding &loops = *first_of(&Isa::decoding);
   const int64_t most = args.rows ? args.n : kDenseColumns;
   for_pieces(team, threads, args.n, args.rows ? kTileRows : kDenseColumns,
              [&](int64_t begin, int64_t end) {
@@ -263,7 +263,7 @@ void run_few_tokens(const FewTokens &args, const Team &team, int threads) {
 }
 
 void run_probe_copy(const void *source, void *target, size_t bytes, const Team &team, int threads) {
-  const ProbeCopy copy = first_of(&Level::probe_copy);
+  const ProbeCopy copy = first_of(&Isa::probe_copy);
   for_pieces(team, threads, static_cast<int64_t>(bytes), int64_t{1} << 18,
              [&](int64_t begin, int64_t end) {
                copy(static_cast<const char *>(source) + begin, static_cast<char *>(target) + begin,
@@ -272,7 +272,7 @@ void run_probe_copy(const void *source, void *target, size_t bytes, const Team &
 }
 
 int64_t run_probe_sum(const int32_t *source, size_t count, const Team &team, int threads) {
-  const ProbeSum sum = first_of(&Level::probe_sum);
+  const ProbeSum sum = first_of(&Isa::probe_sum);
   std::atomic<int64_t> total{0};
   for_pieces(team, threads, static_cast<int64_t>(count), int64_t{1} << 16,
              [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// Chooses the level and the kernel, and drives a multiplication over a team.
+// Chooses the ISA and the kernel, and drives a multiplication over a team.
 #pragma once
 
 #include "kernel.h"
@@ -6,13 +6,13 @@
 
 namespace fdk {
 
-// The best level in use: forced by set_level or FDK_CPU_LEVEL, else the best available.
-const Level &current_level();
+// The best ISA in use: forced by set_isa or FDK_CPU_ISA, else the best available.
+const Isa &current_isa();
 // Throws Error for an unknown or unavailable name; nullptr removes the force.
-void set_level(const char *name);
-const Level *find_level(const char *name);
+void set_isa(const char *name);
+const Isa *find_isa(const char *name);
 
-// The first kernel that supports the plan, from the current level down.
+// The first kernel that supports the plan, from the current ISA down.
 const Kernel &choose_kernel(const Plan &plan);
 
 void run_plan(const Plan &plan, const Team &team, int threads);

@@ -1,8 +1,8 @@
 // What a kernel sees of a multiplication, and what it has to offer.
 //
-// One translation unit an instruction set defines a Level: its kernels from the most special to the
-// most general. dispatch.cpp takes the first kernel that supports a Plan, from the best level that
-// the machine has down to the scalar twin, which supports everything.
+// One translation unit an instruction set (ISA) defines an Isa: its kernels from the most special
+// to the most general. dispatch.cpp takes the first kernel that supports a Plan, from the best ISA
+// that the machine has down to the scalar twin, which supports everything.
 #pragma once
 
 #include <cstddef>
@@ -144,25 +144,25 @@ struct Decoding {
   void (*dense)(const FewTokens &args, int64_t begin, int64_t end);
 };
 
-struct Level {
+struct Isa {
   const char *name;
   bool (*available)();  // may this machine run it?
   std::span<const Kernel> kernels;
-  DenseRows dense_rows;  // null: the next level's
+  DenseRows dense_rows;  // null: the next ISA's
   ProbeCopy probe_copy;  // likewise
   ProbeSum probe_sum;
   const Decoding *decoding = nullptr;
   bool (*preferred)() = nullptr;  // null: wherever it is available
 };
 
-// A build for tests that runs every x86 level by emulation (tests/emulated).
+// A build for tests that runs every x86 ISA by emulation (tests/emulated).
 #if defined(FDK_EMULATED)
 inline constexpr bool kEmulated = true;
 #else
 inline constexpr bool kEmulated = false;
 #endif
 
-// Every level in this build, the best first, "scalar" last (levels.cpp).
-std::span<const Level *const> all_levels();
+// Every ISA in this build, the best first, "scalar" last (dispatch.cpp).
+std::span<const Isa *const> all_isas();
 
 }  // namespace fdk

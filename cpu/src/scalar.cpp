@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "decoding.h"
+#include "isas.h"
 #include "kernel.h"
-#include "levels.h"
 #include "numeric.h"
 
 namespace fdk {
@@ -169,7 +169,7 @@ bool available() { return true; }
 
 }  // namespace
 
-const Level kScalarLevel = {"scalar",   available, kKernels,  dense_rows,
-                            probe_copy, probe_sum, &kDecoding};
+const Isa kScalarIsa = {"scalar",   available, kKernels,  dense_rows,
+                        probe_copy, probe_sum, &kDecoding};
 
 }  // namespace fdk

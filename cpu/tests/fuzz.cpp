@@ -793,11 +793,10 @@ void few_tokens(Case &c, Arena &arena, Source &source) {
 
 std::atomic<int64_t> g_counts[8];
 
-void choose_level(Source &source) {
-  const auto count = static_cast<int64_t>(fdk_num_levels());
-  const char *name = fdk_level_at(static_cast<int32_t>(source.below(count)));
-  expect(fdk_set_level(fdk_level_available(name) != 0 ? name : nullptr) == FDK_OK,
-         fdk_last_error());
+void choose_isa(Source &source) {
+  const auto count = static_cast<int64_t>(fdk_num_isas());
+  const char *name = fdk_isa_at(static_cast<int32_t>(source.below(count)));
+  expect(fdk_set_isa(fdk_isa_available(name) != 0 ? name : nullptr) == FDK_OK, fdk_last_error());
 }
 
 void run_case(const uint8_t *data, size_t size) {
@@ -805,7 +804,7 @@ void run_case(const uint8_t *data, size_t size) {
   constexpr int weighted[] = {0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 4, 5, 6, 7};
   Source source(data, size);
   const int kind = source.one_of(weighted);
-  choose_level(source);
+  choose_isa(source);
   Case c(source);
   switch (kind) {
     case 0: right_answer(c, arena); break;

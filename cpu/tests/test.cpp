@@ -1,4 +1,4 @@
-// Tests of the library: every kernel of every level that this machine has, against an oracle in
+// Tests of the library: every kernel of every ISA that this machine has, against an oracle in
 // float64 that shares no code with the library, in buffers between guard pages.
 //
 // usage: fdk_test [--include REGEX] [--share 0..1] [--seed N]
@@ -330,21 +330,21 @@ T pick(const T (&values)[N]) {
   return values[static_cast<size_t>(integer(0, static_cast<int64_t>(N) - 1))];
 }
 
-void for_levels(const std::function<void(const char *)> &test) {
-  for (int32_t i = 0; i < fdk_num_levels(); ++i) {
-    const char *level = fdk_level_at(i);
-    if (fdk_level_available(level) == 0) continue;
-    expect(fdk_set_level(level) == FDK_OK, "set_level(%s)", level);
-    test(level);
+void for_isas(const std::function<void(const char *)> &test) {
+  for (int32_t i = 0; i < fdk_num_isas(); ++i) {
+    const char *isa = fdk_isa_at(i);
+    if (fdk_isa_available(isa) == 0) continue;
+    expect(fdk_set_isa(isa) == FDK_OK, "set_isa(%s)", isa);
+    test(isa);
   }
-  expect(fdk_set_level(nullptr) == FDK_OK, "set_level(null)");
+  expect(fdk_set_isa(nullptr) == FDK_OK, "set_isa(null)");
 }
 
 // Every combination that chooses another path through a kernel, the rest at random.
 void test_products() {
   constexpr int64_t groups[] = {8, 16, 24, 32, 40, 64, 72, 96, 104, 128, 136, 256};
   constexpr int64_t tokens[] = {1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 17, 31, 33, 49};
-  for_levels([&](const char *) {
+  for_isas([&](const char *) {
     for (const int bits : kBits)
       for (const fdk_arithmetic arithmetic : kArithmetics)
         for (const int64_t group_size : groups)
@@ -365,11 +365,11 @@ void test_products() {
 
 // Larger ones: many tokens, several panels and pieces of work.
 void test_large_products() {
-  for_levels([&](const char *level) {
+  for_isas([&](const char *isa) {
     for (const int bits : kBits)
       for (const fdk_arithmetic arithmetic : kArithmetics) {
         if (uniform(0.0, 1.0) > g_share) continue;
-        const bool scalar = std::string(level) == "scalar";
+        const bool scalar = std::string(isa) == "scalar";
         Shape s{scalar ? 20 : 131, scalar ? 33 : 205, scalar ? 300 : 1096, 64, bits};
         s.bias = true;
         s.x = s.scales = arithmetic == FDK_EXACT && bits == 4 ? FDK_F32 : FDK_BF16;
@@ -384,7 +384,7 @@ void test_large_products() {
 
 // Columns fewer than a step, one row, one column: the smallest of everything.
 void test_tiny_products() {
-  for_levels([&](const char *) {
+  for_isas([&](const char *) {
     for (const int bits : kBits)
       for (int64_t k = 1; k <= 40; ++k)
         for (const int64_t n : {1, 15, 16, 17}) {
@@ -399,7 +399,7 @@ void test_tiny_products() {
 
 // Codebooks whose rows do not begin with a tile, down to one a row.
 void test_several_codebooks() {
-  for_levels([&](const char *) {
+  for_isas([&](const char *) {
     for (const int bits : kBits)
       for (const fdk_arithmetic arithmetic : kArithmetics)
         for (const int64_t codebooks : {2, 3, 5, 36}) {
@@ -413,10 +413,10 @@ void test_several_codebooks() {
   });
 }
 
-// The integer arithmetics are defined to the last integer: all levels agree with the scalar twin
-// up to the order of float32 sums. The ARM levels also round the constant part of an int8 block to
+// The integer arithmetics are defined to the last integer: all ISAs agree with the scalar twin
+// up to the order of float32 sums. The ARM ISAs also round the constant part of an int8 block to
 // a whole number of steps of its products, which are large beside it.
-void test_levels_agree() {
+void test_isas_agree() {
   for (const int bits : kBits)
     for (const fdk_arithmetic arithmetic : {FDK_INT16, FDK_INT8})
       for (const int64_t group_size : {32, 64, 200}) {
@@ -426,22 +426,22 @@ void test_levels_agree() {
         Problem problem = make_problem(s);
         Call call(problem, Side::kBack);
         call.args.arithmetic = arithmetic;
-        expect(fdk_set_level("scalar") == FDK_OK, "set_level");
+        expect(fdk_set_isa("scalar") == FDK_OK, "set_isa");
         expect(fdk_matmul(&call.weight, &call.args) == FDK_OK, "%s", fdk_last_error());
         for (size_t i = 0; i < problem.expected.size(); ++i)
           problem.expected[i] = double{call.y.as<float>()[i]};
-        for_levels([&](const char *level) {
+        for_isas([&](const char *isa) {
           expect(fdk_matmul(&call.weight, &call.args) == FDK_OK, "%s", fdk_last_error());
           const double error = relative_error(problem, call.y);
           expect(error < (arithmetic == FDK_INT8 ? 2e-5 : 3e-6), "%s differs from scalar by %g: %s",
-                 level, error, describe(s).c_str());
+                 isa, error, describe(s).c_str());
         });
       }
 }
 
 // Activations of zero, tiny, huge, infinite and not a number; a codebook of one value.
 void test_special_values() {
-  for_levels([&](const char *level) {
+  for_isas([&](const char *isa) {
     for (const int bits : kBits)
       for (const fdk_arithmetic arithmetic : kArithmetics) {
         Shape s{1, 20, 128, 64, bits};
@@ -454,23 +454,23 @@ void test_special_values() {
           return decode(call.y.get(), FDK_F32, 3);
         };
         std::fill(p.x.begin(), p.x.end(), 0.0);
-        expect(product() == 0.0, "%s: zeros give %g", level, product());
+        expect(product() == 0.0, "%s: zeros give %g", isa, product());
         std::fill(p.x.begin(), p.x.end(), 1e-44);
-        expect(std::fabs(product()) < 1e-35, "%s: tiny gives %g", level, product());
+        expect(std::fabs(product()) < 1e-35, "%s: tiny gives %g", isa, product());
         std::fill(p.x.begin(), p.x.end(), 1e34);
-        expect(std::isfinite(product()), "%s: huge gives %g", level, product());
+        expect(std::isfinite(product()), "%s: huge gives %g", isa, product());
         std::fill(p.x.begin(), p.x.end(), 1.0);
         p.x[70] = std::nan("");
-        expect(std::isnan(product()), "%s: NaN gives %g", level, product());
+        expect(std::isnan(product()), "%s: NaN gives %g", isa, product());
         p.x[70] = HUGE_VAL;
-        expect(!std::isfinite(product()), "%s: infinity gives %g", level, product());
+        expect(!std::isfinite(product()), "%s: infinity gives %g", isa, product());
         p.x[70] = 1.0;
         std::fill(p.codebook.begin(), p.codebook.end(), 0.75F);
         for (const bool affine : {false, true}) {
           p.shape.affine = affine;
           const double sum = 0.75 * 64.0 * (p.scales[6] + p.scales[7]);
           expect(std::fabs(product() - sum) < 1e-2 * sum, "%s: constant codebook gives %g, not %g",
-                 level, product(), sum);
+                 isa, product(), sum);
         }
       }
   });
@@ -535,7 +535,7 @@ void test_layout_bytes() {
 }
 
 void test_dense() {
-  for_levels([&](const char *level) {
+  for_isas([&](const char *isa) {
     for (const int64_t m : {1, 2, 4, 5, 9})
       for (const int64_t k : {1, 31, 32, 33, 200}) {
         const int64_t n = integer(1, 40);
@@ -570,7 +570,7 @@ void test_dense() {
               p.expected.push_back(sum);
             }
           const double error = relative_error(p, y);
-          expect(error < 4e-3, "%s: dense m=%d k=%d error %g", level, static_cast<int>(m),
+          expect(error < 4e-3, "%s: dense m=%d k=%d error %g", isa, static_cast<int>(m),
                  static_cast<int>(k), error);
         }
       }
@@ -578,7 +578,7 @@ void test_dense() {
 }
 
 void test_probes() {
-  for_levels([&](const char *level) {
+  for_isas([&](const char *isa) {
     for (const size_t count : {size_t{0}, size_t{1}, size_t{15}, size_t{16}, size_t{100003}}) {
       std::vector<int32_t> values;
       int64_t total = 0;
@@ -591,10 +591,10 @@ void test_probes() {
       int64_t sum = -1;
       expect(fdk_probe_reduce_sum(source.as<int32_t>(), source.size(), 2, &sum) == FDK_OK, "%s",
              fdk_last_error());
-      expect(sum == total, "%s: sum of %zu", level, count);
+      expect(sum == total, "%s: sum of %zu", isa, count);
       expect(fdk_probe_copy(source.get(), target.get(), source.size(), 2) == FDK_OK, "%s",
              fdk_last_error());
-      expect(std::memcmp(source.get(), target.get(), source.size()) == 0, "%s: copy of %zu", level,
+      expect(std::memcmp(source.get(), target.get(), source.size()) == 0, "%s: copy of %zu", isa,
              count);
     }
   });
@@ -639,8 +639,8 @@ void test_errors() {
   refused("arithmetic", [](Call &c) { c.args.arithmetic = static_cast<fdk_arithmetic>(3); });
   refused("threads", [](Call &c) { c.args.num_threads = -1; });
   expect(fdk_matmul(nullptr, nullptr) == FDK_INVALID_ARGUMENT, "null");
-  expect(fdk_set_level("nonsense") == FDK_INVALID_ARGUMENT, "nonsense level");
-  expect(fdk_level_at(-1) == nullptr && fdk_level_at(99) == nullptr, "level_at");
+  expect(fdk_set_isa("nonsense") == FDK_INVALID_ARGUMENT, "nonsense ISA");
+  expect(fdk_isa_at(-1) == nullptr && fdk_isa_at(99) == nullptr, "isa_at");
   size_t bytes = 0;
   expect(fdk_tiled_packed_bytes(INT64_MAX, INT64_MAX, 8, &bytes) == FDK_INVALID_ARGUMENT,
          "overflow");
@@ -701,7 +701,7 @@ constexpr Test kTests[] = {
     {"large_products", test_large_products},
     {"tiny_products", test_tiny_products},
     {"several_codebooks", test_several_codebooks},
-    {"levels_agree", test_levels_agree},
+    {"isas_agree", test_isas_agree},
     {"special_values", test_special_values},
     {"conversion", test_conversion},
     {"layout_bytes", test_layout_bytes},
@@ -731,7 +731,7 @@ int main(int argc, char **argv) {
     return 2;
   }
   g_random.seed(seed);
-  std::printf("seed %llu, level %s\n", static_cast<unsigned long long>(seed), fdk_level());
+  std::printf("seed %llu, ISA %s\n", static_cast<unsigned long long>(seed), fdk_isa());
   int ran = 0;
   for (const Test &test : kTests) {
     if (!std::regex_search(test.name, std::regex(include))) continue;

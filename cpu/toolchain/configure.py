@@ -1,7 +1,7 @@
 """Writes build/host/: what the ninja file needs to know of this machine.
 
     cxx          the compiler: $CXX, else the first of clang++ and g++ that compiles C++20
-    LEVEL.rsp    its options for each instruction set, none on another processor
+    ISA.rsp      its options for each instruction set, none on another processor
     zig/         the same for zig.ninja, by processor
     emulated/    the same where AVX-512 and AMX are SIMDe's plain loops
     openmp.rsp   -fopenmp, or nothing when the compiler lacks it (then std::thread is used)
@@ -22,14 +22,14 @@ import sysconfig
 from pathlib import Path
 
 COMPILERS = ("clang++", *(f"clang++-{version}" for version in range(22, 16, -1)), "g++", "c++")
-X86_LEVELS = {
+X86_ISAS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni"
     " -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
-X86_LEVELS["avx512bf16"] = X86_LEVELS["avx512vnni"] + " -mavx512bf16"
-X86_LEVELS["amx"] = X86_LEVELS["avx512bf16"] + " -mamx-tile -mamx-int8 -mamx-bf16"
-ARM_LEVELS = {
+X86_ISAS["avx512bf16"] = X86_ISAS["avx512vnni"] + " -mavx512bf16"
+X86_ISAS["amx"] = X86_ISAS["avx512bf16"] + " -mamx-tile -mamx-int8 -mamx-bf16"
+ARM_ISAS = {
     "neon": "-march=armv8-a",
     "dotprod": "-march=armv8.2-a+dotprod",
     "i8mm": "-march=armv8.2-a+dotprod+i8mm",
@@ -37,7 +37,7 @@ ARM_LEVELS = {
     "sve2": "-march=armv8.2-a+dotprod+i8mm+bf16+sve2",
 }
 # For zig's clang, which takes features behind the name of a processor. No SVE2 outside Linux.
-ZIG_ARM_LEVELS = {
+ZIG_ARM_ISAS = {
     "neon": "",
     "dotprod": "-mcpu=generic+dotprod",
     "i8mm": "-mcpu=generic+dotprod+i8mm",
@@ -122,13 +122,13 @@ def main() -> None:
     write(folder / "link.rsp", os.environ.get("LDFLAGS", ""))
     write(folder / "python.rsp", includes)
     write(folder / "module", module)
-    for name in (*X86_LEVELS, *ARM_LEVELS):
-        write(folder / "zig" / "x86" / f"{name}.rsp", X86_LEVELS.get(name, ""))
-        write(folder / "zig" / "arm" / f"{name}.rsp", ZIG_ARM_LEVELS.get(name, ""))
+    for name in (*X86_ISAS, *ARM_ISAS):
+        write(folder / "zig" / "x86" / f"{name}.rsp", X86_ISAS.get(name, ""))
+        write(folder / "zig" / "arm" / f"{name}.rsp", ZIG_ARM_ISAS.get(name, ""))
     simde = folder_of("simde_py")
     emulated = EMULATED if simde is None else f"{EMULATED} -isystem {simde / 'simde'}"
-    for levels, wanted in ((X86_LEVELS, x86), (ARM_LEVELS, arm)):
-        for name, options in levels.items():
+    for isas, wanted in ((X86_ISAS, x86), (ARM_ISAS, arm)):
+        for name, options in isas.items():
             wide = name.startswith(("avx512", "amx"))
             extra = GCC_AVX512 if wide and "clang" not in version else ""
             write(folder / f"{name}.rsp", options + extra if wanted else "")

@@ -72,7 +72,7 @@ def _identity(row: Mapping[str, Any]) -> str:
         row.get(key) for key in ("suite", "backend", "name", "m", "k", "n", "bits", "group_size")
     ]
     facts += [
-        row.get(key) for key in ("dtype", "threads", "device", "arithmetic", "level", "busy_cores")
+        row.get(key) for key in ("dtype", "threads", "device", "arithmetic", "isa", "busy_cores")
     ]
     return json.dumps(facts)
 

@@ -3,7 +3,7 @@
 The library is the extension module `_cpu`, either installed inside this package (pip) or in
 `cpu/build/python/` of a checkout (`ninja -C cpu`). Inside jit a product is one FFI call on XLA's own
 threads, on the arrays where they lie: weights are never copied. `FDK_NUM_THREADS` bounds the threads,
-`FDK_CPU_LEVEL` chooses an instruction set ("scalar", "avx2", ...) other than the best.
+`FDK_CPU_ISA` chooses an instruction set ("scalar", "avx2", ...) other than the best.
 """
 
 import functools
@@ -23,7 +23,7 @@ from jax.core import Tracer
 from fdk_jax.format import packing
 
 ARITHMETIC = {"exact": 0, "int16": 1, "int8": 2}
-INTERFACE = 3  # of cpu/bindings/module.cpp
+INTERFACE = 4  # of cpu/bindings/module.cpp
 FEW_TOKENS = 16  # that `dense` takes at most
 
 
@@ -91,7 +91,7 @@ def describe() -> str:
     """One line about the kernels in use: instruction set and threads."""
     if (reason := unavailable_reason()) is not None:
         return reason
-    return f"C++ library, {library().level()}, {library().num_threads()} threads"
+    return f"C++ library, {library().isa()}, {library().num_threads()} threads"
 
 
 def kernel_name(x: Any, w: Any, arithmetic: str = "exact") -> str | None:

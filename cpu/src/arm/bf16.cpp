@@ -1,7 +1,7 @@
 // NEON with matrix products of bfloat16 (Neoverse V1 and N2, Cortex-A510, A710 and X2 on): exact
 // arithmetic for bfloat16 activations and codebooks, and the dense baseline.
 #if defined(__aarch64__)
-#include "../levels.h"
+#include "../isas.h"
 #include "features.h"
 #include "mmla.h"
 
@@ -142,7 +142,7 @@ bool available() { return arm_features().dotprod && arm_features().i8mm && arm_f
 
 }  // namespace
 
-const Level kBf16Level = {"bf16", available, kKernels, dense_rows, nullptr, nullptr};
+const Isa kBf16Isa = {"bf16", available, kKernels, dense_rows, nullptr, nullptr};
 
 }  // namespace fdk
 #endif

@@ -1,6 +1,6 @@
 // NEON with the dot product of int8 (Cortex-A55 and A75 of 2017 on).
 #if defined(__aarch64__)
-#include "../levels.h"
+#include "../isas.h"
 #include "features.h"
 #include "int8_panel.h"
 #include "matvec.h"
@@ -66,7 +66,7 @@ bool available() { return arm_features().dotprod; }
 
 }  // namespace
 
-const Level kDotprodLevel = {"dotprod", available, kKernels, nullptr, nullptr, nullptr};
+const Isa kDotprodIsa = {"dotprod", available, kKernels, nullptr, nullptr, nullptr};
 
 }  // namespace fdk
 #endif

@@ -28,7 +28,7 @@ ArmFeatures ask() {
 
 #elif defined(_WIN32)
 
-// Numbers of winnt.h; older headers lack them. SVE2 is not asked for: its level is not built there.
+// Numbers of winnt.h; older headers lack them. SVE2 is not asked for: its ISA is not built there.
 constexpr DWORD kDotprod = 43;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
 constexpr DWORD kI8mm = 66;     // PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE
 constexpr DWORD kBf16 = 68;     // PF_ARM_V86_BF16_INSTRUCTIONS_AVAILABLE

@@ -1,4 +1,4 @@
-// The machine's optional instructions, asked for once. A level needs everything that the levels
+// The machine's optional instructions, asked for once. An ISA needs everything that the ISAs
 // below it need, since dispatch goes down the list without asking again.
 #pragma once
 

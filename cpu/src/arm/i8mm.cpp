@@ -1,7 +1,7 @@
 // NEON with matrix products of int8 (Neoverse V1 and N2, Cortex-A510, A710 and X2 on): several
 // tokens at once. One token stays with the dot products, which waste nothing on it.
 #if defined(__aarch64__)
-#include "../levels.h"
+#include "../isas.h"
 #include "features.h"
 #include "mmla.h"
 
@@ -78,7 +78,7 @@ bool available() { return arm_features().dotprod && arm_features().i8mm; }
 
 }  // namespace
 
-const Level kI8mmLevel = {"i8mm", available, kKernels, nullptr, nullptr, nullptr};
+const Isa kI8mmIsa = {"i8mm", available, kKernels, nullptr, nullptr, nullptr};
 
 }  // namespace fdk
 #endif

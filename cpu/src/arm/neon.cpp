@@ -1,7 +1,7 @@
 // Plain NEON: what every 64-bit ARM machine since 2013 runs.
 #if defined(__aarch64__)
 #include "../decoding.h"
-#include "../levels.h"
+#include "../isas.h"
 #include "column_panel.h"
 #include "int8_panel.h"
 #include "tables1.h"
@@ -128,8 +128,7 @@ bool available() { return true; }
 
 }  // namespace
 
-const Level kNeonLevel = {"neon",     available, kKernels,  dense_rows,
-                          probe_copy, probe_sum, &kDecoding};
+const Isa kNeonIsa = {"neon", available, kKernels, dense_rows, probe_copy, probe_sum, &kDecoding};
 
 }  // namespace fdk
 #endif

@@ -6,7 +6,7 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <arm_sve.h>
 
-#include "../levels.h"
+#include "../isas.h"
 #include "common.h"
 #include "features.h"
 
@@ -118,7 +118,7 @@ bool available() {
 
 }  // namespace
 
-const Level kSve2Level = {"sve2", available, kKernels, nullptr, nullptr, nullptr};
+const Isa kSve2Isa = {"sve2", available, kKernels, nullptr, nullptr, nullptr};
 
 }  // namespace fdk
 #endif

@@ -1,7 +1,7 @@
 // AMX with int8 and bfloat16 (Intel from Sapphire Rapids): many tokens.
 #if defined(__x86_64__)
 
-#include "levels.h"
+#include "isas.h"
 #include "x86/amx_available.h"
 #include "x86/amx_matrix.h"
 #include "x86/avx512_bfloat16.h"
@@ -9,7 +9,7 @@
 namespace fdk {
 namespace {
 
-// With fewer tokens the levels below are faster (Xeon with AMX and AVX512-FP16, one thread, k = n =
+// With fewer tokens the ISAs below are faster (Xeon with AMX and AVX512-FP16, one thread, k = n =
 // 4096, weights from memory, 2026-11).
 constexpr int64_t fewest_tokens(int bits, bool integer) {
   if (integer) return bits == 8 ? 9 : bits == 4 ? 7 : bits == 2 ? 6 : 5;
@@ -49,11 +49,11 @@ constexpr Kernel kKernels[] = {
     make_matrix_kernel<Int8Matrix<1, false>>("amx.int8_1bit", supports_int8<1, false>),
 };
 
-bool available() { return kEmulated || (kAvx512Bf16Level.available() && amx_available()); }
+bool available() { return kEmulated || (kAvx512Bf16Isa.available() && amx_available()); }
 
 }  // namespace
 
-const Level kAmxLevel = {"amx", available, kKernels, nullptr, nullptr, nullptr};
+const Isa kAmxIsa = {"amx", available, kKernels, nullptr, nullptr, nullptr};
 
 }  // namespace fdk
 

@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 
 #include "decoding.h"
-#include "levels.h"
+#include "isas.h"
 #include "x86/avx2_products.h"
 #include "x86/avx2_sums.h"
 
@@ -46,7 +46,7 @@ bool available() {
 
 }  // namespace
 
-const Level kAvx2Level = {"avx2", available, kKernels, nullptr, nullptr, nullptr, &kDecoding};
+const Isa kAvx2Isa = {"avx2", available, kKernels, nullptr, nullptr, nullptr, &kDecoding};
 
 }  // namespace fdk
 

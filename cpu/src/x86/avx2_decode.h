@@ -2,7 +2,7 @@
 //
 // A step decodes, for each half of a tile (8 rows), to kVectors vectors of 8 rows x 32 bits. Each
 // meets one 32-bit word of activations that all rows share: two int16 or one float32. The byte dot
-// product of this level would saturate, so int8 levels and activations are widened to int16.
+// product of this ISA would saturate, so int8 levels and activations are widened to int16.
 #pragma once
 
 #include <immintrin.h>

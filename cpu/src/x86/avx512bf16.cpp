@@ -2,7 +2,7 @@
 // precision.
 #if defined(__x86_64__)
 
-#include "levels.h"
+#include "isas.h"
 #include "x86/avx512_bfloat16.h"
 #include "x86/avx512_dense.h"
 #include "x86/avx512_panel.h"
@@ -26,7 +26,7 @@ constexpr Kernel kKernels[] = {
 };
 
 bool available() {
-  return kEmulated || (kAvx512VnniLevel.available() && __builtin_cpu_supports("avx512bf16"));
+  return kEmulated || (kAvx512VnniIsa.available() && __builtin_cpu_supports("avx512bf16"));
 }
 
 // Intel's processors take 2.2 cycles for VDPBF16PS on 512 bits, that is 14.5 products a cycle, and
@@ -35,8 +35,8 @@ bool preferred() { return !__builtin_cpu_is("intel"); }
 
 }  // namespace
 
-const Level kAvx512Bf16Level = {"avx512bf16", available, kKernels, dense_rows<DenseProducts>,
-                                nullptr,      nullptr,   nullptr,  preferred};
+const Isa kAvx512Bf16Isa = {"avx512bf16", available, kKernels, dense_rows<DenseProducts>,
+                            nullptr,      nullptr,   nullptr,  preferred};
 
 }  // namespace fdk
 

@@ -3,7 +3,7 @@
 #if defined(__x86_64__)
 
 #include "decoding.h"
-#include "levels.h"
+#include "isas.h"
 #include "x86/avx512_dense.h"
 #include "x86/avx512_panel.h"
 #include "x86/avx512_probes.h"
@@ -75,8 +75,8 @@ bool available() {
 
 }  // namespace
 
-const Level kAvx512VnniLevel = {"avx512vnni", available, kKernels,  dense_rows<DenseProducts>,
-                                probe_copy,   probe_sum, &kDecoding};
+const Isa kAvx512VnniIsa = {"avx512vnni", available, kKernels,  dense_rows<DenseProducts>,
+                            probe_copy,   probe_sum, &kDecoding};
 
 }  // namespace fdk
 
