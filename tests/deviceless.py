@@ -24,6 +24,7 @@ if __name__ == "__main__":  # from the project's root
 import assemble
 import jax
 import jax.numpy as jnp
+from golden import DECODERS
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -40,7 +41,6 @@ _GPUS = {
     (10, 0): ("NVIDIA B200", 148, 126e6, 8.0e12, 1.97),
     (12, 0): ("NVIDIA GeForce RTX 5090", 170, 96e6, 1.79e12, 2.41),
 }
-_DECODERS = ((1, False), (2, False), (4, False), (8, False), (4, True), (8, True))
 
 
 def spec(capability: tuple[int, int]) -> str:
@@ -151,7 +151,7 @@ def main() -> int:
         with using(target):
             for name, run, shapes in others():
                 failed += not _compiles(capability, name, run, shapes)
-            for (bits, uniform), m in itertools.product(_DECODERS, (1, 16, 64)):
+            for (bits, uniform), m in itertools.product(DECODERS, (1, 16, 64)):
                 facts = dict(bits=bits, group_size=64, out_features=4096, in_features=4096)
                 plan = pallas_kernels.plan(m, uniform=uniform, dtype=jnp.bfloat16, **facts)
                 kernels.add(plan.kernel)

@@ -9,9 +9,18 @@ import oracle
 
 from fdk_jax.benchmark import accuracy
 from fdk_jax.format import packing
+from pallas_kernels.case import Case
 
+HALF = jnp.dtype(jnp.bfloat16)
 _UNIT = 64  # activations that share a scale in the kernel of integers
 _LARGEST = 32512  # of its integers
+
+
+def case(
+    *shape, group_size=64, books=1, dtype=HALF, scales=HALF, bias=None, out=HALF, uniform=False
+):
+    """A product of shape (M, N, K, bits)."""
+    return Case(*shape, group_size, books, dtype, scales, bias, out, uniform)
 
 
 @dataclasses.dataclass(frozen=True)

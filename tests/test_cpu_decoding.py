@@ -88,7 +88,7 @@ def _attention_inputs(rng, dtype, batch, kv_heads, group, head_dim, capacity):
     "shape", [(1, 1, 1, 2, 3), (2, 3, 2, 10, 40), (3, 2, 4, 64, 1000)], ids=str
 )
 def test_attention_agrees_on_every_isa(rng, isa, dtype, shape):
-    """The best ISA is compared with float64 in test_models.py."""
+    """The best ISA is compared with float64 in test_decode_attention.py."""
     args = _attention_inputs(rng, dtype, *shape)
     found = jax.jit(cpu_backend.attention)(*args)
     cpu_backend.library().set_isa("scalar")

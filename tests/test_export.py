@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from model_data import DATA
 from test_foreign_files import values
 from test_gguf import MATRICES, gguf
 from test_load_files import TOKENS, gguf_model, logits
-from test_models import DATA
 
 from fdk_jax import files, models
 from fdk_jax.models.exporting import export, weights

@@ -15,6 +15,7 @@ import numpy as np
 import oracle
 import planar
 import pytest
+from golden import DECODERS
 
 import fdk_jax
 import pallas_kernels
@@ -31,8 +32,6 @@ if jax.default_backend() != "gpu":
 
 
 TARGET = current()  # set FDK_JAX_TARGET=sm_80 to test what older GPUs get
-# Widths of codes, and whether the values are evenly spaced: every decoder.
-DECODERS = [(1, False), (2, False), (4, False), (8, False), (4, True), (8, True)]
 
 
 def _check(

@@ -14,10 +14,11 @@ import pytest
 import test_chain
 import test_cpu
 import test_cpu_decoding
+import test_decode_attention
 import test_grouped
 import test_matmul
-import test_models
 import test_pallas
+import test_ptx_values
 from backends import BACKENDS, CPU_MISSING
 
 import fdk_jax
@@ -151,7 +152,7 @@ PTX_KERNELS = [
 @pytest.mark.parametrize(("case", "decoder"), PTX_KERNELS, ids=str)
 def test_ptx(case, decoder, spoil, rng, monkeypatch):
     def test():
-        test_pallas.test_ptx_values_and_bounds(rng, *decoder, *case)
+        test_ptx_values.test_ptx_values_and_bounds(rng, *decoder, *case)
 
     fails(test, spoil, monkeypatch, emulator, "run", _emulated)
 
@@ -159,7 +160,9 @@ def test_ptx(case, decoder, spoil, rng, monkeypatch):
 @MUTATIONS
 def test_ptx_of_integers(spoil, rng, monkeypatch):
     def test():
-        test_pallas.test_integer_kernel(rng, 33, 600, 1, integer.Config(2, 2), "bfloat16", False)
+        test_ptx_values.test_integer_kernel(
+            rng, 33, 600, 1, integer.Config(2, 2), "bfloat16", False
+        )
 
     fails(test, spoil, monkeypatch, emulator, "run", _emulated)
 
@@ -170,7 +173,7 @@ def test_ptx_of_sums_and_norms(residual, spoil, rng, monkeypatch):
     config = matvec.Config(2, 4, 1, 1)
 
     def test():
-        test_pallas.test_sums_and_norms_around_a_product(
+        test_ptx_values.test_sums_and_norms_around_a_product(
             rng, 4, False, 33, 600, 1, config, True, residual
         )
 
@@ -223,10 +226,10 @@ def test_attention(kernel, dtype, spoil, rng, monkeypatch):
 
     def test():
         arguments, norms = decode_attention.inputs(rng, 2, 2, 3, 32, 128, dtype, False)
-        found = test_models.run_attention(kernel, *arguments, norms=norms, splits=1)
+        found = test_decode_attention.run_attention(kernel, *arguments, norms=norms, splits=1)
         decode_attention.check(found, arguments, norms)
 
-    fails(test, spoil, monkeypatch, test_models, "run_attention", make)
+    fails(test, spoil, monkeypatch, test_decode_attention, "run_attention", make)
 
 
 @MUTATIONS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_models import wide_config, write_folder
+from model_data import wide_config, write_folder
 
 from fdk_jax import models
 

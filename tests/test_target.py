@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import planar
 import pytest
+from golden import DECODERS
 
 import fdk_jax
 import pallas_kernels
@@ -19,7 +20,6 @@ from pallas_kernels.target import H200, SHARED_BYTES, Target, using
 
 HALF = jnp.dtype(jnp.bfloat16)
 ALL = [Target.parse("sm_{}{}".format(*capability)) for capability in SHARED_BYTES]
-DECODERS = [(1, False), (2, False), (4, False), (8, False), (4, True), (8, True)]
 SM80, SM89 = (Target.parse(name) for name in ("sm_80", "sm_89"))
 # What PTX has from sm_90 on, and on sm_90 alone: PTX ISA, "Target ISA Notes" of each instruction.
 _SINCE_90 = re.compile(

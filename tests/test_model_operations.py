@@ -1,0 +1,126 @@
+"""The operations of a model by platform: values, and what a decoding step lowers to for a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from backends import ONLY_WITH_A_GPU
+from flax import nnx
+from model_data import relative
+
+from fdk_jax import models
+from fdk_jax.benchmark import accuracy
+from fdk_jax.models import attention, platforms
+from fdk_jax.models.cache import append
+from fdk_jax.models.config import ModelConfig
+from pallas_kernels import chain, dense, norm
+from pallas_kernels.target import H200, using
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 192, 128), (3, 256, 256), (16, 1024, 384)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dense_kernel(rng, m, k, n, dtype):
+    x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((m, k), (k, n)))
+    wanted = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    found = dense.matmul(x, w, out_dtype=jnp.float32, interpret=True)
+    assert relative(found, wanted) < 1e-5
+    assert relative(platforms.linear(x, w, jnp.float32), wanted) < 1e-5
+    rows = np.asarray(w, np.float64).T
+    oracle.check(platforms.linear(x, w, x.dtype), oracle.expectations(x, [rows]))
+    with pytest.raises(ValueError, match="multiples"):
+        dense.matmul(x, w[:, 1:], out_dtype=jnp.float32, interpret=True)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_linear_of_rows(rng, m, dtype):
+    x, rows = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((m, 64), (40, 64)))
+    wanted = np.asarray(x, np.float64) @ np.asarray(rows, np.float64).T
+    assert relative(platforms.linear_of_rows(x, rows), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("features", [96, 128, 3072])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_add_rms_norm_kernel(rng, features, dtype):
+    x, delta = (jnp.asarray(rng.normal(size=(2, features)), dtype) for _ in range(2))
+    scale = jnp.asarray(rng.normal(size=features), dtype)
+    total = np.asarray(x, np.float64) + np.asarray(delta, np.float64)
+    root = np.sqrt((total**2).mean(-1, keepdims=True) + 1e-5)
+    wanted = total / root * np.asarray(scale, np.float64)
+    for found in (
+        norm.add_rms_norm(x, delta, scale, eps=1e-5, interpret=True),
+        platforms.add_rms_norm(x, delta, scale, 1e-5),
+    ):
+        oracle.check_values(found[0], total)
+        # Some normalise the sum as it was rounded.
+        near = np.asarray(found[0], np.float64)
+        again = near / np.sqrt((near**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(scale, float)
+        slack = 1e-6 * (1 + np.abs(wanted))
+        # And some round what is normalised before they scale it.
+        noise = 0.0 if dtype == "float32" else accuracy.half_ulp(wanted, x.dtype)
+        oracle.check(found[1], [accuracy.Expected.of(a, slack, noise) for a in (wanted, again)])
+
+
+@ONLY_WITH_A_GPU
+@pytest.mark.parametrize(
+    ("batch", "launches"),
+    [
+        # The first projection; attention and four products, in the first layer behind another norm; the last
+        # layer, with no next one; the head.
+        (1, 1 + 2 * (1 + 4) + (1 + 3) + 1),
+        # Two norms more in a layer, and the first one like the others.
+        (2, 1 + (1 + 4 + 2) + (1 + 3 + 2) + 1),
+    ],
+)
+def test_a_decoding_step_lowers_for_cuda_with_one_copy_of_a_layer(batch, launches):
+    config = ModelConfig(1024, 512, 1024, 7, 4, 2, 128)
+    graph, state = nnx.split(models.random_model(config, bits=4, backend="pallas"))
+    shape = (batch, config.num_kv_heads, 64, config.head_dim)
+    arrays = (jnp.zeros(shape, config.dtype),) * config.num_layers
+    cache = models.KVCache(arrays, arrays, jnp.zeros(batch, jnp.int32))
+    program = jax.jit(lambda s, t, c: nnx.merge(graph, s).decode(t, c))
+    traced = program.trace(state, jnp.zeros(batch, jnp.int32), cache)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("call @_run_layer") == 7
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == launches
+
+
+@ONLY_WITH_A_GPU
+@pytest.mark.parametrize("bits", [1, 4])
+def test_a_decoding_step_of_chains_is_two_launches_a_layer(bits, monkeypatch):
+    monkeypatch.setattr(chain, "_WORKERS", {bits: 8})
+    config = ModelConfig(1024, 512, 1024, 7, 4, 2, 128)
+    graph, state = nnx.split(models.random_model(config, bits=bits, backend="pallas"))
+    arrays = (jnp.zeros((1, config.num_kv_heads, 64, config.head_dim), config.dtype),) * 7
+    cache = models.KVCache(arrays, arrays, jnp.zeros(1, jnp.int32))
+    program = jax.jit(lambda s, t, c: nnx.merge(graph, s).decode(t, c))
+    with using(H200):
+        traced = program.trace(state, jnp.zeros(1, jnp.int32), cache)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("call @_run_layer") == 7
+    # The last layer, with no next one, is not like the others.
+    assert text.count('name = "fdk_chain"') == text.count('name = "decode_attention"') == 2
+
+
+def test_attention_over_a_long_prompt_in_blocks(rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 1536, h, 16)), jnp.float32) for h in (4, 2, 2))
+    found = attention.over_prompt(q, k, v)
+    rows = [0, 511, 512, 1023, 1535]
+    for row in rows:
+        lengths = jnp.array([row + 1], jnp.int32)
+        wanted = attention.over_cache(
+            q[:, row], k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), lengths
+        )
+        assert relative(found[:, row], wanted) < 1e-5
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_cache_append_touches_one_slot(rng, batch):
+    cache = jnp.asarray(rng.normal(size=(batch, 2, 8, 4)), jnp.float32)
+    new = jnp.asarray(rng.normal(size=(batch, 2, 4)), jnp.float32)
+    lengths = np.array([3, 0, 7][:batch], np.int32)
+    wanted = np.array(cache)
+    for b, slot in enumerate(lengths):
+        wanted[b, :, slot] = new[b]
+    np.testing.assert_array_equal(append(cache, new, jnp.asarray(lengths)), wanted)

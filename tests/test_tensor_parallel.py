@@ -1,0 +1,74 @@
+"""Models on several devices: the same logits, no weight gathered, refusals."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from model_data import relative, wide_config, write_folder
+
+from fdk_jax import models
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "options"),
+    [
+        (None, dict(tie_embeddings=False)),
+        (None, dict(tie_embeddings=True, qk_norm=False)),
+        (models.Quantisation(4, 16, "kmeans"), dict(tie_embeddings=True)),
+        (models.Quantisation(4, 16, head_bits=8), dict(tie_embeddings=True)),
+        (models.Quantisation(1, 16), dict(tie_embeddings=False)),
+    ],
+    ids=["qwen3-16bit", "llama-16bit-tied", "4bit-tied", "4bit-tied-head8", "1bit"],
+)
+def test_tensor_parallel_equals_one_device_and_gathers_no_weight(tmp_path, quantisation, options):
+    folder = write_folder(tmp_path / "model", wide_config(**options))
+    parallel = models.Parallel(jax.make_mesh((8,), ("model",)))
+    one = models.Generator(models.load(folder, quantisation=quantisation))
+    eight = models.Generator(models.load(folder, quantisation=quantisation, parallel=parallel))
+    tokens = np.random.default_rng().integers(0, 256, (2, 20))
+    assert relative(eight.logits(tokens), one.logits(tokens)) < 1e-5
+    prompts = [tokens[0, :9].tolist(), tokens[1, :3].tolist()]
+    assert (
+        eight.generate(prompts, max_tokens=6).tokens == one.generate(prompts, max_tokens=6).tokens
+    )
+    (decode,) = (p for name, p in eight.programs.items() if name[0] == "decode")
+    moved = re.findall(
+        r"= (\S+) (all-gather|all-to-all|collective-permute|all-reduce)(?:-start)?\(",
+        decode.as_text(),
+    )
+    # Sums of one activation, and logits [2, 256] put together from eight parts of 32.
+    assert {shape.partition("{")[0] for shape, kind in moved if kind == "all-reduce"} == {
+        "f32[2,128]"
+    }
+    assert {(shape.partition("{")[0], kind) for shape, kind in moved if kind != "all-reduce"} <= {
+        ("f32[2,256]", "all-gather"),
+        ("f32[16,32]", "all-gather"),
+    }
+    for leaf in eight.leaves:
+        held = {shard.data.nbytes for shard in leaf.addressable_shards}
+        assert held in ({leaf.nbytes // 8}, {leaf.nbytes}) and (
+            leaf.nbytes <= 4 * 256 or held == {leaf.nbytes // 8}
+        )
+
+
+def test_inputs_need_not_be_whole_groups_on_one_device(tmp_path):
+    folder = write_folder(tmp_path / "model", wide_config())
+    quantisation = models.Quantisation(8, 48)  # of 128 and 256 inputs
+    one = models.load(folder, quantisation=quantisation)
+    assert one.layers[0].mlp.down.weight.get_value().group_size == 48
+    tokens = np.random.default_rng(1).integers(0, 256, (2, 9))
+    quantised, plain = (models.Generator(m).logits(tokens) for m in (one, models.load(folder)))
+    assert 1e-4 < relative(quantised, plain) < 5e-2
+
+
+def test_tensor_parallel_refuses_what_does_not_divide(tmp_path):
+    folder = write_folder(tmp_path / "model", wide_config(num_kv_heads=4))
+    parallel = models.Parallel(jax.make_mesh((8,), ("model",)))
+    with pytest.raises(ValueError, match="num_kv_heads=4"):
+        models.load(folder, parallel=parallel)
+    folder = write_folder(tmp_path / "other", wide_config())
+    with pytest.raises(ValueError, match="groups of 64"):
+        models.load(folder, quantisation=models.Quantisation(4, 64), parallel=parallel)
+    with pytest.raises(ValueError, match="axis"):
+        models.Parallel(jax.make_mesh((8,), ("data",)))
