@@ -9,7 +9,7 @@ from jax import Array
 from pallas_kernels.case import PLANE, Arrays, Case
 from pallas_kernels.target import Target
 
-GROUP_ROWS = 64  # of the weight, a warpgroup's
+TILE_ROWS = 64  # of the weight, an operand of a warpgroup's
 _TABLE_BYTES = 32 * 1024
 _BARRIER_BYTES = 768  # and what the compiler adds
 
@@ -26,6 +26,7 @@ class Config:
         w_stages: slabs of codes and scales in shared memory.
         cluster: programs that share the copies of x, each with rows of its own: 1 or 2.
         splits: programs that share the K of their rows, of a cluster too: 1 or 2.
+        row_tiles: 64 rows so many times for each warpgroup: 2 halve the reads of x, up to 128 tokens.
     """
 
     tokens: int = 128
@@ -35,11 +36,12 @@ class Config:
     w_stages: int = 2
     cluster: int = 1
     splits: int = 1
+    row_tiles: int = 1
 
     @property
     def rows(self) -> int:
         """Rows of the weight a program."""
-        return GROUP_ROWS * self.row_groups
+        return TILE_ROWS * self.row_groups * self.row_tiles
 
     @property
     def warpgroups(self) -> int:
@@ -62,7 +64,7 @@ def quads(case: Case) -> int:
 
 def sum_stages(config: Config) -> int:
     """Stages of x whose memory holds the sums of warpgroups that share K, and then outputs."""
-    over_k = 2 * (config.warpgroups - config.row_groups) + config.row_groups
+    over_k = 2 * (config.warpgroups - config.row_groups) + config.row_groups * config.row_tiles
     return max(over_k, 2 * config.row_groups if config.splits > 1 else 0)
 
 
@@ -90,6 +92,10 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         return f"{case.books} codebooks do not change at multiples of {config.rows} rows"
     if config.tokens % 16 or not 16 <= config.tokens <= 256:
         return f"{config.tokens} tokens a program are no multiple of 16 up to 256"
+    if config.tokens * config.row_tiles > 256:
+        return (
+            f"the sums of {config.tokens} tokens and {config.row_tiles} tiles do not fit registers"
+        )
     if config.x_stages % config.k_groups or config.x_stages < sum_stages(config):
         return f"{config.x_stages} stages of x do not divide over {config.k_groups} warpgroups"
     if slab(case) // PLANE % config.k_groups:

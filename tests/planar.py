@@ -56,8 +56,12 @@ class Wanted:
             padded = np.pad(x, ((0, 0), (0, -x.shape[1] % _UNIT))).reshape(len(x), -1, _UNIT)
             steps = np.repeat(np.abs(padded).max(-1), _UNIT, -1)[:, : x.shape[1]] / _LARGEST
             steps[:, np.arange(x.shape[1]) % 4 > 1] *= 4
-            noise = np.sqrt(steps**2 @ (self.matrices[0] ** 2).T / 12)
-            found += oracle.expectations(self.x, self.matrices[:1], bias, noise=noise)[:1]
+            matrix = self.matrices[0]
+            noise = np.sqrt(steps**2 @ (matrix**2).T / 12)
+            # Where both values have the same sign, all columns share a part of it, which no mean takes out.
+            shared = np.sqrt(steps**2 @ matrix.mean(0) ** 2 / 12)[:, None]
+            slack = accuracy.SIGMAS * shared
+            found += oracle.expectations(self.x, [matrix], bias, noise=noise, slack=slack)[:1]
         return found
 
 
@@ -77,11 +81,13 @@ def product(rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0, uniform=F
     decode = functools.partial(oracle.decode, codes, scales=np.asarray(scales), group=group_size)
     matrices = [decode(np.asarray(jnp.asarray(codebook, dtype)))]
     if uniform:
-        # Kernels multiply by distances from zero in steps, and by the step in the end.
+        # Kernels multiply by distances from zero in steps, and by the step in the end; those that scale weights
+        # divide the distances by a power of two before, which float16 notices where scales are tiny.
         distances = oracle.rounded(np.arange(2**bits) - zero, dtype)
         steps = np.repeat(step, n // books, 0)
         in_steps = decode(distances)
         matrices += [in_steps * steps, oracle.rounded(in_steps, dtype) * steps]
+        matrices += [oracle.rounded(in_steps / 2**bits, dtype) * (2**bits * steps)]
     return (x, packed, planar, jnp.asarray(codebook)), facts, Wanted(np.asarray(x), matrices, bits)
 
 

@@ -15,14 +15,20 @@ if jax.default_backend() != "gpu" or not current().has_wgmma:
     pytest.skip("needs an NVIDIA GPU with wgmma (sm_90)", allow_module_level=True)
 
 EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
-CONFIGS = sorted(
-    {
-        (row["bits"], mosaic_matmul.Config(**row["config"]))
-        for row in choice.table()
-        if row["kernel"] == "mosaic"
-    },
-    key=str,
-)
+
+
+def _configs():
+    """Widths with each configuration that a row of the table stands for."""
+    half, found = jnp.dtype(jnp.bfloat16), set()
+    for row in choice.table():
+        if row["kernel"] == "mosaic":
+            m, n, k, bits = (row[name] for name in ("m", "n", "k", "bits"))
+            config = Config(**row["config"])
+            if config == mosaic_matmul.ANY:
+                case = Case(m, n, k, bits, 64, 1, half, half, None, half)
+                config = mosaic_matmul.guess(case, current())
+            found.add((bits, config))
+    return sorted(found, key=str)
 
 
 def _close(y, exact, size, dtype):
@@ -61,7 +67,7 @@ def _check(rng, m, n, k, bits, group, dtype, config, books=1, bias=False):
     _close(mosaic_matmul.matmul(case, config, arrays), exact, size, dtype)
 
 
-@pytest.mark.parametrize(("bits", "config"), CONFIGS, ids=str)
+@pytest.mark.parametrize(("bits", "config"), _configs(), ids=str)
 def test_tuned_configurations(rng, bits, config):
     """Ragged along every axis: a last program with few rows, few tokens, and a part of a slab."""
     k = 2048 * config.splits + 1032
@@ -85,6 +91,9 @@ def test_groups(rng, bits, group, dtype):
         Config(256, 2, 1, 4, 2, cluster=2),
         Config(64, 1, 4, 8, 2, splits=2),
         Config(128, 2, 1, 8, 2, splits=2),
+        Config(128, 2, 1, 8, 2, row_tiles=2),
+        Config(64, 1, 2, 8, 2, splits=2, row_tiles=2),
+        Config(112, 1, 2, 8, 2, cluster=2, row_tiles=2),
     ],
     ids=str,
 )
@@ -129,7 +138,7 @@ def test_grouped(rng, bits, sizes, past, config):
         start += count
     facts = dict(bits=bits, group_size=64, out_features=n, out_dtype=jnp.bfloat16)
     stacked = stacked._replace(x=x)
-    case = grouped.grouped_case(stacked, **facts)
+    case = Case.of(stacked, **facts)
     config = config or grouped.configuration(case, groups, current())[0]
     _poison()
     y = mosaic_matmul.matmul(case, config, stacked, jnp.asarray(sizes, jnp.int32))
