@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fdk_jax.benchmark import adopt, records, report, source
+from fdk_jax.benchmark import adopt, cpu_tables, records, report, source
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "results").rglob("*.jsonl"))
@@ -52,24 +52,75 @@ def test_a_table_that_nobody_knows_is_refused():
         report.filled("<!-- report: speed -->\n<!-- end -->", [])
 
 
-def test_the_sweep_compares_sample_by_sample():
-    def row(backend, name, bits, samples):
-        facts = {
-            "suite": "sweep",
-            "device": "d",
-            "k": 64,
-            "threads": 2,
-            "m": 3,
-            "commit": "abcdefgh",
-        }
-        found = {"backend": backend, "name": name, "bits": bits, "samples_us": samples}
-        return facts | found | {"median_us": sorted(samples)[1]}
+def _sweep_row(backend, name, bits, samples, **more):
+    facts = {"suite": "sweep", "device": "d", "k": 64, "n": 32, "threads": 2, "m": 3}
+    facts |= {"commit": "abcdefgh", "backend": backend, "name": name, "bits": bits}
+    return facts | {"samples_us": samples, "median_us": sorted(samples)[1]} | more
 
+
+def test_the_sweep_compares_sample_by_sample():
     rows = [
-        row("cpu", "codebook_int8", 4, [1.0, 2.0, 4.0]),
-        row("cpu", "codebook_exact", 4, [2.0, 2.0, 2.0]),
-        row("torch", "dense", 16, [3.0, 4.0, 12.0]),
+        _sweep_row("cpu", "codebook_int8", 4, [1.0, 2.0, 4.0]),
+        _sweep_row("cpu", "codebook_exact", 4, [2.0, 2.0, 2.0]),
+        _sweep_row("torch", "dense", 16, [3.0, 4.0, 12.0]),
+        _sweep_row("torch", "int4", 4, [6.0, 8.0, 9.0]),
     ]
-    text = report.sweep(rows)
-    assert "| 3 | 2 | 2 | 4 (3.00 / 2.00) |" in text and "commit abcdefg" in text
-    assert report.sweep(rows[:0]) == "(No rows yet.)"
+    text = cpu_tables.sweep(rows)
+    assert "| 3 | 2 | 2 | 4 (3.00 / 2.00) | 8 (4.00 / 4.00) |" in text
+    assert "k x n = 64 x 32, commit abcdefg" in text
+    assert cpu_tables.sweep(rows[:0]) == "(No rows yet.)"
+    # Beside dense products alone there is no table of peers.
+    assert cpu_tables.sweep(rows[:3]) == "(No rows yet.)"
+    assert "| 3 | 3.00 / 2.00 |" in cpu_tables.dense(rows)
+
+
+def test_dense_rows_belong_to_the_bits_that_they_took_turns_with():
+    rows = [
+        row
+        for bits, dense in ((4, 12.0), (1, 20.0))
+        for row in (
+            _sweep_row("cpu", "codebook_int8", bits, [2.0] * 3, beside=[bits]),
+            _sweep_row("cpu", "codebook_exact", bits, [4.0] * 3, beside=[bits]),
+            _sweep_row("torch", "dense", 16, [dense] * 3, beside=[bits]),
+        )
+    ]
+    text = cpu_tables.dense(rows)
+    assert "| tokens | 64 x 32, 4 bits | 64 x 32, 1 bits |" in text
+    assert "| 3 | 6.00 / 3.00 | 10.00 / 5.00 |" in text
+
+
+def test_shares_of_the_read_bandwidth():
+    facts = {"suite": "cpu_threads", "device": "d", "threads": 2, "k": 64, "commit": "abcdefgh"}
+    probe = facts | {"k": None, "bits": None, "arithmetic": None, "bytes_rw": 3000}
+    rows = [
+        probe | {"name": "probe_reduce_sum", "samples_us": [1.0, 2.0, 1.0], "median_us": 1.0},
+        probe | {"name": "probe_copy", "samples_us": [2.0] * 3, "median_us": 2.0},
+        facts | {"name": "codebook_exact", "bits": 4, "arithmetic": "exact", "bytes_rw": 1500}
+        | {"samples_us": [1.0, 1.0, 1.0], "median_us": 1.0},
+    ]  # fmt: skip
+    assert "| 2 | 3.0 | 1.5 | 50% |" in cpu_tables.read_shares(rows)
+
+
+def test_prompts_beside_llama_cpp():
+    facts = {
+        "suite": "prompts",
+        "device": "d",
+        "threads": 2,
+        "model": "1B",
+        "type": "Q4_0",
+        "prompt": 512,
+    }
+    facts |= {"commit": "abcdefgh", "bytes_rw": 100, "base_bytes": 30, "peak_bytes": 140}
+    ours = {"backend": "cpu", "arithmetic": "int8", "samples_us": [1e6] * 3, "median_us": 1e6}
+    peer = {
+        "backend": "llama.cpp",
+        "arithmetic": "llama.cpp",
+        "samples_us": [2e6] * 3,
+        "median_us": 2e6,
+    }
+    rows = [
+        facts | ours | {"decode_us": [10.0] * 3, "tokens_per_s": 1e5},
+        facts | peer | {"decode_us": [25.0] * 3, "tokens_per_s": 4e4},
+    ]
+    text = cpu_tables.prompts(rows)
+    assert "| 1B | Q4_0 | 512 | cpu int8 | 1.00 | 2.00 | 100000.0 | 2.50 | 1.10 |" in text

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -125,25 +126,30 @@ class Ggml:
             raise MemoryError(f"ggml has no buffer of {size} bytes")
         return buffer
 
-    def product(self, number: int, m: int, k: int, packed: np.ndarray) -> tuple[int, bool, list]:
-        """A graph of one product with weights of its own, whether they are repacked, its buffers."""
+    def weight(self, number: int, k: int, packed: np.ndarray, n: int) -> tuple[int, bool]:
+        """A weight [n, k] of a type, and whether ggml has repacked it."""
         for kind in [*self.repacking, self.plain]:
             context = self.context()
-            weight = self.new_tensor_2d(context, number, k, k)
-            x = self.new_tensor_2d(context, _F32, k, m)
-            y = self.mul_mat(context, weight, x)
-            buffers = [self.place(weight, kind), self.place(x, self.plain)]
+            weight = self.new_tensor_2d(context, number, k, n)
+            y = self.mul_mat(context, weight, self.new_tensor_2d(context, _F32, k, 1))
+            buffer = self.place(weight, kind)
             if kind == self.plain or self.backend_dev_supports_op(self.device, y):
                 break
-            for buffer in buffers:
-                self.backend_buffer_free(buffer)
+            self.backend_buffer_free(buffer)
         self.backend_tensor_set(weight, packed.ctypes.data, 0, packed.nbytes)
+        return weight, kind != self.plain
+
+    def product(self, weight: int, m: int, k: int) -> tuple[int, list[int]]:
+        """A graph of the product of m random tokens by a weight, and its buffers."""
+        context = self.context()
+        x = self.new_tensor_2d(context, _F32, k, m)
+        y = self.mul_mat(context, weight, x)
+        buffers = [self.place(tensor, self.plain) for tensor in (x, y)]
         values = np.random.default_rng().standard_normal((m, k)).astype(np.float32)
         self.backend_tensor_set(x, values.ctypes.data, 0, values.nbytes)
-        buffers.append(self.place(y, self.plain))
         graph = self.new_graph(context)
         self.build_forward_expand(graph, y)
-        return graph, kind != self.plain, buffers
+        return graph, buffers
 
 
 @cache
@@ -170,79 +176,115 @@ def _trial() -> None:
     for name, (number, _) in TYPES.items():
         if ggml.type_name(number) != name.encode():
             continue
+        weight, _ = ggml.weight(number, 256, _quantised(ggml, number, 256, 256), 256)
         for m in (1, 16):
-            graph, _, _ = ggml.product(number, m, 256, _quantised(ggml, number, 256))
+            graph, _ = ggml.product(weight, m, 256)
             ggml.backend_graph_compute(ggml.backend, graph)
 
 
-def _quantised(ggml: Ggml, number: int, k: int) -> np.ndarray:
-    """A matrix [k, k] of ggml's type: 64 random rows, over and over."""
+def _quantised(ggml: Ggml, number: int, k: int, n: int) -> np.ndarray:
+    """A matrix [n, k] of ggml's type: 64 random rows, over and over."""
     rows = np.random.default_rng().standard_normal((64, k)).astype(np.float32)
     packed = np.empty(rows.nbytes, np.uint8)
     size = ggml.quantize_chunk(number, rows.ctypes.data, packed.ctypes.data, 0, 64, k, None)
-    return np.tile(packed[:size], k // 64)
+    return np.tile(packed[:size], n // 64)
 
 
-def _product(name: str, copies: Callable[[int], int], m: int, k: int, threads: int) -> Product:
-    """A product by weights of a type of TYPES in this process, float32 activations and results."""
-    ggml = Ggml()
-    number, _ = TYPES[name]
-    if ggml.type_name(number) != name.encode():
-        raise Unavailable(f"this ggml has no type {name}")
-    ggml.backend_cpu_set_n_threads(ggml.backend, threads)
-    packed = _quantised(ggml, number, k)
-    made = [ggml.product(number, m, k, packed) for _ in range(copies(packed.nbytes))]
-    graphs = [graph for graph, _, _ in made]
+class _Weights:
+    """Weights [n, k] of a type of TYPES in this process; products of float32 activations by them."""
 
-    def call(i: int) -> None:
-        if ggml.backend_graph_compute(ggml.backend, graphs[i % len(graphs)]):
-            raise RuntimeError("ggml did not compute the product")
+    def __init__(self, name: str, copies: Callable[[int], int], k: int, n: int, threads: int):
+        self.ggml, self.k = Ggml(), k
+        number, _ = TYPES[name]
+        if self.ggml.type_name(number) != name.encode():
+            raise Unavailable(f"this ggml has no type {name}")
+        self.ggml.backend_cpu_set_n_threads(self.ggml.backend, threads)
+        packed = _quantised(self.ggml, number, k, n)
+        self.bytes = packed.nbytes
+        made = [self.ggml.weight(number, k, packed, n) for _ in range(copies(packed.nbytes))]
+        self.weights = [weight for weight, _ in made]
+        self.kernel = "repacked" if made[0][1] else None
+        self.buffers: list[int] = []
 
-    return Product(call, packed.nbytes + 2 * 4 * m * k, "repacked" if made[0][1] else None)
+    def product(self, m: int) -> Product:
+        """A product of m tokens in place of the last one."""
+        for buffer in self.buffers:
+            self.ggml.backend_buffer_free(buffer)
+        made = [self.ggml.product(weight, m, self.k) for weight in self.weights]
+        graphs = [graph for graph, _ in made]
+        self.buffers = [buffer for _, buffers in made for buffer in buffers]
+
+        def call(i: int) -> None:
+            if self.ggml.backend_graph_compute(self.ggml.backend, graphs[i % len(graphs)]):
+                raise RuntimeError("ggml did not compute the product")
+
+        return Product(call, self.bytes, self.kernel)
 
 
 def _serve(pipe: Connection, *arguments: object) -> None:
-    """A process with a product: sends its facts or why there is none, then a sample for each counter."""
+    """A process with weights: says why there are none, or what they are, then samples products."""
     from peers import sample
 
     try:
-        product = _product(*arguments)
-        product.call(0)
+        weights = _Weights(*arguments)
     except Unavailable as error:
         pipe.send(str(error))
         return
-    pipe.send((product.bytes_rw, product.kernel))
-    while (counter := pipe.recv()) is not None:
-        pipe.send(sample(product, [counter]))
+    pipe.send((weights.bytes, weights.kernel))
+    while (wanted := pipe.recv()) is not None:
+        tokens, counter = wanted
+        if tokens:
+            product = weights.product(tokens)
+            product.call(0)
+            pipe.send(None)
+        else:
+            pipe.send(sample(product, [counter]))
+
+
+_started: list[tuple[BaseProcess, Connection]] = []
+
+
+def stop() -> None:
+    """Ends the processes that hold ggml's weights; cases that were used start new ones no more."""
+    while _started:
+        process, pipe = _started.pop()
+        pipe.send(None)
+        process.join()
 
 
 def ggml_case(name: str, copies: Callable[[int], int]):
-    """A product of ggml by weights of a type of TYPES, in a process of its own.
+    """A product of ggml by weights of a type of TYPES, in a process of its own until `stop`.
 
     ggml gives the registers of AMX their shape once a thread and believes that nobody else does; this
     library and PyTorch do.
     """
 
-    def make(m: int, k: int, threads: int) -> Product:
-        _check()
+    @cache
+    def server(k: int, n: int, threads: int) -> tuple[Connection, tuple | str]:
         context = multiprocessing.get_context("spawn")
         pipe, other = context.Pipe()
-        arguments = (other, name, copies, m, k, threads)
+        arguments = (other, name, copies, k, n, threads)
         process = context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         other.close()
         facts = pipe.recv()
+        if not isinstance(facts, str):
+            _started.append((process, pipe))
+        return pipe, facts
+
+    def make(m: int, k: int, n: int, threads: int) -> Product:
+        _check()
+        pipe, facts = server(k, n, threads)
         if isinstance(facts, str):
             raise Unavailable(facts)
+        size, kernel = facts
+        pipe.send((m, 0))
+        pipe.recv()
 
         def sample(counter: list[int]) -> float:
-            pipe.send(counter[0])
+            pipe.send((0, counter[0]))
             return pipe.recv()
 
-        def close() -> None:
-            pipe.send(None)
-            process.join()
-
-        return Product(lambda i: None, *facts, close, sample)
+        return Product(lambda i: None, size + 4 * m * (k + n), kernel, sample=sample)
 
     return make

@@ -1,7 +1,7 @@
 """Products to time: this library's, PyTorch's and ONNX Runtime's, each on weights of its own.
 
-A case is a function of (m, k, threads) that makes a Product. `copies` says how many weights of a
-size in bytes the calls are to take turns with.
+A case is a function of (m, k, n, threads) that makes a Product by weights [n, k]. `copies` says how many
+weights of a size in bytes the calls are to take turns with.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ class Product:
     call: Callable[[int], object]  # argument: a counter, which chooses the weights
     bytes_rw: int
     kernel: str | None = None
-    close: Callable[[], object] = lambda: None  # frees what Python does not own
+    keep: object = None  # memory that the calls point to
     # A product in another process: takes a sample there, of a counter as peers.sample.
     sample: Callable[[list[int]], float] | None = None
 
@@ -81,33 +81,41 @@ def fdk_case(bits: int, arithmetic: str, copies: Callable[[int], int]):
     rng = np.random.default_rng()
 
     @cache
-    def weights(k: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        size = k * k * bits // 8
+    def weights(k: int, n: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        size = k * n * bits // 8
         first = rng.integers(0, 256, size, np.uint8)
         packed = [first.copy() for _ in range(copies(size))]
-        return packed, [np.full(k * k // GROUP, 0x3C00, np.uint16) for _ in packed]
+        return packed, [np.full(k * n // GROUP, 0x3C00, np.uint16) for _ in packed]
 
-    def make(m: int, k: int, threads: int) -> Product:
+    def make(m: int, k: int, n: int, threads: int) -> Product:
         library = ctypes.CDLL(str(LIBRARY))
-        packed, scales = weights(k)
+        library.fdk_last_error.restype = ctypes.c_char_p
+        packed, scales = weights(k, n)
         codebook = np.sort(rng.standard_normal(2**bits)).astype(np.float32)
         x = rng.integers(0x3F00, 0x3FFF, (m, k), np.uint16)
-        y = np.empty((m, k), np.uint16)
+        y = np.empty((m, n), np.uint16)
 
-        def call(i: int) -> None:
-            data, scale = packed[i % len(packed)], scales[i % len(packed)]
+        def arguments(data: np.ndarray, scale: np.ndarray) -> tuple:
             w = Weight(
-                ctypes.sizeof(Weight), k, k, bits, 0, GROUP, data.ctypes.data, data.nbytes,
+                ctypes.sizeof(Weight), n, k, bits, 0, GROUP, data.ctypes.data, data.nbytes,
                 scale.ctypes.data, scale.nbytes, 2, 0, codebook.ctypes.data, codebook.nbytes, 1,
             )  # fmt: skip
             a = Arguments(
                 ctypes.sizeof(Arguments), m, x.ctypes.data, x.nbytes, 2, 2, y.ctypes.data, y.nbytes,
                 None, 0, 0, ARITHMETIC[arithmetic], threads, 0,
             )  # fmt: skip
-            if library.fdk_matmul(ctypes.byref(w), ctypes.byref(a)):
-                raise RuntimeError(ctypes.string_at(library.fdk_last_error()))
+            return ctypes.byref(w), ctypes.byref(a)
 
-        return Product(call, packed[0].nbytes + scales[0].nbytes + x.nbytes + y.nbytes)
+        # Made beforehand: filling them takes as long as a small product.
+        made = [arguments(*pair) for pair in zip(packed, scales, strict=True)]
+        product = library.fdk_matmul
+
+        def call(i: int) -> None:
+            if product(*made[i % len(made)]):
+                raise RuntimeError(library.fdk_last_error().decode())
+
+        bytes_rw = packed[0].nbytes + scales[0].nbytes + x.nbytes + y.nbytes
+        return Product(call, bytes_rw, keep=(x, y, codebook))
 
     return make
 
@@ -116,35 +124,35 @@ def torch_case(kind: str, copies: Callable[[int], int]):
     """PyTorch's dense bfloat16 product, or its int4 one, with bfloat16 activations."""
 
     @cache
-    def weights_of(k: int) -> list:
+    def weights_of(k: int, n: int) -> list:
         import torch
 
         if kind == "dense":
-            first = torch.randn(k, k).to(torch.bfloat16)
+            first = torch.randn(n, k).to(torch.bfloat16)
         else:
-            codes = torch.randint(0, 16, (k, k), dtype=torch.int32)
+            codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
             first = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
         return [first.clone() for _ in range(copies(first.nbytes))]
 
-    def make(m: int, k: int, threads: int) -> Product:
+    def make(m: int, k: int, n: int, threads: int) -> Product:
         try:
             import torch
         except ImportError as error:
             raise Unavailable(str(error)) from error
         torch.set_num_threads(threads)
         x = torch.randn(m, k, dtype=torch.bfloat16)
-        weights = weights_of(k)
-        size = weights[0].nbytes
+        weights = weights_of(k, n)
+        size = weights[0].nbytes + x.nbytes + 2 * m * n
         if kind == "dense":
             linear = torch.nn.functional.linear
-            return Product(lambda i: linear(x, weights[i % len(weights)]), size + 2 * x.nbytes)
-        scales = [torch.ones(k // GROUP, k, 2, dtype=torch.bfloat16) for _ in weights]
+            return Product(lambda i: linear(x, weights[i % len(weights)]), size)
+        scales = [torch.ones(k // GROUP, n, 2, dtype=torch.bfloat16) for _ in weights]
         product = torch.ops.aten._weight_int4pack_mm_for_cpu
 
         def call(i: int) -> object:
             return product(x, weights[i % len(weights)], GROUP, scales[i % len(weights)])
 
-        return Product(call, size + scales[0].nbytes + 2 * x.nbytes)
+        return Product(call, size + scales[0].nbytes)
 
     return make
 
@@ -160,27 +168,24 @@ def _share_onnxruntime_threads(threads: int) -> None:
 def onnxruntime_case(bits: int, level: int, copies: Callable[[int], int]):
     """ONNX Runtime's MatMulNBits; level 4 quantises activations to int8, 1 keeps float32."""
 
-    def make(m: int, k: int, threads: int) -> Product:
-        try:
-            import onnx
-            import onnxruntime as ort
-        except ImportError as error:
-            raise Unavailable(str(error)) from error
-        _share_onnxruntime_threads(threads)
+    @cache
+    def sessions_of(k: int, n: int) -> list:
+        import onnx
+        import onnxruntime as ort
+
         rng = np.random.default_rng()
-        size = k * k * bits // 8
         node = onnx.helper.make_node(
-            "MatMulNBits", ["x", "b", "s"], ["y"], domain="com.microsoft", K=k, N=k, bits=bits,
+            "MatMulNBits", ["x", "b", "s"], ["y"], domain="com.microsoft", K=k, N=n, bits=bits,
             block_size=GROUP, accuracy_level=level,
         )  # fmt: skip
-        packed = rng.integers(0, 256, (k, k // GROUP, GROUP * bits // 8), np.uint8)
-        scales = np.full(k * k // GROUP, 0.01, np.float32)
+        packed = rng.integers(0, 256, (n, k // GROUP, GROUP * bits // 8), np.uint8)
+        scales = np.full(k * n // GROUP, 0.01, np.float32)
         tensor = onnx.TensorProto.FLOAT
         graph = onnx.helper.make_graph(
             [node],
             "product",
-            [onnx.helper.make_tensor_value_info("x", tensor, [m, k])],
-            [onnx.helper.make_tensor_value_info("y", tensor, [m, k])],
+            [onnx.helper.make_tensor_value_info("x", tensor, ["m", k])],
+            [onnx.helper.make_tensor_value_info("y", tensor, ["m", n])],
             [onnx.numpy_helper.from_array(packed, "b"), onnx.numpy_helper.from_array(scales, "s")],
         )
         opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
@@ -188,9 +193,18 @@ def onnxruntime_case(bits: int, level: int, copies: Callable[[int], int]):
         options = ort.SessionOptions()
         options.use_per_session_threads = False
         data = model.SerializeToString()
-        sessions = [ort.InferenceSession(data, options) for _ in range(copies(size))]
-        x = {"x": rng.standard_normal((m, k)).astype(np.float32)}
-        bytes_rw = size + scales.nbytes + 2 * x["x"].nbytes
+        return [ort.InferenceSession(data, options) for _ in range(copies(packed.nbytes))]
+
+    def make(m: int, k: int, n: int, threads: int) -> Product:
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+        except ImportError as error:
+            raise Unavailable(str(error)) from error
+        _share_onnxruntime_threads(threads)
+        sessions = sessions_of(k, n)
+        x = {"x": np.random.default_rng().standard_normal((m, k)).astype(np.float32)}
+        bytes_rw = k * n * bits // 8 + k * n // GROUP * 4 + 4 * m * (k + n)
         return Product(lambda i: sessions[i % len(sessions)].run(None, x), bytes_rw)
 
     return make

@@ -35,13 +35,12 @@ os.environ.setdefault("KMP_BLOCKTIME", "10")
 _SETTLE_SECONDS = 0.03
 
 import clock  # noqa: E402
+import ggml_case  # noqa: E402
 import numpy as np  # noqa: E402
-from ggml_case import TYPES, ggml_case  # noqa: E402
 from peer_cases import (  # noqa: E402
     GROUP,
     LIBRARY,
     Product,
-    Unavailable,
     fdk_case,
     onnxruntime_case,
     torch_case,
@@ -92,15 +91,23 @@ def cases_of(bits: int):
         *(("torch", name, bits, torch_case(name, copies)) for name in torch),
         *(("onnxruntime", f"MatMulNBits_level{level}", bits, onnxruntime_case(bits, level, copies))
           for level in levels),
-        *(("ggml", name, bits, ggml_case(name, copies))
-          for name, (_, width) in TYPES.items() if width == bits),
+        *(("ggml", name, bits, ggml_case.ggml_case(name, copies))
+          for name, (_, width) in ggml_case.TYPES.items() if width == bits),
     ]  # fmt: skip
 
 
 def sample(product: Product, counter: list[int]) -> float:
-    """Mean microseconds of as many calls as fill the time, after one that wakes the threads."""
-    time.sleep(_SETTLE_SECONDS)
+    """Mean microseconds of as many calls as fill the time, after one that wakes the threads.
+
+    On one processor no thread of another library spins, and a long call needs none before it.
+    """
+    if len(os.sched_getaffinity(0)) > 1:
+        time.sleep(_SETTLE_SECONDS)
+    start = clock.now()
     product.call(counter[0])
+    if (passed := clock.now() - start) > 5 * _SAMPLE_SECONDS:
+        counter[0] += 1
+        return passed * 1e6
     calls, start = 0, clock.now()
     while (passed := clock.now() - start) < _SAMPLE_SECONDS or calls == 0:
         counter[0] += 1
@@ -153,21 +160,29 @@ def statistics_of(samples: list[float]) -> dict:
     }
 
 
-def measure(cases, m: int, k: int, threads: int, rounds: int, shared: dict) -> list[dict]:
-    """Rows of one shape for the cases (see `cases_of`), which take turns."""
+def measure(
+    cases: list, m: int, shape: tuple[int, int], threads: int, rounds: int, shared: dict
+) -> list[dict]:
+    """Rows of one shape (k, n) for the cases (see `cases_of`), which take turns."""
+    k, n = shape
     rows, running = [], []
     for backend, name, width, make in cases:
         row = dict.fromkeys((*KEYS, "kernel")) | shared
-        row |= {"backend": backend, "name": name, "bits": width, "m": m, "k": k, "n": k}
-        row |= {"threads": threads, "ops": 2 * m * k * k, "group_size": GROUP}
+        row |= {"backend": backend, "name": name, "bits": width, "m": m, "k": k, "n": n}
+        row |= {"threads": threads, "ops": 2 * m * k * n, "group_size": GROUP}
         if backend == "ggml" or width == 16:
             row["group_size"] = None  # of the type; none
         rows.append(row)
         try:
-            product = make(m, k, threads)
+            product = make(m, k, n, threads)
             product.call(0)
-        except Unavailable as error:
-            row |= {"status": "skipped", "reason": str(error)}
+        except Exception as error:  # of a peer, whose errors are its own
+            if backend == "cpu":
+                raise
+            row |= {
+                "status": "skipped",
+                "reason": f"{type(error).__name__}: {error}".splitlines()[0],
+            }
             continue
         row |= {"status": "ok", "bytes_rw": product.bytes_rw, "kernel": product.kernel}
         running.append((row, product, []))
@@ -178,23 +193,25 @@ def measure(cases, m: int, k: int, threads: int, rounds: int, shared: dict) -> l
             if round_number:
                 samples.append(value)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    for row, product, samples in running:
+    for row, _, samples in running:
         row |= {**statistics_of(samples), "date": date}
-        product.close()
     return rows
 
 
 def show(rows: list[dict]) -> None:
     """A line a row: its time, and over that of ours with int8 and with exact arithmetic."""
     ours = {(r["bits"], r["name"]): r["samples_us"] for r in rows if r["backend"] == "cpu"}
-    print(f"\nm={rows[0]['m']} k=n={rows[0]['k']} threads={rows[0]['threads']} {rows[0]['device']}")
+    first = rows[0]
+    print(
+        f"\nm={first['m']} {first['k']}x{first['n']} threads={first['threads']} {first['device']}"
+    )
     print(f"{'':44} {'us':>9}  over our int8  over our exact")
     for row in rows:
         label = f"{row['backend']:12} {row['name']:19} {row['bits']:3} bits {row['kernel'] or '':8}"
         if row["status"] != "ok":
             print(f"{label} skipped: {row['reason'][:90]}")
             continue
-        bits = row["bits"] if row["bits"] < 16 else 4
+        bits = row["bits"] if row["bits"] < 16 else min(ours, key=lambda key: abs(key[0] - 4))[0]
         ratios = [
             statistics.median(
                 p / o for p, o in zip(row["samples_us"], ours[bits, f"codebook_{a}"], strict=True)
@@ -225,8 +242,9 @@ def main() -> None:
     for k in args.k:
         for m in args.m:
             for bits in args.bits:
-                rows = measure(cases_of(bits), m, k, args.threads, args.rounds, shared)
+                rows = measure(cases_of(bits), m, (k, k), args.threads, args.rounds, shared)
                 show(rows)
+                ggml_case.stop()
                 gc.collect()
                 if args.output:
                     with args.output.open("a") as file:

@@ -1,13 +1,14 @@
 """Times reading a prompt and decoding after it, beside llama.cpp, by the same weights from one GGUF file.
 
-usage: prompt_peers.py [--shape 1B] [--type Q4_0|Q1_0] [--prompts 512,2048] [--steps 16] [--rounds 10]
+usage: prompt_peers.py [--shape 1B] [--type Q4_0|Q1_0|Q2_0] [--prompts 512,2048] [--steps 16] [--rounds 10]
                        [--processor_time] [--site FOLDER] [--output FILE.jsonl]
 
 The file has the shape of Llama 3.2 1B or of Bonsai 1.7B and random codes. Each case is a process of its own
 with all processors, and they take turns. A row is a case and a prompt: its samples are the time to the first
-token, `decode_us` the time of a later one, `peak_bytes` the most memory that the process held. --site: the
-packages of the environment that llama-cpp-python was built in, if that is another one. --processor_time: what
-the processes computed, for a machine that others use too; on one processor (`taskset -c 0`) nobody spins.
+token, `decode_us` the time of a later one, `peak_bytes` the most memory that the process held, `base_bytes`
+what it held before it loaded the model (Python, JAX). --site: the packages of the environment that
+llama-cpp-python was built in, if that is another one. --processor_time: what the processes computed, for a
+machine that others use too; on one processor (`taskset -c 0`) nobody spins.
 """
 
 import argparse
@@ -33,13 +34,14 @@ SHAPES = {
         num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128,
     ),
 }  # fmt: skip
-TYPES = {"Q4_0": (2, 32, 18), "Q1_0": (41, 128, 18)}  # number, weights and bytes of a block
+# Number, bits, weights and bytes of a block.
+TYPES = {"Q4_0": (2, 4, 32, 18), "Q1_0": (41, 1, 128, 18), "Q2_0": (42, 2, 64, 18)}
 CASES = (("cpu", "exact"), ("cpu", "int8"), ("llama.cpp", "llama.cpp"))
 
 
 def write_gguf(path: Path, config: ModelConfig, kind: str) -> None:
     """A model whose matrices repeat random blocks, which no speed depends on."""
-    number, weights, size = TYPES[kind]
+    number, _, weights, size = TYPES[kind]
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (1 << 16, size), np.uint8)
     blocks[:, :2] = np.full(1, 0.01, np.float16).view(np.uint8)
@@ -53,10 +55,20 @@ def write_gguf(path: Path, config: ModelConfig, kind: str) -> None:
 Run = Callable[[int, int], tuple[float, float]]  # tokens, steps -> seconds to the first, of a later
 
 
-def ours(path: Path, arithmetic: str) -> Run:
-    """This package."""
+def memory(kind: str) -> int:
+    """Bytes that this process holds ("VmRSS") or has held at most ("VmHWM")."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{kind}:")[2].split()[0]) << 10
+
+
+def ours(path: Path, arithmetic: str) -> tuple[Run, int]:
+    """This package, and the memory before the model."""
+    import jax
+
     from fdk_jax import models
 
+    jax.devices()
+    base = memory("VmRSS")
     model = models.load(path, backend="cpu", arithmetic=arithmetic)
     generator = models.Generator(model, backend="cpu")
 
@@ -71,13 +83,14 @@ def ours(path: Path, arithmetic: str) -> Run:
         found = generator.generate([list(range(1, tokens + 1))], max_tokens=steps + 1)
         return found.prefill_seconds, found.decode_seconds / found.decode_steps
 
-    return run
+    return run, base
 
 
-def llama_cpp(path: Path, context: int) -> Run:
-    """llama.cpp as llama-cpp-python has it."""
+def llama_cpp(path: Path, context: int) -> tuple[Run, int]:
+    """llama.cpp as llama-cpp-python has it, and the memory before the model."""
     import llama_cpp
 
+    base = memory("VmRSS")
     threads = len(os.sched_getaffinity(0))
     model = llama_cpp.Llama(
         str(path), n_ctx=context, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
@@ -92,19 +105,16 @@ def llama_cpp(path: Path, context: int) -> Run:
             model.eval([i + 1])
         return first - begin, (clock.now() - first) / steps
 
-    return run
+    return run, base
 
 
 def serve(pipe: Connection, name: str, path: Path, context: int) -> None:
     """A process: makes its case, then runs it once for each message."""
     try:
-        run = llama_cpp(path, context) if name == "llama.cpp" else ours(path, name)
-        pipe.send(None)
+        run, base = llama_cpp(path, context) if name == "llama.cpp" else ours(path, name)
+        pipe.send(base)
         while (wanted := pipe.recv()) is not None:
-            seconds = run(*wanted)
-            status = Path("/proc/self/status").read_text()
-            peak = int(status.partition("VmHWM:")[2].split()[0]) << 10
-            pipe.send((*seconds, peak))
+            pipe.send((*run(*wanted), memory("VmHWM")))
     except EOFError:  # the end of the other process
         return
     except Exception as error:
@@ -121,28 +131,41 @@ def measure(args: argparse.Namespace, path: Path) -> list[dict]:
     for backend, name in CASES:
         pipe, other = context.Pipe()
         longest = max(args.prompts) + args.steps + 8
-        context.Process(target=serve, args=(other, name, path, longest), daemon=True).start()
-        reason = pipe.recv()
-        print(f"{name}: {reason or 'loaded'}", flush=True)
+        process = context.Process(target=serve, args=(other, name, path, longest), daemon=True)
+        process.start()
+        other.close()
+        try:
+            loaded = pipe.recv()
+        except EOFError:  # of an illegal instruction, say
+            process.join()
+            loaded = f"the process ended with exit code {process.exitcode}"
+        print(f"{name}: {loaded if isinstance(loaded, str) else 'loaded'}", flush=True)
         for prompt in args.prompts:
             row = {
                 "suite": "prompts", "name": f"{name}-{args.type}", "backend": backend, "m": prompt,
-                "bits": 4 if args.type == "Q4_0" else 1, "model": args.shape, "batch": 1,
+                "bits": TYPES[args.type][1], "type": args.type, "model": args.shape, "batch": 1,
                 "prompt": prompt, "steps": args.steps, "bytes_rw": size, "arithmetic": name,
                 "threads": len(os.sched_getaffinity(0)),
                 "clock": clock.name(),
             }  # fmt: skip
             rows.append(row)
-            if reason is not None:
-                row |= {"status": "skipped", "reason": reason}
+            if isinstance(loaded, str):
+                row |= {"status": "skipped", "reason": loaded}
                 continue
+            row |= {"base_bytes": loaded}
             running.append((row, pipe, []))
     for round_number in range(args.rounds + 1):
-        for row, pipe, samples in running:
-            pipe.send((row["prompt"], args.steps))
-            found = pipe.recv()
+        for case in list(running):
+            row, pipe, samples = case
+            try:
+                pipe.send((row["prompt"], args.steps))
+                found = pipe.recv()
+            except (EOFError, OSError):
+                found = f"the process ended after {len(samples)} samples"
             if isinstance(found, str):
-                raise RuntimeError(found)
+                row |= {"status": "skipped", "reason": found}
+                running.remove(case)
+                continue
             if round_number:
                 samples.append(found)
             print(row["name"], row["prompt"], found, flush=True)
@@ -187,10 +210,10 @@ def main() -> None:
         rows = [records.make_row(here | row) for row in measure(args, path)]
     for row in rows:
         if row["status"] == "ok":
-            memory = row["peak_bytes"] / row["bytes_rw"]
+            held = (row["peak_bytes"] - row["base_bytes"]) / row["bytes_rw"]
             print(
                 f"{row['name']:18} {row['prompt']:5} tokens: {row['median_us'] / 1e6:7.2f} s, then"
-                f" {row['tokens_per_s']:6.1f} tokens/s, peak memory {memory:.2f} files"
+                f" {row['tokens_per_s']:6.1f} tokens/s, peak memory {held:.2f} files over the start"
             )
     if args.output:
         with records.Writer(args.output) as writer:

@@ -1,40 +1,61 @@
 """Times the library beside other CPU kernels from one token to many, and draws the figure.
 
-usage: sweep.py [--m 1,2,...] [--k 4096] [--threads 2] [--rounds 10] [--rotate_mib MIB]
-                [--processor_time] [--output FILE.jsonl] [--figure FILE.svg]
+usage: sweep.py [--m 1,2,...] [--shapes 4096,8192,14336x4096] [--bits 4] [--peers REGEX] [--threads 2]
+                [--level LEVEL] [--rounds 10] [--seconds LIMIT] [--rotate_mib MIB] [--processor_time]
+                [--output FILE.jsonl] [--figure FILE.svg]
        sweep.py --from FILE.jsonl --figure FILE.svg    draws rows that are there
 
-For each number of tokens the cases take turns as in peers.py: this library at 4 bits (`exact`, `int8`),
-dense bfloat16 of PyTorch and ggml, and the 4-bit kernels of PyTorch, ONNX Runtime and ggml. A peer that
-cannot run is a row with status "skipped" and the reason. The figure shows the time a token; it needs
-matplotlib.
+For each shape (k x n) and number of tokens the cases take turns as in peers.py: this library (`exact`,
+`int8`) at each of the bits, dense bfloat16 of PyTorch and ggml, and the kernels of PyTorch, ONNX Runtime
+and ggml for as many bits. --peers keeps those whose "backend name" the expression finds ("torch dense"
+alone is quick). A peer that cannot run is a row with status "skipped" and the reason. --level: this
+library's instruction set, and the newest that PyTorch may use. --seconds: no measurement starts after
+that time; the first ones are the first shape's. Pin it to as many processors as --threads
+(`taskset -c 0,1`). The figure shows the time a token; it needs matplotlib.
 """
 
 import argparse
 import functools
+import gc
 import json
+import os
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import clock
-from ggml_case import ggml_case
+import ggml_case
 from peer_cases import fdk_case, onnxruntime_case, torch_case
 from peers import copies, facts, measure, show, use_small_pages
 
 TOKENS = (*range(1, 41), 64, 128, 256, 512)
+GGML = {8: "q8_0", 4: "q4_0", 2: "q2_K", 1: "q1_0"}  # by bits
+ONNXRUNTIME = (8, 4, 2)
+# PyTorch's limits, by our level: of oneDNN and of its own kernels.
+LIMITS = {
+    "avx512bf16": ("AVX512_CORE_BF16", "avx512"),
+    "avx512vnni": ("AVX512_CORE_VNNI", "avx512"),
+    "avx2": ("AVX2", "avx2"),
+}
 
 
-def cases(copies: Callable[[int], int]) -> list:
-    """(backend, name, bits, maker) of what is timed in turns; each keeps its weights for all shapes."""
-    return [
-        ("cpu", "codebook_int8", 4, fdk_case(4, "int8", copies)),
-        ("cpu", "codebook_exact", 4, fdk_case(4, "exact", copies)),
-        ("torch", "dense", 16, torch_case("dense", copies)),
-        ("torch", "int4", 4, torch_case("int4", copies)),
-        ("onnxruntime", "MatMulNBits_level4", 4, onnxruntime_case(4, 4, copies)),
-        ("ggml", "bf16", 16, ggml_case("bf16", copies)),
-        ("ggml", "q4_0", 4, ggml_case("q4_0", copies)),
+def cases(bits: list[int], peers: str, copies: Callable[[int], int]) -> list:
+    """(backend, name, bits, maker) of what is timed in turns; each keeps its weights for all tokens."""
+    found = [
+        ("cpu", f"codebook_{a}", b, fdk_case(b, a, copies)) for b in bits for a in ("int8", "exact")
     ]
+    others = [("torch", "dense", 16, torch_case("dense", copies))]
+    if 4 in bits:
+        others.append(("torch", "int4", 4, torch_case("int4", copies)))
+    others += [
+        ("onnxruntime", "MatMulNBits_level4", b, onnxruntime_case(b, 4, copies))
+        for b in bits
+        if b in ONNXRUNTIME
+    ]
+    others.append(("ggml", "bf16", 16, ggml_case.ggml_case("bf16", copies)))
+    others += [("ggml", GGML[b], b, ggml_case.ggml_case(GGML[b], copies)) for b in bits]
+    return found + [case for case in others if re.search(peers, f"{case[0]} {case[1]}")]
 
 
 def rotate(mib: int, size: int) -> int:
@@ -43,34 +64,54 @@ def rotate(mib: int, size: int) -> int:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Microseconds a token over tokens, a line a kernel; a panel for each shape and number of threads."""
+    """Microseconds a token over tokens, a line a kernel.
+
+    There is a row of panels for each number of bits, a column for each shape and number of threads.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     measured = [row for row in rows if row["status"] == "ok"]
-    panels = sorted({(row["k"], row["threads"]) for row in measured})
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(7 * len(panels), 5), squeeze=False)
-    for axis, (k, threads) in zip(axes[0], panels, strict=True):
-        here = [row for row in measured if (row["k"], row["threads"]) == (k, threads)]
-        for backend, name, bits in dict.fromkeys(
-            (r["backend"], r["name"], r["bits"]) for r in here
-        ):
-            line = [r for r in here if (r["backend"], r["name"]) == (backend, name)]
-            line.sort(key=lambda row: row["m"])
-            axis.plot(
-                [row["m"] for row in line],
-                [row["median_us"] / row["m"] for row in line],
-                label=f"{backend} {name}, {bits} bits",
-                linewidth=2.2 if backend == "cpu" else 1.2,
-            )
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds a token")
-        axis.set_title(f"k = n = {k}, {threads} threads, {here[0]['device']}", fontsize=9)
-        axis.grid(True, which="both", alpha=0.2)
-        axis.legend(fontsize=8)
+    columns = sorted(
+        {(row["threads"], row["k"] * row["n"], row["k"], row["n"]) for row in measured}
+    )
+    widths = sorted({row["bits"] for row in measured if row["backend"] == "cpu"}, reverse=True)
+    figure, axes = pyplot.subplots(
+        len(widths), len(columns), figsize=(6 * len(columns), 4.5 * len(widths)), squeeze=False
+    )
+    for line_of_axes, bits in zip(axes, widths, strict=True):
+        for axis, (threads, _, k, n) in zip(line_of_axes, columns, strict=True):
+            here = [
+                row for row in measured
+                if (row["threads"], row["k"], row["n"]) == (threads, k, n)
+                and bits in row.get("beside", [4]) and row["bits"] in (bits, 16)
+            ]  # fmt: skip
+            for backend, name in dict.fromkeys((r["backend"], r["name"]) for r in here):
+                line = [r for r in here if (r["backend"], r["name"]) == (backend, name)]
+                line.sort(key=lambda row: row["m"])
+                axis.plot(
+                    [row["m"] for row in line],
+                    [row["median_us"] / row["m"] for row in line],
+                    label=f"{backend} {name}, {line[0]['bits']} bits",
+                    linewidth=2.2 if backend == "cpu" else 1.2,
+                )
+            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds a token")
+            plural = "s" * (threads > 1)
+            axis.set_title(f"{bits} bits, k x n = {k} x {n}, {threads} thread{plural}", fontsize=9)
+            axis.grid(True, which="both", alpha=0.2)
+            if here:
+                axis.legend(fontsize=8)
+    figure.suptitle(", ".join(sorted({row["device"] for row in measured})), fontsize=10)
     figure.tight_layout()
     figure.savefig(path)
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    """(k, n) of each of "4096,14336x4096"."""
+    found = [[int(side) for side in part.split("x")] for part in text.split(",")]
+    return [(sides[0], sides[-1]) for sides in found]
 
 
 def main() -> None:
@@ -83,9 +124,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--m", type=numbers, default=list(TOKENS))
-    parser.add_argument("--k", type=int, default=4096)
+    parser.add_argument("--shapes", type=shapes, default=[(4096, 4096)])
+    parser.add_argument("--bits", type=numbers, default=[4])
+    parser.add_argument("--peers", default="", help="a regular expression of their names")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--level", choices=LIMITS)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--rotate_mib", type=int, help="three times the last-level cache")
     parser.add_argument(
         "--processor_time",
@@ -98,29 +143,45 @@ def main() -> None:
         "--from", type=Path, dest="source", help="rows to draw instead of measuring"
     )
     args = parser.parse_args()
+    if args.processor_time and args.threads != 1:
+        parser.error("--processor_time is for one thread: others wait on a processor's time")
     if args.source is not None:
         rows = [json.loads(line) for line in args.source.read_text().splitlines()]
         rows = [row for row in rows if row["suite"] == "sweep"]
     else:
-        use_small_pages()
-        rotated = copies if args.rotate_mib is None else functools.partial(rotate, args.rotate_mib)
-        if args.processor_time:
-            if args.threads != 1:
-                parser.error(
-                    "--processor_time is for one thread: others wait on a processor's time"
-                )
-            clock.take_processor_time()
-        shared = facts() | {"suite": "sweep", "clock": clock.name()}
-        chosen, rows = cases(rotated), []
+        rows = run(args)
+    if args.figure:
+        draw(rows, args.figure)
+
+
+def run(args: argparse.Namespace) -> list[dict]:
+    """The measured rows, which are printed and written as they come."""
+    end = time.monotonic() + args.seconds
+    use_small_pages()
+    if args.level is not None:
+        os.environ["FDK_CPU_LEVEL"] = args.level
+        os.environ["ONEDNN_MAX_CPU_ISA"], os.environ["ATEN_CPU_CAPABILITY"] = LIMITS[args.level]
+    if args.processor_time:
+        clock.take_processor_time()
+    rotated = copies if args.rotate_mib is None else functools.partial(rotate, args.rotate_mib)
+    shared = facts() | {"suite": "sweep", "clock": clock.name(), "beside": args.bits}
+    rows = []
+    for shape in args.shapes:
+        chosen = cases(args.bits, args.peers, rotated)
         for m in args.m:
-            found = measure(chosen, m, args.k, args.threads, args.rounds, shared)
+            if time.monotonic() > end:
+                print(f"no time is left for m={m} at {shape[0]}x{shape[1]}")
+                continue
+            found = measure(chosen, m, shape, args.threads, args.rounds, shared)
             show(found)
             rows += found
             if args.output:
                 with args.output.open("a") as file:
                     file.writelines(json.dumps(row) + "\n" for row in found)
-    if args.figure:
-        draw(rows, args.figure)
+        del chosen  # its weights go before those of the next shape come
+        ggml_case.stop()
+        gc.collect()
+    return rows
 
 
 if __name__ == "__main__":

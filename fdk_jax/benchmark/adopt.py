@@ -74,6 +74,7 @@ def _identity(row: Mapping[str, Any]) -> str:
     facts += [
         row.get(key) for key in ("dtype", "threads", "device", "arithmetic", "isa", "busy_cores")
     ]
+    facts += [row.get(key) for key in ("beside", "clock", "model", "type", "prompt")]
     return json.dumps(facts)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from fdk_jax.benchmark import records, source
+from fdk_jax.benchmark import cpu_tables, records, source, table
 
 FILES = ("README.md", "docs/performance.md", "docs/cpu.md", "docs/quality.md")
 _MARK = re.compile(r"(<!-- report: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -51,7 +51,7 @@ def kernels(found: Iterable[Row], *, spread: bool = False) -> str:
                 best = min(same, key=lambda r: r["median_us"], default=None)
                 cells.append("" if best is None else _time(best, spread))
             lines.append(cells)
-        texts.append(f"{device}, {_commits(here)}:\n\n{_table(head, lines)}")
+        texts.append(f"{device}, {table.commits(here)}:\n\n{table.markdown(head, lines)}")
     return "\n\n".join(texts) or "(No rows yet.)"
 
 
@@ -81,48 +81,21 @@ def models(found: Iterable[Row]) -> str:
             lines.append(
                 [name, str(r["bits"]), str(r["m"]), f"{r['tokens_per_s']:.0f}", share, width]
             )
-        texts.append(f"{device}, {_commits(here)}:\n\n{_table(head, lines)}")
+        texts.append(f"{device}, {table.commits(here)}:\n\n{table.markdown(head, lines)}")
     return "\n\n".join(texts) or "(No rows yet.)"
-
-
-def sweep(found: Iterable[Row]) -> str:
-    """Microseconds a product of the CPU library and its peers, and of theirs over ours, sample by sample."""
-    chosen = [r for r in found if r["suite"] == "sweep"]
-    texts = []
-    for device, k, threads in dict.fromkeys((r["device"], r["k"], r["threads"]) for r in chosen):
-        here = [r for r in chosen if (r["device"], r["k"], r["threads"]) == (device, k, threads)]
-        kinds = list(dict.fromkeys((r["backend"], r["name"], r["bits"]) for r in here))
-        lines = []
-        for m in sorted({r["m"] for r in here}):
-            cells, rows_of = [str(m)], {(r["backend"], r["name"]): r for r in here if r["m"] == m}
-            ours = [rows_of[key] for key in (("cpu", "codebook_int8"), ("cpu", "codebook_exact"))]
-            for backend, name, _ in kinds:
-                row = rows_of.get((backend, name))
-                text = "" if row is None else f"{row['median_us']:.0f}"
-                if row is not None and backend != "cpu":
-                    text += f" ({' / '.join(_ratio(row, own) for own in ours)})"
-                cells.append(text)
-            lines.append(cells)
-        head = ["tokens", *(f"{b} {n}, {bits} bits" for b, n, bits in kinds)]
-        plural = "s" * (threads > 1)
-        clock = ", processor time" * any(r.get("clock") == "processor" for r in here)
-        title = f"{device}, k = n = {k}, {threads} thread{plural}{clock}, {_commits(here)}"
-        texts.append(f"{title}:\n\n{_table(head, lines)}")
-    return "\n\n".join(texts) or "(No rows yet.)"
-
-
-def _ratio(row: Row, own: Row) -> str:
-    pairs = zip(row["samples_us"], own["samples_us"], strict=True)
-    return f"{statistics.median(a / b for a, b in pairs):.2f}"
 
 
 def quality(found: Iterable[Row], *, variants: bool = False) -> str:
     """Perplexity a character of the small language model, by bits and method."""
-    from fdk_jax.quality import table
+    from fdk_jax.quality import table as quality_table
 
     here = [r for r in found if r["suite"] == "quality"]
-    methods = table.VARIANTS if variants else table.METHODS
-    return f"{table.markdown(here, methods)}\n\n({_commits(here)})" if here else "(No rows yet.)"
+    methods = quality_table.VARIANTS if variants else quality_table.METHODS
+    return (
+        f"{quality_table.markdown(here, methods)}\n\n({table.commits(here)})"
+        if here
+        else "(No rows yet.)"
+    )
 
 
 def networks(found: Iterable[Row], network: str) -> str:
@@ -137,20 +110,14 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels-spread": lambda found: kernels(found, spread=True),
     "models": models,
     "quality": quality,
-    "sweep": sweep,
+    "sweep": cpu_tables.sweep,
+    "dense": cpu_tables.dense,
+    "read-shares": cpu_tables.read_shares,
+    "prompts": cpu_tables.prompts,
     "quality-variants": lambda found: quality(found, variants=True),
     "networks-minilm": lambda found: networks(found, "minilm"),
     "networks-smollm2": lambda found: networks(found, "smollm2"),
 }
-
-
-def _commits(found: Iterable[Row]) -> str:
-    names = sorted({str(r["commit"])[:7] for r in found})
-    return f"commit{'s' * (len(names) > 1)} {', '.join(names)}"
-
-
-def _table(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
 
 
 def filled(text: str, found: list[Row]) -> str:
@@ -160,12 +127,12 @@ def filled(text: str, found: list[Row]) -> str:
         ValueError: it asks for a table that is unknown.
     """
 
-    def table(match: re.Match[str]) -> str:
+    def written(match: re.Match[str]) -> str:
         if match[2] not in TABLES:
             raise ValueError(f"no table {match[2]!r}: there are {', '.join(TABLES)}")
         return f"{match[1]}{TABLES[match[2]](found)}\n{match[3]}"
 
-    return _MARK.sub(table, text)
+    return _MARK.sub(written, text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Rows as a table for people."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _DENSE = (16, 32)
@@ -126,3 +126,14 @@ def _aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
         return "  ".join(cells).rstrip()
 
     return "\n".join([text(head), "-" * len(text(head)), *map(text, body)])
+
+
+def commits(found: Iterable[dict[str, Any]]) -> str:
+    """The commits that rows name, by their first characters."""
+    names = sorted({str(r["commit"])[:7] for r in found})
+    return f"commit{'s' * (len(names) > 1)} {', '.join(names)}"
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table of Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])

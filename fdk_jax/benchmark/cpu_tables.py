@@ -1,0 +1,179 @@
+"""The tables of docs/cpu.md: the library beside other kernels and llama.cpp, shares of the bandwidth."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fdk_jax.benchmark.table import commits, markdown
+
+NO_ROWS = "(No rows yet.)"
+_PLACE = ("device", "level", "clock", "threads")  # of a run whose cases took turns
+
+Row = dict[str, Any]
+
+
+def sweep(found: Iterable[Row]) -> str:
+    """Microseconds of 4-bit products and of their peers, whose time over ours follows, sample by sample."""
+    chosen = [r for r in _of(found, "sweep") if 4 in _beside(r)]
+    texts = []
+    for here, k, n in _by_shape(chosen):
+        kinds = list(
+            dict.fromkeys(
+                (r["backend"], r["name"], r["bits"]) for r in here if r["bits"] in (4, 16)
+            )
+        )
+        if all(backend == "cpu" or bits > 4 for backend, _, bits in kinds):
+            continue  # beside dense products alone: `dense` has it
+        lines = []
+        for m in sorted({r["m"] for r in here}):
+            rows_of = {(r["backend"], r["name"], r["bits"]): r for r in here if r["m"] == m}
+            ours = [rows_of["cpu", f"codebook_{a}", 4] for a in ("int8", "exact")]
+            cells = [str(m)]
+            for kind in kinds:
+                row = rows_of.get(kind)
+                text = "" if row is None else f"{row['median_us']:.0f}"
+                if row is not None and kind[0] != "cpu":
+                    text += f" ({' / '.join(_ratio(row, own) for own in ours)})"
+                cells.append(text)
+            lines.append(cells)
+        head = ["tokens", *(f"{b} {n}, {bits} bits" for b, n, bits in kinds)]
+        texts.append(
+            f"{_title(here)}, k x n = {k} x {n}, {commits(here)}:\n\n{markdown(head, lines)}"
+        )
+    return "\n\n".join(texts) or NO_ROWS
+
+
+def dense(found: Iterable[Row]) -> str:
+    """PyTorch's dense bfloat16 time over that of `int8` / of `exact`, sample by sample."""
+    texts = []
+    chosen = [r for r in _of(found, "sweep") if r["backend"] in ("cpu", "torch")]
+    for here in _by(chosen, lambda r: tuple(r.get(key) for key in _PLACE)):
+        columns = sorted(
+            {(r["k"] * r["n"], r["k"], r["n"], r["bits"]) for r in here if r["backend"] == "cpu"},
+            key=lambda c: (c[:3], -c[3]),
+        )
+        lines = []
+        for m in sorted({r["m"] for r in here}):
+            cells = [str(m)]
+            for _, k, n, bits in columns:
+                same = [r for r in here if (r["m"], r["k"], r["n"]) == (m, k, n)]
+                peer = [r for r in same if r["name"] == "dense" and bits in _beside(r)]
+                ours = {r["name"]: r for r in same if r["backend"] == "cpu" and r["bits"] == bits}
+                pairs = [
+                    _ratio(peer[0], ours[f"codebook_{a}"])
+                    for a in ("int8", "exact")
+                    if peer and ours
+                ]
+                cells.append(" / ".join(pairs))
+            lines.append(cells)
+        head = ["tokens", *(f"{k} x {n}, {bits} bits" for _, k, n, bits in columns)]
+        texts.append(f"{_title(here)}, {commits(here)}:\n\n{markdown(head, lines)}")
+    return "\n\n".join(texts) or NO_ROWS
+
+
+def read_shares(found: Iterable[Row]) -> str:
+    """Bytes a second of one-token products over those of the probe that only reads, sample by sample."""
+    chosen = _of(found, "cpu_threads")
+    texts = []
+    for here in _by(chosen, lambda r: r["device"]):
+        kinds = sorted(
+            {(r["arithmetic"], r["k"], r["bits"]) for r in here if r["bits"]},
+            key=lambda c: (c[:2], -c[2]),
+        )
+        threads = sorted({r["threads"] for r in here})
+        lines = []
+        for count in threads:
+            same = [r for r in here if r["threads"] == count]
+            probes = {r["name"]: r for r in same if not r["bits"]}
+            read = probes["probe_reduce_sum"]
+            cells = [str(count)] + [
+                f"{r['bytes_rw'] / r['median_us'] / 1e3:.1f}" for r in (read, probes["probe_copy"])
+            ]
+            for arithmetic, k, bits in kinds:
+                row = [
+                    r for r in same if (r["arithmetic"], r["k"], r["bits"]) == (arithmetic, k, bits)
+                ]
+                cells.append(_share(row[0], read) if row else "")
+            lines.append(cells)
+        head = [
+            "threads",
+            "read GB/s",
+            "copy GB/s",
+            *(f"`{a}`, {k}, {b} bits" for a, k, b in kinds),
+        ]
+        texts.append(f"{here[0]['device']}, {commits(here)}:\n\n{markdown(head, lines)}")
+    return "\n\n".join(texts) or NO_ROWS
+
+
+def prompts(found: Iterable[Row]) -> str:
+    """Whole models beside llama.cpp: time to the first token, of a later one, and memory.
+
+    Memory is the peak over what the process held before it loaded the model, in sizes of the file.
+    """
+    chosen = _of(found, "prompts")
+    texts = []
+    for here in _by(chosen, lambda r: tuple(r.get(key) for key in ("device", "clock", "threads"))):
+        lines = []
+        for same in _by(here, lambda r: (r["model"], r["type"], r["prompt"])):
+            peer = next((r for r in same if r["backend"] == "llama.cpp"), None)
+            for row in same:
+                cells = [
+                    row["model"],
+                    row["type"],
+                    str(row["prompt"]),
+                    f"{row['backend']} {row['arithmetic']}",
+                ]
+                cells.append(f"{row['median_us'] / 1e6:.2f}")
+                cells.append("" if peer is None else _ratio(peer, row))
+                cells.append(f"{row['tokens_per_s']:.1f}")
+                pairs = (
+                    [] if peer is None else zip(peer["decode_us"], row["decode_us"], strict=True)
+                )
+                ratios = [a / b for a, b in pairs]
+                cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+                cells.append(f"{(row['peak_bytes'] - row['base_bytes']) / row['bytes_rw']:.2f}")
+                lines.append(cells)
+        head = ["model", "type", "prompt", "by", "first token, s", "llama.cpp's time over it"]
+        head += ["tokens/s", "over llama.cpp's", "peak memory, files"]
+        texts.append(f"{_title(here)}, {commits(here)}:\n\n{markdown(head, lines)}")
+    return "\n\n".join(texts) or NO_ROWS
+
+
+def _of(found: Iterable[Row], suite: str) -> list[Row]:
+    return [r for r in found if r["suite"] == suite]
+
+
+def _by(found: Iterable[Row], key: Callable[[Row], Any]) -> list[list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in found:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.values())
+
+
+def _by_shape(found: Iterable[Row]) -> list[tuple[list[Row], int, int]]:
+    groups = _by(found, lambda r: (*(r.get(key) for key in _PLACE), r["k"], r["n"]))
+    return [(rows, rows[0]["k"], rows[0]["n"]) for rows in groups]
+
+
+def _beside(row: Row) -> list[int]:
+    """The bits of our products that a row took turns with."""
+    return row.get("beside") or [4]
+
+
+def _ratio(row: Row, own: Row) -> str:
+    pairs = zip(row["samples_us"], own["samples_us"], strict=True)
+    return f"{statistics.median(a / b for a, b in pairs):.2f}"
+
+
+def _share(row: Row, read: Row) -> str:
+    pairs = zip(row["samples_us"], read["samples_us"], strict=True)
+    scale = row["bytes_rw"] / read["bytes_rw"]
+    return f"{statistics.median(scale * b / a for a, b in pairs):.0%}"
+
+
+def _title(here: list[Row]) -> str:
+    first = here[0]
+    text = f"{first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}"
+    if first.get("level"):
+        text += f", level {first['level']}"
+    return text + ", processor time" * (first.get("clock") == "processor")
