@@ -72,7 +72,7 @@ def test_a_thread_finds_the_codes_of_its_operands(bits, rng):
         (case(bits=2, dtype=jnp.dtype(jnp.float16)), Config(128, 2, 1, 4, 2, cluster=2)),
         (case(bits=4, bias=BF16), Config(64, 2, 2, 8, 2, splits=2)),
         (case(bits=8, n=256, books=2), Config(64, 1, 2, 8, 2)),
-        (case(bits=4), Config(128, 2, 1, 8, 2, splits=2, row_tiles=2)),
+        (case(bits=4), Config(128, 2, 1, 6, 2, splits=2, row_tiles=2)),
     ],
 )
 def test_lowers_for_a_gpu(product, config):
