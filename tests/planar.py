@@ -58,8 +58,8 @@ class Wanted:
             steps[:, np.arange(x.shape[1]) % 4 > 1] *= 4
             matrix = self.matrices[0]
             noise = np.sqrt(steps**2 @ (matrix**2).T / 12)
-            # Where both values have the same sign, all columns share a part of it, which no mean takes out.
-            shared = np.sqrt(steps**2 @ matrix.mean(0) ** 2 / 12)[:, None]
+            # Where both values have the same sign, columns share a part of it, which no mean takes out.
+            shared = np.sqrt((steps**2).sum(1) / 12)[:, None] * np.abs(matrix.mean(1))
             slack = accuracy.SIGMAS * shared
             found += oracle.expectations(self.x, [matrix], bias, noise=noise, slack=slack)[:1]
         return found
