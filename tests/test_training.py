@@ -211,3 +211,59 @@ def test_what_formats_cost_a_trained_model():
     assert tuned < corrected
     tokens = calibration[0]
     assert oracle.relative_rms(exported(tokens), np.asarray(aware(tokens))) < 1e-5
+
+
+class Tied(nnx.Module):
+    """A table that is the projection to the vocabulary too."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.table = nnx.Embed(10, 64, rngs=rngs)
+        self.inner = nnx.Linear(64, 64, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.table.attend(nnx.relu(self.inner(self.table(tokens))))
+
+
+def test_tables_train_through_their_quantisation(rng):
+    plain = Tied()
+    model = training.quantisation_aware(plain, 2, codebook="kmeans", embedding_bits=4)
+    assert isinstance(training.quantisation_aware(plain, 2).table, nnx.Embed)
+    tokens = jnp.asarray(rng.integers(0, 10, (8, 16)), jnp.int32)
+    optimizer = nnx.Optimizer(model, optax.adamw(3e-3), wrt=nnx.Param)
+
+    def loss(model, tokens):
+        return jnp.mean(jnp.square(model(tokens) - jax.nn.one_hot(tokens, 10)))
+
+    step = training.make_train_step(loss, refresh_every=2)
+    before = np.asarray(model.table.kernel.get_value())
+    values = [float(step(model, optimizer, tokens)) for _ in range(6)]
+    assert values[-1] < values[0]
+    assert (np.asarray(model.table.kernel.get_value()) != before).any()
+    exported = training.export(model)
+    assert isinstance(exported.table, fdk_jax.QuantisedEmbed)
+    table = exported.table.embedding.get_value()
+    assert table.bits == 4 and exported.inner.weight.get_value().bits == 2
+    assert (np.asarray(table.dequantise()) == np.asarray(model.table.weight())).all()
+    assert oracle.relative_rms(exported(tokens), np.asarray(model(tokens))) < 1e-5
+
+
+def test_gradients_of_narrow_products_are_those_of_flax(rng):
+    """In bfloat16 both round the same products once; float32 products would be slow on a GPU."""
+    layer = nnx.Linear(64, 32, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    fake = training.quantisation_aware(nnx.Sequential(layer), 8, codebook="uniform").layers[0]
+    fake.active.set_value(jnp.zeros((), bool))
+    x = jnp.asarray(rng.standard_normal((16, 64)), jnp.bfloat16)
+
+    def gradient(module):
+        return nnx.grad(lambda m, x: jnp.sum(jnp.square(m(x).astype(jnp.float32))))(module, x)
+
+    ours, theirs = (gradient(m).kernel.get_value() for m in (fake, layer))
+    assert oracle.relative_rms(ours, np.asarray(theirs)) < 2.0**-7
+    text = str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(fake(x).astype(jnp.float32))))(x))
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert (
+        len(products) >= 2 and ["f32" in line.split("=")[0] for line in products].count(True) == 1
+    )
+    tangent = jax.jvp(lambda x: fake(x), (x,), (x,))[1]
+    assert oracle.relative_rms(tangent, np.asarray(layer(x), np.float32)) < 2.0**-6

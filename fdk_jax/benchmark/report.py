@@ -105,6 +105,18 @@ def networks(found: Iterable[Row], network: str) -> str:
     return networks_table.markdown(found, network)
 
 
+def scaling(found: Iterable[Row], part: str) -> str:
+    """What memory buys at each width: "table", "at_equal_memory" or "fits"."""
+    from fdk_jax.quality import scaling_report
+
+    here = scaling_report.chosen(found)
+    return (
+        f"{getattr(scaling_report, part)(here)}\n\n({table.commits(here)})"
+        if here
+        else "(No rows yet.)"
+    )
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels": kernels,
     "kernels-spread": lambda found: kernels(found, spread=True),
@@ -114,6 +126,9 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "dense": cpu_tables.dense,
     "read-shares": cpu_tables.read_shares,
     "prompts": cpu_tables.prompts,
+    "scaling": lambda found: scaling(found, "table"),
+    "scaling-memory": lambda found: scaling(found, "at_equal_memory"),
+    "scaling-fit": lambda found: scaling(found, "fits"),
     "quality-variants": lambda found: quality(found, variants=True),
     "networks-minilm": lambda found: networks(found, "minilm"),
     "networks-smollm2": lambda found: networks(found, "smollm2"),

@@ -39,6 +39,8 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _CELLS = 2**16
 _CHUNK = 2**22
 _MAX_STEPS = 1000
+# Levels whose sums `refine` takes one by one: a GPU adds to so few places one after another, in any order.
+_FEW = 16
 
 
 def uniform(bits: int) -> np.ndarray:
@@ -208,10 +210,19 @@ def refine(
 
     def step(levels: Array) -> Array:
         middle = (levels[1:] + levels[:-1]) / 2
-        codes = jnp.searchsorted(middle, values, side="left")
+        if len(levels) <= _FEW:
+            codes = jnp.sum(values[None] > middle[:, None], axis=0)
+
+            def sums(code: Array) -> tuple[Array, Array]:
+                mine = jnp.where(codes == code, weight, 0)
+                return jnp.sum(mine), jnp.sum(mine * (values - levels[code]))
+
+            mass, offset = jax.vmap(sums)(jnp.arange(len(levels)))
+        else:
+            codes = jnp.searchsorted(middle, values, side="left")
+            mass = jnp.zeros_like(levels).at[codes].add(weight)
+            offset = jnp.zeros_like(levels).at[codes].add(weight * (values - levels[codes]))
         # Sums of offsets from a level stay accurate where sums of values would not.
-        mass = jnp.zeros_like(levels).at[codes].add(weight)
-        offset = jnp.zeros_like(levels).at[codes].add(weight * (values - levels[codes]))
         return jnp.sort(levels + jnp.where(mass > 0, offset / jnp.where(mass > 0, mass, 1), 0))
 
     return jax.lax.fori_loop(0, steps, lambda _, levels: step(levels), codebook)

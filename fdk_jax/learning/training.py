@@ -36,7 +36,7 @@ from fdk_jax.format.quantisation import (
     scaled,
 )
 from fdk_jax.format.quantised_tensor import QuantisedTensor
-from fdk_jax.layers.linear import QuantisedLinear
+from fdk_jax.layers.linear import QuantisedEmbed, QuantisedLinear
 from fdk_jax.layers.rules import SKIP
 from fdk_jax.layers.surgery import replace_layers
 from fdk_jax.learning.rounding import spread
@@ -97,19 +97,18 @@ class Codebook(nnx.Variable):
     """The levels of a layer in training; not an `nnx.Param`: it is refreshed, not learned by gradients."""
 
 
-class FakeQuantisedLinear(nnx.Module):
-    """An `nnx.Linear` or `nnx.LinearGeneral` in quantisation-aware training.
+class _InTraining(nnx.Module):
+    """A master weight in quantisation-aware training, with what its quantisation needs.
 
     Attributes:
-        kernel: float32 master weight in the shape of the Flax layer.
-        bias: the layer's bias, or None.
+        kernel: float32 master weight in the shape of the Flax layer's.
         codebook: float32 [..., 2**bits].
         active: bool; False multiplies by the master weight as it is.
     """
 
     def __init__(
         self,
-        layer: Any,
+        kernel: Array,
         axes: str,
         *,
         bits: int,
@@ -120,16 +119,11 @@ class FakeQuantisedLinear(nnx.Module):
         seed: int,
     ):
         check_options(bits, group_size, codebook, scale)
-        kernel = layer.kernel.get_value()
         self.bits, self.group_size, self.axes = bits, group_size, axes
         codebook, self.scale = resolve_auto(codebook, scale, bits)
         self.weight_dtype = jnp.dtype(kernel.dtype if dtype is None else dtype)
-        self.dtype = layer.dtype
-        axis = getattr(layer, "axis", None)
-        self.axis = axis if axis is None or isinstance(axis, int) else tuple(axis)
         self.fitted = isinstance(codebook, str) and codebook == "kmeans"
         self.kernel = nnx.Param(kernel.astype(jnp.float32))
-        self.bias = layer.bias
         lead = kernel.shape[: kernel.ndim - len(axes)]
         self.codebook = Codebook(self._initial_codebook(codebook, lead, seed))
         self.active = nnx.Variable(jnp.ones(lead, bool))
@@ -191,6 +185,24 @@ class FakeQuantisedLinear(nnx.Module):
         ]
         return jax.tree.map(lambda *a: jnp.stack(a).reshape(*lead, *a[0].shape), *parts)
 
+
+class FakeQuantisedLinear(_InTraining):
+    """An `nnx.Linear` or `nnx.LinearGeneral` in quantisation-aware training.
+
+    Attributes:
+        kernel: float32 master weight in the shape of the Flax layer.
+        bias: the layer's bias, or None.
+        codebook: float32 [..., 2**bits].
+        active: bool; False multiplies by the master weight as it is.
+    """
+
+    def __init__(self, layer: Any, axes: str, **options: Any):
+        super().__init__(layer.kernel.get_value(), axes, **options)
+        self.dtype = layer.dtype
+        axis = getattr(layer, "axis", None)
+        self.axis = axis if axis is None or isinstance(axis, int) else tuple(axis)
+        self.bias = layer.bias
+
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """Returns inputs times the fake-quantised kernel plus bias."""
         if out_sharding is not None:
@@ -207,10 +219,53 @@ class FakeQuantisedLinear(nnx.Module):
         lead = x.shape[: x.ndim - len(k_shape)]
         if x.shape[len(lead) :] != k_shape:
             raise ValueError(f"the contracted axes of {inputs.shape=} must be {k_shape}")
-        y = dot(x.reshape(-1, weight.shape[1]), weight.astype(dtype), contract=(1, 1))
+        y = _product(x.reshape(-1, weight.shape[1]), weight.astype(dtype))
         if self.bias is not None:
             y += self.bias.get_value().astype(jnp.float32).reshape(1, -1)
         return y.astype(dtype).reshape(*lead, *n_shape)
+
+
+class FakeQuantisedEmbed(_InTraining):
+    """An `nnx.Embed` in quantisation-aware training; `kernel` is its table [rows, features]."""
+
+    def __init__(self, layer: nnx.Embed, **options: Any):
+        super().__init__(layer.embedding.get_value(), "nk", **options)
+        self.dtype = layer.dtype
+
+    def __call__(self, inputs: Array) -> Array:
+        """Rows of the fake-quantised table: [..., features] for integers [...]."""
+        # Rows are rounded after they are taken: the gradients of a frequent one add up in float32.
+        return jnp.take(self.weight(), inputs, axis=0).astype(self.dtype or self.weight_dtype)
+
+    def attend(self, query: Array) -> Array:
+        """Query [..., features] times every row: [..., rows], as a tied final projection does."""
+        weight = self.weight()
+        dtype = self.dtype or jnp.promote_types(query.dtype, self.weight_dtype)
+        x = query.astype(dtype).reshape(-1, weight.shape[1])
+        y = _product(x, weight.astype(dtype)).astype(dtype)
+        return y.reshape(*query.shape[:-1], weight.shape[0])
+
+
+@jax.custom_jvp
+def _product(x: Array, weight: Array) -> Array:
+    """X [M, K] times the transpose of a weight [N, K]: float32 [M, N].
+
+    The products of its gradients are of the compute dtype, as those of Flax's layers are: the float32 that
+    the result is held in would make them several times slower on a GPU.
+    """
+    return dot(x, weight, contract=(1, 1))
+
+
+@_product.defjvp
+def _product_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, weight = primals
+
+    def narrow(a: Array, b: Array) -> Array:
+        precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+        dims = (((1,), (1,)), ((), ()))
+        return jax.lax.dot_general(a, b, dims, precision=precision).astype(jnp.float32)
+
+    return _product(x, weight), narrow(tangents[0], weight) + narrow(x, tangents[1])
 
 
 def quantisation_aware(
@@ -222,6 +277,7 @@ def quantisation_aware(
     scale: str = "auto",
     skip: str | None = SKIP,
     dtype: Any = None,
+    embedding_bits: int | None = None,
     seed: int = 0,
 ) -> nnx.Module:
     """A copy of a model whose Linears see their weights quantised, for training.
@@ -234,6 +290,7 @@ def quantisation_aware(
         scale: "absmax", "absmean", "rms", "none" or "auto".
         skip: regular expression, searched in the dotted name; None skips nothing.
         dtype: compute dtype of the quantised weights; None keeps their own.
+        embedding_bits: of the tables of `nnx.Embed`s that are not skipped; None leaves them as they are.
         seed: of the k-means.
 
     Returns:
@@ -254,24 +311,29 @@ def quantisation_aware(
     if not layers:
         raise TypeError("the model has no nnx.Linear or nnx.LinearGeneral that is not skipped")
     options: dict[str, Any] = dict(
-        bits=bits, group_size=group_size, codebook=codebook, scale=scale, dtype=dtype
+        group_size=group_size, codebook=codebook, scale=scale, dtype=dtype, seed=seed
     )
 
     def replace(name: str, layer: nnx.Module) -> nnx.Module | None:
-        if name not in layers:
+        if name in layers:
+            return FakeQuantisedLinear(layer, layers[name].axes, bits=bits, **options)
+        table = embedding_bits is not None and type(layer) is nnx.Embed
+        if not table or (skip and re.search(skip, name)):
             return None
-        return FakeQuantisedLinear(layer, layers[name].axes, seed=seed, **options)
+        return FakeQuantisedEmbed(layer, bits=embedding_bits, **options)
 
     return replace_layers(model, replace)
 
 
 def export(model: nnx.Module) -> nnx.Module:
-    """A copy of a model with the layers in training turned into `QuantisedLinear`s with packed weights.
+    """A copy of a model with the layers in training turned into quantised ones with packed weights.
 
     Its logits are those that training saw: the weights are the same numbers.
     """
 
     def replace(_: str, layer: nnx.Module) -> nnx.Module | None:
+        if isinstance(layer, FakeQuantisedEmbed):
+            return QuantisedEmbed(layer.quantised(), dtype=layer.dtype)
         if not isinstance(layer, FakeQuantisedLinear):
             return None
         return QuantisedLinear.from_weight(
@@ -281,9 +343,9 @@ def export(model: nnx.Module) -> nnx.Module:
     return replace_layers(model, replace)
 
 
-def trained_layers(model: nnx.Module) -> list[FakeQuantisedLinear]:
+def trained_layers(model: nnx.Module) -> list[_InTraining]:
     """The layers of a model that are in quantisation-aware training."""
-    return [m for _, m in nnx.iter_modules(model) if isinstance(m, FakeQuantisedLinear)]
+    return [m for _, m in nnx.iter_modules(model) if isinstance(m, _InTraining)]
 
 
 def refresh_codebooks(model: nnx.Module) -> None:

@@ -1,0 +1,158 @@
+"""The scaling table, the curves fitted to it, and their figure, from rows."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fdk_jax.benchmark import records
+
+Row = dict[str, Any]
+_WIDTHS = (16, 8, 4, 2, 1)
+_MEGABYTE = 1e6
+
+
+def chosen(rows: Iterable[Row]) -> list[Row]:
+    """The rows of the table, the larger models first; the last row of each name counts."""
+    found = {r["name"]: r for r in rows if r["suite"] == "scaling" and r["loss"] is not None}
+    return sorted(found.values(), key=lambda row: (-row["parameters"], -row["bits"]))
+
+
+def fit(found: list[Row]) -> dict[int, tuple[float, float, float]]:
+    """(a, b, c) of loss = a + b * megabytes**-c by width.
+
+    What no model can know of the text, a, is the same for all widths; b and c are each width's own. Least
+    squares of log(loss - a), over all rows; a width of a single size has none.
+    """
+    points = {
+        bits: (np.asarray(sizes) / _MEGABYTE, np.asarray(losses))
+        for bits, sizes, losses in _by_bits(found)
+        if len(sizes) > 1
+    }
+    if not points:
+        return {}
+    least = min(losses.min() for _, losses in points.values())
+    best = (np.inf, 0.0, {})
+    for a in np.linspace(0, 0.98 * least, 500):
+        lines = {
+            bits: np.polyfit(np.log(sizes), np.log(losses - a), 1, full=True)[:2]
+            for bits, (sizes, losses) in points.items()
+        }
+        error = sum(float(residual.sum()) for _, residual in lines.values())
+        if error < best[0]:
+            best = (error, float(a), {bits: line for bits, (line, _) in lines.items()})
+    return {
+        bits: (best[1], float(np.exp(line[1])), -float(line[0])) for bits, line in best[2].items()
+    }
+
+
+def _name(bits: int) -> str:
+    return "1 bit" if bits == 1 else f"{bits} bits"
+
+
+def _by_bits(found: list[Row]) -> list[tuple[int, list[int], list[float]]]:
+    groups = [(bits, [row for row in found if row["bits"] == bits]) for bits in _WIDTHS]
+    return [
+        (b, [r["bytes"] for r in rows], [r["loss"] for r in rows]) for b, rows in groups if rows
+    ]
+
+
+def table(found: list[Row]) -> str:
+    """Every model: what it takes, what it loses, and what its training cost beside the float one's."""
+    steps = {(row["size"], row["device"]): row["step_ms"] for row in found if row["bits"] == 16}
+    lines = [
+        "| weights of the layers | bits | MB | loss (nats a token) | bits a byte | packed loss"
+        " | ms a step | of float |",
+        "|---" * 8 + "|",
+    ]
+    for row in found:
+        packed = row.get("packed_loss")
+        float_step = steps.get((row["size"], row["device"]))
+        cells = (
+            f"{row['parameters'] / 1e6:.1f}M",
+            str(row["bits"]),
+            f"{row['bytes'] / _MEGABYTE:.2f}",
+            f"{row['loss']:.4f}",
+            f"{row['bits_per_byte']:.4f}",
+            "" if packed is None else f"{packed:.4f}",
+            f"{row['step_ms']:.2f}",
+            "" if float_step is None else f"{row['step_ms'] / float_step:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def at_equal_memory(found: list[Row]) -> str:
+    """The best model of each width that takes no more memory than each 16-bit one."""
+    floats = [row for row in found if row["bits"] == 16]
+    widths = [bits for bits, *_ in _by_bits(found) if bits < 16]
+    lines = [
+        f"| within | 16 bits | {' | '.join(_name(b) for b in widths)} |",
+        "|---" * (len(widths) + 2) + "|",
+    ]
+    for row in floats:
+        cells = []
+        for bits in widths:
+            small = [r for r in found if r["bits"] == bits and r["bytes"] <= row["bytes"]]
+            best = min(small, key=lambda r: r["loss"], default=None)
+            cells.append(f"{best['loss']:.4f} ({best['parameters'] / 1e6:.1f}M)" if best else "")
+        reference = f"{row['loss']:.4f} ({row['parameters'] / 1e6:.1f}M)"
+        lines.append(f"| {row['bytes'] / _MEGABYTE:.1f} MB | {reference} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def fits(found: list[Row]) -> str:
+    """The fitted curves, and how many of a 16-bit model's bytes each width needs for the same loss."""
+    curves = fit(found)
+    floats = [row for row in found if row["bits"] == 16]
+    if not curves or not floats:
+        return "(Not enough rows for a fit.)"
+    middle = sorted(floats, key=lambda row: row["bytes"])[len(floats) // 2]
+    lines = [
+        "| bits | loss = a + b MB^-c: a | b | c"
+        f" | MB for the loss of 16 bits and {middle['bytes'] / _MEGABYTE:.1f} MB |",
+        "|---" * 5 + "|",
+    ]
+    for bits, (a, b, c) in curves.items():
+        size = (b / (middle["loss"] - a)) ** (1 / c)
+        lines.append(f"| {bits} | {a:.3f} | {b:.3f} | {c:.3f} | {size:.1f} |")
+    return "\n".join(lines)
+
+
+def draw(found: list[Row], path: Path) -> None:
+    """Draws loss over bytes, a curve for each width. Needs matplotlib (extra "plot")."""
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError('the figure needs matplotlib: pip install "fdk-jax[plot]"') from error
+    figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    curves = fit(found)
+    for bits, sizes, losses in _by_bits(found):
+        sizes = np.asarray(sizes) / _MEGABYTE
+        (dots,) = axes.plot(sizes, losses, "o", label=_name(bits))
+        if bits in curves:
+            a, b, c = curves[bits]
+            x = np.geomspace(sizes.min() / 1.1, sizes.max() * 1.1, 60)
+            axes.plot(x, a + b * x**-c, color=dots.get_color(), linewidth=1)
+    tokens = found[0]["tokens"] / 1e6
+    axes.set(
+        xscale="log", xlabel="megabytes in memory, embedding included",
+        ylabel="held-out loss (nats a token)", title=f"Language models trained on {tokens:.0f} million tokens",
+    )  # fmt: skip
+    ticks = [1, 2, 5, 10, 20, 50, 100]
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    axes.legend()
+    unfinished = path.with_name(f".{path.name}")
+    figure.savefig(unfinished, format=path.suffix.lstrip("."))
+    os.replace(unfinished, path)
+
+
+def report(paths: list[Path], figure: Path) -> str:
+    """Draws the figure, and returns the tables in Markdown."""
+    found = chosen(records.read(paths))
+    draw(found, figure)
+    return "\n\n".join([table(found), at_equal_memory(found), fits(found)])
