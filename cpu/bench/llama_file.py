@@ -37,7 +37,11 @@ def write(
 
     def weight(name: str, rows: int, columns: int) -> None:
         data, number = matrix(rows, columns)
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType(number))
+        name += ".weight"
+        # Not `add_tensor`, which refuses numbers of types that the package does not know.
+        kind = np.dtype(np.float32)
+        writer.add_tensor_info(name, (rows, columns), kind, data.nbytes, raw_dtype=number)
+        writer.tensors[-1][name].tensor = data
 
     def norm(name: str) -> None:
         writer.add_tensor(f"{name}.weight", np.ones(config.hidden_size, np.float32))

@@ -66,7 +66,10 @@ def ours(path: Path, arithmetic: str) -> tuple[Run, int]:
     import jax
 
     from fdk_jax import models
+    from fdk_jax.product import cpu_backend
 
+    if (reason := cpu_backend.unavailable_reason()) is not None:
+        raise RuntimeError(reason)  # XLA would take over
     jax.devices()
     base = memory("VmRSS")
     model = models.load(path, backend="cpu", arithmetic=arithmetic)
