@@ -1,8 +1,8 @@
 """The kernel for many rows of x: weight codes become operand registers of `wgmma`, in Pallas' Mosaic GPU.
 
-Each compute warpgroup decodes 64 or 128 rows of the weight into registers, x comes by bulk tensor copies into
-shared memory from a producer warpgroup, the sums stay in registers over the whole of K. Scales multiply the
-decoded weights, which are rounded as a dequantised weight would be.
+Each compute warpgroup decodes 64 rows of the weight into registers, x comes by bulk tensor copies into shared
+memory from a producer warpgroup, the sums stay in registers over the whole of K. Scales multiply the decoded
+weights, which are rounded as a dequantised weight would be.
 
 Glossary: T tokens a program (`Config.tokens`); a plane is 64 columns of K; a slab the planes whose codes and
 scales are copied at once.
@@ -20,10 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic_sums, mosaic_tiles, mosaic_values
 from pallas_kernels.case import PLANE, Arrays, Case
 from pallas_kernels.mosaic_decoding import Decoder
-from pallas_kernels.mosaic_matmul import TILE_ROWS, Config, quads, slab
+from pallas_kernels.mosaic_matmul import GROUP_ROWS, Config, quads, slab
 from pallas_kernels.mosaic_values import U32
 
-_TILES = TILE_ROWS // 16
+_TILES = GROUP_ROWS // 16
 _PRODUCER_REGISTERS = 40
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 _inline: Any = plgpu.inline_mgpu  # by its type, callers would pass the context too
@@ -95,7 +95,7 @@ def matmul(case: Case, config: Config, arrays: Arrays, group_sizes: Array | None
 
 def _scratch(case: Case, config: Config) -> dict[str, Any]:
     swizzle = plgpu.SwizzleTransform(128)
-    tiles = config.rows // 16
+    tiles = _TILES * config.row_groups
     x_shape = config.x_stages, config.tokens, PLANE
     # The same bytes: `wgmma` reads tiles of 8 rows, copies of any number of rows know none.
     views = _x_transforms(), (swizzle,)
@@ -106,11 +106,11 @@ def _scratch(case: Case, config: Config) -> dict[str, Any]:
     return dict(
         x_smem=plgpu.RefUnion(*(plgpu.SMEM(x_shape, case.x_dtype, transforms=t) for t in views)),
         w_smem=plgpu.SMEM(
-            (config.w_stages, tiles, slab(case) // case.span, 8, 64),
+            (config.w_stages, tiles, slab(case, config) // case.span, 8, 64),
             jnp.uint16,
             transforms=(swizzle,),
         ),
-        s_smem=plgpu.SMEM((config.w_stages, tiles, quads(case), 64), case.scale_dtype),
+        s_smem=plgpu.SMEM((config.w_stages, tiles, quads(case, config), 64), case.scale_dtype),
         table=plgpu.SMEM((max(16, Decoder.of(case).table_bytes) // 4,), jnp.uint32),
         x_full=plgpu.Barrier(num_barriers=config.x_stages),
         w_full=plgpu.Barrier(num_arrivals=2, num_barriers=config.w_stages),
@@ -121,7 +121,7 @@ def _scratch(case: Case, config: Config) -> dict[str, Any]:
 
 def _kernel(case: Case, config: Config, lead, has_bias: bool, x, w, s, codebook, *refs, **scratch):
     bias, y = refs[:1] if has_bias else (), refs[-1]
-    slabs = -(-case.k // slab(case))
+    slabs = -(-case.k // slab(case, config))
     split = jax.lax.axis_index("cluster") if config.splits > 1 else 0
     per_split = -(-slabs // config.splits)
     first = split * per_split
@@ -148,12 +148,9 @@ def _kernel(case: Case, config: Config, lead, has_bias: bool, x, w, s, codebook,
         return
     group, m, rows = _find(case, config, refs[-2], visit, *lead)
     pl.when((rows > 0) & (group < lead[0]))(lambda: run(_Tile(m, rows, program, group, *part)))
-
-    @pl.when((rows > 0) & (group == lead[0]) & (warpgroup < config.row_groups) & (split == 0))
-    def _():
-        for tile in range(config.row_tiles):
-            first_row = _first_row(config, program, warpgroup, tile)
-            _copy_rows(config, None, y, m, rows, first_row)
+    pl.when((rows > 0) & (group == lead[0]) & (warpgroup < config.row_groups) & (split == 0))(
+        lambda: _copy_rows(config, None, y, m, rows, _first_row(config, program, warpgroup))
+    )
 
 
 def _find(case: Case, config: Config, sizes, visit, groups: int):
@@ -174,9 +171,9 @@ def _find(case: Case, config: Config, sizes, visit, groups: int):
     return find(sizes, jnp.int32(visit))
 
 
-def _first_row(config: Config, program, row_group, tile):
-    """The first row of the weight of a warpgroup's tile."""
-    return program * config.rows + (row_group * config.row_tiles + tile) * TILE_ROWS
+def _first_row(config: Config, program, row_group):
+    """The first row of the weight that a warpgroup computes."""
+    return program * config.rows + row_group * GROUP_ROWS
 
 
 def _registers(warpgroups: int) -> int:
@@ -208,8 +205,8 @@ def _produce(
 ):
     """Copies codes and scales a slab at a time, and the planes of x that belong to them."""
     _, x_smem = x_smem
-    size, tiles = slab(case), config.rows // 16
-    planes, blocks, fours = size // PLANE, size // case.span, quads(case)
+    size, tiles = slab(case, config), config.rows // 16
+    planes, blocks, fours = size // PLANE, size // case.span, quads(case, config)
     collective = "cluster" if config.cluster > 1 else None
 
     slabs = tile.slabs
@@ -249,8 +246,8 @@ def _produce(
         for index in range(max(0, last - config.x_stages), last):
             plgpu.barrier_wait(x_free.at[index % config.x_stages])
     if config.splits > 1:
-        for _ in range(2 * config.row_tiles):
-            _sync_splits()
+        _sync_splits()
+        _sync_splits()
 
 
 @_inline()
@@ -278,7 +275,7 @@ def _consume(
 ):
     """Decodes a plane while the products of the one before are under way."""
     x_smem, x_flat = x_smem
-    size, planes, decoder = slab(case), slab(case) // PLANE, Decoder.of(case)
+    size, planes, decoder = slab(case, config), slab(case, config) // PLANE, Decoder.of(case)
     slabs, step = tile.slabs, config.k_groups
     row_group = jax.lax.rem(warpgroup, config.row_groups)
     k_group = warpgroup // config.row_groups
@@ -293,7 +290,7 @@ def _consume(
         book += tile.group * case.books
     set_up(codebook, table, jnp.int32(book))
 
-    a_type = plgpu.ShapeDtypeStruct((TILE_ROWS, PLANE), case.x_dtype, layout=plgpu.Layout.WGMMA)
+    a_type = plgpu.ShapeDtypeStruct((GROUP_ROWS, PLANE), case.x_dtype, layout=plgpu.Layout.WGMMA)
     refs = plgpu.RefType((plgpu.SwizzleTransform(128),)), plgpu.RefType(), plgpu.RefType()
 
     @_inline(arg_types=(*refs, _SCALAR, _SCALAR), return_type=a_type)
@@ -302,20 +299,18 @@ def _consume(
             codes, scales, table, U32(group.registers.item()), U32(plane.registers.item())
         )
 
-    def body(*sums):
+    def body(acc):
         def multiply(i, _):
             w_slot = jax.lax.rem(i, config.w_stages)
             plgpu.barrier_wait(w_full.at[w_slot])
             # The scales start with a quad; the slab with this group of it.
             group = jax.lax.rem((tile.first_slab + i) * size // case.group_size, 4)
+            tiles = pl.ds(row_group * _TILES, _TILES)
+            slot_refs = w_smem.at[w_slot, tiles], s_smem.at[w_slot, tiles], table
             for first in range(0, planes, step):
                 plane = first + (k_group if step > 1 else 0)
                 index = i * planes + plane
-                operands = []
-                for j in range(config.row_tiles):
-                    tiles = pl.ds((row_group * config.row_tiles + j) * _TILES, _TILES)
-                    slot_refs = w_smem.at[w_slot, tiles], s_smem.at[w_slot, tiles], table
-                    operands.append(decode(*slot_refs, jnp.int32(group), jnp.int32(plane)))
+                a = decode(*slot_refs, jnp.int32(group), jnp.int32(plane))
                 plgpu.wgmma_wait(0)
 
                 @pl.when(index >= step)
@@ -325,8 +320,7 @@ def _consume(
 
                 slot = jax.lax.rem(index, config.x_stages)
                 plgpu.barrier_wait(x_full.at[slot])
-                for acc, a in zip(sums, operands, strict=True):
-                    plgpu.wgmma(acc, a, x_smem.at[slot].transpose((1, 0)))
+                plgpu.wgmma(acc, a, x_smem.at[slot].transpose((1, 0)))
             plgpu.barrier_arrive(w_free.at[w_slot])
             return ()
 
@@ -334,19 +328,15 @@ def _consume(
         plgpu.wgmma_wait(0)
         last = slabs * planes - step + k_group
         plgpu.barrier_arrive(x_free.at[jax.lax.rem(last, config.x_stages)])
-        return tuple(acc[...] for acc in sums)
+        return acc[...]
 
-    acc = plgpu.ACC((TILE_ROWS, config.tokens), jnp.float32)
-    totals = pl.run_scoped(body, *[acc] * config.row_tiles)
-    write = functools.partial(_write, case, config, bias=bias, y=y, tile=tile, x_flat=x_flat)
-    first_rows = [_first_row(config, tile.program, row_group, j) for j in range(config.row_tiles)]
-    first_slot = row_group * config.row_tiles
+    total = pl.run_scoped(body, plgpu.ACC((GROUP_ROWS, config.tokens), jnp.float32))
+    first_row = _first_row(config, tile.program, row_group)
     if config.k_groups == config.splits == 1:
-        for j, total in enumerate(totals):
-            write(total, first_row=first_rows[j], slot=first_slot + j, sync=j == 0)
+        _write(case, config, total, bias, y, tile, first_row, x_flat, row_group)
         return
     whole = plgpu.RefType(_x_transforms())
-    sums = plgpu.ShapeDtypeStruct(totals[0].shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+    sums = plgpu.ShapeDtypeStruct(total.shape, total.dtype, layout=plgpu.Layout.WGMMA)
 
     @_inline(arg_types=(whole, plgpu.Layout.WGMMA, _SCALAR), return_type=sums)
     def add(_, x_smem, total, warpgroup):
@@ -359,27 +349,23 @@ def _consume(
             config.splits,
         )
 
-    totals = [add(x_smem, total, jnp.int32(warpgroup)) for total in totals]
+    total = add(x_smem, total, jnp.int32(warpgroup))
     owner = k_group == 0
     if config.splits > 1:
         owner &= jax.lax.axis_index("cluster") == 0
 
     @pl.when(owner)
     def _():
-        first = 2 * (config.warpgroups - config.row_groups) + first_slot
-        for j, total in enumerate(totals):
-            write(total, first_row=first_rows[j], slot=first + j, sync=False)
+        slot = 2 * (config.warpgroups - config.row_groups) + row_group
+        _write(case, config, total, bias, y, tile, first_row, x_flat, slot, sync=False)
 
 
 def _x_transforms():
     return plgpu.TilingTransform((8, PLANE)), plgpu.SwizzleTransform(128)
 
 
-def _write(case, config, total, *, bias, y, tile, first_row, x_flat, slot, sync):
-    """Adds the bias, rounds, transposes [rows, tokens] in shared memory, and copies it out.
-
-    With `sync` it waits for the other warpgroups, which may still read x there.
-    """
+def _write(case, config, total, bias, y, tile, first_row, x_flat, slot, sync=True):
+    """Adds the bias, rounds, transposes [rows, tokens] in shared memory, and copies it out."""
     target = plgpu.RefType((plgpu.SwizzleTransform(128),))
     biases = (plgpu.RefType(),) * len(bias)
 
@@ -397,7 +383,7 @@ def _write(case, config, total, *, bias, y, tile, first_row, x_flat, slot, sync)
         _copy_rows(config, x_flat.at[slot], y, tile.m, tile.rows, first_row)
         return
     plgpu.copy_smem_to_gmem(
-        x_flat.at[slot], y.at[pl.ds(tile.m, config.tokens), pl.ds(first_row, TILE_ROWS)]
+        x_flat.at[slot], y.at[pl.ds(tile.m, config.tokens), pl.ds(first_row, GROUP_ROWS)]
     )
     plgpu.wait_smem_to_gmem(0)
 

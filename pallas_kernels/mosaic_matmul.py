@@ -1,15 +1,18 @@
 """Products of many rows of x with Mosaic GPU: configurations, and what they take; see `mosaic_kernel`."""
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterator
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from pallas_kernels.case import PLANE, Arrays, Case
 from pallas_kernels.target import Target
 
-TILE_ROWS = 64  # of the weight, an operand of a warpgroup's
+GROUP_ROWS = 64  # of the weight, a warpgroup's
 _TABLE_BYTES = 32 * 1024
 _BARRIER_BYTES = 768  # and what the compiler adds
 
@@ -26,7 +29,6 @@ class Config:
         w_stages: slabs of codes and scales in shared memory.
         cluster: programs that share the copies of x, each with rows of its own: 1 or 2.
         splits: programs that share the K of their rows, of a cluster too: 1 or 2.
-        row_tiles: 64 rows so many times for each warpgroup: 2 halve the reads of x, up to 128 tokens.
     """
 
     tokens: int = 128
@@ -36,12 +38,11 @@ class Config:
     w_stages: int = 2
     cluster: int = 1
     splits: int = 1
-    row_tiles: int = 1
 
     @property
     def rows(self) -> int:
         """Rows of the weight a program."""
-        return TILE_ROWS * self.row_groups * self.row_tiles
+        return GROUP_ROWS * self.row_groups
 
     @property
     def warpgroups(self) -> int:
@@ -52,26 +53,30 @@ class Config:
 ANY = Config(tokens=0)  # in the tuned table: what `guess` says
 
 
-def slab(case: Case) -> int:
-    """Columns of K whose codes and scales are copied at once."""
-    return max(256, case.span)
+def slab(case: Case, config: Config) -> int:
+    """Columns of K whose codes and scales are copied at once: two planes at least for each warpgroup.
+
+    What the products under way read from registers must not be written: a loop over slabs decodes into the
+    registers of the other plane.
+    """
+    return max(256, case.span, 2 * PLANE * config.k_groups)
 
 
-def quads(case: Case) -> int:
+def quads(case: Case, config: Config) -> int:
     """Fours of groups that a slab touches."""
-    return -(-slab(case) // (4 * case.group_size))
+    return -(-slab(case, config) // (4 * case.group_size))
 
 
 def sum_stages(config: Config) -> int:
     """Stages of x whose memory holds the sums of warpgroups that share K, and then outputs."""
-    over_k = 2 * (config.warpgroups - config.row_groups) + config.row_groups * config.row_tiles
+    over_k = 2 * (config.warpgroups - config.row_groups) + config.row_groups
     return max(over_k, 2 * config.row_groups if config.splits > 1 else 0)
 
 
 def shared_bytes(case: Case, config: Config) -> int:
     """Shared memory of a program, without its barriers."""
     x = config.x_stages * config.tokens * PLANE * 2
-    w = config.rows * (slab(case) * case.bits // 8 + quads(case) * 8)
+    w = config.rows * (slab(case, config) * case.bits // 8 + quads(case, config) * 8)
     table = 16 if case.bits == 1 else _TABLE_BYTES
     return x + config.w_stages * w + table + _BARRIER_BYTES
 
@@ -92,17 +97,13 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         return f"{case.books} codebooks do not change at multiples of {config.rows} rows"
     if config.tokens % 16 or not 16 <= config.tokens <= 256:
         return f"{config.tokens} tokens a program are no multiple of 16 up to 256"
-    if config.tokens * config.row_tiles > 256:
-        return (
-            f"the sums of {config.tokens} tokens and {config.row_tiles} tiles do not fit registers"
-        )
     if config.x_stages % config.k_groups or config.x_stages < sum_stages(config):
         return f"{config.x_stages} stages of x do not divide over {config.k_groups} warpgroups"
-    if slab(case) // PLANE % config.k_groups:
+    if slab(case, config) // PLANE % config.k_groups:
         return f"{config.k_groups} warpgroups do not divide the planes of a slab"
     if config.cluster * config.splits > 2:
         return "a cluster is of two programs at most"
-    if -(-case.k // slab(case)) < config.splits:
+    if -(-case.k // slab(case, config)) < config.splits:
         return f"{case.k=} is too small to be shared by {config.splits} programs"
     if case.residual or case.squares:
         return "it has no residual"
@@ -114,37 +115,42 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
     return None
 
 
-# Microseconds a plane of a program, with any width of codes, by (tokens, row_groups, k_groups, stages of x).
-# H200, 2026-11-29, 8192 x 8192, 4 bits.
+# Microseconds a plane of a program by its tokens, for (row_groups, k_groups), with any width of codes. H200,
+# 2026-11-30, 8192 x 8192, 4 bits.
 _PLANE_US = {
-    (16, 1, 2, 16): 0.18,
-    (32, 1, 2, 16): 0.18,
-    (64, 1, 2, 12): 0.185,
-    (128, 1, 2, 8): 0.25,
-    (128, 2, 1, 8): 0.41,
-    (256, 2, 1, 4): 0.70,
+    (1, 2): ((16, 0.17), (64, 0.174), (96, 0.208), (128, 0.221), (192, 0.288), (256, 0.422)),
+    (2, 1): ((16, 0.25), (64, 0.27), (96, 0.355), (128, 0.42), (192, 0.58), (256, 0.72)),
 }
 _PROGRAM_US, _SPLIT_US = 6.0, 2.0  # the start and the end of a program, and of sums over two
 
 
 def guess(case: Case, target: Target) -> Config | None:
     """The configuration that should be fastest, by a count of programs and planes; None if none runs."""
-    planes = -(-case.k // slab(case)) * slab(case) // PLANE
+    found = [config for config in _guesses(case) if not unsupported_reason(case, config, target)]
+    return min(found, key=lambda c: (_microseconds(case, c, target), -c.x_stages), default=None)
 
-    def microseconds(config: Config) -> float:
-        programs = math.ceil(case.m / config.tokens) * math.ceil(case.n / config.rows)
-        waves = math.ceil(programs * config.splits / target.multiprocessors)
-        key = config.tokens, config.row_groups, config.k_groups, config.x_stages
-        own = planes / config.splits * _PLANE_US[key]
-        return waves * (_PROGRAM_US + own + (_SPLIT_US if config.splits > 1 else 0))
 
-    found = []
-    for tokens, row_groups, k_groups, x_stages in _PLANE_US:
-        for w_stages, splits in ((3, 1), (2, 1), (3, 2), (2, 2)):
-            config = Config(tokens, row_groups, k_groups, x_stages, w_stages, splits=splits)
-            if unsupported_reason(case, config, target) is None:
-                found.append(config)
-    return min(found, key=microseconds, default=None)
+def _guesses(case: Case) -> Iterator[Config]:
+    """Configurations whose programs share the rows of x evenly, of any number of stages."""
+    most = -(-case.m // 16) * 16
+    # More programs along m than the fewest pay off where the last one would be nearly empty.
+    parts = range(-(-most // 256), -(-most // 256) + 3)
+    tokens = {min(256, -(-case.m // (16 * part)) * 16) for part in parts}
+    sizes = itertools.product(sorted(tokens), _PLANE_US, (3, 2), (1, 2))
+    for tokens, (row_groups, k_groups), w_stages, splits in sizes:
+        for x_stages in (16, 12, 8, 6, 4):
+            yield Config(tokens, row_groups, k_groups, x_stages, w_stages, splits=splits)
+
+
+def _microseconds(case: Case, config: Config, target: Target) -> float:
+    """What a product should take."""
+    planes = -(-case.k // slab(case, config)) * slab(case, config) // PLANE
+    programs = math.ceil(case.m / config.tokens) * math.ceil(case.n / config.rows)
+    waves = math.ceil(programs * config.splits / target.multiprocessors)
+    points = _PLANE_US[config.row_groups, config.k_groups]
+    plane_us = float(np.interp(config.tokens, *zip(*points, strict=True)))
+    sums = _SPLIT_US if config.splits > 1 else 0.0
+    return waves * (_PROGRAM_US + planes / config.splits * plane_us + sums)
 
 
 def matmul(case: Case, config: Config, arrays: Arrays, group_sizes: Array | None = None) -> Array:

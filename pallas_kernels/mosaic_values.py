@@ -134,10 +134,6 @@ def sync_warpgroups(threads: int) -> None:
 
 
 def sync_cluster() -> None:
-    """Waits for all threads of a cluster's programs, and for what they have stored.
-
-    Not the aligned form, which counts warps: the producer's first warp comes in parts, as one of its lanes
-    still issues copies, and counted twice it lets the others go before the last sums are stored.
-    """
-    do("barrier.cluster.arrive.release;")
-    do("barrier.cluster.wait.acquire;")
+    """Waits for all threads of a cluster's programs, and for what they have stored."""
+    do("barrier.cluster.arrive.release.aligned;")
+    do("barrier.cluster.wait.acquire.aligned;")

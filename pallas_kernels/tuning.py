@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import choice, integer, matvec, mma, wgmma
+from pallas_kernels import choice, integer, matvec, mma, mosaic_matmul, wgmma
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.target import Target, current
 
@@ -78,6 +78,7 @@ _MMA = {
     49: ((64, 2, 2, 4, 2), (64, 2, 2, 4, 4), (64, 1, 4, 4, 2), (64, 1, 4, 2, 2)),
     65: ((64, 2, 4, 2, 4), (64, 2, 2, 2, 2), (64, 2, 2, 4, 2), (128, 1, 4, 2, 2)),
 }
+_MOSAIC = 32  # tokens from which on it may be the fastest
 
 
 def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
@@ -106,6 +107,8 @@ def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
         for *values, x_stages in _MMA[max(m for m in _MMA if m <= case.m)]:
             stages = max(2, x_stages // case.planes)
             yield "mma", mma.Config(*values, stages=stages, x_stages=x_stages)
+    if case.m >= _MOSAIC and (found := mosaic_matmul.guess(case, target)) is not None:
+        yield "mosaic", found
     if case.m >= (128 if target.has_wgmma else 64):
         yield "dequantise", None
 
@@ -144,6 +147,8 @@ def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
 
 def _recorded(config: Any, target: Target) -> dict:
     """A configuration as a row of the table has it, see `configuration`."""
+    if isinstance(config, mosaic_matmul.Config):  # what its guess says of any case near
+        return {"tokens": mosaic_matmul.ANY.tokens}
     values = {} if config is None else dataclasses.asdict(config)
     if values.get("programs"):
         values["programs_each"] = values.pop("programs") // target.multiprocessors

@@ -13,7 +13,7 @@ from backends import for_a_gpu
 
 from fdk_jax.format import packing
 from pallas_kernels import mosaic_decoding, mosaic_matmul, mosaic_values
-from pallas_kernels.case import Arrays, Case
+from pallas_kernels.case import PLANE, Arrays, Case
 from pallas_kernels.mosaic_matmul import Config
 from pallas_kernels.target import H200, Target
 
@@ -72,7 +72,7 @@ def test_a_thread_finds_the_codes_of_its_operands(bits, rng):
         (case(bits=2, dtype=jnp.dtype(jnp.float16)), Config(128, 2, 1, 4, 2, cluster=2)),
         (case(bits=4, bias=BF16), Config(64, 2, 2, 8, 2, splits=2)),
         (case(bits=8, n=256, books=2), Config(64, 1, 2, 8, 2)),
-        (case(bits=4), Config(128, 2, 1, 6, 2, splits=2, row_tiles=2)),
+        (case(bits=4, k=2056), Config(64, 1, 4, 8, 2, splits=2)),
     ],
 )
 def test_lowers_for_a_gpu(product, config):
@@ -103,7 +103,6 @@ def test_lowers_for_a_gpu(product, config):
         (dict(k=256), Config(splits=2), "too small"),
         ({}, Config(256, 2, 1, 16, 4), "shared memory"),
         ({}, Config(64, 1, 4, 6), "do not divide"),
-        ({}, Config(144, row_tiles=2), "registers"),
         ({}, Config(cluster=2, splits=2), "two programs"),
     ],
 )
@@ -115,3 +114,19 @@ def test_refuses_what_it_cannot_do(change, config, words):
 def test_needs_the_instruction_of_one_architecture():
     for name in ("sm_80", "sm_89", "sm_100", "sm_120"):
         assert "wgmma" in mosaic_matmul.unsupported_reason(case(), Config(), Target.parse(name))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("k_groups", [1, 2, 4])
+def test_a_loop_decodes_into_registers_that_no_product_reads(bits, k_groups):
+    """A body with one plane would write the operands of the product that is under way."""
+    planes = mosaic_matmul.slab(case(bits=bits), Config(k_groups=k_groups)) // PLANE
+    assert planes % k_groups == 0 and planes // k_groups >= 2
+
+
+@pytest.mark.parametrize("m", [1, 33, 100, 129, 257, 300, 1000, 8192])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_guesses_waste_few_tokens(m, bits):
+    found = mosaic_matmul.guess(case(m=m, n=4096, k=4096, bits=bits), H200)
+    padded = -(-m // found.tokens) * found.tokens
+    assert padded - m < 16 * -(-m // found.tokens) + 0.1 * m
