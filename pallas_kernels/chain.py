@@ -25,6 +25,7 @@ from pallas_kernels.ring_plan import LaunchPlan, ProductPlan
 from pallas_kernels.target import Target
 
 _GATED = 1  # the place of gate and up
+_ALIKE = ("bits", "scale_dtype", "group_size")  # in all products: a slot of the ring is of any
 _RESIDUAL = (0, 2)  # the places of the products whose outputs are added to the residual stream
 
 
@@ -78,8 +79,8 @@ def unsupported_reason(products: Sequence[Case], config: ring.Config, target: Ta
         )
     first = products[0]
     for place, case in enumerate(products):
-        if (case.bits, case.scale_dtype) != (first.bits, first.scale_dtype):
-            return "the products have codes or scales of several kinds"
+        if any(getattr(case, name) != getattr(first, name) for name in _ALIKE):
+            return "the products have codes or scales of several kinds, or groups of several sizes"
         if case.n % 16 or case.k % case.span:
             return f"{case.n} x {case.k} is not of whole tiles"
         if case.x_dtype != jnp.bfloat16 or case.out_dtype != jnp.bfloat16:
@@ -90,7 +91,7 @@ def unsupported_reason(products: Sequence[Case], config: ring.Config, target: Ta
         ):
             return f"{case.books} codebooks and {runs} runs of {case.n} rows are not of whole tiles"
         reason = (
-            integer.unsupported_product(case)
+            integer.unsupported_product(case, config.workers)
             if case.bits == 1
             else stream.unsupported_product(case, config.workers, config.programs)
         )

@@ -13,7 +13,8 @@ same for all codes of a register: what that makes of the sums is divided out aga
 upper and lower halves of a step, and at the end for upper and lower rows and for planes. An infinity in x makes
 the scale infinite and itself the only integer that is not zero.
 
-The program is that of `ring`. A block of 512 weights a row is two groups of four planes of 64.
+The program is that of `ring`. A block of 512 weights a row is two fours of planes of 64. Groups of scales may
+be larger than a plane, or halves of one: then each half has sums of its own.
 """
 
 import dataclasses
@@ -25,14 +26,14 @@ import jax.numpy as jnp
 from pallas_kernels import decoding, ring, ring_product
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
 from pallas_kernels.ptx import over_lanes
-from pallas_kernels.registers import Register, at, vector
-from pallas_kernels.ring_plan import CODES, ProductPlan
+from pallas_kernels.registers import Memory, Register, at, vector, wide
+from pallas_kernels.ring_plan import CODES, ProductPlan, unsupported_groups
 from pallas_kernels.target import Target
 
-_PLANES = 4  # of a group
+_PLANES = 4  # of which an operand has codes
+_HALF = PLANE // 2  # the least group
 _X = 1024  # bytes of a block of x
 _INTEGERS = 1024  # bytes of the integers of four planes of x: 8 words a lane
-_SUMS = 8  # bytes of a plane's scale and sum
 _BOOK = 8  # bytes of a codebook's first value and the step to the second
 _LARGEST = 32512.0  # of the integers: its high byte, rounded, is 127
 # The last bits of a float of this size are an integer. Low bytes have a bias of 128.
@@ -47,16 +48,18 @@ Config = ring.Config
 
 def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:
     """Why the kernel does not take a case, or None."""
-    return unsupported_product(case) or ring.unsupported_reason(case, config, target, Product)
+    reason = unsupported_product(case, config.workers)
+    return reason or ring.unsupported_reason(case, config, target, Product)
 
 
-def unsupported_product(case: Case) -> str | None:
+def unsupported_product(case: Case, workers: int) -> str | None:
     """Why the arithmetic does not take a case, or None."""
-    if case.bits != 1 or case.m != 1 or case.group_size != PLANE:
+    if case.bits != 1 or case.m != 1 or case.group_size < _HALF:
         return (
-            f"{case.m} tokens, {case.bits} bits in groups of {case.group_size} are not 1, 1 and 64"
+            f"{case.m} tokens, {case.bits} bits in groups of {case.group_size} are not 1, 1 and"
+            f" {_HALF} or more"
         )
-    return None
+    return unsupported_groups(case, workers)
 
 
 grid = ring.grid
@@ -77,12 +80,22 @@ def source(case: Case, config: Config, target: Target) -> str:
 class Plan(ProductPlan):
     """A product by integers."""
 
+    @property
+    def parts(self) -> int:
+        """Sums of a plane, each with a scale: one, or two halves."""
+        return 2 if self.case.group_size < PLANE else 1
+
+    @property
+    def sums_bytes(self) -> int:
+        """Shared memory of a plane's scale of x and sums of x."""
+        return 8 * self.parts
+
     def areas(self) -> dict[str, int]:
         """Integers, scales and sums of x, and codebooks."""
         case = self.case
         return {
             "integers": case.blocks * 2 * _INTEGERS,
-            "plane_sums": case.blocks * 2 * _PLANES * _SUMS,
+            "plane_sums": case.blocks * 2 * _PLANES * self.sums_bytes,
             self.books_name: case.books * _BOOK,
         }
 
@@ -91,6 +104,7 @@ class Product(ring_product.Product):
     """Writes a product by integers."""
 
     plan_class = Plan
+    plan: Plan
 
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
@@ -146,20 +160,21 @@ class Product(ring_product.Product):
         return store
 
     def _prepare_block(self, x: list[Register], block: Register, name: str) -> None:
-        """Stores the integers of a block of x, and the scale and the sum of each of its planes.
+        """Stores the integers of a block of x, and of each of its planes the scale and the sums.
 
-        The lane has 16 x of the plane that its row counts.
+        The lane has 16 x of the plane that its row counts, 8 of each half.
         """
-        ptx = self.ptx
+        ptx, parts, sums_bytes = self.ptx, self.plan.parts, self.plan.sums_bytes
         scale, inverses = self._scale_of(x, name)
-        high, low, sums = [], [], [ptx.op("mov.u32", 0) for _ in range(2)]
+        high, low, sums = [], [], [ptx.op("mov.u32", 0) for _ in range(2 * parts)]
         for i in range(8):
+            part = i * parts // 8
             values = [
                 ptx.op("fma.rn.f32", value, inverses[i % 2], _MAGIC, kind="b32")
                 for value in x[2 * i : 2 * i + 2]
             ]
             for value in values:
-                sums[i % 2] = sums[i % 2] + value
+                sums[2 * part + i % 2] = sums[2 * part + i % 2] + value
             # A byte of two integers, each twice.
             both = ptx.op("prmt.b32", *values, "0x5511")
             high.append(both & self.bytes)
@@ -175,15 +190,20 @@ class Product(ring_product.Product):
                 offset = self.places["integers"] + row * 4 * 16 + half * _INTEGERS // 2
                 part = vector(words[4 * half : 4 * half + 4])
                 ptx.do("st.shared.v4.b32", at(place, offset), part)
-        sum_ = sums[0] + sums[1] * 4
-        # Eight addends, and eight times four.
-        sum_ = sum_ - ((8 + 8 * 4) * _MAGIC_BITS % 2**32)
-        sum_ = over_lanes(ptx, "add.u32", sum_, (1, 2))
-        whole = ptx.op("cvt.rn.f32.s32", sum_)
-        place = self.shared + block * (2 * _PLANES * _SUMS) + self.row * _SUMS
+        wholes = []
+        for once, four_times in zip(sums[::2], sums[1::2], strict=True):
+            sum_ = once + four_times * 4
+            # In one part eight addends, and eight times four.
+            count = 8 // parts
+            sum_ = sum_ - ((count + count * 4) * _MAGIC_BITS % 2**32)
+            sum_ = over_lanes(ptx, "add.u32", sum_, (1, 2))
+            wholes.append(ptx.op("cvt.rn.f32.s32", sum_))
+        place = self.shared + block * (2 * _PLANES * sums_bytes) + self.row * sums_bytes
         is_owner = self.quad.eq(0)
         target = at(place, self.places["plane_sums"])
-        ptx.do("st.shared.v2.b32", target, vector([scale, whole]), when=is_owner)
+        # Two words, or four, the last one of which nobody reads.
+        width, values = wide([scale, *wholes] if parts == 1 else [scale, *wholes, wholes[0]])
+        ptx.do(f"st.shared{width}.b32", target, values, when=is_owner)
 
     def _scale_of(self, x: list[Register], name: str) -> tuple[Register, list[Register]]:
         """The scale of the lane's plane, and what makes integers of its x: all of them, a quarter of them.
@@ -217,11 +237,10 @@ class Product(ring_product.Product):
             return
         ptx = self.ptx
         self.integers = self.shared + self.lane * 16
-        self.plane_sums = self.shared + self.quad * _SUMS
+        self.plane_sums = self.shared + self.quad * self.plan.sums_bytes
         codes = (self.warp * CODES).low()
         self.codes = codes + self.lane * 16
-        scales = (self.warp * self.plan.block_scales).low()
-        self.scales = scales + self.lane * (self.plan.block_scales // 64)
+        self.scales = self._scale_places()
         # The lane's columns are those of a plane; the codes of planes 1 and 3 stand four bits higher.
         self.higher = (self.quad & 1).ne(0)
         self.unit = ptx.op("selp.f32", 1 / 16, 1.0, self.higher)
@@ -230,6 +249,19 @@ class Product(ring_product.Product):
         self.partial = place + self.quad * 4
         self.keeps = self.quad < 2
         self.first, *self.steps = ptx.registers("f32", 3)
+
+    def _scale_places(self) -> Register:
+        """Where in a slot the scales of this lane's plane of the first four are."""
+        size, g, span = self.plan.scale_bytes, self.case.group_size, self.case.span
+        if g == PLANE:  # a quad of groups is the four planes, a place for each lane
+            return (self.warp * self.plan.block_scales).low() + self.lane * (2 * size)
+        if g > span:
+            group = self.warp // (g // span)
+        else:
+            group = (self.warp * (span // g)).low()
+            group = group + (self.quad // (g // PLANE) if g > PLANE else self.quad * 2)
+        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
+        return scales + self.row * (8 * size)
 
     def start_tile(self, tile: Register, run: int) -> None:
         """The codebook of a tile's rows: the first value, and the steps that a unit of a row's sums is."""
@@ -247,18 +279,18 @@ class Product(ring_product.Product):
         ptx.do("mul.f32", steps[1], steps[0], 0.5)
 
     def load_x(self, block: Register) -> None:
-        """The integers of both groups of planes of x, their scales and sums."""
-        ptx = self.ptx
+        """The integers of both fours of planes of x, their scales and sums."""
+        ptx, sums_bytes = self.ptx, self.plan.sums_bytes
         integers = self.integers + block * (2 * _INTEGERS)
-        sums = self.plane_sums + block * (2 * _PLANES * _SUMS)
+        sums = self.plane_sums + block * (2 * _PLANES * sums_bytes)
         self.x = []
         for half in range(2):
-            plane_sums = ptx.registers("b32", 2)
-            place = at(sums, self.places["plane_sums"] + half * _PLANES * _SUMS)
-            ptx.do("ld.shared.v2.b32", vector(plane_sums), place)
-            self.x.append(
-                (self._load_integers(integers, half), [part.as_float() for part in plane_sums])
-            )
+            plane_sums = ptx.registers("b32", sums_bytes // 4)
+            place = at(sums, self.places["plane_sums"] + half * _PLANES * sums_bytes)
+            width, values = wide(plane_sums)
+            ptx.do(f"ld.shared{width}.b32", values, place)
+            scale, *wholes = (part.as_float() for part in plane_sums[: 1 + self.plan.parts])
+            self.x.append((self._load_integers(integers, half), scale, wholes))
 
     def _load_integers(self, place: Register, half: int) -> list[Register]:
         """The integers of four planes of x."""
@@ -269,40 +301,64 @@ class Product(ring_product.Product):
         return words
 
     def load_block(self, slot: Register) -> None:
-        """The codes of both groups of planes; their scales of the upper and the lower row, float32."""
-        ptx, case = self.ptx, self.case
-        self.words, self.factors = ptx.registers("b32", 8), []
+        """The codes of both fours of planes; of each the scales of the upper and the lower row, float32."""
+        ptx, plan = self.ptx, self.plan
+        self.words = ptx.registers("b32", 8)
         codes, scales = (slot + part for part in (self.codes, self.scales))
         for half in range(2):
             part = vector(self.words[4 * half : 4 * half + 4])
             ptx.do("ld.shared.v4.b32", part, at(codes, half * CODES // 2))
-        for half in range(2):
-            place = at(scales, self.workers * CODES + half * self.plan.block_scales // 2)
-            if case.scale_dtype == jnp.float32:
-                pair = ptx.registers("f32", 2)
-                ptx.do("ld.shared.v2.b32", vector(pair), place)
-            else:
-                pair = decoding.unpack(ptx, ptx.op("ld.shared.b32", place), case.scale_dtype)
-            self.factors += pair
+        # The second four of planes have groups of their own, unless a group is the whole block.
+        quad, within = divmod(_PLANES * PLANE // self.case.group_size, 4)
+        further = (quad * 64 + within * 2) * plan.scale_bytes
+        self.factors = []
+        for half in range(2 if further else 1):
+            pairs = []
+            for part in range(plan.parts):
+                offset = half * further + part * 2 * plan.scale_bytes
+                pairs.append(self._load_pair(at(scales, self.workers * CODES + offset)))
+            self.factors.append(pairs)
+        self.factors *= 2 // len(self.factors)
+
+    def _load_pair(self, place: Memory) -> list[Register]:
+        """The scales of the upper and the lower row at a place, float32."""
+        ptx, dtype = self.ptx, self.case.scale_dtype
+        if dtype == jnp.float32:
+            pair = ptx.registers("f32", 2)
+            ptx.do("ld.shared.v2.b32", vector(pair), place)
+            return pair
+        return decoding.unpack(ptx, ptx.op("ld.shared.b32", place), dtype)
 
     def multiply(self) -> None:
-        """Adds the products of both groups of planes to the totals."""
-        for half, (x, plane_sums) in enumerate(self.x):
-            part, pair = self.words[4 * half : 4 * half + 4], self.factors[2 * half : 2 * half + 2]
-            self._multiply(part, pair, x, plane_sums)
+        """Adds the products of both fours of planes to the totals."""
+        for half, (x, scale, wholes) in enumerate(self.x):
+            words = self.words[4 * half : 4 * half + 4]
+            steps, each = range(len(words)), len(words) // self.plan.parts
+            for part, (factors, whole) in enumerate(zip(self.factors[half], wholes, strict=True)):
+                places = steps[part * each : (part + 1) * each]
+                self._multiply(
+                    [(words[i], x[2 * i : 2 * i + 2]) for i in places], factors, scale, whole
+                )
 
-    def _multiply(self, words, factors, x, plane_sums) -> None:
-        """Adds the part of four planes to the sums of its rows."""
-        ptx, (scale, whole) = self.ptx, plane_sums
+    def _multiply(self, steps, factors, scale: Register, whole: Register) -> None:
+        """Adds the part of steps of four planes, or of their halves, to the sums of its rows.
+
+        Args:
+            steps: of each the word of codes and the two of integers of x.
+            factors: scales of the upper and the lower row.
+            scale: of x.
+            whole: the sum of these integers.
+        """
+        ptx = self.ptx
         sums = [ptx.registers("b32", 4) for _ in range(2)]
-        for i, word in enumerate(words):
+        for i, (word, x) in enumerate(steps):
             for part in range(2):
                 masks = (0x01010101 << 4 * part + bit for bit in range(4))
                 ptx.do(
                     "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32",
                     vector(sums[part]),
                     vector([word & f"0x{mask:08x}" for mask in masks]),
-                    vector(x[2 * i : 2 * i + 2]),
+                    vector(x),
                     vector(sums[part] if i else [self.zero] * 4),
                 )
         base = whole * self.first

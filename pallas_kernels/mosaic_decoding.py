@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm
@@ -30,6 +31,7 @@ from pallas_kernels.mosaic_values import (
     pack,
     sync_warpgroups,
     thread,
+    widen,
 )
 from pallas_kernels.ptx import half_kind
 
@@ -75,7 +77,10 @@ def code_places(bits: int, thread: Any, plane: Any, blocks: int) -> list[tuple[A
 
 
 def scale_place(thread: Any, group: Any, quads: int) -> Any:
-    """Where the scales of rows g and g + 8 for a group stand, in bytes from the slab's first quad of groups."""
+    """Where the scales of rows g and g + 8 for a group stand, from the slab's first quad of groups.
+
+    In bytes, if a scale has two.
+    """
     warp, g, _ = lane_of(thread)
     return (warp * quads + group // 4) * 128 + g * 16 + group % 4 * 4
 
@@ -86,18 +91,22 @@ class Decoder:
 
     Attributes:
         bits: 1, 2, 4 or 8.
-        group_size: weights a scale, a power of two from 8 on.
-        half: bfloat16 or float16, of the values and the scales.
+        group_size: weights a scale, see `mosaic_matmul.unsupported_reason`.
+        half: bfloat16 or float16, of the values.
+        scales: "bf16", "f16" or "f32", of the scales in memory; they are rounded to `half`.
     """
 
     bits: int
     group_size: int
     half: str
+    scales: str
 
     @classmethod
     def of(cls, case: Case) -> "Decoder":
         """The decoder of a case."""
-        return cls(case.bits, case.group_size, half_kind(case.x_dtype))
+        single = case.scale_dtype == jnp.float32
+        kind = "f32" if single else half_kind(case.scale_dtype)
+        return cls(case.bits, case.group_size, half_kind(case.x_dtype), kind)
 
     @property
     def table_bytes(self) -> int:
@@ -203,10 +212,20 @@ class Decoder:
                 index = group + plane // (self.group_size // 64)
             else:
                 index = group + plane * (64 // self.group_size) + part
-            both = U32(load(address(scales) + scale_place(thread(), index, quads), i32()))
-            orders = "0x1010", "0x3232"
-            known[part] = [op(f"prmt.b32 $0, $1, $1, {order};", both) for order in orders]
+            known[part] = self._scale_pair(address(scales), scale_place(thread(), index, quads))
         return [known[8 * chunk // self.group_size] for chunk in range(CHUNKS)]
+
+    def _scale_pair(self, start: U32, place: U32) -> list[U32]:
+        """The scales of a group for rows g and g + 8, each twice in a register."""
+        if self.scales == "f32":
+            values = [load(start + (2 * place + 4 * i), f32()) for i in range(2)]
+            return [pack(value, value, self.half) for value in values]
+        both = U32(load(start + place, i32()))
+        if self.scales == self.half:
+            orders = "0x1010", "0x3232"
+            return [op(f"prmt.b32 $0, $1, $1, {order};", both) for order in orders]
+        values = [widen(both, i, self.scales) for i in range(2)]
+        return [pack(value, value, self.half) for value in values]
 
     def _multiply(self, a: U32, b: U32) -> U32:
         return op(f"mul.rn.{self.half}x2 $0, $1, $2;", a, b)

@@ -76,7 +76,9 @@ def sum_stages(config: Config) -> int:
 def shared_bytes(case: Case, config: Config) -> int:
     """Shared memory of a program, without its barriers."""
     x = config.x_stages * config.tokens * PLANE * 2
-    w = config.rows * (slab(case, config) * case.bits // 8 + quads(case, config) * 8)
+    scale_bytes = 4 * jnp.dtype(case.scale_dtype).itemsize
+    codes = slab(case, config) * case.bits // 8
+    w = config.rows * (codes + quads(case, config) * scale_bytes)
     table = 16 if case.bits == 1 else _TABLE_BYTES
     return x + config.w_stages * w + table + _BARRIER_BYTES
 
@@ -87,10 +89,14 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         return f"{target.architecture} has no wgmma, which is sm_90's alone"
     if case.x_dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {case.x_dtype}, the tensor cores' inputs are bfloat16 or float16"
-    if case.scale_dtype != case.x_dtype or case.out_dtype != case.x_dtype:
-        return f"scales and outputs must be {case.x_dtype} as x is"
-    if case.group_size < 8 or case.group_size & (case.group_size - 1):
-        return f"group_size={case.group_size} is no power of two from 8 on"
+    if case.out_dtype != case.x_dtype:
+        return f"outputs must be {case.x_dtype} as x is"
+    power = case.group_size >= 8 and not case.group_size & (case.group_size - 1)
+    if not power and case.group_size % slab(case, config) and case.group_size < case.k:
+        return (
+            f"group_size={case.group_size} is no power of two from 8 on, no multiple of"
+            f" {slab(case, config)} and no whole row"
+        )
     if case.n % 8 or case.k % 8:
         return f"n={case.n} and k={case.k} are no multiples of 8, which tensor copies need"
     if case.books > 1 and (case.n // case.books) % config.rows:

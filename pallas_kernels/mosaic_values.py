@@ -97,6 +97,16 @@ def pack(low: ir.Value, high: ir.Value, half: str) -> U32:
     return U32(inline_asm(i32(), [high, low], text, "=r,f,f"))
 
 
+def widen(both: U32, half: int, kind: str) -> ir.Value:
+    """The lower (0) or upper (1) bfloat16 ("bf16") or float16 ("f16") of a register as float32."""
+    if kind == "bf16":
+        order = f"0x{'10' if half == 0 else '32'}44"
+        return arith.bitcast(f32(), op(f"prmt.b32 $0, $1, 0, {order};", both).value)
+    word = (both >> 16 * half).value
+    bits = arith.trunci(ir.IntegerType.get_signless(16), word)
+    return arith.extf(f32(), arith.bitcast(ir.F16Type.get(), bits))
+
+
 def load(address: U32, kind: ir.Type) -> ir.Value:
     """Loads from an address in shared memory."""
     return llvm.load(kind, llvm.inttoptr(llvm.PointerType.get(3), address.value))

@@ -70,9 +70,14 @@ class ProductPlan(abc.ABC):
         return -(-self.run_tiles // self.programs)
 
     @property
+    def scale_bytes(self) -> int:
+        """Bytes of a scale."""
+        return jnp.dtype(self.case.scale_dtype).itemsize
+
+    @property
     def block_scales(self) -> int:
-        """Bytes of a block's scales."""
-        return self.case.planes * TILE_ROWS * jnp.dtype(self.case.scale_dtype).itemsize
+        """Bytes of a block's scales; blocks that share a group have each its part of them."""
+        return self.case.span * TILE_ROWS * self.scale_bytes // self.case.group_size
 
     @property
     def slot_bytes(self) -> int:
@@ -98,6 +103,20 @@ class ProductPlan(abc.ABC):
     def books_name(self) -> str:
         """The area of its codebooks, its own: all are fetched at the start, later they would queue up."""
         return f"books{self.position}"
+
+
+def unsupported_groups(case: Case, workers: int) -> str | None:
+    """Why the scales of a product's groups cannot be copied with its blocks, or None.
+
+    Those of four groups are interleaved: each tile and each slot must begin with such a quad.
+    """
+    g, span = case.group_size, case.span
+    if g % span and span % g:
+        return f"groups of {g} are neither whole blocks of {span} nor parts of one"
+    quad = 4 * g
+    if case.blocks * span % quad or workers * span % quad:
+        return f"{case.k} weights a row, {workers} blocks of {span} at a time, split fours of groups of {g}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

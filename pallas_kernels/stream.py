@@ -13,20 +13,22 @@ import jax.numpy as jnp
 from pallas_kernels import decoding, ring_product
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
 from pallas_kernels.registers import Register, at, vector, wide
-from pallas_kernels.ring_plan import CODES, ProductPlan
+from pallas_kernels.ring_plan import CODES, ProductPlan, unsupported_groups
 
 _STEPS = 4  # instructions a plane
+_HALF = PLANE // 2  # weights of a plane whose products two of these instructions add up
+_LEAST_GROUP = 8  # weights of a row that a lane has next to each other
 _AT_ONCE = 8  # vectors of x that a thread loads at once
 
 
 def unsupported_product(case: Case, workers: int, programs: int) -> str | None:
     """Why the arithmetic does not take a case, or None."""
-    if case.bits == 1 or case.m != 1 or case.group_size != PLANE:
-        return f"{case.m} tokens, {case.bits} bits in groups of {case.group_size} are not 1, 2 to 8 and 64"
-    if case.blocks * case.planes % 4 or workers * case.planes % 4:
-        return f"blocks of {case.span} weights of {case.k} a row, {workers} at a time, split fours of scales"
-    if jnp.dtype(case.scale_dtype).itemsize != 2:
-        return f"scales are {case.scale_dtype}, not of two bytes"
+    if case.bits == 1 or case.m != 1:
+        return f"{case.m} tokens and {case.bits} bits are not 1 and 2 to 8"
+    if case.group_size < _LEAST_GROUP:
+        return f"group_size={case.group_size} is less than {_LEAST_GROUP}"
+    if (reason := unsupported_groups(case, workers)) is not None:
+        return reason
     if case.books > min(programs, case.tiles):
         return f"{case.books} codebooks are more than {programs} programs or {case.tiles} tiles"
     return None
@@ -55,6 +57,25 @@ class Plan(ProductPlan):
     def decoders(self) -> int:
         """Codebooks of a program, each with a decoder."""
         return self.runs if self.case.books > 1 else 1
+
+    @property
+    def scale_runs(self) -> int:
+        """Groups of a row of a block that a lane has weights of."""
+        return max(1, self.case.span // max(self.case.group_size, _HALF))
+
+    @property
+    def run_groups(self) -> int:
+        """How many groups further the next one is that the lane has weights of."""
+        return max(1, _HALF // self.case.group_size)
+
+    def run_of(self, plane: int, step: int) -> int:
+        """Which of them the weights of a step of a plane are of."""
+        return (2 * plane + step // 2) * self.scale_runs // (2 * self.case.planes)
+
+    @property
+    def scales_weights(self) -> bool:
+        """Whether scales multiply weights, since lanes whose products are added have groups of their own."""
+        return self.case.group_size < _HALF
 
     @property
     def table_bytes(self) -> int:
@@ -171,9 +192,16 @@ class Product(ring_product.Product):
         codes = (self.warp * CODES).low()
         self.codes = codes + self.lane * 16
         # Four groups of a row are neighbours, each with the scales of the upper and the lower row.
-        group = (self.warp * case.planes).low()
-        scales = ((group >> 2) * (64 * 2)).low() + (group & 3) * (2 * 2)
-        self.scales = scales + self.row * (8 * 2)
+        size, g = self.plan.scale_bytes, case.group_size
+        if g <= case.span:
+            group = (self.warp * (case.span // g)).low()
+        else:
+            group = self.warp // (g // case.span)
+        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
+        self.scales = scales + self.row * (8 * size)
+        if self.plan.scales_weights:
+            # Of half a plane a lane has 8 weights, from 8 times its quad on.
+            self.scales = self.scales + (self.quad // (g // _LEAST_GROUP)) * (2 * size)
         place = self.shared + self.warp * (4 * TILE_ROWS)
         self.partial = place + self.row * 8
         self.zero = ptx.zero()
@@ -196,27 +224,69 @@ class Product(ring_product.Product):
 
     def load_block(self, slot: Register) -> None:
         """The codes, and the scales of the upper and the lower row."""
-        ptx, planes = self.ptx, self.case.planes
-        self.words, self.scale_pairs = ptx.registers("b32", 8), ptx.registers("b32", planes)
+        ptx, runs = self.ptx, self.plan.scale_runs
+        words = self.plan.scale_bytes // 2  # of a pair of scales
+        self.words = ptx.registers("b32", 8)
+        kind = "f32" if self.case.scale_dtype == jnp.float32 else "b32"
+        registers = ptx.registers(kind, runs * words)
+        self.scale_pairs = [registers[i * words : (i + 1) * words] for i in range(runs)]
         codes, scales = (slot + part for part in (self.codes, self.scales))
         for half in range(2):
             part = vector(self.words[4 * half : 4 * half + 4])
             ptx.do("ld.shared.v4.b32", part, at(codes, half * CODES // 2))
-        width, pairs = wide(self.scale_pairs)
-        ptx.do(f"ld.shared{width}.b32", pairs, at(scales, self.workers * CODES))
+        # Together those that are neighbours for a lane.
+        each = words if self.plan.scales_weights else min(4, runs * words)
+        for first in range(0, runs * words, each):
+            quad, within = divmod(first // words * self.plan.run_groups, 4)
+            offset = (quad * 64 + within * 2) * self.plan.scale_bytes
+            width, part = wide(registers[first : first + each])
+            ptx.do(f"ld.shared{width}.b32", part, at(scales, self.workers * CODES + offset))
 
     def multiply(self) -> None:
         """Adds the products of the planes, times their scales, to the totals."""
-        ptx, case, kind = self.ptx, self.case, self.decoder.kind
-        for plane, (x, pair) in enumerate(zip(self.x, self.scale_pairs, strict=True)):
+        steps = [(plane, step) for plane in range(self.case.planes) for step in range(_STEPS)]
+        if self.plan.scales_weights:
+            self._multiply_scaled(steps)
+            return
+        ptx, run_of = self.ptx, self.plan.run_of
+        for run, pair in enumerate(self.scale_pairs):
             sums = ptx.registers("f32", 4)
-            for step in range(_STEPS):
-                operands = self.decoder.operands(self.words, plane, step)
-                start = None if step else [self.zero] * 4
-                ptx.multiply_add(kind, sums, operands, x[2 * step : 2 * step + 2], start)
-            factors = decoding.unpack(ptx, pair, case.scale_dtype)
+            for i, step in enumerate(step for step in steps if run_of(*step) == run):
+                self._dot(step, sums, self.decoder.operands(self.words, *step), fresh=i == 0)
+            factors = self._factors(pair)
             for total, factor, part in zip(self.totals, factors, sums[::2], strict=True):
                 ptx.do("fma.rn.f32", total, factor, part, total)
+
+    def _multiply_scaled(self, steps: list[tuple[int, int]]) -> None:
+        """The same where each lane's weights have to be multiplied by their scales before."""
+        ptx, kind, known = self.ptx, self.decoder.kind, {}
+        sums = ptx.registers("f32", 4)
+        for i, step in enumerate(steps):
+            run = self.plan.run_of(*step)
+            if run not in known:
+                factors = self._factors(self.scale_pairs[run])
+                known[run] = 2 * [self.decoder.pack(factor, factor) for factor in factors]
+            operands = self.decoder.operands(self.words, *step)
+            pairs = zip(operands, known[run], strict=True)
+            scaled = [ptx.multiply_halves(kind, weights, factor) for weights, factor in pairs]
+            self._dot(step, sums, scaled, fresh=i == 0)
+        for total, part in zip(self.totals, sums[::2], strict=True):
+            ptx.do("add.f32", total, total, part)
+
+    def _dot(
+        self, place: tuple[int, int], sums: list[Register], operands: list[Register], fresh: bool
+    ) -> None:
+        """Adds the products of a step of a plane with its x to the sums."""
+        plane, step = place
+        x = self.x[plane][2 * step : 2 * step + 2]
+        start = [self.zero] * 4 if fresh else None
+        self.ptx.multiply_add(self.decoder.kind, sums, operands, x, start)
+
+    def _factors(self, pair: list[Register]) -> list[Register]:
+        """The scales of the upper and the lower row, float32."""
+        if self.case.scale_dtype == jnp.float32:
+            return pair
+        return decoding.unpack(self.ptx, pair[0], self.case.scale_dtype)
 
     def store_totals(self, tile: Register) -> None:
         """Stores the sums of the column that has a token."""

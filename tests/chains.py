@@ -12,21 +12,26 @@ HALF = jnp.dtype(jnp.bfloat16)
 EPS = (1e-3, 2e-3)
 
 
-def weight(rng, n, k, bits, books, uniform, bias):
+def weight(rng, n, k, bits, books, uniform, bias, group_size, scales):
     """(case, arrays, matrices as kernels may read them, bias) of a product, the last two in float64."""
     (_, *arrays), _, wanted = planar.product(
-        rng, 1, n, k, bits, 64, "bfloat16", books, k**-0.5, uniform
+        rng, 1, n, k, bits, group_size, "bfloat16", books, k**-0.5, uniform, scales
     )
     added = jnp.asarray(rng.normal(size=n), HALF) if bias else None
-    case = Case(1, n, k, bits, 64, books, HALF, HALF, HALF if bias else None, HALF, uniform)
+    kinds = HALF, jnp.dtype(scales), HALF if bias else None, HALF
+    case = Case(1, n, k, bits, group_size, books, *kinds, uniform)
     exact = np.zeros(n) if added is None else np.asarray(added, np.float64)
-    return case, Arrays(jnp.zeros((1, k), HALF), *arrays, added), wanted.matrices, exact
+    matrices = wanted.matrices
+    if group_size < 32:  # scales multiply weights
+        matrices = [*matrices, *(oracle.rounded(m, HALF) for m in matrices)]
+    return case, Arrays(jnp.zeros((1, k), HALF), *arrays, added), matrices, exact
 
 
-def weights(rng, shapes, bits, books, uniform, bias):
-    """Those of a chain: out, gate and up, down, and the next qkv or not."""
+def weights(rng, shapes, bits, books, uniform, bias, group_size=64, scales="bfloat16"):
+    """Those of a chain: out, gate and up, down, and the next qkv or not; `scales` is their dtype."""
     rows = zip(shapes, books, strict=False)
-    return [weight(rng, n, k, bits, b, uniform, bias) for (n, k), b in rows]
+    kind = uniform, bias, group_size, scales
+    return [weight(rng, n, k, bits, b, *kind) for (n, k), b in rows]
 
 
 def inputs(rng, k, hidden):

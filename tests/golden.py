@@ -119,7 +119,23 @@ def _other_groups() -> Iterator[tuple[str, str]]:
             yield f"{bits} {uniform=} {m} {option} {plan.kernel}", source
 
 
+# Groups and scales of checkpoints that people have: Q1_0, Q2_0, Q4_0, Q8_0, TQ2_0, GPTQ, MXFP4, NVFP4.
+CHAIN_GROUPS = (
+    *((1, 128, "float16"), (1, 32, "bfloat16"), (1, 256, "float32"), (2, 64, "float16")),
+    *((2, 128, "float16"), (2, 256, "float16"), (4, 32, "float16"), (4, 128, "float16")),
+    *((4, 32, "bfloat16"), (4, 16, "float32"), (8, 32, "float16")),
+)
+
+
 def _chains() -> Iterator[tuple[str, str]]:
+    for bits, group_size, scales in CHAIN_GROUPS:
+        shapes = [(4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096)]
+        kind = dict(group_size=group_size, scale_dtype=jnp.dtype(scales))
+        config = ring.Config(chain._WORKERS[bits], _MULTIPROCESSORS)
+        products = [case(1, n, k, bits, **kind) for n, k in shapes]
+        assert chain.unsupported_reason(products, config, H200) is None
+        products = chain.cases(products, (1e-5, 1e-5), config, H200)
+        yield f"chain {bits} {group_size} {scales}", chain.source(products, config, H200)
     for bits, uniform in DECODERS:
         config = ring.Config(chain._WORKERS[bits], _MULTIPROCESSORS)
         for hidden, inner, qkv in ((3072, 8192, 5120), (4096, 14336, 6144), (6144, 21504, 8192)):

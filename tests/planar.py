@@ -65,37 +65,44 @@ class Wanted:
         return found
 
 
-def product(rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0, uniform=False):
-    """Arguments of `pallas_kernels.matmul`, and what it should give."""
-    dtype = jnp.dtype(dtype)
+def product(
+    rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0, uniform=False, scale_dtype=None
+):
+    """Arguments of `pallas_kernels.matmul`, and what it should give; `scale_dtype` is `dtype` if None."""
+    dtype, scale_dtype = jnp.dtype(dtype), jnp.dtype(scale_dtype or dtype)
     codes = rng.integers(0, 2**bits, (n, k)).astype(np.uint8)
     codebook = np.sort(rng.normal(size=(books, 2**bits)), -1).astype(np.float32)
     if uniform:
         zero = rng.integers(0, 2 ** (bits + 1) - 1, (books, 1)) / 2
         step = rng.uniform(0.5, 2, (books, 1)) / 2**bits
         codebook = ((np.arange(2**bits) - zero) * step).astype(np.float32)
-    scales = jnp.asarray(scale * rng.uniform(0.5, 2, (n, -(-k // group_size))), dtype)
+    scales = jnp.asarray(scale * rng.uniform(0.5, 2, (n, -(-k // group_size))), scale_dtype)
     x = jnp.asarray(rng.normal(size=(m, k)), dtype)
     facts = dict(bits=bits, group_size=group_size, out_features=n)
     packed, planar = packing.to_planar(packing.pack(codes, bits), scales, in_features=k, **facts)
-    decode = functools.partial(oracle.decode, codes, scales=np.asarray(scales), group=group_size)
-    matrices = [decode(np.asarray(jnp.asarray(codebook, dtype)))]
-    if uniform:
-        # Kernels multiply by distances from zero in steps, and by the step in the end; those that scale weights
-        # divide the distances by a power of two before, which float16 notices where scales are tiny.
-        distances = oracle.rounded(np.arange(2**bits) - zero, dtype)
-        steps = np.repeat(step, n // books, 0)
-        in_steps = decode(distances)
-        matrices += [in_steps * steps, oracle.rounded(in_steps, dtype) * steps]
-        matrices += [oracle.rounded(in_steps / 2**bits, dtype) * (2**bits * steps)]
+    matrices = []
+    # Scales of another dtype multiply sums as they are, and weights as the dtype of x rounds them.
+    for factors in (np.asarray(scales), np.asarray(scales.astype(dtype)))[
+        : 1 + (scale_dtype != dtype)
+    ]:
+        decode = functools.partial(oracle.decode, codes, scales=factors, group=group_size)
+        matrices.append(decode(np.asarray(jnp.asarray(codebook, dtype))))
+        if uniform:
+            # Kernels multiply by distances from zero in steps, and by the step in the end; those that scale
+            # weights divide the distances by a power of two before: float16 notices where scales are tiny.
+            distances = oracle.rounded(np.arange(2**bits) - zero, dtype)
+            steps = np.repeat(step, n // books, 0)
+            in_steps = decode(distances)
+            matrices += [in_steps * steps, oracle.rounded(in_steps, dtype) * steps]
+            matrices += [oracle.rounded(in_steps / 2**bits, dtype) * (2**bits * steps)]
     return (x, packed, planar, jnp.asarray(codebook)), facts, Wanted(np.asarray(x), matrices, bits)
 
 
-def matrix(weight, facts, n, k, books):
-    """A planar weight [N, K] in float64, its values as the kernels round them."""
+def matrix(weight, facts, n, k, books, dtype):
+    """A planar weight [N, K] in float64, its values as kernels round them for x of a dtype."""
     packed, scales, codebook = weight
     interchange, plain = packing.from_planar(packed, scales, in_features=k, **facts)
-    values = np.repeat(np.asarray(codebook.astype(scales.dtype), np.float64), n // books, 0)
+    values = np.repeat(np.asarray(codebook.astype(dtype), np.float64), n // books, 0)
     codes = np.asarray(packing.unpack(interchange, facts["bits"], k)).astype(int)
     factors = np.repeat(np.asarray(plain, np.float64), facts["group_size"], -1)[:, :k]
     return np.take_along_axis(values, codes, -1) * factors

@@ -50,6 +50,29 @@ def test_a_streamed_product(rng, bits, uniform, n, k, books, config, dtype):
     wanted.check(y, bias)
 
 
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(("bits", "uniform"), [(2, False), (4, False), (4, True), (8, True)])
+@pytest.mark.parametrize("group_size", [8, 16, 32, 64, 128, 256])
+def test_groups_and_scales_of_a_streamed_product(rng, group_size, bits, uniform, scale_dtype):
+    """Of three tiles for two programs, which do not begin at the same block."""
+    n, k, config = 48, 2048, ring.Config(16, 2)
+    (x, *arrays), _, wanted = planar.product(
+        rng, 1, n, k, bits, group_size, "bfloat16", uniform=uniform, scale_dtype=scale_dtype
+    )
+    half, single = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+    kinds = half, jnp.dtype(scale_dtype), None, single
+    case = Case(1, n, k, bits, group_size, 1, *kinds, uniform)
+    assert stream.unsupported_product(case, config.workers, config.programs) is None
+    y = np.full((1, n), np.nan, np.float32)
+    emulator.run(
+        ring.source(case, config, H200, stream.Product),
+        [np.asarray(a) for a in (x, *arrays, y)],
+        ring.grid(case, config),
+        32 * config.warps,
+    )
+    wanted.check(y)
+
+
 @pytest.mark.parametrize(
     ("bits", "uniform", "books", "config", "count", "bias"),
     [
@@ -81,9 +104,19 @@ def test_a_chain_with_warps_in_any_order(rng, bits, books, config, shapes):
     _check_chain(rng, shapes, bits, False, books, config, bias=False, chance=rng)
 
 
-def _check_chain(rng, shapes, bits, uniform, books, config, *, bias, chance=None):
+@pytest.mark.parametrize(
+    ("bits", "group_size", "scales"),
+    [(1, 128, "float16"), (2, 128, "float16"), (4, 32, "float32"), (8, 16, "bfloat16")],
+)
+def test_a_chain_of_other_groups_and_scales(rng, bits, group_size, scales):
+    config, books = ring.Config(4, 3), (1, 2, 1, 1)
+    kind = dict(group_size=group_size, scales=scales)
+    _check_chain(rng, SHAPES, bits, False, books, config, bias=False, chance=rng, **kind)
+
+
+def _check_chain(rng, shapes, bits, uniform, books, config, *, bias, chance=None, **kind):
     """Runs the kernel on the emulator, its results poisoned before, and compares with float64."""
-    weights = chains.weights(rng, shapes, bits, books, uniform, bias)
+    weights = chains.weights(rng, shapes, bits, books, uniform, bias, **kind)
     products = [case for case, *_ in weights]
     assert chain.unsupported_reason(products, config, H200) is None
     cases = chain.cases(products, chains.EPS, config, H200)
@@ -137,7 +170,13 @@ def test_chains_assemble(tmp_path, bits):
     [
         (lambda cases: [*cases[:2], dataclasses.replace(cases[2], bits=4)], "several kinds"),
         (lambda cases: [dataclasses.replace(cases[0], n=1000), *cases[1:]], "whole tiles"),
-        (lambda cases: [dataclasses.replace(cases[0], group_size=128), *cases[1:]], "128"),
+        (
+            lambda cases: [dataclasses.replace(cases[0], group_size=128), *cases[1:]],
+            "several sizes",
+        ),
+        (lambda cases: [dataclasses.replace(c, group_size=1024) for c in cases], "split fours"),
+        (lambda cases: [dataclasses.replace(c, group_size=192) for c in cases], "whole blocks"),
+        (lambda cases: [dataclasses.replace(c, group_size=4) for c in cases], "less than 8"),
         (lambda cases: [cases[0], dataclasses.replace(cases[1], books=3), *cases[2:]], "codebooks"),
         (lambda cases: _products(8, 1024, 128 * 1024, 1536), "shared memory"),
     ],

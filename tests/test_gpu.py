@@ -34,11 +34,32 @@ if jax.default_backend() != "gpu":
 TARGET = current()  # set FDK_JAX_TARGET=sm_80 to test what older GPUs get
 
 
+# Groups and scales of checkpoints that people have: see docs/files.md.
+GROUPS = [
+    *((1, 128, "float16"), (1, 32, "float16"), (1, 256, "float32"), (2, 128, "float16")),
+    *((2, 256, "float16"), (2, 2048, "float32"), (4, 16, "float32"), (4, 32, "float16")),
+    *((4, 128, "bfloat16"), (8, 32, "float16"), (8, 2048, "bfloat16")),
+]
+
+
 def _check(
-    rng, m, n, k, bits, uniform, group_size, dtype, *, config=None, books=1, bias=True, scale=1.0
+    rng,
+    m,
+    n,
+    k,
+    bits,
+    uniform,
+    group_size,
+    dtype,
+    *,
+    config=None,
+    books=1,
+    bias=True,
+    scale=1.0,
+    **kind,
 ):
     arrays, facts, wanted = planar.product(
-        rng, m, n, k, bits, group_size, dtype, books, scale, uniform
+        rng, m, n, k, bits, group_size, dtype, books, scale, uniform, **kind
     )
     added = rng.normal(size=n).astype(np.float32) * bias
     y = pallas_kernels.matmul(
@@ -99,6 +120,13 @@ def test_shapes(rng, dtype, bits, uniform, m, n, k, group_size, books):
     _check(rng, m, n, k, bits, uniform, group_size, dtype, books=books)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("bits", "group_size", "scales"), GROUPS)
+@pytest.mark.parametrize("m", [1, 9, 40, 300])
+def test_groups_and_scales(rng, m, bits, group_size, scales, dtype):
+    _check(rng, m, 264, 2048, bits, False, group_size, dtype, scale_dtype=scales)
+
+
 @pytest.mark.parametrize("m", range(1, 34))
 @pytest.mark.parametrize(("bits", "uniform"), [(1, False), (4, False), (4, True)])
 def test_every_small_number_of_tokens(rng, m, bits, uniform):
@@ -139,14 +167,24 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books):
     [(512, 1024, 4), (3072, 5632, 4), (512, 12800, 4), (1024, 512, 3)],
 )
 def test_chains(rng, bits, uniform, hidden, inner, count):
+    _check_chain(rng, bits, uniform, hidden, inner, count)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "scales"), [g for g in GROUPS if g[1] < 1024])
+def test_chains_of_other_groups_and_scales(rng, bits, group_size, scales):
+    kind = dict(group_size=group_size, scales=scales)
+    _check_chain(rng, bits, False, 2048, 4096, 4, width=2048, **kind)
+
+
+def _check_chain(rng, bits, uniform, hidden, inner, count, width=512, **kind):
     """Again and again, to the bit: programs of a launch meet at counters that the one before it has left."""
-    shapes = [(hidden, 512), (2 * inner, hidden), (hidden, inner), (1536, hidden)][:count]
-    weights = chains.weights(rng, shapes, bits, (1, 2, 1, 3), uniform, bias=True)
+    shapes = [(hidden, width), (2 * inner, hidden), (hidden, inner), (1536, hidden)][:count]
+    weights = chains.weights(rng, shapes, bits, (1, 2, 1, 3), uniform, bias=True, **kind)
     cases = [case for case, *_ in weights]
     if (reason := chain.unsupported_reason(cases, chain.config(bits, TARGET), TARGET)) is not None:
         pytest.skip(reason)
-    x, residual, scales = chains.inputs(rng, 512, hidden)
-    facts = dict(bits=bits, group_size=64, uniform=uniform)
+    x, residual, scales = chains.inputs(rng, width, hidden)
+    facts = dict(bits=bits, group_size=weights[0][0].group_size, uniform=uniform)
     arguments = [(arrays, facts | {"out_features": case.n}) for case, arrays, *_ in weights]
 
     @jax.jit

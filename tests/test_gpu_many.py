@@ -40,17 +40,18 @@ def _close(y, exact, size, dtype):
     )
 
 
-def _product(rng, m, n, k, bits, group, dtype, books, bias):
+def _product(rng, m, n, k, bits, group, dtype, books, bias, scales=None):
     """Case, arrays, the product in float64, and what each element measures without cancellation."""
-    arrays, facts, _ = planar.product(rng, m, n, k, bits, group, dtype, books)
-    weight = planar.matrix(arrays[1:], facts, n, k, books)
+    scales = jnp.dtype(scales or dtype)
+    arrays, facts, _ = planar.product(rng, m, n, k, bits, group, dtype, books, scale_dtype=scales)
+    weight = planar.matrix(arrays[1:], facts, n, k, books, dtype)
     exact = np.asarray(arrays[0], np.float64) @ weight.T
     size = np.sqrt(np.asarray(arrays[0], np.float64) ** 2 @ (weight**2).T)
     added = jnp.asarray(rng.normal(size=n), dtype) if bias else None
     if bias:
         exact = exact + np.asarray(added, np.float64)
     half = jnp.dtype(dtype)
-    case = Case(m, n, k, bits, group, books, half, half, half if bias else None, half)
+    case = Case(m, n, k, bits, group, books, half, scales, half if bias else None, half)
     return case, Arrays(*arrays, added), exact, size
 
 
@@ -59,8 +60,8 @@ def _poison():
     jnp.full(64 << 20, jnp.nan, jnp.bfloat16).block_until_ready().delete()
 
 
-def _check(rng, m, n, k, bits, group, dtype, config, books=1, bias=False):
-    case, arrays, exact, size = _product(rng, m, n, k, bits, group, dtype, books, bias)
+def _check(rng, m, n, k, bits, group, dtype, config, books=1, bias=False, scales=None):
+    case, arrays, exact, size = _product(rng, m, n, k, bits, group, dtype, books, bias, scales)
     reason = mosaic_matmul.unsupported_reason(case, config, current())
     assert reason is None, reason
     _poison()
@@ -79,6 +80,15 @@ def test_tuned_configurations(rng, bits, config):
 @pytest.mark.parametrize("group", [8, 16, 32, 64, 128, 512])
 def test_groups(rng, bits, group, dtype):
     _check(rng, 70, 264, 1544, bits, group, dtype, Config(64, 2, 1, 6, 2))
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("scales", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("bits", "group"), [(1, 128), (2, 128), (2, 1544), (4, 16), (4, 32), (4, 768), (8, 32)]
+)
+def test_groups_with_scales_of_their_own(rng, bits, group, scales, dtype):
+    _check(rng, 70, 264, 1544, bits, group, dtype, Config(64, 2, 1, 6, 2), scales=scales)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +140,7 @@ def test_grouped(rng, bits, sizes, past, config):
     exact, size, start = np.zeros((rows, n)), np.zeros((rows, n)), 0
     for (_, arrays, *_), count in zip(products, sizes, strict=True):
         facts = dict(bits=bits, group_size=64, out_features=n)
-        weight = planar.matrix(arrays[1:4], facts, n, k, 1)
+        weight = planar.matrix(arrays[1:4], facts, n, k, 1, "bfloat16")
         here, part = slice(start, start + count), np.asarray(x[start : start + count], np.float64)
         exact[here] = part @ weight.T + np.asarray(arrays.bias, np.float64)
         size[here] = np.sqrt(part**2 @ (weight**2).T)

@@ -20,8 +20,11 @@ from pallas_kernels.target import H200, Target
 BF16 = jnp.dtype(jnp.bfloat16)
 
 
-def case(m=40, n=264, k=1032, bits=4, group=64, books=1, dtype=BF16, bias=None):
-    return Case(m, n, k, bits, group, books, dtype, dtype, bias, dtype)
+F16, F32 = jnp.dtype(jnp.float16), jnp.dtype(jnp.float32)
+
+
+def case(m=40, n=264, k=1032, bits=4, group=64, books=1, dtype=BF16, bias=None, scales=None):
+    return Case(m, n, k, bits, group, books, dtype, scales or dtype, bias, dtype)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -69,7 +72,11 @@ def test_a_thread_finds_the_codes_of_its_operands(bits, rng):
     ("product", "config"),
     [
         (case(bits=1, group=32), Config(16, 1, 4, 16, 2)),
-        (case(bits=2, dtype=jnp.dtype(jnp.float16)), Config(128, 2, 1, 4, 2, cluster=2)),
+        (case(bits=2, dtype=F16), Config(128, 2, 1, 4, 2, cluster=2)),
+        (case(bits=1, group=128, scales=F16), Config(16, 1, 4, 16, 2)),
+        (case(bits=4, group=16, scales=F32), Config(64, 2, 2, 8, 2)),
+        (case(bits=8, group=1032, scales=BF16, dtype=F16), Config(64, 1, 2, 8, 2)),
+        (case(bits=4, group=768, scales=F16, n=256, books=2), Config(128, 2, 1, 4, 2)),
         (case(bits=4, bias=BF16), Config(64, 2, 2, 8, 2, splits=2)),
         (case(bits=8, n=256, books=2), Config(64, 1, 2, 8, 2)),
         (case(bits=4, k=2056), Config(64, 1, 4, 8, 2, splits=2)),
@@ -83,7 +90,7 @@ def test_lowers_for_a_gpu(product, config):
     arrays = Arrays(
         shape((product.m, product.k), half),
         shape((product.tiles, product.blocks, 2, 8, 32), jnp.uint16),
-        shape((product.tiles, product.quads, 64), half),
+        shape((product.tiles, product.quads, 64), product.scale_dtype),
         shape(books, jnp.float32),
         None if product.bias_dtype is None else shape((product.n,), product.bias_dtype),
     )
@@ -97,8 +104,9 @@ def test_lowers_for_a_gpu(product, config):
     [
         (dict(k=1028), Config(), "multiples of 8"),
         (dict(group_size=48), Config(), "power of two"),
-        (dict(scale_dtype=jnp.dtype(jnp.float32)), Config(), "scales"),
-        (dict(x_dtype=jnp.dtype(jnp.float32)), Config(), "float32"),
+        (dict(group_size=192), Config(), "whole row"),
+        (dict(out_dtype=F32), Config(), "outputs"),
+        (dict(x_dtype=F32), Config(), "float32"),
         (dict(books=3), Config(), "codebooks"),
         (dict(k=256), Config(splits=2), "too small"),
         ({}, Config(256, 2, 1, 16, 4), "shared memory"),

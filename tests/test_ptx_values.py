@@ -126,6 +126,31 @@ def test_integer_kernel(rng, n, k, books, config, dtype, wide_scales):
     wanted.check(_run_ptx(case, config, arrays, bias), bias)
 
 
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("n", "k", "books", "group_size", "config"),
+    [
+        (33, 1100, 1, 32, integer.Config(3, 2)),
+        (64, 2048, 2, 32, integer.Config(7, 3)),
+        (33, 1100, 1, 128, integer.Config(5, 2)),
+        (64, 2048, 2, 128, integer.Config(22, 3)),
+        (48, 3000, 1, 256, integer.Config(22, 2)),
+        (48, 4000, 1, 512, integer.Config(4, 2)),
+        (33, 8192, 1, 1024, integer.Config(16, 2)),
+    ],
+)
+def test_groups_and_scales_of_the_integer_kernel(rng, n, k, books, group_size, config, scale_dtype):
+    arrays, _, wanted = planar.product(
+        rng, 1, n, k, 1, group_size, "bfloat16", books, scale_dtype=scale_dtype
+    )
+    single = jnp.dtype(jnp.float32)
+    case = planar.case(
+        *(1, n, k, 1), group_size=group_size, books=books, scales=arrays[2].dtype, out=single
+    )
+    assert choice.unsupported_reason(case, config, H200) is None
+    wanted.check(_run_ptx(case, config, arrays, None))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     "codebook",
