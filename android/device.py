@@ -4,13 +4,28 @@ A helper of cpu/run_on_device.sh. A probe is the output of android/probe.sh.
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def _load_records() -> ModuleType:
+    """fdk_jax/benchmark/records.py by itself: the package needs JAX, which not every host has."""
+    spec = importlib.util.spec_from_file_location("records", ROOT / "fdk_jax/benchmark/records.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+records = _load_records()
 
 _MISSING = "-"
 # custom-llama-4B, 12B, 31B: hidden, layers, heads, intermediate; 8 key-value heads of 128 each.
@@ -81,8 +96,11 @@ def hottest(probe: dict[str, Any]) -> float | None:
     return max(values, default=None)
 
 
-def complete(row: dict[str, Any], before: dict, after: dict, run: dict[str, Any]) -> dict[str, Any]:
-    """A row of the benchmark with the device's state before and after it."""
+def complete(
+    found: dict[str, Any], before: dict, after: dict, run: dict[str, Any]
+) -> dict[str, Any]:
+    """The row of a measurement of `fdk_bench`, with the device's state before and after it."""
+    row = records.from_measurement(found)
     device = {k: before.get(k) for k in ("machine", "kernel", "model", "soc", "android")}
     device["cpu_features"] = before.get("cpu_features", [])
     state = {
@@ -178,14 +196,13 @@ def main() -> None:
         print(re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-").lower() or "device")
     elif options.command == "complete":
         before, after = _load(options.before), _load(options.after)
-        with open(options.output, "a") as output:
+        with records.Writer(options.output) as output:
             for line in Path(options.raw).read_text(errors="replace").splitlines():
                 try:
-                    row = json.loads(line)
+                    found = json.loads(line)
                 except json.JSONDecodeError:
                     continue  # cut off by a lost connection
-                run = json.loads(options.run)
-                output.write(json.dumps(complete(row, before, after, run)) + "\n")
+                output.write(complete(found, before, after, json.loads(options.run)))
     else:
         print(render(options.rows))
 

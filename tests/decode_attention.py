@@ -22,9 +22,9 @@ def inputs(rng, batch, kv_heads, group, head_dim, capacity, dtype, normed, lengt
     angles = rng.normal(size=(batch, head_dim // 2))
     turn = (jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
     norms = (random(head_dim), random(head_dim)) if normed else None
-    # What lies behind the tokens of a sequence must not matter.
-    behind = jnp.arange(capacity)[None, None, :, None] >= lengths[:, None, None, None]
-    keys, values = (jnp.where(behind, jnp.asarray(1e4, dtype), a) for a in (keys, values))
+    # What lies beyond the tokens of a sequence must not matter.
+    beyond = jnp.arange(capacity)[None, None, :, None] >= lengths[:, None, None, None]
+    keys, values = (jnp.where(beyond, jnp.asarray(1e4, dtype), a) for a in (keys, values))
     return (qkv, *turn, lengths, keys, values), norms
 
 

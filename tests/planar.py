@@ -127,19 +127,19 @@ def residual_product(rng, n, k, books=1, parts=5, bits=1, uniform=False):
     wanted = dataclasses.replace(wanted, x=np.asarray(scaled))
     inverse = 1 / np.sqrt(np.mean(np.asarray(x, np.float64) ** 2) + NORM_EPS)
     residual = jnp.asarray(3 * rng.normal(size=(1, n)), dtype)
-    behind = residual, jnp.asarray(rng.uniform(0.5, 2, n), dtype)
-    return (x, scaled, jnp.asarray(squares)), behind, weight, facts, wanted, inverse
+    after = residual, jnp.asarray(rng.uniform(0.5, 2, n), dtype)
+    return (x, scaled, jnp.asarray(squares)), after, weight, facts, wanted, inverse
 
 
-def check_residual(outputs, behind, expectations):
+def check_residual(outputs, after, expectations):
     """Compares (sum, scaled, squares) of a product with a residual to float64.
 
     Args:
         outputs: as the kernel leaves them.
-        behind: (residual, scale).
+        after: (residual, scale).
         expectations: of the product before the residual is added, as `Wanted.expectations` gives them.
     """
-    residual, scale = (np.asarray(a, np.float64) for a in behind)
+    residual, scale = (np.asarray(a, np.float64) for a in after)
     oracle.check(outputs[0], [e.then(add=residual) for e in expectations])
     check_scaled(outputs, scale)
 

@@ -51,7 +51,7 @@ def row(**values) -> dict:
         rel_rms_error=1e-3,
         device="Device",
     )
-    return records.make_row(case.fields(), measured, timing.statistics([4.0, 5.0, 6.0]), values)
+    return records.make_row(case.fields(), measured, records.statistics([4.0, 5.0, 6.0]), values)
 
 
 def suite(measure) -> types.SimpleNamespace:
@@ -111,6 +111,23 @@ def test_cases_that_cannot_run_become_rows(error, status, reason):
     assert made["name"] == case.name and made["device"] and made["samples_us"] is None
 
 
+def test_measurements_of_the_c_library_become_rows(tmp_path):
+    program = ROOT / "cpu/build/fdk_bench"
+    if not program.exists():
+        pytest.skip(f"{program} is not built")
+    path = tmp_path / "rows.jsonl"
+    flags = "--m 1 --k 256 --n 64 --bits 4 --threads 1 --rounds 3 --round_ms 1 --rotate_mib 1"
+    subprocess.run([program, *flags.split(), "--output", path], check=True, capture_output=True)
+    rows = records.read([path])
+    assert len(rows) == len(path.read_text().splitlines()) > 2
+    for found in rows:
+        assert list(found)[: len(records.KEYS)] == list(records.KEYS)
+        assert len(found["samples_us"]) == 3 and found["status"] == "ok" and found["isa"]
+        assert min(found["samples_us"]) <= found["median_us"] <= found["p95_us"]
+    bounds = [r["bytes_rw"] / r["read_gb_s"] / 1e3 for r in rows if r["bits"]]
+    assert [r["bound_us"] for r in rows if r["bits"]] == pytest.approx(bounds, rel=1e-3)
+
+
 def test_pallas_without_a_gpu_is_skipped():
     if jax.default_backend() == "gpu":
         pytest.skip("this machine has a GPU")
@@ -146,7 +163,7 @@ def test_cases_of_a_group_are_sampled_in_turn(max_seconds, repetitions, expected
             return float(len(ran))
 
         samples = yield run
-        return timing.statistics(samples)
+        return records.statistics(samples)
 
     session = timing.Session(repetitions, None, max_seconds)
     made = cases.make_cases(**SMALL | dict(bits=[4, 1]))
@@ -160,7 +177,7 @@ def test_cases_of_a_group_are_sampled_in_turn(max_seconds, repetitions, expected
 def test_a_case_that_breaks_while_sampled_leaves_the_others_alone():
     def measure(case, session):
         samples = yield lambda: 1.0 if case.bits == 4 else 1 / 0
-        return timing.statistics(samples)
+        return records.statistics(samples)
 
     made = cases.make_cases(**SMALL | dict(bits=[1, 4]))
     broken, good = runner.measure(suite(measure), made, timing.Session(3))

@@ -17,6 +17,7 @@ from fdk_jax.benchmark import (
     environment,
     inputs,
     kernels,
+    records,
     timing,
 )
 from fdk_jax.benchmark.cases import KernelCase
@@ -198,12 +199,12 @@ def test_a_gpu_runs_nothing_but_the_kernels(m, rng):
 
 
 def test_statistics_keep_every_sample():
-    found = timing.statistics([3.0, 1.0, 2.0, 10.0])
+    found = records.statistics([3.0, 1.0, 2.0, 10.0])
     assert found["samples_us"] == [3.0, 1.0, 2.0, 10.0]
     assert (found["median_us"], found["mean_us"]) == (2.5, 4.0)
     assert found["stderr_us"] == pytest.approx(np.std([3, 1, 2, 10], ddof=1) / 2, abs=1e-4)
     assert found["p95_us"] == pytest.approx(8.95)
-    assert timing.statistics([1.0])["stderr_us"] is None
+    assert records.statistics([1.0])["stderr_us"] is None
 
 
 def test_more_copies_than_caches_hold():

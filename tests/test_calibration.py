@@ -291,7 +291,7 @@ def test_linear_layers_by_name(llama):
 
 
 class Gate(nnx.Module):
-    """A layer behind a mask of its inputs, and one that is never called."""
+    """A layer after a mask of its inputs, and one that is never called."""
 
     def __init__(self, mask):
         self.mask = tuple(mask)

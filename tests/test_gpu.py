@@ -145,10 +145,10 @@ def test_large_and_tiny_scales(rng, bits, uniform, m, dtype, scale):
 @pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize(("n", "k", "books"), [(33, 600, 1), (6144, 4096, 3), (128, 21512, 2)])
 def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books):
-    before, behind, weight, facts, wanted, inverse = planar.residual_product(
+    before, after, weight, facts, wanted, inverse = planar.residual_product(
         rng, n, k, books, bits=bits, uniform=uniform
     )
-    residual, norm_scale = behind
+    residual, norm_scale = after
     outputs = pallas_kernels.residual_matmul(
         pallas_kernels.Scaled(*before),
         *weight,
@@ -158,7 +158,7 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books):
         **facts,
         uniform=uniform,
     )
-    planar.check_residual(outputs, behind, [e.then(factor=inverse) for e in wanted.expectations()])
+    planar.check_residual(outputs, after, [e.then(factor=inverse) for e in wanted.expectations()])
 
 
 @pytest.mark.parametrize(("bits", "uniform"), DECODERS)

@@ -39,7 +39,7 @@ def saved(tmp_path_factory) -> tuple[bytes, dict]:
 
 
 def split(data: bytes) -> tuple[dict, bytes]:
-    """The safetensors header and the data behind it."""
+    """The safetensors header and the data after it."""
     size = struct.unpack("<Q", data[:8])[0]
     return json.loads(data[8 : 8 + size]), data[8 + size :]
 

@@ -66,7 +66,7 @@ def test_add_rms_norm_kernel(rng, features, dtype):
 @pytest.mark.parametrize(
     ("batch", "launches"),
     [
-        # The first projection; attention and four products, in the first layer behind another norm; the last
+        # The first projection; attention and four products, in the first layer after another norm; the last
         # layer, with no next one; the head.
         (1, 1 + 2 * (1 + 4) + (1 + 3) + 1),
         # Two norms more in a layer, and the first one like the others.

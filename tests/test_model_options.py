@@ -24,7 +24,7 @@ OPTIONS = {
     "caps": dict(attention_soft_cap=0.7, logit_soft_cap=1.5, query_scale=0.3),
     "sinks": dict(attention_sinks=True),
     "sandwich": dict(post_norms=True, norm_offset=1.0, qk_norm=True, embedding_scale=5.5),
-    "norms behind": dict(pre_norms=False, post_norms=True, qk_norm=True, qk_norm_of="all"),
+    "norms after": dict(pre_norms=False, post_norms=True, qk_norm=True, qk_norm_of="all"),
     "gelu": dict(activation="gelu_tanh", tie_embeddings=True),
 }
 
@@ -175,7 +175,7 @@ def test_options_that_make_no_model(options, words):
 
 @pytest.mark.parametrize("name", ["window", "partial", "sinks", "caps"])
 def test_a_cache_filled_in_steps(name, rng):
-    """Rows of different lengths, each behind what its sequence holds already."""
+    """Rows of different lengths, each after what its sequence holds already."""
     model = model_of(OPTIONS[name])
     tokens = rng.integers(0, CONFIG.vocab_size, (2, 24))
     begun, more = np.array([7, 3]), np.array([4, 9])

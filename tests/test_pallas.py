@@ -227,7 +227,7 @@ def test_a_cache_file_wins_over_the_package(tmp_path, monkeypatch):
 
 
 def test_a_product_with_sum_and_norm_is_one_launch(rng):
-    before, behind, weight, facts, *_ = planar.residual_product(rng, 64, 1024)
+    before, after, weight, facts, *_ = planar.residual_product(rng, 64, 1024)
     facts |= dict(uniform=False, eps=1e-5)
 
     def run(x, weight, residual, scale):
@@ -236,19 +236,19 @@ def test_a_product_with_sum_and_norm_is_one_launch(rng):
         )
 
     scaled = pallas_kernels.Scaled(*before)
-    text = jax.jit(run).trace(scaled, weight, *behind).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(run).trace(scaled, weight, *after).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call") == 1
     [(_, operands)] = _launches(text)
     assert operands == 7
     with pytest.raises(ValueError, match="norm_scale is None"):
-        run(scaled, weight, behind[0], None)
+        run(scaled, weight, after[0], None)
     with pytest.raises(ValueError, match=r"residual is bfloat16\(1, 63\)"):
-        run(scaled, weight, behind[0][:, 1:], behind[1])
+        run(scaled, weight, after[0][:, 1:], after[1])
     with pytest.raises(ValueError, match="squares is bfloat16"):
-        run(scaled._replace(squares=scaled.squares.astype(HALF)), weight, *behind)
+        run(scaled._replace(squares=scaled.squares.astype(HALF)), weight, *after)
     for dtype in (jnp.float32, jnp.float16):
         with pytest.raises(NotImplementedError, match="do so apart"):
-            run(before[0].astype(dtype), weight, *(a.astype(dtype) for a in behind))
+            run(before[0].astype(dtype), weight, *(a.astype(dtype) for a in after))
 
 
 @ONLY_WITH_A_GPU

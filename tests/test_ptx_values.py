@@ -245,7 +245,7 @@ def test_integer_kernel_is_exact_for_integers(rng):
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books, config, normed, residual):
-    before, behind, weight, _, wanted, inverse = planar.residual_product(
+    before, after, weight, _, wanted, inverse = planar.residual_product(
         rng, n, k, books, 70, bits, uniform
     )
     options = dict(norm_eps=planar.NORM_EPS, squares=70) if normed else {}
@@ -256,7 +256,7 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books, config
     bias = rng.normal(size=n).astype(HALF)
     _, x, squares = (np.asarray(a) for a in before)
     operands = [np.asarray(case.pad(x)), *map(np.asarray, weight), bias]
-    operands += [squares] * normed + [np.asarray(a) for a in behind] * residual
+    operands += [squares] * normed + [np.asarray(a) for a in after] * residual
     kernel = choice.KERNELS[choice.kernel_of(config)]
     row, outputs = np.full((1, n), np.nan, HALF), ()
     if residual:
@@ -273,7 +273,7 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books, config
         e.then(factor=factor, add=bias.astype(np.float64)) for e in wanted.expectations()
     ]
     if residual:
-        planar.check_residual(outputs, behind, expectations)
+        planar.check_residual(outputs, after, expectations)
     else:
         oracle.check(row, expectations)
 

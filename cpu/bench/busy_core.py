@@ -10,7 +10,6 @@ equal split would take as long as one thread alone at best.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -96,18 +95,18 @@ def main() -> None:
         print(f"{threads} thread(s), {busy} busy processor(s): {median:7.1f} us")
     print(f"bound with the busy processor: {bound:.1f} us ({bound / medians[1, whole]:.0%} of it)")
     if args.output:
-        from fdk_jax.benchmark import records, timing
+        from fdk_jax.benchmark import records
 
         case = {
             "suite": "kernels", "name": "codebook_int8_jit", "backend": "cpu", "m": 1, "k": args.k,
             "n": args.k, "bits": args.bits, "group_size": 64, "codebook": "nf4", "dtype": "bfloat16",
             "ops": 2 * args.k**2, "arithmetic": "int8",
         }  # fmt: skip
-        with args.output.open("a") as file:
+        with records.Writer(args.output) as writer:
             for threads, busy, values in rows:
                 extra = {"threads": threads, "busy_cores": busy}
-                row = records.make_row(facts[threads], case, timing.statistics(values), extra)
-                file.write(json.dumps(row) + "\n")
+                row = records.make_row(facts[threads], case, records.statistics(values), extra)
+                writer.write(row)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ def start(index: int, config: ModelConfig, steps: int) -> tuple[Any, Any]:
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of all cases."""
-    from fdk_jax.benchmark import timing
+    from fdk_jax.benchmark import records
 
     config = dataclasses.replace(custom_llama("1B"), num_layers=args.layers)
     chosen = [i for i, case in enumerate(CASES) if re.search(args.cases, case.name)]
@@ -239,7 +239,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if isinstance(found, str):
             yield row | {"status": "skipped", "reason": found}
             continue
-        row |= found | timing.statistics([s * 1e6 for s in samples[i]])
+        row |= found | records.statistics([s * 1e6 for s in samples[i]])
         yield row | {"tokens_per_s": round(1e6 / row["median_us"], 2)}
 
 

@@ -126,7 +126,7 @@ def serve(pipe: Connection, name: str, path: Path, context: int) -> None:
 
 def measure(args: argparse.Namespace, path: Path) -> list[dict]:
     """The rows of all cases."""
-    from fdk_jax.benchmark import timing
+    from fdk_jax.benchmark import records
 
     size = path.stat().st_size
     context = multiprocessing.get_context("spawn")
@@ -174,7 +174,7 @@ def measure(args: argparse.Namespace, path: Path) -> list[dict]:
             print(row["name"], row["prompt"], found, flush=True)
     for row, _, samples in running:
         first, later, peak = zip(*samples, strict=True)
-        row |= timing.statistics([s * 1e6 for s in first]) | {"peak_bytes": max(peak)}
+        row |= records.statistics([s * 1e6 for s in first]) | {"peak_bytes": max(peak)}
         row |= {"decode_us": [round(s * 1e6, 1) for s in later]}
         row |= {"tokens_per_s": round(1 / float(np.median(later)), 2)}
     return rows

@@ -1,4 +1,4 @@
-// Rows of the project's JSONL schema.
+// Measurements as lines of JSON.
 #pragma once
 
 #if !defined(_WIN32)
@@ -11,7 +11,6 @@
 #include <cstdlib>
 #include <ctime>
 #include <fstream>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -44,15 +43,7 @@ inline std::string processor_name() {
 #endif
 }
 
-inline std::string number(double value) {
-  if (!std::isfinite(value)) return "null";
-  char text[32];
-  std::snprintf(text, sizeof text, "%.6g", value);
-  return text;
-}
-
 inline std::string quoted(const std::string &text) {
-  if (text.empty()) return "null";
   std::string out = "\"";
   for (const char c : text)
     if (c == '"' || c == '\\') out += std::string("\\") + c;
@@ -60,47 +51,77 @@ inline std::string quoted(const std::string &text) {
   return out + "\"";
 }
 
-inline std::string integer(int64_t value) { return value == 0 ? "null" : std::to_string(value); }
+// An object of JSON in the making. What is empty, zero or not finite is left out.
+class Object {
+ public:
+  void add(const char *key, const std::string &text) {
+    if (!text.empty()) add_raw(key, quoted(text));
+  }
+  void add(const char *key, int64_t value) {
+    if (value != 0) add_raw(key, std::to_string(value));
+  }
+  void add(const char *key, double value) {
+    if (std::isfinite(value)) add_raw(key, number(value));
+  }
+  void add(const char *key, const std::vector<double> &values) {
+    std::string list;
+    for (const double value : values) list += (list.empty() ? "" : ", ") + number(value);
+    add_raw(key, "[" + list + "]");
+  }
+  void add_raw(const char *key, const std::string &json) {
+    text_ += (text_.empty() ? "" : ", ") + quoted(key) + ": " + json;
+  }
+  std::string text() const { return "{" + text_ + "}"; }
+
+ private:
+  static std::string number(double value) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.6g", value);
+    return text;
+  }
+  std::string text_;
+};
 
 struct Bounds {
   double copy_gb_s, read_gb_s;
 };
 
+// What was measured of a case. Rows are made of it by fdk_jax/benchmark/records.py, which knows
+// their keys and what follows from samples.
 inline std::string to_json(const Options &o, const Case &c, const Bounds &bounds) {
-  const double count = static_cast<double>(c.samples_us.size());
-  double mean = 0;
-  for (const double s : c.samples_us) mean += s / count;
-  double variance = 0;
-  for (const double s : c.samples_us) variance += (s - mean) * (s - mean) / (count - 1);
-  std::string samples;
-  for (const double s : c.samples_us) samples += (samples.empty() ? "" : ", ") + number(s);
   char date[32];
   const std::time_t t = std::time(nullptr);
   std::strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%S+00:00", std::gmtime(&t));
-  const bool weights = c.bits != 0;
-  std::stringstream s;
-  s << "{\"schema\": 2, \"suite\": " << quoted(o.suite) << ", \"name\": " << quoted(c.name)
-    << ", \"backend\": " << quoted(c.backend) << ", \"m\": " << integer(c.m)
-    << ", \"k\": " << integer(c.k) << ", \"n\": " << integer(c.n)
-    << ", \"bits\": " << integer(c.bits) << ", \"group_size\": " << integer(c.group_size)
-    << ", \"codebook\": " << quoted(c.codebook) << ", \"dtype\": " << quoted(c.dtype)
-    << ", \"threads\": " << c.threads << ", \"bytes_rw\": " << static_cast<int64_t>(c.bytes)
-    << ", \"ops\": " << static_cast<int64_t>(c.ops) << ", \"samples_us\": [" << samples
-    << "], \"median_us\": " << number(quantile(c.samples_us, 0.5))
-    << ", \"p95_us\": " << number(quantile(c.samples_us, 0.95)) << ", \"mean_us\": " << number(mean)
-    << ", \"stderr_us\": " << number(std::sqrt(variance / count))
-    << ", \"rel_rms_error\": " << number(c.error) << ", \"plain_rel_rms_error\": null"
-    << ", \"copy_gb_s\": " << number(bounds.copy_gb_s)
-    << ", \"read_gb_s\": " << number(bounds.read_gb_s)
-    << ", \"bound_us\": " << number(weights ? c.bytes / bounds.read_gb_s * 1e-3 : std::nan(""))
-    << ", \"device\": " << quoted(o.device.empty() ? processor_name() : o.device)
-    << ", \"driver\": null, \"versions\": {\"compiler\": " << quoted(kCompiler)
-    << ", \"fdk_abi\": " << fdk_abi_version() << "}, \"digest\": " << quoted(o.digest)
-    << ", \"commit\": null, \"date\": " << quoted(date)
-    << ", \"status\": \"ok\", \"reason\": null, \"arithmetic\": " << quoted(c.arithmetic)
-    << ", \"isa\": " << quoted(c.isa.empty() ? fdk_isa() : c.isa)
-    << ", \"kernel\": " << quoted(c.kernel) << ", \"busy_cores\": " << o.busy_cores << "}";
-  return s.str();
+  Object versions;
+  versions.add("compiler", std::string(kCompiler));
+  versions.add("fdk_abi", int64_t{fdk_abi_version()});
+  Object row;
+  row.add("suite", o.suite);
+  row.add("name", c.name);
+  row.add("backend", c.backend);
+  row.add("m", c.m);
+  row.add("k", c.k);
+  row.add("n", c.n);
+  row.add("bits", c.bits);
+  row.add("group_size", c.group_size);
+  row.add("codebook", c.codebook);
+  row.add("dtype", c.dtype);
+  row.add("threads", c.threads);
+  row.add("bytes_rw", static_cast<int64_t>(c.bytes));
+  row.add_raw("ops", std::to_string(static_cast<int64_t>(c.ops)));  // a probe has none: 0
+  row.add("samples_us", c.samples_us);
+  row.add("rel_rms_error", c.error);
+  row.add("copy_gb_s", bounds.copy_gb_s);
+  row.add("read_gb_s", bounds.read_gb_s);
+  row.add("device", o.device.empty() ? processor_name() : o.device);
+  row.add_raw("versions", versions.text());
+  row.add("digest", o.digest);
+  row.add("date", std::string(date));
+  row.add("arithmetic", c.arithmetic);
+  row.add("isa", c.isa.empty() ? fdk_isa() : c.isa);
+  row.add("kernel", c.kernel);
+  row.add_raw("busy_cores", std::to_string(o.busy_cores));
+  return row.text();
 }
 
 }  // namespace fdk::bench

@@ -36,7 +36,7 @@ ARM_ISAS = {
     "bf16": "-march=armv8.2-a+dotprod+i8mm+bf16",
     "sve2": "-march=armv8.2-a+dotprod+i8mm+bf16+sve2",
 }
-# For zig's clang, which takes features behind the name of a processor. No SVE2 outside Linux.
+# For zig's clang, which takes features after the name of a processor. No SVE2 outside Linux.
 ZIG_ARM_ISAS = {
     "neon": "",
     "dotprod": "-mcpu=generic+dotprod",

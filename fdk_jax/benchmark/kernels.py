@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fdk_jax
-from fdk_jax.benchmark import accuracy, environment, inputs, probes, timing
+from fdk_jax.benchmark import accuracy, environment, inputs, probes, records, timing
 from fdk_jax.benchmark.cases import KernelCase, make_cases
 
 __all__ = ["Workload", "group", "make_cases", "measure", "prepare"]
@@ -100,7 +100,7 @@ def measure(case: KernelCase, session: timing.Session) -> timing.Measurement:
     if run is None:
         return result
     seconds = yield run
-    return result | timing.statistics([s / calls * 1e6 for s in seconds])
+    return result | records.statistics([s / calls * 1e6 for s in seconds])
 
 
 def _ready(case: KernelCase, session: timing.Session):

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 import fdk_jax
-from fdk_jax.benchmark import environment, inputs, probes, timing
+from fdk_jax.benchmark import environment, inputs, probes, records, timing
 from fdk_jax.models import (
     Generator,
     KVCache,
@@ -45,7 +45,7 @@ class ModelCase:
 
     Attributes:
         model: "custom-llama-4B", "-12B", "-31B" or "-1B" (random weights), or a checkpoint folder. With
-            "-head8" behind a name the final projection has 8 bits.
+            "-head8" after a name the final projection has 8 bits.
         backend: "pallas", "cpu" or "xla"; of a model that is not quantised always "xla".
         bits: 1, 2, 4, 8, or 16 for weights that are not quantised.
         batch: sequences decoded together.
@@ -170,8 +170,8 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
             return out.decode_seconds / out.decode_steps
 
         seconds = yield run
-    result |= timing.statistics([s * 1e6 for s in seconds])
-    first = timing.statistics([s * 1e6 for s in first_token[-len(seconds) :]])
+    result |= records.statistics([s * 1e6 for s in seconds])
+    first = records.statistics([s * 1e6 for s in first_token[-len(seconds) :]])
     return result | {
         "tokens_per_s": round(case.batch / result["median_us"] * 1e6, 2),
         "first_token_us": first["median_us"],
@@ -242,7 +242,7 @@ def _make(case: ModelCase) -> Transformer:
 
 
 def _errors(model: Transformer, case: ModelCase) -> dict[str, float]:
-    """Relative RMS errors behind the first two layers and the last norm, against float32 dequantised weights.
+    """Relative RMS errors after the first two layers and the last norm, against float32 dequantised weights.
 
     Of one token a sequence, by the plan that a step of this batch size has, chains included;
     of prompts of this length; and of the same token with weights that were dequantised to the model's dtype,
@@ -283,7 +283,7 @@ def _dense(part: nnx.List, config: ModelConfig, dtype: str) -> nnx.List:
 
 
 def _one_token(part: nnx.List, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """[B, D] behind the last norm, of one token a sequence [B, D] with an empty cache."""
+    """[B, D] after the last norm, of one token a sequence [B, D] with an empty cache."""
     shape = (len(x), config.num_kv_heads, 64, config.head_dim)
     caches = (jnp.zeros(shape, x.dtype),) * (len(part) - 1)
     graph, state = nnx.split(part)
@@ -299,7 +299,7 @@ def _one_token(part: nnx.List, x: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def _whole_prompt(part: nnx.List, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """[B, T, D] behind the last norm, of prompts [B, T, D]."""
+    """[B, T, D] after the last norm, of prompts [B, T, D]."""
     graph, state = nnx.split(part)
 
     @jax.jit

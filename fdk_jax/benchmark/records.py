@@ -1,10 +1,14 @@
-"""Rows of results: their keys, and the JSONL file that holds them."""
+"""Rows of results: their keys, what follows from their samples, and the JSONL file that holds them.
+
+Of the standard library alone, so that programs beside the package may load this file where there is no JAX.
+"""
 
 import datetime
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import statistics as stdlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,6 +45,33 @@ def make_row(*parts: Mapping[str, Any]) -> dict[str, Any]:
     if given["status"] != "ok" and not given.get("reason"):
         raise ValueError(f"a row that is {given['status']} must say why: {given.get('name')}")
     return {key: given.get(key) for key in KEYS} | given
+
+
+def statistics(samples_us: Sequence[float]) -> dict[str, Any]:
+    """The keys of a row that hold the samples and what follows from them, in microseconds a call."""
+    ordered = sorted(map(float, samples_us))
+    at = 0.95 * (len(ordered) - 1)
+    low, high = ordered[math.floor(at)], ordered[math.ceil(at)]
+    spread = stdlib.stdev(ordered) / math.sqrt(len(ordered)) if len(ordered) > 1 else None
+    return {
+        "samples_us": [round(float(v), 4) for v in samples_us],
+        "median_us": round(stdlib.median(ordered), 4),
+        "p95_us": round(low + (at - math.floor(at)) * (high - low), 4),
+        "mean_us": round(stdlib.fmean(ordered), 4),
+        "stderr_us": None if spread is None else round(spread, 4),
+    }
+
+
+def from_measurement(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a line of `fdk_bench`: what a case was and its samples, nothing that follows from them.
+
+    Args:
+        found: keys and values of a row, `samples_us` among them; the bound of a product is that of its bytes.
+    """
+    row = make_row(found, statistics(found["samples_us"]))
+    if row["bits"] and row["read_gb_s"]:
+        row["bound_us"] = round(row["bytes_rw"] / row["read_gb_s"] / 1e3, 4)
+    return row
 
 
 class Writer:
@@ -92,7 +123,7 @@ def _finite(value: Any) -> Any:
 
 
 def read(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]]:
-    """The rows of JSONL files; a torn line (of a run that was killed) is left out.
+    """The rows of JSONL files, measurements of `fdk_bench` among them; a torn line is left out.
 
     Raises:
         OSError: a file cannot be read.
@@ -106,7 +137,11 @@ def read(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if isinstance(row, dict) and row.get("schema") == SCHEMA:
+            if not isinstance(row, dict):
+                continue
+            if "schema" not in row and "samples_us" in row:
+                row = from_measurement(row)
+            if row.get("schema") == SCHEMA:
                 found.append(row)
         if not found:
             raise ValueError(f"{path} holds no rows of schema {SCHEMA}")

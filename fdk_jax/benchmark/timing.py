@@ -1,15 +1,13 @@
-"""Timing of one compiled loop over rotating copies of a weight, and the statistics of its samples."""
+"""Timing of one compiled loop over rotating copies of a weight."""
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 Step = Callable[[Array, Any], Array]
@@ -107,19 +105,6 @@ def seconds_of_call(function: Callable[[], Any]) -> float:
         jax.block_until_ready(function())
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def statistics(samples_us: Sequence[float]) -> dict[str, Any]:
-    """The keys of a row that hold the samples and what follows from them, in microseconds a call."""
-    values = np.asarray(samples_us, np.float64)
-    spread = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {
-        "samples_us": [round(float(v), 4) for v in values],
-        "median_us": round(float(np.median(values)), 4),
-        "p95_us": round(float(np.percentile(values, 95)), 4),
-        "mean_us": round(float(values.mean()), 4),
-        "stderr_us": None if spread is None else round(float(spread), 4),
-    }
 
 
 @functools.cache

@@ -39,7 +39,7 @@ def _e2m1(codes: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """A type to write: its number, the bytes of codes of a block, and whether the scale comes behind them."""
+    """A type to write: its number, the bytes of codes of a block, and whether the scale comes after them."""
 
     number: int
     pack: Callable[[np.ndarray], np.ndarray]

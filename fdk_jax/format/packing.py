@@ -260,7 +260,7 @@ def from_tiled(
 
 
 def _permute(a: Array, lead: int, order: tuple[int, ...]) -> Array:
-    """Transposes the axes behind the first `lead` ones."""
+    """Transposes the axes after the first `lead` ones."""
     return a.transpose(*range(lead), *(lead + i for i in order))
 
 

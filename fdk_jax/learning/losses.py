@@ -9,7 +9,7 @@ def next_token_losses(logits: Array, tokens: Array) -> Array:
     """Cross-entropy of each token given those before it.
 
     Args:
-        logits: float [B, T, V], of the position behind each token.
+        logits: float [B, T, V], of the position after each token.
         tokens: int [B, T].
 
     Returns:

@@ -13,8 +13,8 @@ class Block(NamedTuple):
 
     Attributes:
         layer: Whose output projection and feed-forward block come first.
-        norm: Behind this layer: the next one's before attention (None without one), or the model's last.
-        qkv: The next layer's projection, or None behind the last layer.
+        norm: After this layer: the next one's before attention (None without one), or the model's last.
+        qkv: The next layer's projection, or None after the last layer.
     """
 
     layer: Layer
@@ -23,9 +23,9 @@ class Block(NamedTuple):
 
 
 def blocks(layers: Sequence[Layer], norm: RMSNorm) -> list[Block]:
-    """One block a layer, with the model's last norm behind the last of them."""
+    """One block a layer, with the model's last norm after the last of them."""
     following = [(layer.attention_norm, layer.attention.qkv) for layer in layers[1:]]
     return [
-        Block(layer, *behind)
-        for layer, behind in zip(layers, [*following, (norm, None)], strict=True)
+        Block(layer, *after)
+        for layer, after in zip(layers, [*following, (norm, None)], strict=True)
     ]

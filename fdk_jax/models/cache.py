@@ -45,7 +45,7 @@ def fill(kept: Array, cache_length: int) -> Array:
 
 
 def append(cache: Array, new: Array, lengths: Array) -> Array:
-    """Writes one token's keys (or values) behind those that each sequence holds.
+    """Writes one token's keys (or values) after those that each sequence holds.
 
     A full cache has its last slot overwritten.
 
@@ -68,7 +68,7 @@ def write(cache: Array, new: Array, starts: Array) -> Array:
     Args:
         cache: [batch, kv_heads, cache_length, head_dim].
         new: [batch, tokens, kv_heads, head_dim].
-        starts: int32 [batch] or [1], slot of the first token of each sequence. The run has to fit behind it: a
+        starts: int32 [batch] or [1], slot of the first token of each sequence. The run has to fit after it: a
             dynamic slice that does not is moved, over what came before.
     """
     rows = new.transpose(0, 2, 1, 3).astype(cache.dtype)

@@ -153,7 +153,7 @@ class ModelConfig:
         activation: Of the gate: "silu", "gelu" or "gelu_tanh".
         norm_offset: Added to every norm's scale, and the product is then in float32 (1 for Gemma).
         pre_norms: Norms before attention and the feed-forward block.
-        post_norms: Norms behind them, before the residual sum.
+        post_norms: Norms after them, before the residual sum.
         embedding_scale: Multiplies the embedding's rows, rounded to the model's dtype.
         residual_scale: Multiplies what attention and the feed-forward block add to the residual stream.
         logit_divisor: Divides the logits.
@@ -208,7 +208,7 @@ class ModelConfig:
         if self.qk_norm_of not in ("head", "all"):
             raise ValueError(f'qk_norm_of={self.qk_norm_of!r} must be "head" or "all"')
         if not (self.pre_norms or self.post_norms):
-            raise ValueError("a layer needs norms before or behind its blocks")
+            raise ValueError("a layer needs norms before or after its blocks")
         for layer in {self.layer(index) for index in range(self.num_layers)}:
             rotary = (layer.rope and layer.rope.rotary_dim) or self.head_dim
             if rotary % 2 or not 0 < rotary <= self.head_dim:

@@ -44,11 +44,11 @@ def turns(layers: Sequence[Layer], positions: Array, lengths: Array, ends: Array
 def step(
     layers: Sequence[Layer], norm: RMSNorm, x: Array, cache: KVCache
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """All layers and the norm behind them for one token a sequence.
+    """All layers and the norm after them for one token a sequence.
 
     Args:
         layers: Of the model, at least one.
-        norm: Behind the last of them.
+        norm: After the last of them.
         x: [B, D], the tokens' rows of the embedding.
         cache: What came before them.
 
@@ -91,9 +91,9 @@ def _run_layer(plan, graphdef, state, stream, projected, cos, sin, lengths, keys
 
 @dataclasses.dataclass(frozen=True)
 class _Apart:
-    """Every product by itself, and a residual sum with the norm behind it: the plan for every model.
+    """Every product by itself, and a residual sum with the norm after it: the plan for every model.
 
-    The stream is (the residual stream [B, D], the same behind the newest norm).
+    The stream is (the residual stream [B, D], the same after the newest norm).
     """
 
     def enter(self, x: Array, norm: RMSNorm | None, qkv: nnx.Module) -> tuple[Any, Array]:

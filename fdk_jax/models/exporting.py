@@ -92,7 +92,7 @@ def _on_host(w: QuantisedTensor) -> QuantisedTensor:
 
 
 def _add(found: dict[str, Give], linear, parts) -> None:
-    """The parts of a linear layer, which lie one behind the other along its outputs."""
+    """The parts of a linear layer, which lie one after the other along its outputs."""
     begin = 0
     for part in parts:
         rows = slice(begin, begin + part.shape[0])

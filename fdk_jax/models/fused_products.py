@@ -26,7 +26,7 @@ from pallas_kernels.case import Arrays
 class InProducts:
     """Four launches between two attentions: each product has the sum or the norm beside it.
 
-    The stream is the residual sum on its way through the next norm.
+    The stream is the residual sum, its next norm deferred to the product that follows.
     """
 
     def takes(self, block: Block, x: Array) -> bool:
@@ -40,7 +40,7 @@ class InProducts:
         return stream, _product(qkv, x)(stream, eps=norm.eps)
 
     def between(self, block: Block, stream: Scaled, mixed: Array) -> tuple[Scaled, Array | None]:
-        """A block behind its attention: the stream behind it, and the next queries, keys and values."""
+        """A block after its attention: the stream after it, and the next queries, keys and values."""
         attention, mlp, inner, norm, qkv = _usual(block)
         product = functools.partial(_product, x=stream.total)
         stream = product(attention.out)(mixed, residual=stream.total, norm_scale=inner.scale[...])
@@ -49,7 +49,7 @@ class InProducts:
         return stream, None if qkv is None else product(qkv)(stream, eps=norm.eps)
 
     def leave(self, stream: Scaled, norm: RMSNorm) -> Array:
-        """The normed stream behind the last layer, [1, D]."""
+        """The normed stream after the last layer, [1, D]."""
         return _from_scaled(stream, norm.eps)
 
 
@@ -57,7 +57,7 @@ class InProducts:
 class InChains(InProducts):
     """One launch between two attentions.
 
-    The stream is the residual sum [1, D]; behind the last layer it is on its way through the norm.
+    The stream is the residual sum [1, D]; after the last layer its norm is deferred.
     """
 
     def takes(self, block: Block, x: Array) -> bool:
@@ -154,7 +154,7 @@ def _product(linear: nnx.Module, x: Array) -> Callable:
 def _residual_kernel(linear: nnx.Module, x: Array) -> Callable | None:
     """`pallas_kernels.residual_matmul` with the weight of a layer, for inputs like x [B, K].
 
-    None if no GPU kernel takes the norm before this product, and the residual sum behind it, with it.
+    None if no GPU kernel takes the norm before this product, and the residual sum after it, with it.
     """
     found = _planar(linear, x)
     if found is None or pallas_kernels.residual_plan(found[0], **found[1]) is None:
@@ -191,7 +191,7 @@ def _planar(linear: nnx.Module, x: Array) -> tuple[Arrays, dict[str, Any]] | Non
 
 
 def _to_scaled(x: Array, scale: Array) -> Scaled:
-    """A residual stream [1, D] on its way through a norm."""
+    """A residual stream [1, D] with a deferred norm."""
     squares = jnp.square(x.astype(jnp.float32)).sum(axis=1)
     return Scaled(x, x * scale[None, :], squares)
 

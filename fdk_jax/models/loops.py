@@ -97,14 +97,14 @@ class Reading:
 
     Attributes:
         lengths: int32 [B], tokens of each prompt.
-        last: [B, D], the stream behind each prompt's last token, once that has been read.
+        last: [B, D], the stream after each prompt's last token, once that has been read.
     """
 
     lengths: Array
     last: Array
 
     def seen(self, x: Array, start: Array | int) -> "Reading":
-        """After a run of tokens from `start` on, with x [B, T, D] behind the layers."""
+        """After a run of tokens from `start` on, with x [B, T, D] after the layers."""
         at = self.lengths - 1 - start
         rows = jnp.clip(at, 0, x.shape[1] - 1)[:, None, None]
         row = jnp.take_along_axis(x, rows, axis=1)[:, 0]
@@ -131,7 +131,7 @@ def resume(
 def finish(
     model: Transformer, cache: KVCache, reading: Reading, options: Options, *, method: Method
 ) -> tuple[KVCache, Progress]:
-    """Chooses the first new token of each sequence behind its prompt."""
+    """Chooses the first new token of each sequence after its prompt."""
     token = options.choose(model.logits(reading.last), 0, method, model.parallel)
     return cache, Progress(token, options.is_stop(token), jnp.int32(1))
 

@@ -186,7 +186,7 @@ class MLP(nnx.Module):
 def make_feed_forward(
     config: ModelConfig, options: LayerOptions, parallel: Parallel | None, rngs: nnx.Rngs
 ) -> MLP | MixtureOfExperts:
-    """The block behind attention, which maps [..., D] to [..., D]: the place for other kinds than `MLP`."""
+    """The block after attention, which maps [..., D] to [..., D]: the place for other kinds than `MLP`."""
     if options.experts is not None:
         if parallel is not None:
             raise NotImplementedError("tensor parallelism of a mixture of experts")
@@ -198,7 +198,7 @@ def make_feed_forward(
 
 
 class Layer(nnx.Module):
-    """Attention and a feed-forward block, each around a residual, with norms before or behind it.
+    """Attention and a feed-forward block, each around a residual, with norms before or after it.
 
     Attributes:
         attention_norm: Norm before attention, or None.
@@ -253,7 +253,7 @@ class Layer(nnx.Module):
             mixed: [B, H * d], what attention leaves.
 
         Returns:
-            (x, delta), whose sum is the residual stream behind this layer: it and the norm behind it are
+            (x, delta), whose sum is the residual stream after this layer: it and the norm after it are
             one operation.
         """
         delta = self._scaled(normed(self.attention_post_norm, self.attention.output(mixed)))
@@ -271,7 +271,7 @@ def normed(norm: RMSNorm | None, x: Array) -> Array:
 
 
 def add_and_norm(norm: RMSNorm | None, x: Array, delta: Array) -> tuple[Array, Array]:
-    """(x + delta, the same behind a norm where there is one), both [B, D]."""
+    """(x + delta, the same after a norm where there is one), both [B, D]."""
     if norm is None:
         return x + delta, x + delta
     return norm.after_add(x, delta)

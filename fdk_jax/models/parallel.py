@@ -86,7 +86,7 @@ class Parallel:
 
         Raises:
             ValueError: a dimension that the devices do not divide.
-            NotImplementedError: biases behind a projection that is cut along its inputs.
+            NotImplementedError: biases after a projection that is cut along its inputs.
         """
         if config.output_bias or config.mlp_bias:
             raise NotImplementedError("tensor parallelism of output_bias or mlp_bias")

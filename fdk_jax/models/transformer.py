@@ -65,7 +65,7 @@ class Transformer(nnx.Module):
                 of its own for long sequences chooses by them.
 
         Returns:
-            float32 [B, V], the logits behind each prompt's last token; and the cache.
+            float32 [B, V], the logits after each prompt's last token; and the cache.
         """
         lengths = lengths.astype(jnp.int32)
         ends = lengths if ends is None else ends.astype(jnp.int32)
@@ -83,7 +83,7 @@ class Transformer(nnx.Module):
             cache: What came before them.
 
         Returns:
-            float32 [B, V], the logits behind each row's last token; and the longer cache.
+            float32 [B, V], the logits after each row's last token; and the longer cache.
         """
         lengths = cache.lengths + counts
         ends = lengths if cache.ends is None else cache.ends
@@ -104,7 +104,7 @@ class Transformer(nnx.Module):
             cache_length: Slots of the new cache.
 
         Returns:
-            The stream behind the layers [B, T, D], and the cache, which has these lengths and ends already.
+            The stream after the layers [B, T, D], and the cache, which has these lengths and ends already.
         """
         x, keys, values = self._run(tokens, lengths, ends)
         keys, values = (tuple(fill(a, cache_length) for a in arrays) for arrays in (keys, values))
@@ -117,7 +117,7 @@ class Transformer(nnx.Module):
         return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
 
     def logits(self, x: Array) -> Array:
-        """The stream behind the layers [..., D] to logits float32 [..., V]."""
+        """The stream after the layers [..., D] to logits float32 [..., V]."""
         return self._head(self.norm(x))
 
     def decode(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:

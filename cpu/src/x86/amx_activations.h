@@ -11,7 +11,7 @@ namespace fdk {
 namespace {
 
 // Registers that the words of a block fill; the last one ends with zeros, so that what it reads
-// behind the block meets nothing.
+// after the block meets nothing.
 template <typename A>
 inline int64_t block_registers(const Block &block) {
   return ceil_div((block.step_end - block.step_begin) * A::kVectors, kMatrixRows);
