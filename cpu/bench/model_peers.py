@@ -285,9 +285,7 @@ def main() -> None:
         rows.append(records.make_row(here | row | {"versions": versions}))
     print(table(rows))
     if args.output:
-        with records.Writer(args.output) as writer:
-            for row in rows:
-                writer.write(row)
+        records.append(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ choose by allocator.
 
 import argparse
 import ctypes
-import datetime
 import functools
 import gc
-import json
+import importlib.util
 import os
 import platform
 import re
@@ -29,6 +28,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 # A thread of one OpenMP runtime must not spin (200 ms by default) while another library is timed.
 os.environ.setdefault("KMP_BLOCKTIME", "10")
@@ -36,7 +36,6 @@ _SETTLE_SECONDS = 0.03
 
 import clock  # noqa: E402
 import ggml_case  # noqa: E402
-import numpy as np  # noqa: E402
 from peer_cases import (  # noqa: E402
     GROUP,
     LIBRARY,
@@ -46,17 +45,22 @@ from peer_cases import (  # noqa: E402
     torch_case,
 )
 
-KEYS = (
-    "suite", "name", "backend", "m", "k", "n", "bits", "group_size", "codebook", "dtype", "threads",
-    "bytes_rw", "ops", "samples_us", "median_us", "p95_us", "mean_us", "stderr_us", "rel_rms_error",
-    "plain_rel_rms_error",
-    "copy_gb_s", "read_gb_s", "bound_us", "device", "driver", "versions", "digest", "commit", "date",
-    "status", "reason",
-)  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("numpy", "torch", "onnxruntime", "llama-cpp-python")
 _SAMPLE_SECONDS = 0.01
 _PR_SET_THP_DISABLE = 41
+
+
+def _load_records() -> ModuleType:
+    """fdk_jax/benchmark/records.py by itself: the environment of the peers lacks JAX."""
+    spec = importlib.util.spec_from_file_location("records", ROOT / "fdk_jax/benchmark/records.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+records = _load_records()
 
 
 def processor() -> str:
@@ -140,23 +144,11 @@ def facts() -> dict:
     library.fdk_isa.restype = ctypes.c_char_p
 
     return {
-        "schema": 2,
         "suite": "kernels",
         "device": processor(),
         "versions": versions,
         "digest": source_digest(),
         "isa": library.fdk_isa().decode(),
-    }
-
-
-def statistics_of(samples: list[float]) -> dict:
-    """The keys of a row that follow from its samples."""
-    return {
-        "samples_us": [round(s, 2) for s in samples],
-        "median_us": round(statistics.median(samples), 2),
-        "mean_us": round(statistics.mean(samples), 2),
-        "p95_us": round(float(np.quantile(samples, 0.95)), 2),
-        "stderr_us": round(statistics.stdev(samples) / len(samples) ** 0.5, 3),
     }
 
 
@@ -167,8 +159,8 @@ def measure(
     k, n = shape
     rows, running = [], []
     for backend, name, width, make in cases:
-        row = dict.fromkeys((*KEYS, "kernel")) | shared
-        row |= {"backend": backend, "name": name, "bits": width, "m": m, "k": k, "n": n}
+        row = shared | {"backend": backend, "name": name, "bits": width, "m": m, "k": k, "n": n}
+        row["kernel"] = None
         row |= {"threads": threads, "ops": 2 * m * k * n, "group_size": GROUP}
         if backend == "ggml" or width == 16:
             row["group_size"] = None  # of the type; none
@@ -184,7 +176,7 @@ def measure(
                 "reason": f"{type(error).__name__}: {error}".splitlines()[0],
             }
             continue
-        row |= {"status": "ok", "bytes_rw": product.bytes_rw, "kernel": product.kernel}
+        row |= {"bytes_rw": product.bytes_rw, "kernel": product.kernel}
         running.append((row, product, []))
     counter = [0]
     for round_number in range(rounds + 1):
@@ -192,10 +184,9 @@ def measure(
             value = (product.sample or functools.partial(sample, product))(counter)
             if round_number:
                 samples.append(value)
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     for row, _, samples in running:
-        row |= {**statistics_of(samples), "date": date}
-    return rows
+        row |= records.statistics(samples)
+    return [records.make_row(row) for row in rows]
 
 
 def show(rows: list[dict]) -> None:
@@ -247,8 +238,7 @@ def main() -> None:
                 ggml_case.stop()
                 gc.collect()
                 if args.output:
-                    with args.output.open("a") as file:
-                        file.writelines(json.dumps(row) + "\n" for row in rows)
+                    records.append(args.output, rows)
 
 
 if __name__ == "__main__":

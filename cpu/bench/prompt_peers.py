@@ -219,9 +219,7 @@ def main() -> None:
                 f" {row['tokens_per_s']:6.1f} tokens/s, peak memory {held:.2f} files over the start"
             )
     if args.output:
-        with records.Writer(args.output) as writer:
-            for row in rows:
-                writer.write(row)
+        records.append(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Times the library beside other CPU kernels from one token to many, and draws the figure.
 
 usage: sweep.py [--m 1,2,...] [--shapes 4096,8192,14336x4096] [--bits 4] [--peers REGEX] [--threads 2]
-                [--level LEVEL] [--rounds 10] [--seconds LIMIT] [--rotate_mib MIB] [--processor_time]
+                [--isa ISA] [--rounds 10] [--seconds LIMIT] [--rotate_mib MIB] [--processor_time]
                 [--output FILE.jsonl] [--figure FILE.svg]
        sweep.py --from FILE.jsonl --figure FILE.svg    draws rows that are there
 
 For each shape (k x n) and number of tokens the cases take turns as in peers.py: this library (`exact`,
 `int8`) at each of the bits, dense bfloat16 of PyTorch and ggml, and the kernels of PyTorch, ONNX Runtime
 and ggml for as many bits. --peers keeps those whose "backend name" the expression finds ("torch dense"
-alone is quick). A peer that cannot run is a row with status "skipped" and the reason. --level: this
+alone is quick). A peer that cannot run is a row with status "skipped" and the reason. --isa: this
 library's instruction set, and the newest that PyTorch may use. --seconds: no measurement starts after
 that time; the first ones are the first shape's. Pin it to as many processors as --threads
 (`taskset -c 0,1`). The figure shows the time a token; it needs matplotlib.
@@ -27,12 +27,12 @@ from pathlib import Path
 import clock
 import ggml_case
 from peer_cases import fdk_case, onnxruntime_case, torch_case
-from peers import copies, facts, measure, show, use_small_pages
+from peers import copies, facts, measure, records, show, use_small_pages
 
 TOKENS = (*range(1, 41), 64, 128, 256, 512)
 GGML = {8: "q8_0", 4: "q4_0", 2: "q2_K", 1: "q1_0"}  # by bits
 ONNXRUNTIME = (8, 4, 2)
-# PyTorch's limits, by our level: of oneDNN and of its own kernels.
+# PyTorch's limits, by our ISA: of oneDNN and of its own kernels.
 LIMITS = {
     "avx512bf16": ("AVX512_CORE_BF16", "avx512"),
     "avx512vnni": ("AVX512_CORE_VNNI", "avx512"),
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--bits", type=numbers, default=[4])
     parser.add_argument("--peers", default="", help="a regular expression of their names")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--level", choices=LIMITS)
+    parser.add_argument("--isa", choices=LIMITS)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--rotate_mib", type=int, help="three times the last-level cache")
@@ -158,9 +158,9 @@ def run(args: argparse.Namespace) -> list[dict]:
     """The measured rows, which are printed and written as they come."""
     end = time.monotonic() + args.seconds
     use_small_pages()
-    if args.level is not None:
-        os.environ["FDK_CPU_LEVEL"] = args.level
-        os.environ["ONEDNN_MAX_CPU_ISA"], os.environ["ATEN_CPU_CAPABILITY"] = LIMITS[args.level]
+    if args.isa is not None:
+        os.environ["FDK_CPU_ISA"] = args.isa
+        os.environ["ONEDNN_MAX_CPU_ISA"], os.environ["ATEN_CPU_CAPABILITY"] = LIMITS[args.isa]
     if args.processor_time:
         clock.take_processor_time()
     rotated = copies if args.rotate_mib is None else functools.partial(rotate, args.rotate_mib)
@@ -176,8 +176,7 @@ def run(args: argparse.Namespace) -> list[dict]:
             show(found)
             rows += found
             if args.output:
-                with args.output.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in found)
+                records.append(args.output, found)
         del chosen  # its weights go before those of the next shape come
         ggml_case.stop()
         gc.collect()

@@ -59,9 +59,7 @@ def adopt(rows: list[dict[str, Any]], target: Path) -> int:
     kept = [row for row in kept if _identity(row) not in made]
     partial = target.with_suffix(".partial")
     partial.unlink(missing_ok=True)
-    with records.Writer(partial) as writer:
-        for row in (*kept, *made.values()):
-            writer.write(row)
+    records.append(partial, (*kept, *made.values()))
     partial.replace(target)
     return len(replaced)
 

@@ -7,7 +7,7 @@ from typing import Any
 from fdk_jax.benchmark.table import commits, markdown
 
 NO_ROWS = "(No rows yet.)"
-_PLACE = ("device", "level", "clock", "threads")  # of a run whose cases took turns
+_PLACE = ("device", "isa", "clock", "threads")  # of a run whose cases took turns
 
 Row = dict[str, Any]
 
@@ -174,6 +174,6 @@ def _share(row: Row, read: Row) -> str:
 def _title(here: list[Row]) -> str:
     first = here[0]
     text = f"{first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}"
-    if first.get("level"):
-        text += f", level {first['level']}"
+    if first.get("isa"):
+        text += f", {first['isa']}"
     return text + ", processor time" * (first.get("clock") == "processor")

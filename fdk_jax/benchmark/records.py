@@ -111,6 +111,13 @@ class Writer:
         self._file.close()
 
 
+def append(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends rows to a JSONL file; see `Writer`."""
+    with Writer(path) as writer:
+        for row in rows:
+            writer.write(row)
+
+
 def _finite(value: Any) -> Any:
     """JSON has no infinities: they become None."""
     if isinstance(value, float) and not math.isfinite(value):
