@@ -67,6 +67,26 @@ def test_scale_search_beats_every_rule_in_every_group(bits, group, rng):
     assert errors(found).sum() < errors(base).sum() * (1 if bits < 8 else 1.0001)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("factor", [1 / 4, 4])
+def test_scale_search_reaches_levels_of_any_size(bits, factor, rng):
+    """Levels four times as small need scales four times as large: the same products, to rounding."""
+    w, _ = make_problem(rng)
+    levels = jnp.asarray(codebooks.uniform(bits))
+    kind = "absmean" if bits <= 2 else "absmax"
+    base = fdk_jax.quantise(w, bits, group_size=64, codebook="uniform", scale=kind).scales
+
+    def error(levels):
+        options = dict(group_size=64, dtype=jnp.float32)
+        scales = rounding.search_scales(jnp.asarray(w), base, levels, None, **options)
+        codes = rounding.nearest(jnp.asarray(w), scales, levels, **options)
+        wide = np.repeat(np.asarray(scales), 64, 1)[:, : w.shape[1]]
+        return np.linalg.norm(w - wide * np.asarray(levels)[np.asarray(codes)])
+
+    # Strides are wider than multiples; what follows them refines the scale that they found.
+    assert error(levels * jnp.float32(factor)) < 1.03 * error(levels)
+
+
 def textbook_correction(w, scales, levels, second, damping, group):
     """Optimal brain quantisation in a fixed order, with an explicit inverse that shrinks; float64."""
     k = w.shape[1]

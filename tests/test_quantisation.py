@@ -169,6 +169,29 @@ def test_kmeans_beats_uniform_on_weights(rng):
         assert np.linalg.norm(fitted) < np.linalg.norm(even) * (1.0001 if bits == 1 else 1)
 
 
+def test_kmeans_fits_the_weights_and_its_published_recipe_the_quotients(rng):
+    """Each is the better one by its own measure, and the published one does not see the scales."""
+    w = heavy_tailed(rng, (64, 512)) * np.exp(rng.normal(size=(64, 1)) * 2).astype(np.float32)
+    w[:8] = 0
+    for bits in BITS:
+        ours, theirs = (
+            fdk_jax.quantise(w, bits, codebook=name, scale="absmax")
+            for name in ("kmeans", "kmeans-quotients")
+        )
+        errors = [np.asarray(q.dequantise()) - w for q in (ours, theirs)]
+        assert np.linalg.norm(errors[0]) < np.linalg.norm(errors[1])
+        scales = np.repeat(np.asarray(ours.scales), 64, axis=1)
+        quotients = (w / scales).astype(np.float32)
+        assert rms_error(quotients, np.asarray(theirs.codebook)) <= rms_error(
+            quotients, np.asarray(ours.codebook)
+        )
+        alone = codebooks.fit(quotients, 2**bits)
+        assert (np.asarray(theirs.codebook) == np.asarray(alone)).all()
+        # The same error in every row's own unit is the same fit.
+        again = fdk_jax.quantise(w * np.float32(2.0**40), bits, codebook="kmeans", scale="absmax")
+        np.testing.assert_allclose(again.codebook, ours.codebook, rtol=1e-5, atol=1e-6)
+
+
 def test_nf4_is_the_published_table():
     table = codebooks.nf4()
     assert table.shape == (16,) and table[7] == 0

@@ -17,7 +17,11 @@ from fdk_jax.format.orientation import check_axes, to_matrix
 from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
 
 SCALES = ("auto", "absmax", "absmean", "rms", "none")
-CODEBOOKS = ("auto", "uniform", "nf4", "fp4", "ternary", "normal", "laplace", "student", "kmeans")
+CODEBOOKS = (
+    "auto", "uniform", "nf4", "fp4", "ternary", "normal", "laplace", "student",
+    "kmeans", "kmeans-quotients",
+)  # fmt: skip
+_FITTED = ("kmeans", "kmeans-quotients")
 # What codebook="auto" stands for: of the levels that are known beforehand, those which docs/quality.md finds
 # the best at each width, and the rule of their scales.
 DEFAULTS = {
@@ -27,6 +31,9 @@ DEFAULTS = {
     1: ("uniform", "absmean"),
 }
 _MIN_SCALE = 1e-12
+_LEAST_SQUARE = (
+    1e-30  # of a scale by the largest one: groups of zeros count, but for next to nothing
+)
 _BLOCK = 1 << 24  # weights whose float32 intermediates exist at a time
 
 
@@ -54,15 +61,16 @@ def quantise_array(
         group_size: weights along K that share a scale.
         codebook: "auto" (the best fixed levels for the bits: `DEFAULTS`), "uniform" (that of the published
             format), "nf4" or "fp4" (4 bits only), "ternary" (2 bits only), "normal", "laplace" or "student"
-            (cube-root-density levels, see `fdk_jax.format.densities.cube_root`), "kmeans", or at most
-            2**bits ascending values.
+            (cube-root-density levels, see `fdk_jax.format.densities.cube_root`), "kmeans" (fitted for the
+            least squared error of the weights), "kmeans-quotients" (of the quotients, whatever their scales,
+            as the published recipe), or at most 2**bits ascending values.
         scale: "absmax", "absmean", "rms", "none" (ones) or "auto": what belongs to codebook "auto"; for all
             others absmean up to 2 bits, else absmax.
         axes: "k" (contracted), "n" (output) or "b" (batch) for each trailing axis: "nk" for a [N, K] matrix,
             "kn" for a Flax kernel, "bkn" for experts. Axes to the left of them are stacked matrices.
         dtype: compute dtype, to which the weight is cast first; None keeps its own.
-        importance: for "kmeans": non-negative weights of the same shape as `weight`.
-        seed: for "kmeans".
+        importance: for both "kmeans": non-negative weights of the same shape as `weight`.
+        seed: for both "kmeans".
 
     Returns:
         A `QuantisedTensor`. Stacked matrices each get a codebook of their own from "kmeans".
@@ -76,10 +84,11 @@ def quantise_array(
     if not isinstance(matrix, Tracer) and not _is_finite(matrix):
         raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
     codebook, kind = resolve_auto(codebook, scale, bits)
-    if isinstance(codebook, str) and codebook == "kmeans":
+    if isinstance(codebook, str) and codebook in _FITTED:
         if isinstance(matrix, Tracer):
-            raise TypeError('codebook="kmeans" fits on the values and cannot run under jit')
-        values = _fit_each(matrix, bits, group_size, kind, importance, axes, seed)
+            raise TypeError(f"{codebook=} fits on the values and cannot run under jit")
+        by_scale = codebook == "kmeans"
+        values = _fit_each(matrix, bits, group_size, kind, importance, axes, seed, by_scale)
         uniform = bits == 1
     else:
         values = resolve_codebook(codebook, bits, kind, group_size)
@@ -123,6 +132,8 @@ def resolve_codebook(
         )
     if codebook == "uniform":
         return codebooks.uniform(bits)
+    if codebook in _FITTED:
+        raise ValueError(f"{codebook=} is fitted to a weight by fdk_jax.quantise: give its values")
     tables = {"nf4": codebooks.nf4, "fp4": codebooks.fp4, "ternary": codebooks.ternary}
     if codebook not in tables:
         raise ValueError(f"{codebook=} is not one of {CODEBOOKS} or an array")
@@ -291,8 +302,24 @@ def _quotients(matrix, group_size, kind):
     return scaled(matrix, group_size, kind)[0]
 
 
-def _fit_each(matrix, bits, group_size, kind, importance, axes, seed) -> np.ndarray:
-    """float32 [..., 2**bits]: a k-means codebook for each leading index."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _largest_scale(matrix, group_size, kind):
+    return scaled(matrix, group_size, kind)[1].max(initial=0)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quotients_and_squares(matrix, group_size, kind, largest):
+    """Quotients, and the squares of their scales over the largest: from 1 down to more than 0."""
+    quotients, scales = scaled(matrix, group_size, kind)
+    squares = jnp.maximum(jnp.square(scales / largest), _LEAST_SQUARE)
+    return quotients, spread(squares, group_size, matrix.shape[-1])
+
+
+def _fit_each(matrix, bits, group_size, kind, importance, axes, seed, by_scale) -> np.ndarray:
+    """float32 [..., 2**bits]: a k-means codebook for each leading index.
+
+    With `by_scale` an error of a quotient counts by what it is in the weight: the square of its scale.
+    """
     batch = matrix.shape[:-2]
     if importance is not None:
         importance = to_matrix(jnp.asarray(importance), axes)[0]
@@ -303,12 +330,19 @@ def _fit_each(matrix, bits, group_size, kind, importance, axes, seed) -> np.ndar
         one = matrix[index]
         weight = None if importance is None else importance[index]
         # Each part needs some importance of its own, so with importances there is one part.
-        parts = [
-            lambda one=one, rows=rows, weight=weight: (
-                _quotients(one[rows], group_size, kind),
-                weight,
-            )
-            for rows in ([...] if weight is not None else _row_blocks(one))
-        ]
+        blocks = [...] if weight is not None else _row_blocks(one)
+        largest = None
+        if by_scale:
+            largest = jnp.stack(
+                [_largest_scale(one[rows], group_size, kind) for rows in blocks]
+            ).max()
+
+        def part(rows, one=one, weight=weight, largest=largest):
+            if largest is None:
+                return _quotients(one[rows], group_size, kind), weight
+            quotients, squares = _quotients_and_squares(one[rows], group_size, kind, largest)
+            return quotients, squares if weight is None else squares * weight
+
+        parts = [functools.partial(part, rows) for rows in blocks]
         out[index] = codebooks.fit_parts(parts, 2**bits, seed=seed)
     return out

@@ -58,8 +58,8 @@ def quantise(
         bits: 1, 2, 4 or 8.
         group_size: weights along K that share a scale.
         codebook: "auto" (the best fixed levels for the bits), "uniform", "nf4", "fp4", "ternary", "normal",
-            "laplace", "student", "kmeans" (fitted to each weight), ascending values for all weights, or
-            {regular expression on the dotted name: any of these} (all others are "auto"). See
+            "laplace", "student", "kmeans" or "kmeans-quotients" (fitted to each weight), ascending values for
+            all weights, or {regular expression on the dotted name: any of these} (all others are "auto"). See
             `quantise_array`; `fdk_jax.calibrate` does better.
         scale: "absmax", "absmean", "rms", "none" or "auto" (what belongs to codebook "auto"; for all others
             absmean up to 2 bits, else absmax).

@@ -20,6 +20,8 @@ from fdk_jax.format.quantisation import nearest_codes, round_to
 
 # Multiples of the rule's scale that the search tries; 1 is one of them.
 _MULTIPLES = np.round(np.arange(0.4, 1.6001, 0.025), 3)
+# Steps from there to where the levels span a group, where that is further: those of absmean scales may be.
+_STRIDES = np.arange(1, 13) / 12
 _REFITS = 2
 _BLOCK = 128
 _ELEMENTS = 2**24  # weights whose search is in memory at a time
@@ -47,7 +49,8 @@ def search_scales(
 
         minimises sum_k importance_k * (w_k - s * codebook[q_k(s)])**2
 
-    Tries multiples of a base scale, then solves for the best scale of the codes that were found.
+    Tries multiples of a base scale, and what lies between them and scales with which the levels span a group;
+    then solves for the best scale of the codes that were found.
 
     Args:
         weight: float32 [N, K].
@@ -100,6 +103,20 @@ def _search(weight, base, codebook, importance, *, group_size, dtype) -> Array:
         return keep_better(best, base * multiple), None
 
     best = jax.lax.scan(try_multiple, (base, error(base)), jnp.asarray(_MULTIPLES, jnp.float32))[0]
+    spanning = jnp.abs(w).max(-1) / jnp.maximum(jnp.abs(levels).max(), jnp.finfo(jnp.float32).tiny)
+    for edge, multiple, further in (
+        (base * _MULTIPLES[-1], 1.0, jnp.maximum),
+        (base * _MULTIPLES[0], _MULTIPLES[0], jnp.minimum),
+    ):
+        end = further(edge, spanning * jnp.float32(multiple))
+
+        def go(best, edge=edge, end=end):
+            def stride(best, part):
+                return keep_better(best, edge * (end / edge) ** part), None
+
+            return jax.lax.scan(stride, best, jnp.asarray(_STRIDES, jnp.float32))[0]
+
+        best = jax.lax.cond(jnp.any(end != edge), go, lambda best: best, best)
     for _ in range(_REFITS):
         c = decode(best[0])
         square = jnp.sum(h * c * c, axis=-1)

@@ -27,14 +27,19 @@ class Block(nnx.Module):
         self.norm1, self.norm2 = (nnx.LayerNorm(hidden, epsilon=eps, rngs=rngs) for _ in range(2))
 
     def __call__(self, x: Array, mask: Array) -> Array:
-        """Maps float [B, T, D] and bool [B, T] to [B, T, D]."""
+        """Maps float [B, T, D] and bool [B, T] to [B, T, D].
+
+        What goes into the linear layers is zero where a row is padded: no one reads the outputs there, and
+        calibration is not to fit them.
+        """
+        keep = mask[..., None].astype(x.dtype)
         shape = (*x.shape[:2], self.heads, -1)
-        q, k, v = (layer(x).reshape(shape) for layer in (self.query, self.key, self.value))
+        q, k, v = (layer(x * keep).reshape(shape) for layer in (self.query, self.key, self.value))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(jnp.float32(q.shape[-1]))
         scores = jnp.where(mask[:, None, None], scores, jnp.float32(-1e9))
         mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, -1), v).reshape(x.shape)
-        x = self.norm1(x + self.out(mixed))
-        return self.norm2(x + self.down(jax.nn.gelu(self.up(x), approximate=False)))
+        x = self.norm1(x + self.out(mixed * keep))
+        return self.norm2(x + self.down(jax.nn.gelu(self.up(x * keep), approximate=False) * keep))
 
 
 class Encoder(nnx.Module):

@@ -10,7 +10,6 @@ import numpy as np
 from jax import Array
 
 from fdk_jax.format import codebooks
-from fdk_jax.format.densities import DISTRIBUTIONS
 from fdk_jax.format.quantisation import quantise_array, resolve_codebook, resolve_scale, scaled
 from fdk_jax.learning.calibration import calibrate_array
 from fdk_jax.learning.rounding import spread
@@ -27,8 +26,8 @@ class Format:
     Attributes:
         bits: 8, 4, 3 (8 levels, held in codes of 4 bits here), 2 or 1.
         levels: "uniform" (no zero among them), "symmetric" (one level fewer, with a zero), "integers"
-            (-8..7 at 4 bits), a codebook of `fdk_jax.quantise`, "kmeans" (fitted to the quotients),
-            "kmeans-weights" (fitted for the error of the weights) or "mxfp4".
+            (-8..7 at 4 bits), a codebook of `fdk_jax.quantise`, "kmeans" (fitted to the quotients, there
+            "kmeans-quotients"), "kmeans-weights" (fitted for the error of the weights) or "mxfp4".
         scale: a rule of `fdk_jax.quantise`; "signed" (the extreme of a group is the lowest level, so a scale
             may be negative); or "search".
         rounding: "nearest"; "weighted" (scales and fitted levels weighted by the activations) or
@@ -79,7 +78,9 @@ class Format:
         fixed = isinstance(levels := self._codebook(matrix), np.ndarray)
         width = 4 if self.bits == 3 else self.bits
         options: dict[str, Any] = dict(group_size=_GROUP, scale=self.scale, codebook=levels)
-        if not self.needs_data and self.scale != "search" and (fixed or self.levels == "kmeans"):
+        if not self.needs_data and self.scale != "search":
+            if not fixed and self.levels == "kmeans":
+                options["codebook"] = "kmeans-quotients"
             return quantise_array(matrix, width, **options).dequantise(jnp.float32)
         if self.needs_data and second is None:
             raise ValueError(f"{self.name} needs second moments")
@@ -97,11 +98,7 @@ class Format:
             quotients, scales = scaled(matrix, _GROUP, "absmax")
             importance = jnp.square(spread(scales, _GROUP, matrix.shape[1]))
             return np.asarray(codebooks.fit(quotients, 8, importance=importance))
-        levels = even_or_named(self.levels, self.bits, self.scale)
-        if self.scale == "search" and self.bits <= 2 and self.levels not in DISTRIBUTIONS:
-            # The search starts from absmean scales: levels of that size are within its reach.
-            levels = levels / np.abs(levels).mean()
-        return levels
+        return even_or_named(self.levels, self.bits, self.scale)
 
 
 def even_or_named(name: str, bits: int, scale: str) -> np.ndarray:
