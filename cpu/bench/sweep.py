@@ -66,7 +66,7 @@ def rotate(mib: int, size: int) -> int:
 def draw(rows: list[dict], path: Path) -> None:
     """Microseconds a token over tokens, a line a kernel.
 
-    There is a row of panels for each number of bits, a column for each shape and number of threads.
+    There is a row of panels for each number of bits and threads, a column for each shape.
     """
     import matplotlib
 
@@ -74,15 +74,14 @@ def draw(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     measured = [row for row in rows if row["status"] == "ok"]
-    columns = sorted(
-        {(row["threads"], row["k"] * row["n"], row["k"], row["n"]) for row in measured}
-    )
-    widths = sorted({row["bits"] for row in measured if row["backend"] == "cpu"}, reverse=True)
+    columns = sorted({(row["k"] * row["n"], row["k"], row["n"]) for row in measured})
+    ours = [row for row in measured if row["backend"] == "cpu"]
+    lines = sorted({(row["bits"], row["threads"]) for row in ours}, key=lambda a: (-a[0], a[1]))
     figure, axes = pyplot.subplots(
-        len(widths), len(columns), figsize=(6 * len(columns), 4.5 * len(widths)), squeeze=False
+        len(lines), len(columns), figsize=(6 * len(columns), 4.5 * len(lines)), squeeze=False
     )
-    for line_of_axes, bits in zip(axes, widths, strict=True):
-        for axis, (threads, _, k, n) in zip(line_of_axes, columns, strict=True):
+    for line_of_axes, (bits, threads) in zip(axes, lines, strict=True):
+        for axis, (_, k, n) in zip(line_of_axes, columns, strict=True):
             here = [
                 row for row in measured
                 if (row["threads"], row["k"], row["n"]) == (threads, k, n)
