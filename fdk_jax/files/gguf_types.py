@@ -16,6 +16,7 @@ from fdk_jax.files.contents import quantised_tensor
 
 Parts = tuple[np.ndarray, np.ndarray]
 
+_DECODED_BYTES = 4 << 20  # of a file's that are decoded at a time
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -43,19 +44,32 @@ class BlockType:
 
     def tensor(self, rows: np.ndarray, in_features: int, factor: np.float32 | None = None):
         """The `QuantisedTensor` of rows of bytes [..., N, bytes], times a factor of the whole tensor."""
-        blocks = rows.reshape(*rows.shape[:-1], in_features // self.weights, self.size)
-        packed, scales = self.decode(blocks)
-        scales = scales.reshape(*rows.shape[:-1], -1)
+        packed, scales = self._parts(rows.reshape(-1, rows.shape[-1]), in_features)
         if factor is not None:
             scales = scales.astype(np.float32) * factor
         return quantised_tensor(
             packed.reshape(*rows.shape[:-1], -1),
-            scales,
+            scales.reshape(*rows.shape[:-1], -1),
             self.values,
             bits=self.bits,
             group_size=self.group_size,
             in_features=in_features,
         )
+
+    def _parts(self, rows: np.ndarray, in_features: int) -> Parts:
+        """Codes and scales of rows [N, bytes], a block of rows at a time: decoding holds copies of its own."""
+        step = max(1, _DECODED_BYTES // rows.shape[-1])
+        parts: list[np.ndarray] = []
+        for begin in range(0, len(rows), step):
+            some = rows[begin : begin + step]
+            blocks = some.reshape(len(some), in_features // self.weights, self.size)
+            decoded = [part.reshape(len(some), -1) for part in self.decode(blocks)]
+            if not parts:
+                parts = [np.empty((len(rows), d.shape[1]), d.dtype) for d in decoded]
+            for whole, part in zip(parts, decoded, strict=True):
+                whole[begin : begin + step] = part
+        codes, scales = parts
+        return codes, scales
 
 
 def _half(bytes_: np.ndarray) -> np.ndarray:

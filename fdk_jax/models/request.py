@@ -155,7 +155,7 @@ _RUN_TOKENS = 8192  # of one prompt that are read at once on a GPU,
 _ALL_RUN_TOKENS = (
     16384  # and of all prompts together: activations of a layer stay below a gigabyte or two
 )
-_CPU_RUN_TOKENS = 1024  # both on a CPU, whose kernels are no faster with more
+_CPU_RUN_TOKENS = 512  # both on a CPU, whose kernels are no faster with more
 _SCORES = 1 << 28  # elements of the mask between a run and the cache
 _SHORTEST_RUN = 256
 
