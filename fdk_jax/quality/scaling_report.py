@@ -24,7 +24,7 @@ def fit(found: list[Row]) -> dict[int, tuple[float, float, float]]:
     """(a, b, c) of loss = a + b * megabytes**-c by width.
 
     What no model can know of the text, a, is the same for all widths; b and c are each width's own. Least
-    squares of log(loss - a), over all rows; a width of a single size has none.
+    squares of the loss, over all rows; a width of a single size has none.
     """
     points = {
         bits: (np.asarray(sizes) / _MEGABYTE, np.asarray(losses))
@@ -34,18 +34,17 @@ def fit(found: list[Row]) -> dict[int, tuple[float, float, float]]:
     if not points:
         return {}
     least = min(losses.min() for _, losses in points.values())
-    best = (np.inf, 0.0, {})
+    best: tuple[float, float, dict[int, Any]] = (np.inf, 0.0, {})
     for a in np.linspace(0, 0.98 * least, 500):
-        lines = {
-            bits: np.polyfit(np.log(sizes), np.log(losses - a), 1, full=True)[:2]
-            for bits, (sizes, losses) in points.items()
-        }
-        error = sum(float(residual.sum()) for _, residual in lines.values())
+        error, lines = 0.0, {}
+        for bits, (sizes, losses) in points.items():
+            x, over = np.log(sizes), losses - a
+            # An error of a logarithm times what it is the logarithm of is one of the loss.
+            lines[bits] = np.polyfit(x, np.log(over), 1, w=over)
+            error += float(np.sum(np.square(over - np.exp(np.polyval(lines[bits], x)))))
         if error < best[0]:
-            best = (error, float(a), {bits: line for bits, (line, _) in lines.items()})
-    return {
-        bits: (best[1], float(np.exp(line[1])), -float(line[0])) for bits, line in best[2].items()
-    }
+            best = (error, float(a), lines)
+    return {b: (best[1], float(np.exp(line[1])), -float(line[0])) for b, line in best[2].items()}
 
 
 def _name(bits: int) -> str:
