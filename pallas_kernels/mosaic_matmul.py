@@ -153,8 +153,8 @@ def _microseconds(case: Case, config: Config, target: Target) -> float:
     planes = -(-case.k // slab(case, config)) * slab(case, config) // PLANE
     programs = math.ceil(case.m / config.tokens) * math.ceil(case.n / config.rows)
     waves = math.ceil(programs * config.splits / target.multiprocessors)
-    points = _PLANE_US[config.row_groups, config.k_groups]
-    plane_us = float(np.interp(config.tokens, *zip(*points, strict=True)))
+    tokens, times = zip(*_PLANE_US[config.row_groups, config.k_groups], strict=True)
+    plane_us = float(np.interp(config.tokens, tokens, times))
     sums = _SPLIT_US if config.splits > 1 else 0.0
     return waves * (_PROGRAM_US + planes / config.splits * plane_us + sums)
 

@@ -1,7 +1,10 @@
 """Codebooks: uniform, NF4, FP4, ternary, and k-means (Lloyd-Max)."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fdk_jax.format import packing
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32
 
 # Table E.1 of QLoRA (Dettmers et al., arXiv 2305.14314): quantiles of N(0, 1) scaled to [-1, 1].
 NF4 = (
@@ -43,24 +49,24 @@ _MAX_STEPS = 1000
 _FEW = 16
 
 
-def uniform(bits: int) -> np.ndarray:
+def uniform(bits: int) -> Float32[np.ndarray, " values"]:
     """float32 [2**bits], evenly spaced on [-1, 1]."""
     packing.codes_per_byte(bits)
     return np.linspace(-1.0, 1.0, 2**bits, dtype=np.float32)
 
 
-def nf4() -> np.ndarray:
+def nf4() -> Float32[np.ndarray, " 16"]:
     """The 16 NF4 levels, float32 [16]."""
     return np.asarray(NF4, np.float32)
 
 
-def fp4() -> np.ndarray:
+def fp4() -> Float32[np.ndarray, " 16"]:
     """The 15 values of FP4 (E2M1), divided by the largest: float32 [16] with zero twice."""
     positive = np.asarray(FP4, np.float32) / np.float32(FP4[-1])
     return np.concatenate([-positive[:0:-1], [np.float32(0)], positive])
 
 
-def ternary() -> np.ndarray:
+def ternary() -> Float32[np.ndarray, " 3"]:
     """-1, 0 and 1: three of the four values of a 2-bit code, float32 [3]."""
     return np.asarray([-1, 0, 1], np.float32)
 
@@ -107,8 +113,12 @@ def is_uniform(codebook: np.ndarray) -> bool:
 
 
 def kmeans(
-    values: ArrayLike, bits: int, *, importance: ArrayLike | None = None, seed: int = 0
-) -> Array:
+    values: Float[ArrayLike, "*S"],
+    bits: int,
+    *,
+    importance: Float[ArrayLike, "*S"] | None = None,
+    seed: int = 0,
+) -> Float32[Array, " values"]:
     """The codebook of least squared error for a sample: weighted Lloyd-Max in one dimension.
 
     minimises sum_i importance_i * min_q (values_i - codebook_q)**2
@@ -135,15 +145,19 @@ def kmeans(
 
 
 def fit(
-    values: ArrayLike, entries: int, *, importance: ArrayLike | None = None, seed: int = 0
-) -> Array:
+    values: Float[ArrayLike, "*S"],
+    entries: int,
+    *,
+    importance: Float[ArrayLike, "*S"] | None = None,
+    seed: int = 0,
+) -> Float32[Array, " values"]:
     """`kmeans` for any number of entries: float32 [entries], ascending."""
     return fit_parts([lambda: (jnp.asarray(values), importance)], entries, seed=seed)
 
 
 def fit_parts(
     parts: Sequence[Callable[[], tuple[Array, ArrayLike | None]]], entries: int, *, seed: int = 0
-) -> Array:
+) -> Float32[Array, " values"]:
     """One k-means codebook for samples that need not exist at the same time, e.g. all layers of a model.
 
     Args:
@@ -191,8 +205,12 @@ def _check_sample(values: Array, importance: ArrayLike | None) -> tuple[int, flo
 
 @functools.partial(jax.jit, static_argnames="steps")
 def refine(
-    values: Array, codebook: Array, *, importance: Array | None = None, steps: int = 4
-) -> Array:
+    values: Float[Array, "*S"],
+    codebook: Float32[Array, " values"],
+    *,
+    importance: Float[Array, "*S"] | None = None,
+    steps: int = 4,
+) -> Float32[Array, " values"]:
     """Steps of Lloyd's iteration from a given codebook: cheap, inside jit, for values that moved a little.
 
     Args:

@@ -1,14 +1,19 @@
 """Weights from codes, scales and a codebook, in jnp."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from fdk_jax.format import packing
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
 
-def lookup(codes: Array, codebook: Array) -> Array:
+
+def lookup(codes: UInt8[Array, "N K"], codebook: Float[Array, "*C values"]) -> Float[Array, "N K"]:
     """codebook[codes] for codes [N, K] and a codebook [2**bits] or [C, 2**bits] (row blocks)."""
     rows = codebook.reshape(-1, codebook.shape[-1])
     blocks = codes.reshape(rows.shape[0], codes.size // rows.shape[0])
@@ -27,22 +32,24 @@ def lookup(codes: Array, codebook: Array) -> Array:
     return levels[0].reshape(codes.shape)
 
 
-def spread(scales: Array, group_size: int, in_features: int) -> Array:
+def spread(
+    scales: Float[Array, "*B groups"], group_size: int, in_features: int
+) -> Float[Array, "*B K"]:
     """The scale of each weight, [..., K], from scales [..., ceil(K / G)]; a group may be far larger than K."""
     repeats = max(1, min(group_size, in_features))
     return jnp.repeat(scales, repeats, axis=-1)[..., :in_features]
 
 
 def dequantise_matrix(
-    packed: Array,
-    scales: Array,
-    codebook: Array,
+    packed: UInt8[Array, "N bytes"],
+    scales: Float[Array, "N groups"],
+    codebook: Float[Array, "*C values"],
     *,
     bits: int,
     group_size: int,
     in_features: int,
     dtype: Any,
-) -> Array:
+) -> Float[Array, "N K"]:
     """[N, K] in `dtype` from arrays in the interchange layout."""
     codes = packing.unpack(packed, bits, in_features)
     # The codebook is rounded to the compute dtype first, as the format says.

@@ -11,14 +11,20 @@ padded with zero codes. The kernels' layouts below hold the same codes in an ord
 reads well; each has an exact inverse and none is ever written to a file.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt, UInt8, UInt16
 
 BITS = (1, 2, 4, 8)
 
@@ -37,7 +43,7 @@ def check_widths(bits: int, group_size: int) -> None:
         raise ValueError(f"group_size must be a positive integer, got {group_size!r}")
 
 
-def pack(codes: ArrayLike, bits: int) -> Array:
+def pack(codes: UInt8[ArrayLike, "*B K"], bits: int) -> UInt8[Array, "*B bytes"]:
     """Packs codes into bytes, first element in the highest bits.
 
     Args:
@@ -70,7 +76,7 @@ def pack(codes: ArrayLike, bits: int) -> Array:
     return packed
 
 
-def unpack(packed: ArrayLike, bits: int, k: int) -> Array:
+def unpack(packed: UInt8[ArrayLike, "*B bytes"], bits: int, k: int) -> UInt8[Array, "*B K"]:
     """The inverse of `pack`.
 
     Args:
@@ -109,14 +115,14 @@ SCALE_GROUPS = 4
 
 
 def to_planar(
-    packed: Array,
-    scales: Array,
+    packed: UInt8[Array, "*B N bytes"],
+    scales: Float[Array, "*B N groups"],
     *,
     bits: int,
     group_size: int,
     out_features: int,
     in_features: int,
-) -> tuple[Array, Array]:
+) -> tuple[UInt16[Array, "*B tiles blocks 2 8 32"], Float[Array, "*B tiles quads 64"]]:
     """From the interchange layout to that of the Pallas kernels; N and K are padded to whole tiles.
 
     The arguments are those of `convert`.
@@ -156,14 +162,14 @@ def to_planar(
 
 
 def from_planar(
-    packed: Array,
-    scales: Array,
+    packed: UInt16[Array, "*B tiles blocks 2 8 32"],
+    scales: Float[Array, "*B tiles quads 64"],
     *,
     bits: int,
     group_size: int,
     out_features: int,
     in_features: int,
-) -> tuple[Array, Array]:
+) -> tuple[UInt8[Array, "*B N bytes"], Float[Array, "*B N groups"]]:
     """The inverse of `to_planar`, with its arguments and results exchanged."""
     lead, planes, per_half = packed.shape[:-5], 8 // bits, 16 // bits
     tiles, blocks = packed.shape[-5:-3]
@@ -196,14 +202,14 @@ STEP_BYTES = 64
 
 
 def to_tiled(
-    packed: Array,
-    scales: Array,
+    packed: UInt8[Array, "*B N bytes"],
+    scales: Float[Array, "*B N groups"],
     *,
     bits: int,
     group_size: int,
     out_features: int,
     in_features: int,
-) -> tuple[Array, Array]:
+) -> tuple[UInt8[Array, "*B tiles steps 64"], Float[Array, "*B tiles groups 16"]]:
     """From the interchange layout to that of the CPU library; N and K are padded with zeros.
 
     The arguments are those of `convert`.
@@ -231,14 +237,14 @@ def to_tiled(
 
 
 def from_tiled(
-    packed: Array,
-    scales: Array,
+    packed: UInt8[Array, "*B tiles steps 64"],
+    scales: Float[Array, "*B tiles groups 16"],
     *,
     bits: int,
     group_size: int,
     out_features: int,
     in_features: int,
-) -> tuple[Array, Array]:
+) -> tuple[UInt8[Array, "*B N bytes"], Float[Array, "*B N groups"]]:
     """The inverse of `to_tiled`, with its arguments and results exchanged."""
     lead, (tiles, steps) = packed.shape[:-3], packed.shape[-3:-1]
     groups = scales.shape[-2]
@@ -286,8 +292,8 @@ SHARDED_AXES = {
 
 
 def convert(
-    packed: Array,
-    scales: Array,
+    packed: UInt[Array, " ..."],
+    scales: Float[Array, " ..."],
     source: str,
     target: str,
     *,
@@ -295,7 +301,7 @@ def convert(
     group_size: int,
     out_features: int,
     in_features: int,
-) -> tuple[Array, Array]:
+) -> tuple[UInt[Array, " ..."], Float[Array, " ..."]]:
     """Moves packed codes and scales from one layout to another, exactly.
 
     Args:

@@ -1,8 +1,10 @@
 """Scales, nearest codes, and `quantise` of one array."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,9 @@ from fdk_jax.format import codebooks, densities, packing
 from fdk_jax.format.dequantisation import spread
 from fdk_jax.format.orientation import check_axes, to_matrix
 from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, UInt8
 
 SCALES = ("auto", "absmax", "absmean", "rms", "none")
 CODEBOOKS = (
@@ -38,7 +43,7 @@ _BLOCK = 1 << 24  # weights whose float32 intermediates exist at a time
 
 
 def quantise_array(
-    weight: ArrayLike,
+    weight: Float[ArrayLike, "*shape"],
     bits: int = 4,
     *,
     group_size: int = 64,
@@ -46,7 +51,7 @@ def quantise_array(
     scale: str = "auto",
     axes: str = "nk",
     dtype: Any = None,
-    importance: ArrayLike | None = None,
+    importance: Float[ArrayLike, "*shape"] | None = None,
     seed: int = 0,
 ) -> QuantisedTensor:
     """Quantises one weight to the interchange layout.
@@ -213,7 +218,7 @@ def _power_of_two(magnitudes: Array) -> Array:
     return jnp.where((power > 0) & jnp.isfinite(magnitudes), power, jnp.float32(1))
 
 
-def group_scales(groups: Array, kind: str, dtype: Any) -> Array:
+def group_scales(groups: Float32[Array, "*B G"], kind: str, dtype: Any) -> Float32[Array, "*B"]:
     """float32 scales of float32 groups [..., G], rounded to `dtype` and at least 1e-12."""
     if kind == "none":
         return jnp.ones(groups.shape[:-1], jnp.float32)
@@ -244,7 +249,9 @@ def _per_group(matrix: Array, group_size: int, function: Callable[[Array], Array
     return jnp.concatenate(parts, axis=-1) if parts else jnp.zeros((*matrix.shape[:-1], 0))
 
 
-def scaled(matrix: Array, group_size: int, kind: str) -> tuple[Array, Array]:
+def scaled(
+    matrix: Float[Array, "*B K"], group_size: int, kind: str
+) -> tuple[Float32[Array, "*B K"], Float32[Array, "*B groups"]]:
     """(quotients float32 [..., N, K], scales float32 [..., N, ceil(K / G)]) of a float matrix."""
     dtype = matrix.dtype
     wide = matrix.astype(jnp.float32)
@@ -252,7 +259,9 @@ def scaled(matrix: Array, group_size: int, kind: str) -> tuple[Array, Array]:
     return round_to(wide / spread(scales, group_size, matrix.shape[-1]), dtype), scales
 
 
-def nearest_codes(quotients: Array, codebook: Array, dtype: Any) -> Array:
+def nearest_codes(
+    quotients: Float32[Array, "N K"], codebook: Float32[Array, "*C values"], dtype: Any
+) -> UInt8[Array, "N K"]:
     """uint8 codes: the number of midpoints of `codebook` strictly below each quotient.
 
     Args:

@@ -1,10 +1,12 @@
 """`QuantisedTensor`: low-bit weights as a pytree."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,9 @@ from jax.core import Tracer
 from fdk_jax.format import codebooks, dequantisation, packing
 from fdk_jax.format.array_like import ArrayLike
 from fdk_jax.format.orientation import check_axes, from_matrix
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, UInt
 
 FLOAT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
 _DATA_FIELDS = ("packed", "scales", "codebook")
@@ -55,9 +60,9 @@ class QuantisedTensor(ArrayLike):
             rounding them.
     """
 
-    packed: Array
-    scales: Array
-    codebook: Array
+    packed: UInt[Array, " ..."]
+    scales: Float[Array, " ..."]
+    codebook: Float32[Array, "*C values"]
     bits: int
     group_size: int
     shape: tuple[int, ...]
@@ -175,14 +180,14 @@ class QuantisedTensor(ArrayLike):
             )
         _validate_values(self.codebook, self.uniform)
 
-    def to_layout(self, layout: str) -> "QuantisedTensor":
+    def to_layout(self, layout: str) -> QuantisedTensor:
         """The same weight in another layout, a key of `packing.LAYOUTS`."""
         packed, scales = packing.convert(
             self.packed, self.scales, self.layout, layout, **self.facts
         )
         return dataclasses.replace(self, packed=packed, scales=scales, layout=layout)
 
-    def dequantise(self, dtype: Any = None) -> Array:
+    def dequantise(self, dtype: Any = None) -> Float[Array, " ..."]:
         """The weight as a float array of its original shape; see `fdk_jax.dequantise`."""
         w = self.to_layout("interchange")
         one = functools.partial(

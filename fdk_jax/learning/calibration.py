@@ -1,11 +1,13 @@
 """`calibrate`: codebooks, scales and codes chosen for the error that they cause on a user's own data."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,9 @@ from fdk_jax.layers.surgery import from_flax, replace_layers
 from fdk_jax.learning import statistics
 from fdk_jax.learning.rounding import corrected, nearest, refit_scales, search_scales, spread
 from fdk_jax.learning.statistics import Forward, LinearLayer, default_forward
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 SHARES = ("tensor", "kind", "model")
 IMPORTANCES = ("auto", "activations", "fisher", "none")
@@ -81,7 +86,7 @@ class _Matrix:
 
 
 def calibrate_array(
-    weight: ArrayLike,
+    weight: Float[ArrayLike, " ..."],
     bits: int = 4,
     *,
     group_size: int = 64,
@@ -89,8 +94,8 @@ def calibrate_array(
     scale: str = "search",
     axes: str = "nk",
     dtype: Any = None,
-    importance: ArrayLike | None = None,
-    second_moment: ArrayLike | None = None,
+    importance: Float[ArrayLike, " ..."] | None = None,
+    second_moment: Float[ArrayLike, "*B K K"] | None = None,
     damping: float = 0.05,
     seed: int = 0,
 ) -> QuantisedTensor:

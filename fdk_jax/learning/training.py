@@ -317,8 +317,11 @@ def quantisation_aware(
     def replace(name: str, layer: nnx.Module) -> nnx.Module | None:
         if name in layers:
             return FakeQuantisedLinear(layer, layers[name].axes, bits=bits, **options)
-        table = embedding_bits is not None and type(layer) is nnx.Embed
-        if not table or (skip and re.search(skip, name)):
+        if embedding_bits is None or not isinstance(layer, nnx.Embed):
+            return None
+        if type(layer) is not nnx.Embed:  # a subclass may look rows up in another way
+            return None
+        if skip and re.search(skip, name):
             return None
         return FakeQuantisedEmbed(layer, bits=embedding_bits, **options)
 

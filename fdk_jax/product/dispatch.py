@@ -11,11 +11,13 @@ A call goes through these layers, outermost first:
     _on_platform      the backend for the platform that the program is lowered for
 """
 
+from __future__ import annotations
+
 import contextlib
 import contextvars
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,9 @@ from fdk_jax.product.choice import (
 )
 from fdk_jax.product.reverse_mode import reverse_only
 from pallas_kernels.case import Arrays
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _interpret = contextvars.ContextVar("interpret", default=False)
 
@@ -61,14 +66,14 @@ def prepare_tensor(w: QuantisedTensor, backend: str) -> QuantisedTensor:
 
 
 def matmul(
-    x: Array,
+    x: Float[Array, "*M K"],
     w: QuantisedTensor,
     *,
     backend: str | None = None,
-    bias: Array | None = None,
+    bias: Float[Array, " N"] | None = None,
     out_dtype: Any = None,
     arithmetic: str = "exact",
-) -> Array:
+) -> Float[Array, "*M N"]:
     """Multiplies activations by a quantised weight, fused with its dequantisation.
 
         y[..., n] = sum_k x[..., k] * w[n, k] + bias[n]

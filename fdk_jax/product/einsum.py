@@ -1,6 +1,8 @@
 """`einsum` of activations and a quantised weight, and the operator `@`."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,16 +12,19 @@ from fdk_jax.format.array_like import ArrayLike
 from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor, is_quantised
 from fdk_jax.product.interpretation import Options, interpreted
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def einsum(
     equation: str,
-    x: Array,
+    x: Float[Array, " ..."],
     w: QuantisedTensor,
     *,
     backend: str | None = None,
     out_dtype: Any = None,
     arithmetic: str = "exact",
-) -> Array:
+) -> Float[Array, " ..."]:
     """`jnp.einsum(equation, x, w)` by fused products.
 
         fdk_jax.einsum("BTD,NDH->BTNH", x, w)  # w quantised with axes="nkn"

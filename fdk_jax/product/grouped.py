@@ -3,10 +3,12 @@
 Glossary: M rows of x in E runs, `group_sizes` of them long; T rows a tile. A tile holds rows of one run only.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +24,21 @@ from fdk_jax.product.choice import LAYOUT_OF
 from fdk_jax.product.reverse_mode import reverse_only
 from pallas_kernels.case import Arrays
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Integer
+
 _FEWEST_ROWS, _MOST_ROWS = 8, 512  # of a tile
 
 
 def grouped_matmul(
-    x: Array,
+    x: Float[Array, "M K"],
     w: QuantisedTensor,
-    group_sizes: Array,
+    group_sizes: Integer[Array, " E"],
     *,
     backend: str | None = None,
-    bias: Array | None = None,
+    bias: Float[Array, "E N"] | None = None,
     out_dtype: Any = None,
-) -> Array:
+) -> Float[Array, "M N"]:
     """Multiplies each run of consecutive rows by the quantised matrix of its group.
 
         y[i] = x[i] @ w[e].T + bias[e],  e = the group of row i

@@ -59,8 +59,7 @@ class Block(nnx.Module):
 
         def linear(k: int, n: int, gain: float = 1.0) -> nnx.Linear:
             init = nnx.initializers.variance_scaling(gain, "fan_in", "normal")
-            options = dict(use_bias=False, dtype=jnp.bfloat16, kernel_init=init)
-            return nnx.Linear(k, n, rngs=rngs, **options)
+            return nnx.Linear(k, n, use_bias=False, dtype=jnp.bfloat16, kernel_init=init, rngs=rngs)
 
         # What is added to the stream shrinks with the number of layers that add to it.
         gain = 0.5 / shape.layers
@@ -143,8 +142,8 @@ def best_attention(batch: int, length: int) -> str:
     q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
 
     def gradients(implementation: str) -> tuple[Array, ...]:
-        def loss(*qkv: Array) -> Array:
-            out = attend(*qkv, implementation)
+        def loss(q: Array, k: Array, v: Array) -> Array:
+            out = attend(q, k, v, implementation)
             return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
