@@ -151,7 +151,8 @@ def main() -> int:
         with using(target):
             for name, run, shapes in others():
                 failed += not _compiles(capability, name, run, shapes)
-            for (bits, uniform), m in itertools.product(DECODERS, (1, 16, 64)):
+            tokens = (1, 16, 64, *((100, 128, 250, 400, 2048) if target.has_wgmma else ()))
+            for (bits, uniform), m in itertools.product(DECODERS, tokens):
                 facts = dict(bits=bits, group_size=64, out_features=4096, in_features=4096)
                 plan = pallas_kernels.plan(m, uniform=uniform, dtype=jnp.bfloat16, **facts)
                 kernels.add(plan.kernel)

@@ -111,6 +111,7 @@ def test_lowers_for_a_gpu(product, config):
         (dict(k=256), Config(splits=2), "too small"),
         ({}, Config(256, 2, 1, 16, 4), "shared memory"),
         ({}, Config(64, 1, 4, 6), "do not divide"),
+        ({}, Config(144, 1, 4, 8), "registers"),
         ({}, Config(cluster=2, splits=2), "two programs"),
     ],
 )

@@ -17,6 +17,7 @@ from typing import Any
 from fdk_jax.benchmark import cpu_tables, records, source, table
 
 FILES = ("README.md", "docs/performance.md", "docs/cpu.md", "docs/quality.md")
+_FEW = (1, 16, 64, 128, 512)  # tokens in the README's table
 _MARK = re.compile(r"(<!-- report: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _DENSE = 16
 
@@ -32,7 +33,10 @@ def rows(folder: Path = source.RESULTS) -> list[Row]:
 
 
 def kernels(found: Iterable[Row], *, spread: bool = False) -> str:
-    """Microseconds a product, a line for each shape and number of tokens; one table a device."""
+    """Microseconds a product, a line for each shape and number of tokens; one table a device.
+
+    With the spread of all rows, or the shares of the bound of a few.
+    """
     chosen = [
         r for r in found if r["suite"] == "kernels" and r.get("k") and r["dtype"] == "bfloat16"
     ]
@@ -42,9 +46,8 @@ def kernels(found: Iterable[Row], *, spread: bool = False) -> str:
         widths = sorted({r["bits"] for r in here}, reverse=True)
         head = ["k x n", "tokens", *(f"{b} bit" if b != _DENSE else "bf16 (XLA)" for b in widths)]
         lines = []
-        for k, n, m in sorted(
-            {(r["k"], r["n"], r["m"]) for r in here}, key=lambda s: (-s[0], -s[1], s[2])
-        ):
+        shapes = {(r["k"], r["n"], r["m"]) for r in here if spread or r["m"] in _FEW}
+        for k, n, m in sorted(shapes, key=lambda s: (-s[0], -s[1], s[2])):
             cells = [f"{k} x {n}", str(m)]
             for bits in widths:
                 same = [r for r in here if (r["k"], r["n"], r["m"], r["bits"]) == (k, n, m, bits)]
