@@ -2,6 +2,7 @@
 # The support matrix: matrix.sh [CASE...]; without arguments every case. Each prints "CASE: passed".
 #
 #   oldest   Python 3.11, JAX, Flax and numpy at the lowest versions that pyproject.toml allows
+#   between  Python 3.12, each minor version of JAX between those: sharding, models and generation
 #   newest   Python 3.12, the newest of everything
 #   clean    a fresh copy without git, read-only, as a user who is not root, without HOME, empty caches
 #
@@ -44,6 +45,17 @@ oldest() {
     suite "$work/oldest-tree" "$work/oldest/bin/python"
 }
 
+# Where these versions differ for this package: what several devices share, and what models compile.
+between() {
+  local minor tests=${MATRIX_TESTS:-$(echo tests/test_{sharding,tensor_parallel,processes,generate}.py \
+    tests/test_model*.py)}
+  for minor in 0.11; do
+    environment "${NEWEST_PYTHON:-python3.12}" "$work/$minor" "jax==$minor.*" "jaxlib==$minor.*" &&
+      copy "$work/$minor-tree" "$work/$minor/bin/python" &&
+      suite "$work/$minor-tree" "$work/$minor/bin/python" || return 1
+  done
+}
+
 newest() {
   environment "${NEWEST_PYTHON:-python3.12}" "$work/newest" &&
     copy "$work/newest-tree" "$work/newest/bin/python" &&
@@ -71,7 +83,7 @@ clean() {
 }
 
 failed=0
-for case in "${@:-oldest newest clean}"; do
+for case in "${@:-oldest between newest clean}"; do
   for name in $case; do
     if "$name" >"$work/$name.log" 2>&1; then
       echo "$name: passed ($(tail -1 "$work/$name.log"))"
