@@ -1,8 +1,9 @@
 // Benchmark of the library: bandwidth probes, dense bfloat16 and codebook products.
 //
 // All cases of a run take turns, round by round, so that a machine whose speed drifts treats them
-// alike. Weights rotate through copies that no cache holds. Prints a table; --output FILE takes what
-// was measured of each case as a line of JSON, of which fdk_jax/benchmark/records.py makes rows.
+// alike. Weights rotate through copies that no cache holds. Prints a table; --output FILE takes
+// what was measured of each case as a line of JSON, of which fdk_jax/benchmark/records.py makes
+// rows.
 #if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
