@@ -1,4 +1,4 @@
-"""Persistent kernels, a program a multiprocessor, that never pause reading: one token, chains of products.
+"""Persistent kernels, one thread block a multiprocessor, that never pause reading: a token, chains of products.
 
 At batch 1 memory is what there is to wait for, and it must never stand still. A program's rows of a weight are
 one range of memory. A producer warp copies that in bulk to a ring in shared memory, as far ahead as its

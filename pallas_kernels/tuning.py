@@ -38,7 +38,7 @@ _TOKENS = (
     *((1, 8, 1, 1), (1, 8, 2, 1), (1, 16, 1, 2), (1, 16, 2, 2)),
     *((2, 8, 1, 1), (2, 8, 1, 2), (2, 16, 1, 1), (2, 16, 1, 2)),
 )
-# The same, with its programs a multiprocessor, which loop over tiles of rows.
+# The same, with several thread blocks a multiprocessor, which loop over tiles of rows.
 _PERSISTENT = ((1, 8, 1, 1, 4), (1, 16, 1, 1, 2), (1, 16, 1, 2, 2))
 _INTEGER = (
     (8, 1),
@@ -47,7 +47,7 @@ _INTEGER = (
     (24, 1),
     (8, 2),
     (12, 2),
-)  # (workers, programs a multiprocessor)
+)  # (workers, thread blocks a multiprocessor)
 # (tokens, row_groups, k_groups, stages, cluster, ring) of `wgmma` for at least so many tokens.
 _WGMMA = {
     16: ((16, 1, 4, 2, 1, False), (16, 1, 2, 2, 1, False), (16, 1, 2, 4, 2, False)),
