@@ -127,6 +127,53 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_matmul, matmul,
                                   .Attr<bool>("uniform")
                                   .Attr<int64_t>("arithmetic"));
 
+// Causal attention of many tokens: q [B, T, H, d], keys and values [B, KV, S, d] or, `by_token`,
+// [B, S, KV, d], starts [B] or [1] -> out like q.
+ffi::Error prompt_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys,
+                            ffi::AnyBuffer values, ffi::BufferR1<ffi::S32> starts,
+                            ffi::Result<ffi::AnyBuffer> out, bool by_token, int64_t window) {
+  fdk::PromptAttention args{};
+  const auto queries = q.dimensions();
+  const auto cache = keys.dimensions();
+  if (queries.size() != 4 || cache.size() != 4)
+    return ffi::Error::InvalidArgument("fdk: q and keys must have four axes");
+  args.batch = queries[0];
+  args.tokens = queries[1];
+  args.heads = queries[2];
+  args.head_dim = queries[3];
+  args.kv_heads = cache[by_token ? 2 : 1];
+  args.slots = cache[by_token ? 1 : 2];
+  args.window = window;
+  if (q.element_count() == 0 || keys.element_count() == 0 || cache[0] != args.batch ||
+      cache[3] != args.head_dim || args.heads % args.kv_heads != 0 || window < 0 ||
+      values.dimensions() != cache || out->dimensions() != queries ||
+      keys.element_type() != q.element_type() || values.element_type() != q.element_type() ||
+      out->element_type() != q.element_type() || !to_dtype(q.element_type(), args.dtype) ||
+      (starts.dimensions()[0] != 1 && starts.dimensions()[0] != args.batch))
+    return ffi::Error::InvalidArgument("fdk: attention's shapes or dtypes do not fit one another");
+  args.key_sequence = args.kv_heads * args.slots * args.head_dim;
+  args.key_head = (by_token ? 1 : args.slots) * args.head_dim;
+  args.key_token = (by_token ? args.kv_heads : 1) * args.head_dim;
+  args.start_step = starts.dimensions()[0] == 1 ? 0 : 1;
+  args.q = q.untyped_data();
+  args.keys = keys.untyped_data();
+  args.values = values.untyped_data();
+  args.starts = starts.typed_data();
+  args.out = out->untyped_data();
+  return to_error(fdk::prompt_attention(args, fdk::Team{run_on_xla, &pool}));
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_prompt_attention, prompt_attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<bool>("by_token")
+                                  .Attr<int64_t>("window"));
+
 // Attention of one token a sequence, which puts its key and value into the cache in place: qkv
 // [B, (H + 2 KV) d], cos and sin [B, d / 2], lengths [B], keys and values [B, KV, S, d] (also
 // results), norms [d] or [0] -> out [B, H d].
@@ -371,13 +418,15 @@ int64_t reduce_sum(const py::array_t<int32_t, py::array::c_style> &source) {
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The CPU library: XLA FFI handlers and the layout conversion.";
-  module.attr("interface") = 4;  // raised with every change that fdk_jax/cpu_backend.py must follow
+  module.attr("interface") = 5;  // raised with every change that fdk_jax/cpu_backend.py must follow
   module.attr("compiler") = fdk::kCompiler;
   module.def(
       "ffi_handlers",
       [] {
         py::dict handlers;
         handlers["fdk_matmul"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_matmul));
+        handlers["fdk_prompt_attention"] =
+            py::capsule(reinterpret_cast<void *>(fdk_ffi_prompt_attention));
         handlers["fdk_attention"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_attention));
         handlers["fdk_dense"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_dense));
         handlers["fdk_take_rows"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_take_rows));

@@ -110,6 +110,10 @@ fdk_status matmul(const fdk_weight *weight, const fdk_matmul_args *args, const T
   });
 }
 
+fdk_status prompt_attention(const PromptAttention &args, const Team &team) {
+  return guarded([&] { run_prompt_attention(args, team, threads_or_default(0)); });
+}
+
 fdk_status attention(const Attention &args, const Team &team) {
   return guarded([&] { run_attention(args, team, threads_or_default(0)); });
 }

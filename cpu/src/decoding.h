@@ -198,7 +198,5 @@ void dense(const FewTokens &args, int64_t begin, int64_t end) {
   dense_columns_of<FDK_BF16>(args, begin, end);
 }
 
-constexpr Decoding kDecoding = {attend, dense};
-
 }  // namespace
 }  // namespace fdk

@@ -222,6 +222,31 @@ void run_dense(const fdk_dense_args &args, const Team &team, int threads) {
              [&](int64_t begin, int64_t end) { rows(args, begin, end); });
 }
 
+// work(i, scratch) for i in [0, count), in any order on the threads, each with scratch of its own.
+template <typename Work>
+void for_each_with_scratch(const Team &team, int threads, int64_t count, int64_t floats,
+                           const Work &work) {
+  const size_t stride = round_up(static_cast<size_t>(floats) * sizeof(float));
+  const Buffer scratch = allocate(stride * static_cast<size_t>(threads));
+  std::atomic<int> members{0};
+  WorkQueue queue(count, 1, threads);
+  auto take = [&] {
+    const size_t first = stride * static_cast<size_t>(members.fetch_add(1));
+    auto *own = reinterpret_cast<float *>(static_cast<char *>(scratch.get()) + first);
+    int64_t begin = 0;
+    int64_t end = 0;
+    while (queue.take(begin, end))
+      for (int64_t i = begin; i < end; ++i) work(i, own);
+  };
+  team.run(team, threads, [](void *data) { (*static_cast<decltype(take) *>(data))(); }, &take);
+}
+
+// As many threads as have enough multiply-adds to be worth waking.
+int threads_for(int64_t work, int threads) {
+  constexpr int64_t worth_a_thread = int64_t{1} << 17;
+  return static_cast<int>(std::clamp(work / worth_a_thread, int64_t{1}, int64_t{threads}));
+}
+
 void run_attention(const Attention &args, const Team &team, int threads) {
   const Decoding &loops = *first_of(&Isa::decoding);
   int64_t longest = 0;
@@ -230,26 +255,26 @@ void run_attention(const Attention &args, const Team &team, int threads) {
     longest = std::max(longest, args.slot(b) + 1);
     slots += args.slot(b) + 1;
   }
-  // Waking a thread costs more than a short cache.
-  constexpr int64_t worth_a_thread = int64_t{1} << 17;
-  const int64_t work = slots * args.heads * args.head_dim;
-  threads = static_cast<int>(std::clamp(work / worth_a_thread, int64_t{1}, int64_t{threads}));
-  const size_t stride = round_up(static_cast<size_t>(args.scratch(longest)) * sizeof(float));
-  const Buffer scratch = allocate(stride * static_cast<size_t>(threads));
-  std::atomic<int> members{0};
-  WorkQueue heads(args.batch * args.kv_heads, 1, threads);
-  auto take_heads = [&] {
-    const size_t first = stride * static_cast<size_t>(members.fetch_add(1));
-    auto *own = reinterpret_cast<float *>(static_cast<char *>(scratch.get()) + first);
-    int64_t begin = 0;
-    int64_t end = 0;
-    while (heads.take(begin, end))
-      for (int64_t i = begin; i < end; ++i)
-        loops.attend(args, i / args.kv_heads, i % args.kv_heads, own);
-  };
-  team.run(
-      team, threads, [](void *work) { (*static_cast<decltype(take_heads) *>(work))(); },
-      &take_heads);
+  threads = threads_for(slots * args.heads * args.head_dim, threads);
+  for_each_with_scratch(team, threads, args.batch * args.kv_heads, args.scratch(longest),
+                        [&](int64_t i, float *scratch) {
+                          loops.attend(args, i / args.kv_heads, i % args.kv_heads, scratch);
+                        });
+}
+
+void run_prompt_attention(const PromptAttention &args, const Team &team, int threads) {
+  const Decoding &loops = *first_of(&Isa::decoding);
+  const int64_t blocks = ceil_div(args.tokens, args.block_tokens());
+  const int64_t heads = args.batch * args.kv_heads;
+  threads =
+      threads_for(args.batch * args.tokens * args.tokens * args.heads * args.head_dim, threads);
+  // The last tokens see the most keys: they begin.
+  for_each_with_scratch(
+      team, threads, blocks * heads, args.scratch(), [&](int64_t i, float *scratch) {
+        const int64_t token = (blocks - 1 - i / heads) * args.block_tokens();
+        const int64_t head = i % heads;
+        loops.attend_block(args, head / args.kv_heads, head % args.kv_heads, token, scratch);
+      });
 }
 
 void run_few_tokens(const FewTokens &args, const Team &team, int threads) {

@@ -19,6 +19,7 @@ void run_plan(const Plan &plan, const Team &team, int threads);
 void run_dense(const fdk_dense_args &args, const Team &team, int threads);
 // Floats of scratch are one allocation; throws std::bad_alloc.
 void run_attention(const Attention &args, const Team &team, int threads);
+void run_prompt_attention(const PromptAttention &args, const Team &team, int threads);
 void run_few_tokens(const FewTokens &args, const Team &team, int threads);
 void run_probe_copy(const void *source, void *target, size_t bytes, const Team &team, int threads);
 int64_t run_probe_sum(const int32_t *source, size_t count, const Team &team, int threads);

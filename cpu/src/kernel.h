@@ -124,6 +124,38 @@ struct Attention {
   }
 };
 
+// Causal attention of `tokens` tokens a sequence over the keys that lie in `slots` places, their
+// own among them.
+inline constexpr int64_t kPromptKeys = 128;  // of which all scores exist at a time
+struct PromptAttention {
+  int64_t batch, tokens, heads, kv_heads, head_dim, slots;
+  int64_t key_sequence, key_head,
+      key_token;   // elements from one to the next, of keys and of values
+  int64_t window;  // keys that a token sees, its own included; 0: all before it
+  fdk_dtype dtype;
+  const void *q;              // [batch, tokens, heads, head_dim]
+  const void *keys, *values;  // [batch, kv_heads, slots, head_dim] in the order of their steps
+  const int32_t *starts;      // the place of each sequence's first token,
+  int64_t start_step;         // 0 where all begin at the same
+  void *out;                  // like q
+
+  int64_t start(int64_t sequence) const {
+    const int64_t at = starts[sequence * start_step];
+    return at < 0 ? 0 : at;
+  }
+  // Tokens of a piece of work: some 256 queries meet a block of keys.
+  int64_t block_tokens() const {
+    const int64_t fitting = 256 / (heads / kv_heads);
+    return fitting < 1 ? 1 : fitting < tokens ? fitting : tokens;
+  }
+  // Floats that a call of Decoding::attend_block works in, at most.
+  int64_t scratch() const {
+    const int64_t queries = block_tokens() * (heads / kv_heads) + 64;
+    const int64_t width = head_dim + 64;
+    return queries * (head_dim + kPromptKeys + width + 4) + kPromptKeys * (head_dim + width);
+  }
+};
+
 // y [m, n] = x W^T for W [n, k] (`rows`) or x W for W [k, n], at most kFewTokens tokens.
 inline constexpr int64_t kFewTokens = 16;
 inline constexpr int64_t kDenseColumns = 256;
@@ -137,11 +169,14 @@ struct FewTokens {
   fdk_dtype y_dtype;
 };
 
-// The loops of decoding.h.
+// The loops of decoding.h and prompt_attention.h.
 struct Decoding {
   void (*attend)(const Attention &args, int64_t sequence, int64_t kv_head, float *scratch);
   // Outputs [begin, end): at most kDenseColumns unless `rows`.
   void (*dense)(const FewTokens &args, int64_t begin, int64_t end);
+  // The block of tokens that begins with `token`.
+  void (*attend_block)(const PromptAttention &args, int64_t sequence, int64_t kv_head,
+                       int64_t token, float *scratch);
 };
 
 struct Isa {

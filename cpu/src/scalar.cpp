@@ -3,10 +3,10 @@
 #include <cmath>
 #include <cstring>
 
-#include "decoding.h"
 #include "isas.h"
 #include "kernel.h"
 #include "numeric.h"
+#include "prompt_attention.h"
 
 namespace fdk {
 namespace {

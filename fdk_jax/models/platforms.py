@@ -134,7 +134,7 @@ def prompt_attention(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | No
         k,
         v,
         cuda=library if _cudnn_takes(library, mask, sinks, q, k, v) else blocked,
-        cpu=_widened(blocked),
+        cpu=_on_cpu(_widened(blocked), mask, sinks, q.dtype, by_token=True),
         default=blocked,
     )
 
@@ -157,9 +157,35 @@ def chunk_attention(
     return jax.lax.platform_dependent(
         *arrays,
         cuda=library if _cudnn_takes(library, mask, sinks, *arrays) else blocked,
-        cpu=_widened(blocked),
+        cpu=_on_cpu(_widened(blocked), mask, sinks, q.dtype, by_token=False),
         default=blocked,
     )
+
+
+def _on_cpu(
+    plain: Callable[..., Array], mask: Mask, sinks: Array | None, dtype: Any, *, by_token: bool
+) -> Callable[..., Array]:
+    """Attention by the C++ library where it has the case, with the derivatives of `plain`."""
+    narrow = jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16, jnp.float16)
+    if (
+        mask.soft_cap is not None
+        or sinks is not None
+        or not narrow
+        or cpu_backend.unavailable_reason() is not None
+    ):
+        return plain
+
+    @jax.custom_jvp
+    def attend(q: Array, keys: Array, values: Array, *starts: Array) -> Array:
+        places = starts[0] if starts else jnp.zeros(1, jnp.int32)
+        options = dict(window=mask.window, by_token=by_token)
+        return cpu_backend.prompt_attention(q, keys, values, places, **options)
+
+    @attend.defjvp
+    def _(primals, tangents):
+        return jax.jvp(plain, primals, tangents)
+
+    return attend
 
 
 def _cudnn(q: Array, k: Array, v: Array, **options: Any) -> Array:

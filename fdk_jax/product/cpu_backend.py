@@ -23,7 +23,7 @@ from jax.core import Tracer
 from fdk_jax.format import packing
 
 ARITHMETIC = {"exact": 0, "int16": 1, "int8": 2}
-INTERFACE = 4  # of cpu/bindings/module.cpp
+INTERFACE = 5  # of cpu/bindings/module.cpp
 FEW_TOKENS = 16  # that `dense` takes at most
 
 
@@ -251,6 +251,34 @@ def attention(
         norm_eps=np.float32(norm_eps),
     )
     return out, keys, values
+
+
+def prompt_attention(
+    q: Array, keys: Array, values: Array, starts: Array, *, window: int | None, by_token: bool
+) -> Array:
+    """Causal attention of many tokens over the keys of these and of earlier ones, in float32.
+
+    Args:
+        q: [B, T, H, D] float32, bfloat16 or float16.
+        keys: [B, KV, S, D] of q's dtype; [B, S, KV, D] if `by_token`.
+        values: Like keys.
+        starts: int32 [B] or [1], the place in S of each sequence's first token.
+        window: Keys that a token sees, its own included; None for all before it.
+        by_token: See `keys`.
+
+    Returns:
+        [B, T, H, D] of q's dtype.
+
+    Raises:
+        NotImplementedError: there is no library.
+    """
+    library()
+    call = jax.ffi.ffi_call(
+        "fdk_prompt_attention",
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        vmap_method="sequential",
+    )
+    return call(q, keys, values, starts, by_token=by_token, window=np.int64(window or 0))
 
 
 def _to_tiled(packed: Array, scales: Array, **facts) -> tuple[Array, Array] | None:

@@ -1,7 +1,7 @@
 // Plain NEON: what every 64-bit ARM machine since 2013 runs.
 #if defined(__aarch64__)
-#include "../decoding.h"
 #include "../isas.h"
+#include "../prompt_attention.h"
 #include "column_panel.h"
 #include "int8_panel.h"
 #include "tables1.h"

@@ -1,8 +1,10 @@
 // AVX2, FMA and F16C (Intel from Haswell, AMD from Zen 1).
 #if defined(__x86_64__)
 
-#include "decoding.h"
+#include <cpuid.h>
+
 #include "isas.h"
+#include "prompt_attention.h"
 #include "x86/avx2_products.h"
 #include "x86/avx2_sums.h"
 
@@ -39,9 +41,17 @@ constexpr Kernel kKernels[] = {
     make_kernel<Float32<1>>("avx2.float32_1bit", supports_exact<1>),
 };
 
+// Clang 14 has no name for F16C.
+bool has_f16c() {
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+
 bool available() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
 }  // namespace

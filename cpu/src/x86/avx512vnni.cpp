@@ -2,8 +2,8 @@
 // float32.
 #if defined(__x86_64__)
 
-#include "decoding.h"
 #include "isas.h"
+#include "prompt_attention.h"
 #include "x86/avx512_dense.h"
 #include "x86/avx512_panel.h"
 #include "x86/avx512_probes.h"
