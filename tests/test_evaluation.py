@@ -29,6 +29,19 @@ class Tiny(nnx.Module):
         return self.lm_head(x + self.down(a.reshape(*a.shape[:-1], 4, 8)))
 
 
+def test_a_layer_that_was_quantised_before_has_no_error(rng):
+    """The head of many checkpoints is: it is the same in both models."""
+    model = Tiny()
+    model = fdk_jax.quantise(model, 8, group_size=16, skip="up|lm_head")
+    assert isinstance(model.down, fdk_jax.QuantisedLinear)
+    quantised = fdk_jax.quantise(model, 4, group_size=16)
+    report = evaluate(quantised, model, rng.integers(0, 12, 401), context=20)
+    layers = {layer.name: layer for layer in report.layers}
+    assert layers["down"].weight_error is None and layers["down"].output_error is None
+    assert 0 < layers["up"].weight_error < 0.2 and layers["up"].output_error is not None
+    assert report.weight_error == layers["up"].weight_error and "down" in str(report)
+
+
 def log_softmax(x):
     x = np.asarray(x, np.float64)
     return (

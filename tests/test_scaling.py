@@ -119,6 +119,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(bits, data, tmp_path):
 @pytest.mark.slow
 def test_rows_and_packed_losses(text, data, tmp_path, monkeypatch):
     monkeypatch.setattr(scaling_runs, "SIZES", {"toy": SHAPE})
+    monkeypatch.setattr(scaling_runs.Plan, "variant", "")
     out, notes = tmp_path / "rows.jsonl", []
     grid = [("toy", 16), ("toy", 1)]
 
@@ -149,6 +150,7 @@ def test_rows_and_packed_losses(text, data, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_that_fails_leaves_the_others_alone(text, tmp_path, monkeypatch):
     monkeypatch.setattr(scaling_runs, "SIZES", {"odd": Shape(96, 64, 1, 320), "toy": SHAPE})
+    monkeypatch.setattr(scaling_runs.Plan, "variant", "")
     out, notes = tmp_path / "rows.jsonl", []
     fine = scaling_runs.run(PLAN, text, out, tmp_path, [("odd", 16), ("toy", 16)], notes.append)
     assert not fine and any("odd 16 failed" in note for note in notes)
@@ -168,11 +170,11 @@ def test_attention_is_causal_and_knows_positions():
     assert not np.allclose(np.asarray(run(swapped), np.float32)[0, -1], after[0, -1], atol=1e-3)
 
 
-def row(bits, weights, loss, size, step=10.0):
+def row(bits, weights, loss, size, step=10.0, variant=""):
     return {
-        "suite": "scaling", "status": "ok", "name": f"{weights} {bits}", "size": str(weights), "bits": bits,
-        "parameters": weights, "bytes": size, "loss": loss, "bits_per_byte": loss / 2, "packed_loss": loss,
-        "step_ms": step, "device": "a GPU", "tokens": 4e7,
+        "suite": "scaling", "status": "ok", "name": f"{weights} {bits}{variant}", "size": str(weights),
+        "bits": bits, "parameters": weights, "bytes": size, "loss": loss, "bits_per_byte": loss / 2,
+        "packed_loss": loss, "step_ms": step, "device": "a GPU", "tokens": 4e7,
     }  # fmt: skip
 
 
@@ -186,11 +188,13 @@ def test_the_fit_finds_the_curve_that_rows_lie_on(tmp_path):
     for bits, found in scaling_report.fit(rows).items():
         assert found == pytest.approx(truth[bits], rel=0.02)
     path = tmp_path / "rows.jsonl"
+    other = row(4, 4_000_000, rows[5]["loss"] + 0.0123, 2_000_000, variant=" seed 1")
     with records.Writer(path) as writer:
-        for one in rows:
+        for one in [*rows, other]:
             writer.write(records.make_row(one))
     found = scaling_report.report([path], tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 1000
+    assert f"| 4.0M | 4 | seed 1 | {other['loss']:.4f} | +0.0123 |" in found
     # In 8 MB: 4M weights of 16 bits, 16M of 4, 64M of 1.
     loss = {bits: truth[bits][0] + truth[bits][1] * 8 ** -truth[bits][2] for bits in truth}
     line = re.search(r"\| 8\.0 MB \|.*", found)[0]

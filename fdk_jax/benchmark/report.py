@@ -120,6 +120,13 @@ def scaling(found: Iterable[Row], part: str) -> str:
     )
 
 
+def scaling_variants(found: Iterable[Row]) -> str:
+    """Other seeds and refreshes of the scaling table."""
+    from fdk_jax.quality import scaling_report
+
+    return scaling_report.variants(found)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels": kernels,
     "kernels-spread": lambda found: kernels(found, spread=True),
@@ -131,6 +138,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "prompts": cpu_tables.prompts,
     "scaling": lambda found: scaling(found, "table"),
     "scaling-memory": lambda found: scaling(found, "at_equal_memory"),
+    "scaling-variants": scaling_variants,
     "scaling-fit": lambda found: scaling(found, "fits"),
     "quality-variants": lambda found: quality(found, variants=True),
     "networks-minilm": lambda found: networks(found, "minilm"),

@@ -110,7 +110,8 @@ def evaluate(
 
     Args:
         model: an nnx model with `QuantisedLinear`s (or layers in quantisation-aware training).
-        reference: the model before quantisation, with layers of the same names; None compares nothing.
+        reference: the model before quantisation, with layers of the same names; None compares nothing. What
+            it holds quantised itself, such as the head of a checkpoint, is not compared layer by layer.
         tokens: int [T] or [B, T]; or the path of a file of them: `.npy`, or `.bin` of little-endian uint16.
             None leaves out perplexity, divergence and outputs.
         context: length of the windows that [T] is cut into; an incomplete last one is dropped.
@@ -228,11 +229,14 @@ def _matrices(model: nnx.Module, names: set[str]) -> dict[str, Any]:
 
 
 def _errors(model, reference, layers, batches, forward, layers_at_a_time):
-    """Layer reports with errors, and the errors in total."""
-    originals = statistics.linear_layers(reference, lambda name: name not in layers)
-    if missing := [name for name in layers if name not in originals]:
+    """Layer reports with errors, and the errors in total; a layer that the reference has quantised has none."""
+    before = _quantised_layers(reference)
+    changed = [name for name in layers if name not in before]
+    originals = statistics.linear_layers(reference, lambda name: name not in changed)
+    # A reference without any is the wrong one.
+    if missing := [name for name in changed or layers if name not in originals]:
         raise ValueError(f"the reference has no float linear layers called {missing}")
-    ours, theirs = _matrices(model, set(layers)), _matrices(reference, set(layers))
+    ours, theirs = _matrices(model, set(changed)), _matrices(reference, set(changed))
     out, squares, outputs = dict(layers), np.zeros(2), []
     for names in statistics.chunks(originals, batches is not None, layers_at_a_time):
         moments = {}

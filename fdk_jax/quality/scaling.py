@@ -32,6 +32,9 @@ _FOLDER = flags.DEFINE_string("folder", "/tmp/fdk_scaling", "of checkpoints and 
 _DRY = flags.DEFINE_bool("dry_run", False, "a few steps of everything, and an estimate; no rows")
 _SMALL = flags.DEFINE_bool("small", False, "with short sequences and small batches, for a CPU")
 _SEED = flags.DEFINE_integer("seed", 0, "of weights and order")
+_REFRESH = flags.DEFINE_integer(
+    "refresh_every", 25, "steps between refreshed codebooks; 0 for never", lower_bound=0
+)
 
 
 def main(argv: list[str]) -> None:
@@ -55,7 +58,7 @@ def main(argv: list[str]) -> None:
 
     logging.set_verbosity(logging.WARNING)  # of the writer of checkpoints
     compilation_cache.keep()
-    plan = Plan(tokens=_TOKENS.value, seed=_SEED.value)
+    plan = Plan(tokens=_TOKENS.value, seed=_SEED.value, refresh_every=_REFRESH.value)
     if _SMALL.value:
         plan = plan.small()
     fine = scaling_runs.run(

@@ -16,8 +16,29 @@ _MEGABYTE = 1e6
 
 def chosen(rows: Iterable[Row]) -> list[Row]:
     """The rows of the table, the larger models first; the last row of each name counts."""
+    return [row for row in _all(rows) if row["name"] == f"{row['size']} {row['bits']}"]
+
+
+def _all(rows: Iterable[Row]) -> list[Row]:
     found = {r["name"]: r for r in rows if r["suite"] == "scaling" and r["loss"] is not None}
-    return sorted(found.values(), key=lambda row: (-row["parameters"], -row["bits"]))
+    return sorted(found.values(), key=lambda row: (-row["parameters"], -row["bits"], row["name"]))
+
+
+def variants(rows: Iterable[Row]) -> str:
+    """Rows of other seeds and other refreshes, beside those of the table."""
+    found = _all(rows)
+    plain = {row["name"]: row for row in chosen(found)}
+    lines = [
+        "| weights of the layers | bits | | loss (nats a token) | more than in the table |",
+        "|---" * 5 + "|",
+    ]
+    for row in found:
+        base = plain.get(name := f"{row['size']} {row['bits']}")
+        if base is not None and base is not row:
+            what = row["name"].removeprefix(name).strip().replace("_", " ")
+            size, change = f"{row['parameters'] / 1e6:.1f}M", row["loss"] - base["loss"]
+            lines.append(f"| {size} | {row['bits']} | {what} | {row['loss']:.4f} | {change:+.4f} |")
+    return "\n".join(lines) if len(lines) > 2 else "(No rows yet.)"
 
 
 def fit(found: list[Row]) -> dict[int, tuple[float, float, float]]:
@@ -152,6 +173,7 @@ def draw(found: list[Row], path: Path) -> None:
 
 def report(paths: list[Path], figure: Path) -> str:
     """Draws the figure, and returns the tables in Markdown."""
-    found = chosen(records.read(paths))
+    rows = records.read(paths)
+    found = chosen(rows)
     draw(found, figure)
-    return "\n\n".join([table(found), at_equal_memory(found), fits(found)])
+    return "\n\n".join([table(found), at_equal_memory(found), fits(found), variants(rows)])

@@ -68,8 +68,16 @@ class Plan:
     def small(self) -> "Plan":
         """The same in the size of a test."""
         return dataclasses.replace(
-            self, context=64, batch=8, chunk=5, refresh_every=5, test_batches=4, checkpoint_chunks=1
+            self, context=64, batch=8, chunk=5, test_batches=4, checkpoint_chunks=1
         )
+
+    @property
+    def variant(self) -> str:
+        """What sets rows of this plan apart from those of the table: " seed 1"; "" for nothing."""
+        plain = Plan()
+        names = [f.name for f in dataclasses.fields(self) if f.name in ("refresh_every", "seed")]
+        found = [f" {n} {getattr(self, n)}" for n in names if getattr(self, n) != getattr(plain, n)]
+        return "".join(found)
 
     @property
     def chunks(self) -> int:
@@ -361,14 +369,12 @@ def run(
     where = environment.facts(jax.devices()[0])
     total, fine = 0.0, True
     for size, bits in grid:
-        if (name := f"{size} {bits}") in done:
+        if (name := f"{size} {bits}{plan.variant}") in done:
             continue
         if deadline is not None and time.monotonic() > deadline:
             note("out of time: the same command goes on")
             break
-        place = (
-            folder / f"{name.replace(' ', '-')}-{data.text.split()[-1]}-{plan.steps}-{plan.seed}"
-        )
+        place = folder / f"{name.replace(' ', '-')}-{data.text.split()[-1]}-{plan.steps}"
         try:
             made = _one(plan, size, bits, data, None if dry else place, note, deadline)
         except Exception as error:  # the other models of the grid do not depend on this one
