@@ -9,7 +9,8 @@ of a `QuantisedTensor` called `name` are `name.packed`, `name.scales` and `name.
 import collections
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ import safetensors.flax
 from flax import nnx
 
 from fdk_jax.files.atomic import atomic_path
+from fdk_jax.files.contents import Stored
+from fdk_jax.files.safetensors_folder import read_file
 from fdk_jax.format.quantised_tensor import QuantisedTensor, is_quantised
 from fdk_jax.layers.trees import prepare
 
 VERSION = 1
 _KEY = "fdk_jax"
 _ARRAYS = ("packed", "scales", "codebook")
+_THREADS = 8  # that read
 
 
 def save(path: str | os.PathLike, tree: Any, *, keep_layout: bool = False) -> None:
@@ -71,11 +75,12 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        with safetensors.safe_open(path, framework="flax") as file:
+        with safetensors.safe_open(path, framework="numpy") as file:
             _check_names(path)
             structure = _structure(path, file.metadata())
             names = set(file.keys())
-            tree = _rebuild(structure, file.get_tensor, names)
+        with _Reading(path) as tensor:
+            tree = _rebuild(structure, tensor, names)
     except (safetensors.SafetensorError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is not a complete checkpoint: {error}") from error
     if names:
@@ -90,6 +95,26 @@ def load(path: str | os.PathLike, *, like: Any = None) -> Any:
     graph, state = nnx.split(like)
     nnx.replace_by_pure_dict(state, tree)
     return nnx.merge(graph, state)
+
+
+class _Reading:
+    """Reads the arrays of a file in threads, and gives each on the device by its name."""
+
+    def __init__(self, path: Path):
+        self._device = jax.config.jax_default_device  # a context of this thread alone
+        self._stored = read_file(path)
+        self._pool = ThreadPoolExecutor(_THREADS)
+
+    def __enter__(self) -> Callable[[str], jax.Array]:
+        found = {name: self._pool.submit(self._read, one) for name, one in self._stored.items()}
+        return lambda name: found[name].result()
+
+    def __exit__(self, *_) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _read(self, stored: Stored) -> jax.Array:
+        with jax.default_device(self._device):
+            return jax.device_put(stored.array())
 
 
 def _plain(tree: Any) -> Any:

@@ -176,28 +176,51 @@ def test_rows_of_a_quantised_table(layout, bits, g, dtype, rng):
     np.testing.assert_array_equal(np.asarray(got), dense[np.minimum(index, n - 1)])
 
 
-def test_reading_ahead_holds_two_stages(rng, tmp_path, monkeypatch):
-    """Arrays that have been read and not been placed yet."""
-    from fdk_jax.models import loading
+@pytest.mark.parametrize("makers", [1, 3])
+def test_two_stages_are_under_way_at_most(makers):
+    """Arrays that have been read and not been placed yet, and the order in which stages end."""
+    from fdk_jax.models import pipeline
 
-    alive, most = set(), 0
-    stages = [{f"{i}.{j}": () for j in range(3)} for i in range(6)]
+    alive, most, ended = set(), [0], []
+    stages = [[f"{i}.{j}" for j in range(3)] for i in range(6)]
 
     def stored(name: str) -> files.Stored:
         def read():
             alive.add(name)
+            most[0] = max(most[0], len({one.split(".")[0] for one in tuple(alive)}))
             return np.zeros(1)
 
         return files.Stored((), "F32", read)
 
+    def begin(line: pipeline.Pipeline, index: int):
+        take = line.read(stages[index])
+
+        def make(name: str) -> None:
+            take(name)
+            alive.discard(name)
+
+        made = [line.make(make, name) for name in stages[index]]
+        return lambda: [one.result() for one in made]
+
     tensors = {name: stored(name) for stage in stages for name in stage}
-    with loading._Ahead(tensors, stages) as ahead:
-        for stage in stages:
-            for name in stage:
-                ahead.take(name)
-                most = max(most, len({one.split(".")[0] for one in alive}))
-                alive.discard(name)
-    assert most <= 2 and not alive
+    with pipeline.Pipeline(tensors, makers) as line:
+        begins = [lambda index=index: begin(line, index) for index in range(len(stages))]
+        pipeline.run(begins, ended.append)
+    assert most[0] <= 2 and not alive and ended == list(range(6))
+
+
+def test_an_error_of_a_thread_ends_the_load():
+    from fdk_jax.models import pipeline
+
+    def read():
+        raise ValueError("damaged")
+
+    with (
+        pytest.raises(ValueError, match="damaged"),
+        pipeline.Pipeline({"a": files.Stored((), "F32", read)}, 2) as line,
+    ):
+        take = line.read(["a"])
+        pipeline.run([lambda: line.make(take, "a").result], lambda _: None)
 
 
 def test_tokenizer_and_config_of_a_gguf_file(rng, tmp_path):

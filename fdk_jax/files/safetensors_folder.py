@@ -1,7 +1,11 @@
-"""The arrays of a folder's safetensors files."""
+"""The arrays of a folder's safetensors files.
 
+The library opens a file, which checks its header; the bytes are read here, since its readers hold the lock of
+the interpreter: in 4 threads 0.7 GB/s as in one, where `readinto` gives 1.3 (two cores, memory disk).
+"""
+
+import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -10,6 +14,7 @@ import safetensors
 
 from fdk_jax.files.contents import Stored
 from fdk_jax.files.json_files import read_json
+from fdk_jax.format.host_arrays import aligned
 
 INDEX = "model.safetensors.index.json"
 _NUMPY = {
@@ -81,37 +86,47 @@ def read_file(path: Path) -> dict[str, Stored]:
         ValueError: a damaged file, or a dtype that numpy does not have.
     """
     try:
-        file = safetensors.safe_open(path, framework="numpy")
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        facts = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+        with safetensors.safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            facts = {
+                name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()
+            }
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from None
     for name, (kind, _) in facts.items():
         if kind not in _NUMPY:
             raise ValueError(f"{path}: {name} has dtype {kind}, which is not supported")
+    places = _places(path)
     return {
-        name: Stored(shape, kind, _reader(path, file, name, kind, shape))
+        name: Stored(shape, kind, functools.partial(_read, path, name, kind, shape, *places[name]))
         for name, (kind, shape) in facts.items()
     }
 
 
-def _reader(path, file, name: str, kind: str, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        if kind.startswith("F8"):
-            # The library's numpy reader has no float8: it takes the bytes from a slice of bytes.
-            return _bytes_of(path, name).view(_NUMPY[kind]).reshape(shape)
-        try:
-            return file.get_tensor(name)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is truncated or damaged: {name}: {error}") from None
-
-    return read
-
-
-def _bytes_of(path: Path, name: str) -> np.ndarray:
-    """The bytes of one array of a file that the library has found whole."""
+def _places(path: Path) -> dict[str, tuple[int, int]]:
+    """Where in a file that the library has found whole the bytes of each array begin and end."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        begin, end = json.loads(file.read(length))[name]["data_offsets"]
-        file.seek(8 + length + begin)
-        return np.frombuffer(file.read(end - begin), np.uint8)
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    start = 8 + length
+    return {
+        name: tuple(start + offset for offset in entry["data_offsets"])
+        for name, entry in header.items()
+    }
+
+
+def _read(
+    path: Path, name: str, kind: str, shape: tuple[int, ...], begin: int, end: int
+) -> np.ndarray:
+    """The array whose bytes are at a place of a file."""
+    array = aligned(end - begin)
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        done = 0
+        while done < array.size:
+            count = file.readinto(array[done:])
+            if not count:
+                raise ValueError(f"{path} is truncated or damaged: {name} ends early")
+            done += count
+    return array.view(_NUMPY[kind]).reshape(shape)

@@ -2,17 +2,18 @@
 
 import ctypes
 import dataclasses
+import functools
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from fdk_jax import files
 from fdk_jax.files.contents import Stored
@@ -24,7 +25,8 @@ from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.expert_weights import read_bias, read_stack, set_stack, stack_arrays
 from fdk_jax.models.hub import find_checkpoint
 from fdk_jax.models.parallel import Parallel
-from fdk_jax.models.transformer import Transformer
+from fdk_jax.models.pipeline import MAKERS, Finish, Pipeline, Take, run
+from fdk_jax.models.transformer import Transformer, shapes
 from fdk_jax.models.weights import (
     Placer,
     check_arithmetic,
@@ -36,7 +38,6 @@ from fdk_jax.models.weights import (
 from fdk_jax.product.choice import default_backend
 
 _SHOWN = 20  # names of each kind that an error lists
-_THREADS = 8  # that read and unpack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,17 +125,19 @@ def load(
     check_names(config, checkpoint.tensors)
     if parallel is not None:
         names.check_cut(config)
-    model = nnx.eval_shape(lambda: Transformer(config, parallel=parallel, rngs=nnx.Rngs(0)))
+    model = shapes(config, parallel)
     placer = Placer(parallel, config.dtype, backend)
-    with _Ahead(checkpoint.tensors, _stages(config)) as ahead:
-        reader = _Reader(config, ahead, quantisation, placer, arithmetic)
-        reader.embedding(model)
-        for index, layer in enumerate(model.layers):
-            reader.layer(layer, index)
-            _return_freed_memory()
-            if progress is not None:
-                progress(index + 1, config.num_layers)
-        reader.head(model)
+    # Devices of several processes must be given their work in the same order; quantising takes memory.
+    makers = 1 if parallel is not None or quantisation is not None else MAKERS
+
+    def finished(stage: int) -> None:
+        _return_freed_memory()
+        if progress is not None and 0 < stage <= config.num_layers:
+            progress(stage, config.num_layers)
+
+    with Pipeline(checkpoint.tensors, makers) as pipeline:
+        reader = _Reader(config, pipeline, quantisation, placer, arithmetic)
+        run(reader.stages(model), finished)
     for note in checkpoint.all_notes():
         warnings.warn(f"{path}: {note}", stacklevel=2)
     return model
@@ -226,111 +229,124 @@ def _stages(config: ModelConfig) -> list[dict[str, tuple[int, ...]]]:
     return [*stages, last]
 
 
-class _Ahead:
-    """Reads the arrays of one stage in threads while those of the stage before are placed.
-
-    Two stages at most are in memory; an array leaves it when it has been taken.
-    """
-
-    def __init__(self, tensors: Mapping[str, Stored], stages: list[dict[str, Any]]):
-        self._tensors = tensors
-        self._stages = iter(stages)
-        self._pool = ThreadPoolExecutor(_THREADS)
-        self._pending: dict[str, Any] = {}
-        self._next: dict[str, Any] = {}
-        self._submit()
-
-    def __enter__(self) -> "_Ahead":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def take(self, name: str) -> np.ndarray | QuantisedTensor:
-        """The array of a name of this stage or the next, once."""
-        if name not in self._pending:
-            self._pending |= self._next
-            self._submit()
-        return self._pending.pop(name).result()
-
-    def _submit(self) -> None:
-        self._next = {
-            name: self._pool.submit(self._tensors[name].read) for name in next(self._stages, {})
-        }
-
-
 class _Reader:
-    """Fills a model from a checkpoint."""
+    """Fills a model from a checkpoint: each method begins a stage, and gives what finishes it."""
 
-    def __init__(self, config, ahead, quantisation, placer, arithmetic):
+    def __init__(self, config, pipeline, quantisation, placer, arithmetic):
         self.config: ModelConfig = config
-        self.take: Callable[[str], np.ndarray | QuantisedTensor] = ahead.take
+        self.pipeline: Pipeline = pipeline
         self.quantisation: Quantisation | None = quantisation
         self.placer: Placer = placer
         self.arithmetic: str = arithmetic
-        self.table: np.ndarray | QuantisedTensor | None = None
+        self.table: np.ndarray | QuantisedTensor | None = None  # which a tied head shares
 
-    def embedding(self, model: Transformer) -> None:
-        """The embedding, which a tied head shares."""
-        self.table = self.take(names.EMBEDDING)
-        if isinstance(self.table, QuantisedTensor):
-            self.table = self.placer.quantised([self.table], "n")
-            model.embedding = QuantisedWeight(self.table)
-        else:
-            model.embedding = nnx.Param(self.placer.embedding(self.table))
-        if not self.config.tie_embeddings:
-            self.table = None
+    def stages(self, model: Transformer) -> Iterator[Callable[[], Finish]]:
+        """What begins each stage: the embedding, each layer, the head."""
+        wanted = _stages(self.config)
+        yield lambda: self._embedding(model, self.pipeline.read(wanted[0]))
+        for index, layer in enumerate(model.layers):
+            take = functools.partial(self.pipeline.read, wanted[1 + index])
+            yield functools.partial(self._layer, layer, index, take)
+        yield lambda: self._head(model, self.pipeline.read(wanted[-1]))
 
-    def layer(self, layer: nnx.Module, index: int) -> None:
-        for name, (path, _) in names.layer_vectors(self.config, index).items():
-            set_vector(layer, path, self.placer.vector(_float(self.take(name))))
+    def _embedding(self, model: Transformer, take: Take) -> Finish:
+        def make() -> QuantisedTensor | Array:
+            table = take(names.EMBEDDING)
+            quantised = isinstance(table, QuantisedTensor)
+            made = (
+                self.placer.quantised([table], "n") if quantised else self.placer.embedding(table)
+            )
+            if self.config.tie_embeddings:
+                self.table = made if quantised else table
+            return made
+
+        made = self.pipeline.make(make)
+
+        def finish() -> None:
+            table = made.result()
+            quantised = isinstance(table, QuantisedTensor)
+            model.embedding = QuantisedWeight(table) if quantised else nnx.Param(table)
+
+        return finish
+
+    def _layer(self, layer: nnx.Module, index: int, read: Callable[[], Take]) -> Finish:
+        take, make, placer = read(), self.pipeline.make, self.placer
+        stacks = [
+            (stack, make(self._stack, stack, index, take))
+            for stack in names.layer_stacks(self.config, index)
+        ]
+        linears = []
         for projection in names.layer_projections(self.config, index):
-            weights = [self.take(f"{part.name}.weight") for part in projection.parts]
             quantisation = None if projection.plain else self.quantisation
-            self._set(layer, projection, weights, quantisation)
-        for stack in names.layer_stacks(self.config, index):
-            weight, q = read_stack(stack, self.take), self.quantisation
-            if q is not None and not isinstance(weight, QuantisedTensor):
-                weight = self._quantised(f"layer {index}: experts' {stack.path[-1]}", weight, q)
-            bias = read_bias(stack, self.take)
-            mlp, name = (getattr(layer, stack.path[0]), stack.path[1])
-            set_stack(mlp, name, weight, bias, self.placer.dtype)
+            linears.append((projection, make(self._linear, projection, quantisation, take)))
+        vectors = [
+            (path, make(lambda name=name: placer.vector(_float(take(name)))))
+            for name, (path, _) in names.layer_vectors(self.config, index).items()
+        ]
 
-    def head(self, model: Transformer) -> None:
+        def finish() -> None:
+            for path, vector in vectors:
+                set_vector(layer, path, vector.result())
+            for projection, linear in linears:
+                self._place(layer, projection, *linear.result())
+            for stack, made in stacks:
+                mlp, name = getattr(layer, stack.path[0]), stack.path[1]
+                set_stack(mlp, name, *made.result(), placer.dtype)
+
+        return finish
+
+    def _stack(self, stack, index: int, take: Take) -> tuple[Any, Any]:
+        weight, q = read_stack(stack, take), self.quantisation
+        if q is not None and not isinstance(weight, QuantisedTensor):
+            weight = self._quantised(f"layer {index}: experts' {stack.path[-1]}", weight, q)
+        return weight, read_bias(stack, take)
+
+    def _head(self, model: Transformer, take: Take) -> Finish:
         """The final norm and the head."""
         q, projection = self.quantisation, names.head(self.config)
-        set_vector(
-            model, ("norm", "scale"), self.placer.vector(_float(self.take(names.FINAL_NORM)))
-        )
-        head = Quantisation(q.head_bits, q.group_size) if q and q.head_bits else None
-        if self.config.tie_embeddings:
-            if isinstance(self.table, QuantisedTensor):
-                self._place(model, projection, self.table, None)
-                share_table(model)
-                return
-            weight = self.table
-            if head is None:
-                return
-        else:
-            weight = self.take(f"{projection.parts[0].name}.weight")
-        self._set(model, projection, [weight], head)
+        quantisation = Quantisation(q.head_bits, q.group_size) if q and q.head_bits else None
+        make, placer = self.pipeline.make, self.placer
+        norm = make(lambda: placer.vector(_float(take(names.FINAL_NORM))))
 
-    def _set(self, owner, projection, weights: list, quantisation: Quantisation | None) -> None:
-        parts, cut, bias = projection.parts, projection.cut, None
+        def head() -> tuple[Any, Any] | None:
+            if not self.config.tie_embeddings:
+                return self._linear(projection, quantisation, take)
+            if isinstance(self.table, QuantisedTensor):
+                return self.table, None
+            if quantisation is None:
+                return None
+            return self._joined(projection, [self.table], quantisation), None
+
+        made = make(head)
+
+        def finish() -> None:
+            set_vector(model, ("norm", "scale"), norm.result())
+            if (found := made.result()) is not None:
+                self._place(model, projection, *found)
+                if self.config.tie_embeddings and isinstance(self.table, QuantisedTensor):
+                    share_table(model)
+
+        return finish
+
+    def _linear(self, projection, quantisation: Quantisation | None, take: Take) -> tuple[Any, Any]:
+        """The weight of a linear layer and its bias or None."""
+        parts, bias = projection.parts, None
+        weights = [take(f"{part.name}.weight") for part in parts]
         if parts[0].bias:
-            rows = [_float(self.take(f"{part.name}.bias")) for part in parts]
+            rows = [_float(take(f"{part.name}.bias")) for part in parts]
             joined = join_rows(rows, self.placer.shards)
-            bias = self.placer.vector(joined, cut=cut == "n")
+            bias = self.placer.vector(joined, cut=projection.cut == "n")
+        return self._joined(projection, weights, quantisation), bias
+
+    def _joined(self, projection, weights: list, quantisation: Quantisation | None) -> Any:
         if quantisation is not None:
             weights = [
                 self._quantised(part.name, weight, quantisation)
-                for part, weight in zip(parts, weights, strict=True)
+                for part, weight in zip(projection.parts, weights, strict=True)
             ]
         if all(isinstance(weight, QuantisedTensor) for weight in weights):
-            made = self.placer.quantised(weights, cut)
-        else:
-            made = self.placer.kernel([_float(weight) for weight in weights], cut)
-        self._place(owner, projection, made, bias)
+            return self.placer.quantised(weights, projection.cut)
+        return self.placer.kernel([_float(weight) for weight in weights], projection.cut)
 
     def _place(self, owner, projection, weight, bias) -> None:
         dtype = self.placer.dtype

@@ -18,7 +18,7 @@ from fdk_jax.layers.linear import QuantisedWeight
 from fdk_jax.layers.trees import prepare
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig
-from fdk_jax.models.transformer import Transformer
+from fdk_jax.models.transformer import Transformer, shapes
 from fdk_jax.models.weights import set_linear, set_vector, share_table
 
 _WEIGHTS = "model.fdk"
@@ -79,7 +79,7 @@ def read(path: str | Path, *, dtype: str | None, backend: str, arithmetic: str) 
     if stored != config.dtype:
         raise ValueError(f"{path} is prepared for {stored}, not for dtype={config.dtype!r}")
     tree = prepare(tree, backend)
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    model = shapes(config)
     table = tree["embedding"]
     quantised = isinstance(table, QuantisedTensor)
     model.embedding = QuantisedWeight(table) if quantised else nnx.Param(table)

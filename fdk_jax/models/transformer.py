@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,17 @@ class Transformer(nnx.Module):
         parallel: None for one device. Otherwise this is what one device of the mesh runs inside
             `jax.shard_map`, while the arrays are global: see `fdk_jax.models.Generator`.
         rngs: Random weights for a new model; `load` fills a checkpoint in.
+        layers: Numbers of the layers to make; None for all of them.
     """
 
-    def __init__(self, config: ModelConfig, *, parallel: Parallel | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        parallel: Parallel | None = None,
+        rngs: nnx.Rngs,
+        layers: Sequence[int] | None = None,
+    ):
         self.config = config
         self.parallel = parallel
         local = parallel.local(config) if parallel else config
@@ -38,7 +47,10 @@ class Transformer(nnx.Module):
             jax.random.normal(rngs.params(), shape, dtype) * scale
         )
         self.layers = nnx.List(
-            [Layer(local, config.layer(i), parallel, rngs) for i in range(config.num_layers)]
+            [
+                Layer(local, config.layer(i), parallel, rngs)
+                for i in (range(config.num_layers) if layers is None else layers)
+            ]
         )
         self.norm = RMSNorm(config.hidden_size, config)
         self.lm_head: Linear | QuantisedLinear | None = (
@@ -183,6 +195,23 @@ class Transformer(nnx.Module):
             return logits
         axis = logits.ndim - 1
         return jax.lax.all_gather(logits, self.parallel.axis, axis=axis, tiled=True)
+
+
+def shapes(config: ModelConfig, parallel: Parallel | None = None) -> Transformer:
+    """A model of shapes in the place of arrays; of layers that are alike one is traced, which takes time."""
+    options = [config.layer(i) for i in range(config.num_layers)]
+    kinds = list(dict.fromkeys(options))
+    model = nnx.eval_shape(
+        lambda: Transformer(
+            config,
+            parallel=parallel,
+            rngs=nnx.Rngs(0),
+            layers=[options.index(kind) for kind in kinds],
+        )
+    )
+    made = list(model.layers)
+    model.layers = nnx.List([nnx.clone(made[kinds.index(option)]) for option in options])
+    return model
 
 
 # Layers that are alike are traced once, and XLA inlines the calls.

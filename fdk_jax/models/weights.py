@@ -136,7 +136,9 @@ class Placer:
 
     def _put(self, value: HostArray, spec: P) -> Array:
         if self.parallel is None:
-            return jnp.asarray(value)
+            return jax.device_put(
+                value
+            )  # which may keep the memory: nobody writes to what was read
         return self.parallel.put(value, spec)
 
     def _check_cut(self, cut: str, in_features: int, group_size: int) -> None:
@@ -156,7 +158,7 @@ class Placer:
 
         arrays = [part.packed for part in parts], [part.scales for part in parts]
         if self.parallel is None and self.layout not in packing.NATIVE:
-            return _converted(*jax.tree.map(jnp.asarray, arrays), target=self.layout, **facts)
+            return _converted(*jax.device_put(arrays), target=self.layout, **facts)
         packed, scales = (join_rows(rows, self.shards) for rows in arrays)
         if self.parallel is None:
             return convert(packed, scales)  # on the host, from where the arrays lie

@@ -20,11 +20,12 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from fdk_jax.format import packing
+from fdk_jax.format import host_arrays, packing
 
 ARITHMETIC = {"exact": 0, "int16": 1, "int8": 2}
 INTERFACE = 5  # of cpu/bindings/module.cpp
 FEW_TOKENS = 16  # that `dense` takes at most
+_ONE_THREAD = 1 << 20  # bytes of a weight that one thread converts sooner than several start
 
 
 @functools.cache
@@ -291,7 +292,8 @@ def _to_tiled(packed: Array, scales: Array, **facts) -> tuple[Array, Array] | No
         (tiles, -(-k * facts["bits"] // 32), packing.STEP_BYTES),
         (tiles, scales.shape[-1], packing.TILE_ROWS),
     )
-    return _convert(library().to_tiled, packed, scales, packed.shape[:-2], shapes, facts)
+    lead, heights = packed.shape[:-2], (packing.TILE_ROWS, 1)
+    return _convert(library().to_tiled, packed, scales, lead, shapes, heights, facts)
 
 
 def _from_tiled(packed: Array, scales: Array, **facts) -> tuple[Array, Array] | None:
@@ -300,7 +302,8 @@ def _from_tiled(packed: Array, scales: Array, **facts) -> tuple[Array, Array] | 
     if not _is_native(packed, scales, facts["group_size"]):
         return None
     shapes = ((n, -(-k * facts["bits"] // 8)), (n, scales.shape[-2]))
-    return _convert(library().from_tiled, packed, scales, packed.shape[:-3], shapes, facts)
+    lead, heights = packed.shape[:-3], (1, packing.TILE_ROWS)
+    return _convert(library().from_tiled, packed, scales, lead, shapes, heights, facts)
 
 
 packing.NATIVE["tiled"] = (_to_tiled, _from_tiled)
@@ -318,16 +321,46 @@ def _is_native(packed: Array, scales: Array, group_size: int) -> bool:
     )
 
 
-def _convert(function, packed, scales, lead, shapes, facts) -> tuple[Array, Array]:
-    """Matrix by matrix; `lead` are the leading axes, `shapes` those of one converted (packed, scales)."""
-    dtype, count = np.dtype(scales.dtype), math.prod(lead)
-    source_packed = np.require(packed, requirements=["C", "A"]).reshape(count, -1)
-    source_scales = np.require(scales, requirements=["C", "A"]).reshape(count, -1).view(np.uint8)
-    target_packed = np.empty((count, math.prod(shapes[0])), np.uint8)
-    target_scales = np.empty((count, math.prod(shapes[1]) * dtype.itemsize), np.uint8)
-    for arrays in zip(source_packed, source_scales, target_packed, target_scales, strict=True):
-        function(*arrays, **facts, scale_size=dtype.itemsize)
-    return (
-        jnp.asarray(target_packed.reshape(*lead, *shapes[0])),
-        jnp.asarray(target_scales.view(dtype).reshape(*lead, *shapes[1])),
+def _convert(function, packed, scales, lead, shapes, heights, facts) -> tuple[Array, Array]:
+    """Converts each matrix, a run of its tiles on each thread.
+
+    Args:
+        function: of the library.
+        packed: codes.
+        scales: their scales.
+        lead: the leading axes of both.
+        shapes: of one converted (packed, scales).
+        heights: lines of a tile in the arrays that are converted, and in those that they become.
+        facts: the arguments of `packing.convert`.
+    """
+    dtype, count, n = np.dtype(scales.dtype), math.prod(lead), facts["out_features"]
+    sizes = 1, dtype.itemsize
+    targets = [
+        host_arrays.aligned(count * math.prod(shape) * size)
+        for shape, size in zip(shapes, sizes, strict=True)
+    ]
+    sources = [np.require(a, requirements=["C", "A"]).reshape(-1) for a in (packed, scales)]
+    tiles = -(-n // packing.TILE_ROWS)
+    lines = [tiles if height == 1 else n for height in heights]
+    views = [
+        (a.view(np.uint8).reshape(count, lines[i], -1), heights[i])
+        for i, both in enumerate((sources, targets))
+        for a in both
+    ]
+    each = -(-tiles // host_arrays.threads())
+    if sum(a.nbytes for a in targets) < _ONE_THREAD:
+        each = tiles
+
+    def convert(run: tuple[int, int]) -> None:
+        matrix, first = run
+        last = min(first + each, tiles)
+        parts = (a[matrix, first * h : last * h].reshape(-1) for a, h in views)
+        rows = min(n, last * packing.TILE_ROWS) - first * packing.TILE_ROWS
+        function(*parts, **(facts | {"out_features": rows}), scale_size=dtype.itemsize)
+
+    host_arrays.on_threads(convert, [(m, t) for m in range(count) for t in range(0, tiles, each)])
+    packed, scales = (
+        a.view(kind).reshape(*lead, *shape)
+        for a, kind, shape in zip(targets, (np.uint8, dtype), shapes, strict=True)
     )
+    return jax.device_put(packed), jax.device_put(scales)

@@ -1,0 +1,67 @@
+"""Stages of a checkpoint on their way to a device: some threads read, others make parameters."""
+
+import collections
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from fdk_jax.files.contents import HostArray, Stored
+from fdk_jax.format.quantised_tensor import QuantisedTensor
+
+_READERS = 8  # threads that read and unpack
+MAKERS = 4  # threads that make parameters: join, convert, put on the device
+Take = Callable[[str], HostArray | QuantisedTensor]
+Finish = Callable[[], None]
+
+
+class Pipeline:
+    """Reads the arrays of a stage in threads, and makes parameters of them in others.
+
+    Two stages at most are on the host: `run` begins one, and then waits for the one before it.
+
+    Args:
+        tensors: the checkpoint's arrays by name.
+        makers: threads that make parameters; one takes them in order.
+    """
+
+    def __init__(self, tensors: Mapping[str, Stored], makers: int):
+        self._tensors = tensors
+        self._readers = ThreadPoolExecutor(_READERS)
+        self._makers = ThreadPoolExecutor(makers)
+        self._device = jax.config.jax_default_device  # a context of this thread alone
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for pool in (self._readers, self._makers):
+            pool.shutdown(cancel_futures=True)
+
+    def read(self, names: Iterable[str]) -> Take:
+        """Starts reading arrays; gives what takes each of them once, when it is there."""
+        arrays = {name: self._readers.submit(self._tensors[name].read) for name in names}
+        return lambda name: arrays.pop(name).result()
+
+    def make(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        """Starts a function that makes parameters; one thread begins them in order."""
+
+        def made() -> Any:
+            with jax.default_device(self._device):
+                return function(*arguments)
+
+        return self._makers.submit(made)
+
+
+def run(stages: Iterable[Callable[[], Finish]], progress: Callable[[int], None]) -> None:
+    """Begins each stage while the one before is under way, and finishes them in order."""
+    begun: collections.deque[Finish] = collections.deque()
+    count = 0
+    for begin in (*stages, None):
+        if begin is not None:
+            begun.append(begin())
+        if len(begun) > 1 or begin is None:
+            begun.popleft()()
+            progress(count)
+            count += 1
