@@ -15,6 +15,7 @@ import jax
 import rich.console
 
 from fdk_jax import arguments, compilation_cache, models
+from fdk_jax.models import speculation
 from fdk_jax.models.hub import find_checkpoint
 from fdk_jax.models.tokenizer import TextStream, Tokenizer
 from fdk_jax.product import cpu_backend
@@ -71,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"new tokens (default {_NEW_TOKENS}, or what the context has room for)",
     )
     parser.add_argument("--max_context", type=int, help="tokens of prompt and answer together")
+    parser.add_argument(
+        "--speculate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="guess N tokens a step from the text so far; the same text, sooner where it repeats itself",
+    )
     sampling = parser.add_argument_group("sampling (greedy unless a temperature is given)")
     sampling.add_argument("--temperature", type=float, default=0.0)
     sampling.add_argument("--top_k", type=int)
@@ -103,6 +111,10 @@ def _check(args: argparse.Namespace) -> None:
     arguments.check_weights(args)
     if args.max_tokens is not None and args.max_tokens < 1:
         raise ValueError(f"--max_tokens {args.max_tokens} must be at least 1")
+    if not 0 <= args.speculate <= speculation.MOST:
+        raise ValueError(f"--speculate {args.speculate} must be between 0 and {speculation.MOST}")
+    if args.speculate and (args.devices > 1 or len(args.prompt or []) > 1):
+        raise ValueError("--speculate is for one prompt on one device")
     if args.max_context is not None and args.max_context < 2:
         raise ValueError(f"--max_context {args.max_context} must be at least 2")
     args.prompt = [_text(prompt) for prompt in args.prompt or []]
@@ -156,6 +168,11 @@ def _generator(args, tokenizer: Tokenizer, console: rich.console.Console) -> mod
     return models.Generator(model, max_context=args.max_context, backend=args.backend)
 
 
+def _options(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
+    """How tokens are chosen, of every answer."""
+    return dict(sampling=args.sampling, stop_tokens=tokenizer.stop_tokens, speculate=args.speculate)
+
+
 def _complete(args, tokenizer: Tokenizer, console) -> None:
     prompts = [tokenizer.encode(text) for text in args.prompt]
     config = models.read_config(args.model)
@@ -164,9 +181,7 @@ def _complete(args, tokenizer: Tokenizer, console) -> None:
     max_tokens = args.max_tokens or max(1, min(_NEW_TOKENS, context - longest))
     models.check_prompts(config, prompts, max_tokens, context)
     generator = _generator(args, tokenizer, console)
-    options: dict[str, Any] = dict(
-        max_tokens=max_tokens, sampling=args.sampling, stop_tokens=tokenizer.stop_tokens
-    )
+    options = _options(args, tokenizer) | dict(max_tokens=max_tokens)
     if args.json or len(prompts) > 1:
         with console.status("generating"):
             out = generator.generate(prompts, **options)
@@ -278,7 +293,7 @@ def _chat(args, tokenizer: Tokenizer, console) -> None:
     talk.prompt()
     talk.take_back()
     generator = _generator(args, tokenizer, console)
-    options = dict(sampling=args.sampling, stop_tokens=tokenizer.stop_tokens)
+    options = _options(args, tokenizer)
     while line := _line(console):
         talk.add("user", line)
         try:

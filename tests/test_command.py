@@ -74,6 +74,21 @@ def test_command_over_devices(capsys, folder):
     assert one[:2] == two[:2] and two[0] == 0
 
 
+def test_command_with_guesses(capsys, folder):
+    arguments = [
+        "--prompt",
+        "the fox the fox",
+        "--max_tokens",
+        "9",
+        "--dtype",
+        "float32",
+        "--quiet",
+    ]
+    plain = run(capsys, str(folder), *arguments)
+    assert run(capsys, str(folder), *arguments, "--speculate", "4") == plain
+    assert plain[0] == 0
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "words"),
     [
@@ -84,6 +99,8 @@ def test_command_over_devices(capsys, folder):
         (lambda f: None, ["--head_bits", "8"], "--head_bits needs --bits"),
         (lambda f: None, ["--devices", "9"], "--devices 9"),
         (lambda f: None, ["--devices", "0"], "--devices 0"),
+        (lambda f: None, ["--speculate", "17"], "--speculate 17"),
+        (lambda f: None, ["--speculate", "2", "--prompt", "hen"], "one prompt on one device"),
         (lambda f: None, ["--system", "be brief"], "--system needs --chat"),
         (lambda f: None, ["--backend", "pallas"], "needs an NVIDIA GPU"),
         (lambda f: None, ["--prompt", ""], "every prompt needs"),

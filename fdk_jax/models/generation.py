@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from fdk_jax.layers.trees import prepare
+from fdk_jax.models import speculation
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.loops import Loop, stream_every
 from fdk_jax.models.programs import Programs
@@ -29,6 +30,7 @@ class Generation:
         prefill_seconds: Reading the prompts and choosing the first token, compilation excluded.
         decode_seconds: All later tokens, compilation excluded.
         decode_steps: Steps that took, each of one token a sequence.
+        model_steps: Times that the model ran for them: fewer with guesses that were right.
     """
 
     tokens: list[list[int]]
@@ -36,6 +38,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     decode_steps: int
+    model_steps: int
 
     @property
     def tokens_per_second(self) -> float:
@@ -91,6 +94,7 @@ class Generator:
         max_tokens: int = 128,
         sampling: Sampling | None = None,
         stop_tokens: Sequence[int] = (),
+        speculate: int = 0,
     ) -> Generation:
         """Continues prompts of any lengths together; the whole decoding is one device program.
 
@@ -99,30 +103,44 @@ class Generator:
             max_tokens: Most new tokens for each.
             sampling: None for greedy.
             stop_tokens: Tokens that end a sequence.
+            speculate: Tokens that are guessed at each step, from what followed the newest ones earlier in the
+                text, and checked with it: up to so many more tokens a step where a text repeats itself, such as
+                code or summaries; 0 for none. The tokens are those that the model would choose anyway, up to
+                the rounding of its products of several tokens. For one prompt on one device.
 
         Raises:
             ValueError: an empty batch or prompt, a token outside the vocabulary, a prompt that leaves no room
-                for `max_tokens` in the context, or a batch that the devices which share it do not divide.
+                for `max_tokens` in the context, a batch that the devices which share it do not divide, or
+                `speculate` out of range or for several prompts or devices.
         """
-        request = self._request(prompts, max_tokens, sampling, stop_tokens)
+        request = self._request(prompts, max_tokens, sampling, stop_tokens, speculate)
         loop = request.loop(max_tokens - 1)
         request.compile(loop if max_tokens > 1 else None)
         begin = time.perf_counter()
         cache, progress = request.prefill()
-        fetch, steps = self.programs.fetch, 0
+        fetch, steps, model_steps = self.programs.fetch, 0, 0
         # The decoding is handed over while the prompts are read, and where the program looks, that call returns
         # with the last token: so another thread sees the first one come.
         with concurrent.futures.ThreadPoolExecutor(1) as clock:
             middle = clock.submit(_time_of, progress.token)
             if max_tokens > 1:
-                decoded = request.decode(cache, progress, max_tokens - 1, loop)
-                decoded[2].copy_to_host_async()
-                steps = int(decoded[1].step) - 1
-                new = fetch(decoded[2])[:, : min(steps, max_tokens - 1)]
+                text = None
+                if speculate:
+                    after = request.guess(cache, progress, request.text(), max_tokens - 1, loop)
+                    _, at, text, out = after
+                else:
+                    _, at, out = request.decode(cache, progress, max_tokens - 1, loop)
+                out.copy_to_host_async()
+                steps = int(at.step) - 1
+                model_steps = steps
+                if text is not None:
+                    steps, model_steps = min(steps, max_tokens - 1), int(text.steps)
+                new = fetch(out)[:, : min(steps, max_tokens - 1)]
         end = time.perf_counter()
         columns = [fetch(progress.token), new] if steps else [fetch(progress.token)]
         tokens, stopped = _cut(np.column_stack(columns), stop_tokens)
-        return Generation(tokens, stopped, middle.result() - begin, end - middle.result(), steps)
+        seconds = middle.result() - begin, end - middle.result()
+        return Generation(tokens, stopped, *seconds, steps, model_steps)
 
     def stream(
         self,
@@ -132,6 +150,7 @@ class Generator:
         sampling: Sampling | None = None,
         stop_tokens: Sequence[int] = (),
         every: int | None = None,
+        speculate: int = 0,
     ) -> Iterator[np.ndarray]:
         """Like `generate`, with the same tokens, but yields them as they come.
 
@@ -142,14 +161,18 @@ class Generator:
             stop_tokens: See `generate`.
             every: Tokens a device program chooses before they are handed over; None for 1 on a CPU, 8
                 elsewhere. The next program is under way meanwhile.
+            speculate: See `generate`; then `every` counts steps, each of one token at least.
 
         Yields:
             int32 [B, n]: n new tokens for each prompt. A sequence repeats its stop token once it has
             ended; the iteration ends with the last sequence.
         """
-        request = self._request(prompts, max_tokens, sampling, stop_tokens)
+        request = self._request(prompts, max_tokens, sampling, stop_tokens, speculate)
         loop = Loop.of_one_run(every or stream_every())
         cache, progress = request.prefill()
+        if speculate:
+            yield from self._stream_guesses(request, cache, progress, max_tokens, loop, speculate)
+            return
         waiting, done, left = progress.token[:, None], progress.done, max_tokens - 1
         while left > 0:
             # Queued before the tokens in hand are read: the device does not wait for the reader. At the
@@ -162,6 +185,20 @@ class Generator:
             left -= loop.run
         yield self.programs.fetch(waiting)
 
+    def _stream_guesses(
+        self, request: Request, cache, progress, max_tokens: int, loop: Loop, speculate: int
+    ) -> Iterator[np.ndarray]:
+        """The stream of one sequence; how many tokens a program has chosen, only it knows."""
+        yield self.programs.fetch(progress.token[:, None])
+        text, count = request.text(), 1
+        loop = dataclasses.replace(loop, room=loop.run * (speculate + 1))
+        while count < max_tokens and not self.programs.fetch(progress.done).all():
+            left = max_tokens - count
+            cache, progress, text, out = request.guess(cache, progress, text, left, loop)
+            new = int(progress.step) - count
+            yield self.programs.fetch(out)[:, : min(new, left)]
+            count += new
+
     def compile(
         self,
         prompts: Sequence[Sequence[int]],
@@ -170,12 +207,16 @@ class Generator:
         sampling: Sampling | None = None,
         stop_tokens: Sequence[int] = (),
         streaming: bool = False,
+        speculate: int = 0,
     ) -> None:
         """Compiles what `generate` (or `stream`) of these arguments needs, and runs nothing."""
-        request = self._request(prompts, max_tokens, sampling, stop_tokens)
-        request.compile(
-            Loop.of_one_run(stream_every()) if streaming else request.loop(max_tokens - 1)
-        )
+        request = self._request(prompts, max_tokens, sampling, stop_tokens, speculate)
+        loop = request.loop(max_tokens - 1)
+        if streaming:
+            loop = Loop.of_one_run(stream_every())
+            if speculate:
+                loop = dataclasses.replace(loop, room=loop.run * (speculate + 1))
+        request.compile(loop)
 
     def _check_batch(self, batch: int) -> None:
         parallel = self.programs.parallel
@@ -185,11 +226,18 @@ class Generator:
                 f"a batch of {batch} must be divisible by the {parts} parts that devices cut it into"
             )
 
-    def _request(self, prompts, max_tokens, sampling, stop_tokens) -> Request:
+    def _request(self, prompts, max_tokens, sampling, stop_tokens, speculate) -> Request:
         check_prompts(self.config, prompts, max_tokens, self.max_context)
         self._check_batch(len(prompts))
-        sampling = sampling or Sampling()
-        return Request(self.programs, prompts, max_tokens, self.max_context, sampling, stop_tokens)
+        if not 0 <= speculate <= speculation.MOST:
+            raise ValueError(f"{speculate=} must be between 0 and {speculation.MOST} tokens a step")
+        if speculate and (len(prompts) > 1 or self.programs.parallel is not None):
+            raise ValueError(
+                f"{speculate=} is for one prompt on one device, not for {len(prompts)} prompts"
+                + (" on several devices" if self.programs.parallel is not None else "")
+            )
+        how = sampling or Sampling(), stop_tokens, speculate
+        return Request(self.programs, prompts, max_tokens, self.max_context, *how)
 
 
 def check_prompts(

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fdk_jax.models import loops
+from fdk_jax.models import loops, speculation
 from fdk_jax.models.cache import KVCache
 from fdk_jax.models.loops import Loop, Options, Progress, Reading
 from fdk_jax.models.programs import Programs
 from fdk_jax.models.sampling import Method, Sampling
+from fdk_jax.models.speculation import Text
 
 
 class Request:
@@ -26,6 +27,7 @@ class Request:
         max_context: Most tokens of a prompt and its continuation.
         sampling: How tokens are chosen.
         stop_tokens: Tokens that end a sequence.
+        guesses: Of a step from the text so far, see `speculation`; for one prompt on one device.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class Request:
         max_context: int,
         sampling: Sampling,
         stop_tokens: Sequence[int],
+        guesses: int = 0,
     ):
         lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
         self._runs, self._capacity = plan_runs(
-            len(prompts), int(lengths.max()), max_tokens, max_context
+            len(prompts), int(lengths.max()), max_tokens + guesses, max_context
         )
+        self._prompt, self._guesses = prompts[0], guesses
         tokens = np.zeros((len(prompts), sum(self._runs)), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
@@ -63,6 +67,9 @@ class Request:
 
     def loop(self, steps: int) -> Loop:
         """The loop of a program that decodes at most so many tokens."""
+        if self._guesses:  # nobody knows how many steps they take
+            run = 1 if jax.default_backend() == "cpu" else _GUESS_RUN
+            return Loop(run, self._capacity, once=False)
         run = loops.poll_every(steps, self._may_stop)
         return Loop(run, self._capacity, run >= steps and not self._may_stop)
 
@@ -85,7 +92,10 @@ class Request:
         if loop is not None:
             token, done = (shaped((batch,), dtype) for dtype in (jnp.int32, bool))
             progress = struct(Progress(token, done, shaped((), jnp.int32)))
-            self._decode_program(cache, progress, step, loop)
+            if self._guesses:
+                self._guess_program(cache, progress, self.text(), step, loop)
+            else:
+                self._decode_program(cache, progress, step, loop)
 
     def prefill(self) -> tuple[KVCache, Progress]:
         """Reads the prompts and chooses the first new token of each."""
@@ -106,6 +116,30 @@ class Request:
         most = self._programs.place(jnp.int32(steps))
         program = self._decode_program(cache, progress, most, loop)
         return program(cache, progress, most, self._options)
+
+    def text(self) -> Text:
+        """The prompt, from which guesses are made."""
+        room = self._capacity + 2 * (self._guesses + 1)
+        tokens = np.zeros(room, np.int32)
+        tokens[: len(self._prompt)] = self._prompt
+        return Text(jnp.asarray(tokens), jnp.int32(len(self._prompt)), jnp.int32(0))
+
+    def guess(
+        self, cache: KVCache, progress: Progress, text: Text, steps: int, loop: Loop
+    ) -> tuple[KVCache, Progress, Text, Array]:
+        """Like `decode`, with guesses; see `speculation.decode`."""
+        most = jnp.int32(steps)
+        program = self._guess_program(cache, progress, text, most, loop)
+        return program(cache, progress, text, most, self._options)
+
+    def _guess_program(self, cache, progress, text, most, loop: Loop):
+        run = functools.partial(
+            speculation.decode, method=self._method, loop=loop, guesses=self._guesses
+        )
+        results = KVCache, Progress, Text, Array
+        args = cache, progress, text, most, self._options
+        name = ("guess", loop, self._guesses, *self._key)
+        return self._programs.program(name, run, results, *args)
 
     def _prefill_program(self):
         """All at once, for prompts that one run reads."""
@@ -151,6 +185,7 @@ class Request:
         return len(self._lengths), self._capacity, self._method, self._options.stops.size
 
 
+_GUESS_RUN = 4  # steps on a GPU before it polls
 _RUN_TOKENS = 8192  # of one prompt that are read at once on a GPU,
 _ALL_RUN_TOKENS = (
     16384  # and of all prompts together: activations of a layer stay below a gigabyte or two

@@ -61,7 +61,7 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         """Logits of every position: int [B, T] -> float32 [B, T, V]."""
-        length = jnp.asarray([tokens.shape[1]], jnp.int32)
+        length = jnp.asarray([[tokens.shape[1]]], jnp.int32)
         return self.logits(self._run(tokens, length, length)[0])
 
     def prefill(
@@ -118,15 +118,32 @@ class Transformer(nnx.Module):
         Returns:
             The stream after the layers [B, T, D], and the cache, which has these lengths and ends already.
         """
-        x, keys, values = self._run(tokens, lengths, ends)
+        x, keys, values = self._run(tokens, lengths[:, None], ends[:, None])
         keys, values = (tuple(fill(a, cache_length) for a in arrays) for arrays in (keys, values))
         return x, KVCache(keys, values, lengths, ends)
 
     def resume(self, tokens: Array, starts: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """A later run, of tokens int [B, T] from slots `starts` int32 [B or 1] on; see `begin`."""
         ends = cache.lengths if cache.ends is None else cache.ends
-        x, keys, values = self._run(tokens, cache.lengths, ends, starts, cache)
+        rows = cache.lengths[:, None], ends[:, None]
+        x, keys, values = self._run(tokens, *rows, starts, cache)
         return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
+
+    def look_ahead(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """Reads several tokens of each sequence, each as `decode` would if all before it were right.
+
+        Args:
+            tokens: int [B, T], for which the cache needs so many free slots.
+            cache: What came before them.
+
+        Returns:
+            float32 [B, T, V], the logits after each token; and the cache with their keys and values, whose
+            lengths are as before: whoever keeps some of the tokens adds how many.
+        """
+        lengths = cache.lengths[:, None] + 1 + jnp.arange(tokens.shape[1])[None]
+        ends = lengths if cache.ends is None else cache.ends[:, None]
+        x, keys, values = self._run(tokens, lengths, ends, cache.lengths, cache)
+        return self.logits(x), dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
 
     def logits(self, x: Array) -> Array:
         """The stream after the layers [..., D] to logits float32 [..., V]."""
@@ -145,12 +162,12 @@ class Transformer(nnx.Module):
         starts: Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Array, list[Array], list[Array]]:
-        """A run of tokens through all layers; see `Layer.prompt`."""
+        """A run of tokens through all layers, with lengths and ends [B, 1 or T]; see `Layer.prompt`."""
         x, positions = self._embed(tokens), jnp.arange(tokens.shape[1])[None]
         if starts is not None:
             positions = positions + starts[:, None]
         keys, values = [], []
-        turns = decoding.turns(self.layers, positions, lengths[:, None], ends[:, None])
+        turns = decoding.turns(self.layers, positions, lengths, ends)
         for index, (layer, turn) in enumerate(zip(self.layers, turns, strict=True)):
             before = () if cache is None else (starts, cache.keys[index], cache.values[index])
             x, k, v = _run_layer(*nnx.split(layer), x, *turn, *before)
