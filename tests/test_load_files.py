@@ -128,6 +128,16 @@ def test_what_is_not_as_in_the_file_is_said(rng, tmp_path):
         models.load(path, requantise=8, quantisation=models.Quantisation(4))
 
 
+def test_quantised_files_are_quantised_anew_where_asked(rng, tmp_path):
+    path = gguf_model(tmp_path / "m.gguf", rng, {"": "Q8_0"})
+    quantisation = models.Quantisation(4, 32)
+    with pytest.raises(ValueError, match="requantise=16"):
+        models.load(path, quantisation=quantisation)
+    found = logits(path, quantisation=quantisation, requantise=16, backend="xla")
+    folder = float_folder(tmp_path / "floats", files.read(path))
+    np.testing.assert_array_equal(found, logits(folder, quantisation=quantisation, backend="xla"))
+
+
 def test_scales_keep_their_dtype_beside_bfloat16_activations(rng, tmp_path):
     path = gguf_model(tmp_path / "m.gguf", rng, {"ffn": "Q4_0", "attn": "NVFP4"})
     model = models.load(path, dtype="bfloat16", backend="cpu")

@@ -82,7 +82,8 @@ def load(
             model in the hub's cache, or a folder of `exporting.export(..., format="prepared")`.
         quantisation: Quantises the linear layers while reading, all but the final one; None keeps them.
         requantise: Bits (4 or 8) for weights of a kind that scale times codebook cannot hold, as K-quants of
-            GGUF, or 16 to keep them as floats; None refuses them.
+            GGUF, or 16 to keep them as floats; None refuses them. With `quantisation` 16 makes floats of all
+            quantised weights first.
         dtype: Compute dtype; None takes that of the checkpoint.
         parallel: Several devices that share every matrix; None uses the default device.
         backend: Whose kernels quantised weights are laid out for; None for the default platform's.
@@ -119,9 +120,13 @@ def load(
             checkpoint, tensors=tensors, notes=(*checkpoint.notes, note)
         )
     if quantisation is not None and any(one.quantised for one in checkpoint.tensors.values()):
-        raise ValueError(
-            f"{path} is quantised already ({checkpoint.format}); load it without quantisation"
-        )
+        if requantise != 16:
+            raise ValueError(
+                f"{path} is quantised already ({checkpoint.format}); load it without quantisation, or with"
+                " requantise=16, which quantises the values that its weights have"
+            )
+        tensors = {name: _as_floats(one) for name, one in checkpoint.tensors.items()}
+        checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
     check_names(config, checkpoint.tensors)
     if parallel is not None:
         names.check_cut(config)
@@ -363,6 +368,20 @@ class _Reader:
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+
+def _as_floats(stored: Stored) -> Stored:
+    """The values of a quantised weight, [K, N] the last axes of a stack as float stacks have them."""
+    if not stored.quantised:
+        return stored
+
+    def read() -> np.ndarray:
+        values = _float(stored.read())
+        return values if values.ndim < 3 else values.swapaxes(-1, -2)
+
+    *lead, n, k = stored.shape
+    shape = (*lead, k, n) if lead else (n, k)
+    return Stored(shape, f"{stored.kind} as floats", read)
 
 
 def _float(weight: np.ndarray | QuantisedTensor) -> np.ndarray:
