@@ -132,7 +132,7 @@ class LanguageModel(nnx.Module):
         return self.embedding(tokens)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def best_attention(batch: int, length: int) -> str:
     """The attention of the models: "cudnn" where that runs on this device and agrees with XLA's, else "xla"."""
     if jax.default_backend() != "gpu":
