@@ -101,7 +101,8 @@ class _Reading:
     """Reads the arrays of a file in threads, and gives each on the device by its name."""
 
     def __init__(self, path: Path):
-        self._device = jax.config.jax_default_device  # a context of this thread alone
+        # A context of this thread alone.
+        self._device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
         self._stored = read_file(path)
         self._pool = ThreadPoolExecutor(_THREADS)
 

@@ -181,7 +181,7 @@ def _complete(args, tokenizer: Tokenizer, console) -> None:
     max_tokens = args.max_tokens or max(1, min(_NEW_TOKENS, context - longest))
     models.check_prompts(config, prompts, max_tokens, context)
     generator = _generator(args, tokenizer, console)
-    options = _options(args, tokenizer) | dict(max_tokens=max_tokens)
+    options: dict[str, Any] = _options(args, tokenizer) | dict(max_tokens=max_tokens)
     if args.json or len(prompts) > 1:
         with console.status("generating"):
             out = generator.generate(prompts, **options)

@@ -84,7 +84,9 @@ def _ends(config: ModelConfig, rng) -> dict[str, np.ndarray]:
 
 def _layer(config: ModelConfig, index: int, bits: int, rng) -> dict[str, np.ndarray]:
     vectors = names.layer_vectors(config, index).items()
-    arrays = {name: np.ones(size, jnp.bfloat16) for name, (_, size) in vectors}
+    arrays: dict[str, np.ndarray] = {
+        name: np.ones(size, jnp.bfloat16) for name, (_, size) in vectors
+    }
     for projection in names.layer_projections(config, index):
         for part in projection.parts:
             n, k = part.shape
@@ -121,7 +123,7 @@ def _peak() -> int:
 
 def main() -> None:
     """Writes the folders that are not there, and loads each of them twice."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="4B", help="1B, 4B, 12B or 31B: see models.custom_llama")
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8, 16))

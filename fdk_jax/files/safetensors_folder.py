@@ -125,7 +125,7 @@ def _read(
         file.seek(begin)
         done = 0
         while done < array.size:
-            count = file.readinto(array[done:])
+            count = file.readinto(array.data[done:])
             if not count:
                 raise ValueError(f"{path} is truncated or damaged: {name} ends early")
             done += count

@@ -243,7 +243,7 @@ class _Reader:
         self.quantisation: Quantisation | None = quantisation
         self.placer: Placer = placer
         self.arithmetic: str = arithmetic
-        self.table: np.ndarray | QuantisedTensor | None = None  # which a tied head shares
+        self.table: np.ndarray | Array | QuantisedTensor | None = None  # which a tied head shares
 
     def stages(self, model: Transformer) -> Iterator[Callable[[], Finish]]:
         """What begins each stage: the embedding, each layer, the head."""
@@ -293,10 +293,12 @@ class _Reader:
             for path, vector in vectors:
                 set_vector(layer, path, vector.result())
             for projection, linear in linears:
-                self._place(layer, projection, *linear.result())
+                weight, bias = linear.result()
+                self._place(layer, projection, weight, bias)
             for stack, made in stacks:
                 mlp, name = getattr(layer, stack.path[0]), stack.path[1]
-                set_stack(mlp, name, *made.result(), placer.dtype)
+                weight, bias = made.result()
+                set_stack(mlp, name, weight, bias, placer.dtype)
 
         return finish
 

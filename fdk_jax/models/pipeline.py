@@ -30,7 +30,8 @@ class Pipeline:
         self._tensors = tensors
         self._readers = ThreadPoolExecutor(_READERS)
         self._makers = ThreadPoolExecutor(makers)
-        self._device = jax.config.jax_default_device  # a context of this thread alone
+        # A context of this thread alone.
+        self._device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
 
     def __enter__(self) -> "Pipeline":
         return self

@@ -178,8 +178,9 @@ def _on_cpu(
     @jax.custom_jvp
     def attend(q: Array, keys: Array, values: Array, *starts: Array) -> Array:
         places = starts[0] if starts else jnp.zeros(1, jnp.int32)
-        options = dict(window=mask.window, by_token=by_token)
-        return cpu_backend.prompt_attention(q, keys, values, places, **options)
+        return cpu_backend.prompt_attention(
+            q, keys, values, places, window=mask.window, by_token=by_token
+        )
 
     @attend.defjvp
     def _(primals, tangents):
