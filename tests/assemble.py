@@ -180,7 +180,7 @@ def _candidates(target: Target, m: int) -> Iterator[tuple[str, str, str, int]]:
     for bits, uniform in golden.DECODERS:
         case = golden.case(m, 4096, 4096, bits, uniform)
         for kernel, config in tuning.candidates(case, target):
-            if config is None or choice.unsupported_reason(case, config, target) is not None:
+            if kernel not in choice.KERNELS or choice.unsupported_reason(case, config, target):
                 continue
             source = choice.KERNELS[kernel].source(case, config, target)
             yield kernel, f"{bits} {uniform=} {config}", source, config.warps
