@@ -98,16 +98,6 @@ def product(
     return (x, packed, planar, jnp.asarray(codebook)), facts, Wanted(np.asarray(x), matrices, bits)
 
 
-def matrix(weight, facts, n, k, books, dtype):
-    """A planar weight [N, K] in float64, its values as kernels round them for x of a dtype."""
-    packed, scales, codebook = weight
-    interchange, plain = packing.from_planar(packed, scales, in_features=k, **facts)
-    values = np.repeat(np.asarray(codebook.astype(dtype), np.float64), n // books, 0)
-    codes = np.asarray(packing.unpack(interchange, facts["bits"], k)).astype(int)
-    factors = np.repeat(np.asarray(plain, np.float64), facts["group_size"], -1)[:, :k]
-    return np.take_along_axis(values, codes, -1) * factors
-
-
 NORM_EPS = 1e-3
 
 
