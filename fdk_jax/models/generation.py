@@ -168,10 +168,10 @@ class Generator:
             ended; the iteration ends with the last sequence.
         """
         request = self._request(prompts, max_tokens, sampling, stop_tokens, speculate)
-        loop = Loop.of_one_run(every or stream_every())
+        loop = request.one_run(every or stream_every())
         cache, progress = request.prefill()
         if speculate:
-            yield from self._stream_guesses(request, cache, progress, max_tokens, loop, speculate)
+            yield from self._stream_guesses(request, cache, progress, max_tokens, loop)
             return
         waiting, done, left = progress.token[:, None], progress.done, max_tokens - 1
         while left > 0:
@@ -186,12 +186,11 @@ class Generator:
         yield self.programs.fetch(waiting)
 
     def _stream_guesses(
-        self, request: Request, cache, progress, max_tokens: int, loop: Loop, speculate: int
+        self, request: Request, cache, progress, max_tokens: int, loop: Loop
     ) -> Iterator[np.ndarray]:
         """The stream of one sequence; how many tokens a program has chosen, only it knows."""
         yield self.programs.fetch(progress.token[:, None])
         text, count = request.text(), 1
-        loop = dataclasses.replace(loop, room=loop.run * (speculate + 1))
         while count < max_tokens and not self.programs.fetch(progress.done).all():
             left = max_tokens - count
             cache, progress, text, out = request.guess(cache, progress, text, left, loop)
@@ -215,8 +214,7 @@ class Generator:
         if streaming:
             loop = Loop.of_one_run(stream_every())
             if speculate:
-                loop = dataclasses.replace(loop, room=loop.run * (speculate + 1))
-        request.compile(loop)
+                request.compile(loop)
 
     def _check_batch(self, batch: int) -> None:
         parallel = self.programs.parallel

@@ -1,5 +1,6 @@
 """Prompts that are read and continued together: their arrays, and the programs that these need."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -73,6 +74,11 @@ class Request:
         run = loops.poll_every(steps, self._may_stop)
         return Loop(run, self._capacity, run >= steps and not self._may_stop)
 
+    def one_run(self, steps: int) -> Loop:
+        """The loop of a program that decodes for just so many steps."""
+        loop = Loop.of_one_run(steps)
+        return dataclasses.replace(loop, room=steps * (self._guesses + 1))
+
     def compile(self, loop: Loop | None) -> None:
         """Compiles all programs without running them; that which decodes only for a loop."""
         shaped: Any = jax.ShapeDtypeStruct  # in the place of arrays
@@ -122,7 +128,7 @@ class Request:
         room = self._capacity + 2 * (self._guesses + 1)
         tokens = np.zeros(room, np.int32)
         tokens[: len(self._prompt)] = self._prompt
-        return Text(jnp.asarray(tokens), jnp.int32(len(self._prompt)), jnp.int32(0))
+        return Text(jnp.asarray(tokens), jnp.int32(0))
 
     def guess(
         self, cache: KVCache, progress: Progress, text: Text, steps: int, loop: Loop

@@ -26,13 +26,11 @@ class Text:
     """One sequence, its newest token left out.
 
     Attributes:
-        tokens: int32 [H], H more than there will ever be.
-        length: int32 scalar, how many there are.
+        tokens: int32 [H], as many as the cache holds, and room for all that will come.
         steps: int32 scalar, times that the model ran for them since the prompt.
     """
 
     tokens: Array
-    length: Array
     steps: Array
 
 
@@ -93,11 +91,14 @@ def decode(
     begin, width = progress.step, guesses + 1
     places = jnp.arange(width)
 
+    def unfinished(at: Progress) -> Array:
+        return ~at.done[0] & (at.step - begin < most)
+
     def step(_, carry):
         cache, at, text, out = carry
-        running = ~at.done[0] & (at.step - begin < most)
-        full = text.tokens.at[text.length].set(at.token[0])
-        guessed, known = guess(full, text.length + 1, guesses)
+        running, length = unfinished(at), cache.lengths[0]
+        full = text.tokens.at[length].set(at.token[0])
+        guessed, known = guess(full, length + 1, guesses)
         read = jnp.concatenate([at.token, guessed])
         logits, cache = model.look_ahead(read[None], cache)
 
@@ -110,18 +111,15 @@ def decode(
         done = at.done | (options.is_stop(chosen) & (places < new)).any()
         token = jnp.where(running, chosen[jnp.maximum(new - 1, 0)], at.token[0])
         out = jax.lax.dynamic_update_slice(out, chosen[None], (0, at.step - begin))
-        tokens = jax.lax.dynamic_update_slice(text.tokens, read, (text.length,))
-        text = Text(tokens, text.length + new, text.steps + running.astype(jnp.int32))
+        tokens = jax.lax.dynamic_update_slice(text.tokens, read, (length,))
+        text = Text(tokens, text.steps + running.astype(jnp.int32))
         cache = dataclasses.replace(cache, lengths=cache.lengths + new)
         return cache, Progress(token[None], done, at.step + new), text, out
 
     def several(carry):
         return jax.lax.fori_loop(0, loop.run, step, carry)
 
-    def running(carry) -> Array:
-        at = carry[1]
-        return ~at.done[0] & (at.step - begin < most)
-
-    out = jnp.zeros((1, loop.room + 2 * width), jnp.int32)
-    carry = cache, progress, text, out
-    return several(carry) if loop.once else jax.lax.while_loop(running, several, carry)
+    carry = cache, progress, text, jnp.zeros((1, loop.room + 2 * width), jnp.int32)
+    if loop.once:
+        return several(carry)
+    return jax.lax.while_loop(lambda carry: unfinished(carry[1]), several, carry)
