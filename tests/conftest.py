@@ -16,6 +16,8 @@ import jax
 import numpy as np
 import pytest
 
+from fdk_jax.product import cpu_backend
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _strict_jax():
@@ -142,3 +144,14 @@ def writable(tmp_path):
         return target
 
     return make
+
+
+@pytest.fixture(params=["avx512vnni", "avx2", "neon", "scalar"])
+def isa(request):
+    """Each ISA of the C++ library that has loops of its own, one after the other."""
+    module = cpu_backend.library()
+    if request.param not in module.isas():
+        pytest.skip(f"this machine lacks {request.param}")
+    module.set_isa(request.param)
+    yield request.param
+    module.set_isa(None)

@@ -20,17 +20,6 @@ pytestmark = pytest.mark.skipif(
 DTYPES = ["bfloat16", "float16", "float32"]
 
 
-@pytest.fixture(params=["avx512vnni", "avx2", "neon", "scalar"])
-def isa(request):
-    """Each ISA that has loops of its own."""
-    module = cpu_backend.library()
-    if request.param not in module.isas():
-        pytest.skip(f"this machine lacks {request.param}")
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(None)
-
-
 def random(rng, dtype, *shape):
     """Normal values."""
     return jnp.asarray(rng.normal(size=shape), dtype)

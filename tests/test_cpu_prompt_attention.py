@@ -26,17 +26,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["avx512vnni", "avx2", "neon", "scalar"])
-def isa(request):
-    """Each ISA that has loops of its own."""
-    module = cpu_backend.library()
-    if request.param not in module.isas():
-        pytest.skip(f"this machine lacks {request.param}")
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(None)
-
-
 def inputs(rng, dtype, batch, tokens, kv_heads, group, head_dim, slots, starts):
     shapes = (batch, tokens, kv_heads * group, head_dim), (batch, kv_heads, slots, head_dim)
     q, keys, values = (

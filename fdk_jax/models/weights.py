@@ -136,9 +136,7 @@ class Placer:
 
     def _put(self, value: HostArray, spec: P) -> Array:
         if self.parallel is None:
-            return jax.device_put(
-                value
-            )  # which may keep the memory: nobody writes to what was read
+            return jax.device_put(value)  # may share the memory: nobody writes to what was read
         return self.parallel.put(value, spec)
 
     def _check_cut(self, cut: str, in_features: int, group_size: int) -> None:
