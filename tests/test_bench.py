@@ -25,6 +25,7 @@ from fdk_jax.benchmark import (
     table,
     timing,
 )
+from fdk_jax.benchmark import models as models_suite
 from fdk_jax.benchmark.cases import KernelCase
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,6 +210,22 @@ def test_table_shows_rows_that_were_not_measured():
     assert "skipped: no GPU" in text and "measured read 10 GB/s" in text
     model = row(suite="models", model="tiny", batch=1, tokens_per_s=250.0, peak_bytes=2e9)
     assert "250.0" in table.render([model])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("qwen3-9B", "'9B'"),
+        ("custom-llama-4B-head3", "head have 1, 2, 4 or 8 bits"),
+        ("qwen3-8B-tables16", "tables have 1, 2, 4 or 8 bits"),
+        ("qwen3-8B-tables", "tables have 1, 2, 4 or 8 bits"),
+        ("qwen3-8B-body1", "'8B-body1'"),
+    ],
+)
+def test_names_that_are_like_those_of_shapes_are_refused(name, message):
+    (case,) = models_suite.make_cases(models=[name], backends=["xla"], bits=[1], batches=[1])
+    with pytest.raises(NotImplementedError, match=message):
+        models_suite._config(case)
 
 
 def test_figures_of_any_rows(tmp_path):

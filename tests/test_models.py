@@ -11,7 +11,7 @@ from model_data import DATA, expected, relative
 import fdk_jax
 from fdk_jax import models
 from fdk_jax.models import rope
-from fdk_jax.models.config import ModelConfig, custom_llama
+from fdk_jax.models.config import ModelConfig, custom_llama, qwen3
 from fdk_jax.models.loading import read_config
 from fdk_jax.product import cpu_backend
 
@@ -95,9 +95,17 @@ def test_custom_shapes_have_the_published_parameter_counts(size, billions):
     assert custom_llama(size).num_parameters / 1e9 == pytest.approx(billions, abs=0.01)
 
 
-def test_unknown_size():
+@pytest.mark.parametrize(
+    ("size", "billions"), [("0.6B", 0.596), ("1.7B", 1.72), ("4B", 4.02), ("8B", 8.19)]
+)
+def test_qwen3_shapes_have_the_published_parameter_counts(size, billions):
+    assert qwen3(size).num_parameters / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.parametrize("shapes", [custom_llama, qwen3])
+def test_unknown_size(shapes):
     with pytest.raises(ValueError, match="'13B'"):
-        custom_llama("13B")
+        shapes("13B")
 
 
 @pytest.mark.parametrize(
@@ -163,3 +171,21 @@ def test_random_models_run_and_stay_finite(bits, codebook):
         weight = model.layers[0].attention.qkv.weight.get_value()
         weight.validate()
         assert weight.codebook.ndim == (2 if codebook == "kmeans" and bits > 0 else 1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_random_model_with_a_quantised_embedding(tied):
+    config = ModelConfig(256, 128, 192, 2, 4, 2, 32, tie_embeddings=tied)
+    model = models.random_model(config, bits=2, head_bits=2, embedding_bits=2)
+    assert (model.lm_head.weight is model.embedding) == tied
+    assert model.embedding.get_value().bits == 2
+    logits = np.asarray(models.Generator(model).logits(np.arange(12).reshape(2, 6)))
+    assert np.isfinite(logits).all() and logits.std() > 0.2
+    with pytest.raises(ValueError, match="embedding_bits=3"):
+        models.random_model(config, bits=2, head_bits=2, embedding_bits=3)
+
+
+def test_a_tied_embedding_has_the_bits_of_the_head():
+    config = ModelConfig(256, 128, 192, 2, 4, 2, 32, tie_embeddings=True)
+    with pytest.raises(ValueError, match="head_bits=1"):
+        models.random_model(config, bits=2, head_bits=1, embedding_bits=2)

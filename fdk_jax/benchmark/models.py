@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from flax import nnx
 
 import fdk_jax
 from fdk_jax.benchmark import environment, inputs, probes, records, timing
+from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.models import (
     Generator,
     KVCache,
@@ -23,6 +25,7 @@ from fdk_jax.models import (
     custom_llama,
     decoding,
     load,
+    qwen3,
     random_model,
     read_config,
     stored_bits,
@@ -31,7 +34,9 @@ from fdk_jax.models.modules import Layer, RMSNorm
 
 __all__ = ["ModelCase", "make_cases", "measure"]
 
-_CUSTOM = "custom-llama-"
+# Models with random weights; after a name bits of the head ("-head1") or of it and the embedding ("-tables1").
+_SHAPES = {"custom-llama-": custom_llama, "qwen3-": qwen3}
+_SUFFIX = re.compile(r"-(head|tables)(\w*)$")
 _DENSE_BITS = 16
 _PROMPT = 2  # tokens of a prompt that a case's name leaves out
 # Relative RMS of two layers beyond that of plain bfloat16: activations in integers through eight products.
@@ -44,8 +49,9 @@ class ModelCase:
     """Tokens a second of a model at one batch size.
 
     Attributes:
-        model: "custom-llama-4B", "-12B", "-31B" or "-1B" (random weights), or a checkpoint folder. With
-            "-head8" after a name the final projection has 8 bits.
+        model: "custom-llama-4B", "-12B", "-31B" or "-1B", "qwen3-0.6B", "-1.7B", "-4B" or "-8B" (random
+            weights), or a checkpoint folder. With "-head8" after a name the final projection has 8 bits, with
+            "-tables1" it and the embedding have one.
         backend: "pallas", "cpu" or "xla"; of a model that is not quantised always "xla".
         bits: 1, 2, 4, 8, or 16 for weights that are not quantised.
         batch: sequences decoded together.
@@ -151,7 +157,7 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
     with jax.default_device(device):
         _check_memory(case, device)
         model, generator = _model(_without_batch(case))
-        result: dict[str, Any] = _facts(case, generator, device)
+        result: dict[str, Any] = _facts(case, model, generator, device)
         if case.bits != _DENSE_BITS:
             result |= (errors := _errors(model, case))
             # Roundings of activations that happen elsewhere may add up otherwise than plain ones.
@@ -185,19 +191,40 @@ def _without_batch(case: ModelCase) -> ModelCase:
     return dataclasses.replace(case, batch=1, prompt=1, steps=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """A model of random weights, as its name says it; tables without bits are not quantised."""
+
+    config: ModelConfig
+    head_bits: int | None
+    embedding_bits: int | None
+
+    @classmethod
+    def of(cls, case: ModelCase) -> "_Shape | None":
+        """None for the folder of a checkpoint.
+
+        Raises:
+            NotImplementedError: a name that is like those of the shapes, but none of them.
+        """
+        for prefix, make in _SHAPES.items():
+            if not case.model.startswith(prefix):
+                continue
+            size, found = case.model.removeprefix(prefix), _SUFFIX.search(case.model)
+            kind, bits = found.groups() if found else ("", None)
+            if bits is not None and bits not in ("1", "2", "4", "8"):
+                raise NotImplementedError(f"{case.model}: {kind} have 1, 2, 4 or 8 bits")
+            try:
+                config = make(_SUFFIX.sub("", size))
+            except ValueError as error:
+                raise NotImplementedError(f"{case.model}: {error}") from None
+            head = None if bits is None else int(bits)
+            return cls(config, head, head if kind == "tables" else None)
+        return None
+
+
 def _config(case: ModelCase) -> ModelConfig:
-    if case.model.startswith(_CUSTOM):
-        return custom_llama(_size_and_head(case)[0])
-    return read_config(case.model)
-
-
-def _size_and_head(case: ModelCase) -> tuple[str, int | None]:
-    if not case.model.startswith(_CUSTOM):
-        return case.model, None
-    size, _, head = case.model.removeprefix(_CUSTOM).partition("-head")
-    if head and head not in ("1", "2", "4", "8"):
-        raise NotImplementedError(f"{case.model}: a head has 1, 2, 4 or 8 bits")
-    return size, int(head) if head else None
+    shape = _Shape.of(case)
+    return read_config(case.model) if shape is None else shape.config
 
 
 # One model at a time: the largest fill most of a device.
@@ -216,8 +243,10 @@ def _model(case: ModelCase) -> tuple[Transformer, Generator]:
 
 def _make(case: ModelCase) -> Transformer:
     quantised = case.bits != _DENSE_BITS
-    if case.model.startswith(_CUSTOM):
-        options: dict[str, Any] = dict(head_bits=_size_and_head(case)[1])
+    if (shape := _Shape.of(case)) is not None:
+        options: dict[str, Any] = dict(
+            head_bits=shape.head_bits, embedding_bits=shape.embedding_bits
+        )
         if quantised:
             if case.codebook not in _CODEBOOKS:
                 raise NotImplementedError(
@@ -225,7 +254,7 @@ def _make(case: ModelCase) -> Transformer:
                 )
             options |= dict(group_size=case.group_size, codebook=case.codebook)
             options["arithmetic"] = case.arithmetic
-        return random_model(_config(case), bits=case.bits, backend=case.backend, **options)
+        return random_model(shape.config, bits=case.bits, backend=case.backend, **options)
     stored = stored_bits(case.model)
     quantisation = None
     if stored is not None:
@@ -315,15 +344,17 @@ def _whole_prompt(part: nnx.List, x: jax.Array, config: ModelConfig) -> jax.Arra
     return run(state, x)
 
 
-def _facts(case: ModelCase, generator: Generator, device: jax.Device) -> dict[str, Any]:
+def _facts(
+    case: ModelCase, model: Transformer, generator: Generator, device: jax.Device
+) -> dict[str, Any]:
     """What a step has to read and compute, and how long the device needs for that at best."""
-    config = generator.config
+    config, head = generator.config, model.lm_head
     size = sum(leaf.nbytes for leaf in generator.leaves)
-    tied = config.tie_embeddings and _size_and_head(case)[1] is None
-    if not tied:
+    shared = isinstance(head, QuantisedLinear) and head.weight is model.embedding
+    if head is not None and not shared:
         # A step reads a row of the embedding for each sequence, and all of a head.
-        row = config.hidden_size * jnp.dtype(config.dtype).itemsize
-        size -= (config.vocab_size - case.batch) * row
+        table = sum(leaf.nbytes for leaf in jax.tree.leaves(model.embedding.get_value()))
+        size -= table * (config.vocab_size - case.batch) // config.vocab_size
     context = case.prompt + case.steps // 2
     size += case.batch * context * _cache_bytes(config)
     tables = config.vocab_size * config.hidden_size * (not config.tie_embeddings)

@@ -6,6 +6,7 @@ from fdk_jax.models.calibrating import token_windows as token_windows
 from fdk_jax.models.config import ModelConfig as ModelConfig
 from fdk_jax.models.config import RopeScaling as RopeScaling
 from fdk_jax.models.config import custom_llama as custom_llama
+from fdk_jax.models.config import qwen3 as qwen3
 from fdk_jax.models.generation import Generation as Generation
 from fdk_jax.models.generation import Generator as Generator
 from fdk_jax.models.generation import check_prompts as check_prompts

@@ -285,3 +285,35 @@ def custom_llama(size: str) -> ModelConfig:
         rope_theta=500000.0,
         max_context=8192,
     )
+
+
+def qwen3(size: str) -> ModelConfig:
+    """The shapes of the dense Qwen3 models (arXiv 2505.09388), as their published configurations have them.
+
+    Args:
+        size: "0.6B", "1.7B", "4B" or "8B".
+    """
+    shapes = {
+        "0.6B": (1024, 3072, 28, 16),
+        "1.7B": (2048, 6144, 28, 16),
+        "4B": (2560, 9728, 36, 32),
+        "8B": (4096, 12288, 36, 32),
+    }
+    if size not in shapes:
+        raise ValueError(f"{size=} is not one of {list(shapes)}")
+    hidden, inner, layers, heads = shapes[size]
+    return ModelConfig(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        max_context=40960,
+        tie_embeddings=size != "8B",
+        qk_norm=True,
+        family="qwen3",
+    )

@@ -14,10 +14,17 @@ from jax import Array
 
 from fdk_jax.format import codebooks, packing
 from fdk_jax.format.quantised_tensor import QuantisedTensor
+from fdk_jax.layers.linear import QuantisedWeight
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.transformer import Transformer
-from fdk_jax.models.weights import check_arithmetic, join_codebooks, set_linear, set_vector
+from fdk_jax.models.weights import (
+    check_arithmetic,
+    join_codebooks,
+    set_linear,
+    set_vector,
+    share_table,
+)
 from fdk_jax.product.choice import LAYOUT_OF, default_backend
 
 
@@ -28,6 +35,7 @@ def random_model(
     group_size: int = 64,
     codebook: str = "uniform",
     head_bits: int | None = None,
+    embedding_bits: int | None = None,
     backend: str | None = None,
     arithmetic: str = "exact",
     seed: int = 0,
@@ -41,15 +49,28 @@ def random_model(
         codebook: "uniform" or "kmeans": an own, uneven codebook for each of the checkpoint's matrices,
             as the published models have.
         head_bits: Bits of the final projection (uniform), or None for the configuration's dtype.
+        embedding_bits: Those of the embedding (uniform), or None for the configuration's dtype. With a tied
+            head the same as `head_bits`: both are then one array.
         backend: Whose kernels the weights are laid out for; None for the default platform's.
         arithmetic: Of the activations, see `load`.
         seed: Of everything.
 
     Returns:
-        The model on the default device; its embedding is not quantised.
+        The model on the default device.
+
+    Raises:
+        ValueError: a codebook, an arithmetic or bits of the embedding that there are not.
     """
     if codebook not in ("uniform", "kmeans"):
         raise ValueError(f"{codebook=} is not uniform or kmeans")
+    if embedding_bits not in (None, 1, 2, 4, 8):
+        raise ValueError(
+            f"{embedding_bits=} is not 1, 2, 4 or 8; None keeps the embedding as it is"
+        )
+    if config.tie_embeddings and embedding_bits not in (None, head_bits):
+        raise ValueError(
+            f"{embedding_bits=} of a tied embedding must be head_bits={head_bits}, or None to keep a float copy"
+        )
     if any(config.layer(index).experts for index in range(config.num_layers)):
         raise NotImplementedError("random weights of a mixture of experts")
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
@@ -80,14 +101,20 @@ def random_model(
             matrix = weight(projection, bits, codebook)
             set_linear(layer, projection.path, matrix, bias, dtype, arithmetic)
     set_vector(model, ("norm", "scale"), jnp.ones(config.hidden_size, dtype))
-    # Rows of about unit length, so that a tied head gives logits of the order of one.
-    model.embedding = nnx.Param(
-        _matrix(next(keys), (config.vocab_size, config.hidden_size), dtype, config.hidden_size)
-    )
+    if embedding_bits is None:
+        # Rows of about unit length, so that a tied head gives logits of the order of one.
+        shape = config.vocab_size, config.hidden_size
+        model.embedding = nnx.Param(_matrix(next(keys), shape, dtype, config.hidden_size))
+    head = names.head(config)
     if head_bits is not None or not config.tie_embeddings:
-        head = names.head(config)
         matrix = weight(head, head_bits or 16, "uniform")
         set_linear(model, head.path, matrix, None, dtype, arithmetic)
+    if embedding_bits is not None and config.tie_embeddings:
+        share_table(model)
+    elif embedding_bits is not None:
+        table = weight(head, embedding_bits, "uniform")
+        assert isinstance(table, QuantisedTensor), "embedding_bits are those of a quantised weight"
+        model.embedding = QuantisedWeight(table)
     return model
 
 
