@@ -35,6 +35,11 @@ _SEED = flags.DEFINE_integer("seed", 0, "of weights and order")
 _REFRESH = flags.DEFINE_integer(
     "refresh_every", 25, "steps between refreshed codebooks; 0 for never", lower_bound=0
 )
+_RATE = flags.DEFINE_float("rate", 0.05, "the peak learning rate is this / sqrt(hidden size)")
+_START = flags.DEFINE_integer("start_step", 0, "steps before it see float weights", lower_bound=0)
+_EMBEDDING = flags.DEFINE_enum(
+    "embedding_bits", "4", ["16", "8", "4"], "of the embedding of quantised models, at least"
+)
 
 
 def main(argv: list[str]) -> None:
@@ -58,7 +63,14 @@ def main(argv: list[str]) -> None:
 
     logging.set_verbosity(logging.WARNING)  # of the writer of checkpoints
     compilation_cache.keep()
-    plan = Plan(tokens=_TOKENS.value, seed=_SEED.value, refresh_every=_REFRESH.value)
+    plan = Plan(
+        tokens=_TOKENS.value,
+        seed=_SEED.value,
+        refresh_every=_REFRESH.value,
+        rate=_RATE.value,
+        start_step=_START.value,
+        embedding_bits=int(_EMBEDDING.value),
+    )
     if _SMALL.value:
         plan = plan.small()
     fine = scaling_runs.run(

@@ -27,15 +27,16 @@ from fdk_jax.quality.corpus import Tokens, tokenise
 from fdk_jax.quality.scaling_model import LanguageModel, Shape, best_attention
 
 SUITE = "scaling"
-# Layers of 34, 8.8, 2.3 and 0.8 million weights. The embedding comes to them.
+# Layers of 100, 34, 8.8, 2.3 and 0.8 million weights. The embedding comes to them.
 SIZES = {
+    "huge": Shape(1024, 2688, 8, 8192),
     "large": Shape(640, 1664, 7, 8192),
     "medium": Shape(384, 1024, 5, 8192),
     "small": Shape(256, 640, 3, 8192),
     "tiny": Shape(128, 384, 4, 8192),
 }
 GROUP = 64
-_TABLE_BITS = 4  # of the embedding, at least: its rows are read one by one, and it is the head too
+_VARIED = ("refresh_every", "seed", "rate", "start_step", "embedding_bits")
 Note = Callable[[str], None]
 
 
@@ -53,6 +54,8 @@ class Plan:
         checkpoint_chunks: between checkpoints.
         rate: the peak learning rate of a model of hidden size D is rate / sqrt(D).
         seed: of weights and of the order of sequences.
+        start_step: steps before it see float weights.
+        embedding_bits: of the embedding, which is the head too, at least; 16 leaves it in bfloat16.
     """
 
     tokens: int = 40_000_000
@@ -64,6 +67,8 @@ class Plan:
     checkpoint_chunks: int = 10
     rate: float = 0.05
     seed: int = 0
+    start_step: int = 0
+    embedding_bits: int = 4
 
     def small(self) -> "Plan":
         """The same in the size of a test."""
@@ -75,9 +80,8 @@ class Plan:
     def variant(self) -> str:
         """What sets rows of this plan apart from those of the table: " seed 1"; "" for nothing."""
         plain = Plan()
-        names = [f.name for f in dataclasses.fields(self) if f.name in ("refresh_every", "seed")]
-        found = [f" {n} {getattr(self, n)}" for n in names if getattr(self, n) != getattr(plain, n)]
-        return "".join(found)
+        changed = [n for n in _VARIED if getattr(self, n) != getattr(plain, n)]
+        return "".join(f" {name} {getattr(self, name)}" for name in changed)
 
     @property
     def chunks(self) -> int:
@@ -154,7 +158,7 @@ def make_model(plan: Plan, shape: Shape, bits: int, attention: str) -> LanguageM
         group_size=GROUP,
         codebook="kmeans",
         dtype=jnp.bfloat16,
-        embedding_bits=max(bits, _TABLE_BITS),
+        embedding_bits=table if (table := max(bits, plan.embedding_bits)) < 16 else None,
         seed=plan.seed,
     )
 
@@ -234,7 +238,9 @@ class Run:
 
             self._saver = orbax.checkpoint.StandardCheckpointer()
             self._restore(folder)
-        step = training.make_train_step(loss, refresh_every=plan.refresh_every)
+        step = training.make_train_step(
+            loss, start_step=plan.start_step, refresh_every=plan.refresh_every
+        )
         started = time.monotonic()
         lowered = _train_chunk.lower(step, self._graph, self._state, data.train, self._rows(0))
         self._program = lowered.compile()
@@ -365,7 +371,12 @@ def run(
         "dtype": "bfloat16", "vocabulary": data.vocabulary,
         "tokens": plan.steps * plan.batch * plan.context,
     }  # fmt: skip
-    done = {row["name"] for row in known if all(row.get(k) == v for k, v in shared.items())}
+    plain = dataclasses.asdict(Plan())  # what older rows do not say
+    done = {
+        row["name"]
+        for row in known
+        if all(row.get(k, plain.get(k)) == v for k, v in shared.items())
+    }
     where = environment.facts(jax.devices()[0])
     total, fine = 0.0, True
     for size, bits in grid:
