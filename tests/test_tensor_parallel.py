@@ -8,6 +8,8 @@ import pytest
 from model_data import relative, wide_config, write_folder
 
 from fdk_jax import models
+from fdk_jax.benchmark import models as suite
+from fdk_jax.benchmark import runner, timing
 
 
 @pytest.mark.parametrize(
@@ -72,3 +74,30 @@ def test_tensor_parallel_refuses_what_does_not_divide(tmp_path):
         models.load(folder, quantisation=models.Quantisation(4, 64), parallel=parallel)
     with pytest.raises(ValueError, match="axis"):
         models.Parallel(jax.make_mesh((8,), ("data",)))
+
+
+@pytest.mark.parametrize(("bits", "backend"), [(16, "xla"), (4, "xla"), (1, "cpu")])
+def test_random_models_on_several_devices(bits, backend):
+    config = models.ModelConfig(256, 128, 192 * 2, 2, 4, 2, 32, dtype="bfloat16")
+    parallel = models.Parallel(jax.make_mesh((2,), ("model",)))
+    options = dict(bits=bits, codebook="kmeans", backend=backend)
+    model = models.random_model(config, parallel=parallel, **options)
+    placed = {len(leaf.addressable_shards) for leaf in models.Generator(model).leaves}
+    assert placed == {2}
+    tokens = np.arange(12).reshape(2, 6)
+    logits = np.asarray(models.Generator(model).logits(tokens))
+    assert np.isfinite(logits).all() and 0.2 < logits.std() < 5
+    weight = model.layers[0].mlp.down.kernel[...] if bits == 16 else None
+    if weight is not None:
+        halves = [np.asarray(part.data) for part in weight.addressable_shards]
+        assert not (halves[0] == halves[1]).all()
+
+
+def test_the_models_suite_on_several_devices():
+    cases = suite.make_cases(
+        models=["custom-llama-1B"], backends=["cpu"], bits=[4], batches=[1], devices=[1, 2, 64]
+    )
+    assert [case.devices for case in cases] == [1, 2, 64]
+    assert len({case.name for case in cases}) == 3
+    (row,) = runner.measure(suite, cases[2:], timing.Session(2))
+    assert row["status"] == "skipped" and "64 devices" in row["reason"]

@@ -66,7 +66,9 @@ def _define_flags() -> None:
     flags.DEFINE_list("prompt", ["2"], "Models suite: tokens of a prompt.")
     flags.DEFINE_integer("steps", 30, "Models suite: tokens generated after it.", 1)
 
-    for name in ("m", "k", "group_size", "batch", "prompt"):
+    flags.DEFINE_list("devices", ["1"], "Models suite: devices that share a model.")
+
+    for name in ("m", "k", "group_size", "batch", "prompt", "devices"):
         flags.register_validator(name, _all(_is_size), "must list positive integers")
     flags.register_validator(
         "n", _all(lambda v: v == "k" or _is_size(v)), 'must list positive integers or "k"'
@@ -138,6 +140,7 @@ def _load_suite() -> tuple[Any, list[Any]]:
             arithmetics=FLAGS.arithmetic,
             prompts=_integers("prompt"),
             steps=FLAGS.steps,
+            devices=_integers("devices"),
         )
     return suite, suite.make_cases(
         backends=FLAGS.backend,

@@ -41,6 +41,21 @@ def device_for(backend: str) -> jax.Device:
     return device
 
 
+def devices_for(backend: str, count: int) -> list[jax.Device]:
+    """The devices that share a model, the backend's own one first.
+
+    Raises:
+        NotImplementedError: this machine has fewer.
+    """
+    first = device_for(backend)
+    devices = jax.devices(first.platform)
+    if len(devices) < count:
+        raise NotImplementedError(
+            f"needs {count} devices, JAX has {len(devices)} of platform {first.platform}"
+        )
+    return devices[:count]
+
+
 def device_name(device: jax.Device) -> str:
     """A GPU's name as its driver gives it, a CPU's model name."""
     return _cpu_name() if device.platform == "cpu" else device.device_kind

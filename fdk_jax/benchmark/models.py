@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import fdk_jax
 from fdk_jax.benchmark import environment, inputs, probes, records, timing
@@ -19,6 +21,7 @@ from fdk_jax.models import (
     Generator,
     KVCache,
     ModelConfig,
+    Parallel,
     Quantisation,
     Transformer,
     cache_bucket,
@@ -49,7 +52,7 @@ class ModelCase:
     """Tokens a second of a model at one batch size.
 
     Attributes:
-        model: "custom-llama-4B", "-12B", "-31B" or "-1B", "qwen3-0.6B", "-1.7B", "-4B" or "-8B" (random
+        model: "custom-llama-4B", "-12B", "-31B", "-70B" or "-1B", "qwen3-0.6B", "-1.7B", "-4B" or "-8B" (random
             weights), or a checkpoint folder. With "-head8" after a name the final projection has 8 bits, with
             "-tables1" it and the embedding have one.
         backend: "pallas", "cpu" or "xla"; of a model that is not quantised always "xla".
@@ -59,6 +62,7 @@ class ModelCase:
         arithmetic: of the activations that quantised weights multiply, see `fdk_jax.matmul`.
         prompt: tokens of each prompt.
         steps: tokens decoded after it.
+        devices: that share every matrix.
     """
 
     model: str
@@ -70,6 +74,7 @@ class ModelCase:
     arithmetic: str
     prompt: int
     steps: int
+    devices: int = 1
 
     @property
     def name(self) -> str:
@@ -82,6 +87,8 @@ class ModelCase:
         parts.append(f"batch{self.batch}")
         if self.prompt != _PROMPT:
             parts.append(f"prompt{self.prompt}")
+        if self.devices != 1:
+            parts.append(f"devices{self.devices}")
         return "-".join(parts)
 
     def fields(self) -> dict[str, Any]:
@@ -101,6 +108,7 @@ def make_cases(
     arithmetics: Sequence[str] = ("exact",),
     prompts: Sequence[int] = (_PROMPT,),
     steps: int = 30,
+    devices: Sequence[int] = (1,),
 ) -> list[ModelCase]:
     """Every combination once; the batch sizes of one model follow each other.
 
@@ -114,9 +122,10 @@ def make_cases(
         arithmetics: of the quantised models; backends other than "cpu" only have "exact".
         prompts: tokens of a prompt.
         steps: tokens after it.
+        devices: counts of devices that share a model.
     """
     cases = []
-    for model, b in itertools.product(models, bits):
+    for model, b, count in itertools.product(models, bits, devices):
         if b >= _DENSE_BITS:
             kinds: list[tuple] = [("xla", None, None, "exact")]
         else:
@@ -134,6 +143,7 @@ def make_cases(
                     arithmetic=arithmetic if backend == "cpu" else "exact",
                     prompt=prompt,
                     steps=steps,
+                    devices=count,
                 )
             )
     return list(dict.fromkeys(cases))
@@ -151,9 +161,10 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
     token, `first_token_us`: reading the prompts and choosing a token for each.
 
     Raises:
-        NotImplementedError: this machine lacks the backend, or the memory.
+        NotImplementedError: this machine lacks the backend, the devices or the memory.
     """
     device = environment.device_for(case.backend)
+    environment.devices_for(case.backend, case.devices)
     with jax.default_device(device):
         _check_memory(case, device)
         model, generator = _model(_without_batch(case))
@@ -231,6 +242,14 @@ def _config(case: ModelCase) -> ModelConfig:
 _held: dict[ModelCase, tuple[Transformer, Generator]] = {}
 
 
+def _parallel(case: ModelCase) -> Parallel | None:
+    """The devices of a case; None for one."""
+    if case.devices == 1:
+        return None
+    devices = np.asarray(environment.devices_for(case.backend, case.devices))
+    return Parallel(Mesh(devices, ("model",)))
+
+
 def _model(case: ModelCase) -> tuple[Transformer, Generator]:
     if case not in _held:
         _held.clear()
@@ -254,6 +273,7 @@ def _make(case: ModelCase) -> Transformer:
                 )
             options |= dict(group_size=case.group_size, codebook=case.codebook)
             options["arithmetic"] = case.arithmetic
+        options["parallel"] = _parallel(case)
         return random_model(shape.config, bits=case.bits, backend=case.backend, **options)
     stored = stored_bits(case.model)
     quantisation = None
@@ -267,6 +287,7 @@ def _make(case: ModelCase) -> Transformer:
         quantisation=quantisation,
         backend=case.backend,
         arithmetic=case.arithmetic,
+        parallel=_parallel(case),
     )
 
 
@@ -282,11 +303,15 @@ def _errors(model: Transformer, case: ModelCase) -> dict[str, float]:
     # Small beside what the layers add, which does not depend on its size: norms come first.
     shape = (batch, max(case.prompt, 2), config.hidden_size)
     x = jax.random.normal(jax.random.key(1), shape, jnp.dtype(config.dtype)) * 2**-6
-    exact, wide = _dense(part, config, "float32"), x.astype(jnp.float32)
-    wanted = np.asarray(_one_token(exact, wide[:, 0], config), np.float64)
-    plain = _one_token(_dense(part, config, config.dtype), x[:, 0], config)
-    found = _one_token(part, x[:, 0], config)
-    prompt = _whole_prompt(part, x, config), _whole_prompt(exact, wide, config)
+
+    def run(function, dtype: str | None, x: jax.Array) -> jax.Array:
+        return _on_devices(function, part, config, model.parallel, dtype, x)
+
+    wide = x.astype(jnp.float32)
+    wanted = np.asarray(run(_one_token, "float32", wide[:, 0]), np.float64)
+    plain = run(_one_token, config.dtype, x[:, 0])
+    found = run(_one_token, None, x[:, 0])
+    prompt = run(_whole_prompt, None, x), run(_whole_prompt, "float32", wide)
     error = inputs.relative_rms_error
     return {
         "rel_rms_error": error(np.asarray(found, np.float32), wanted),
@@ -297,17 +322,49 @@ def _errors(model: Transformer, case: ModelCase) -> dict[str, float]:
     }
 
 
-def _dense(part: nnx.List, config: ModelConfig, dtype: str) -> nnx.List:
-    """A copy of layers and a norm with dequantised weights of a dtype."""
-    state = nnx.state(fdk_jax.dequantise(part, jnp.dtype(dtype)))
-    other = dataclasses.replace(config, dtype=dtype)
+def _on_devices(
+    function: Callable[[nnx.List, jax.Array, ModelConfig], jax.Array],
+    part: nnx.List,
+    config: ModelConfig,
+    parallel: Parallel | None,
+    dtype: str | None,
+    x: jax.Array,
+) -> jax.Array:
+    """function(layers and a norm, x, configuration of a slice) by one program on all devices.
+
+    Weights are dequantised to `dtype`, slice by slice where they lie; None leaves them as they are.
+    """
+    graph, state = nnx.split(part)
+    leaves, tree = jax.tree.flatten(state)
+    local = config if parallel is None else parallel.local(config)
+
+    def run(leaves: list[jax.Array], x: jax.Array) -> jax.Array:
+        here, own = nnx.merge(graph, jax.tree.unflatten(tree, leaves)), local
+        if dtype is not None:
+            own = dataclasses.replace(local, dtype=dtype)
+            here = _dense(here, own, parallel)
+        with jax.default_matmul_precision("highest"):
+            return function(here, x, own)
+
+    if parallel is not None:
+        specs: Any = [leaf.sharding.spec for leaf in leaves]
+        run = jax.shard_map(
+            run, mesh=parallel.mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False
+        )
+    return jax.jit(run)(leaves, x)
+
+
+def _dense(part: nnx.List, config: ModelConfig, parallel: Parallel | None) -> nnx.List:
+    """A copy of layers and a norm with dequantised weights of the configuration's dtype."""
+    state = nnx.state(fdk_jax.dequantise(part, jnp.dtype(config.dtype)))
 
     def make() -> nnx.List:
-        layers = [Layer(other, config.layer(i), None, nnx.Rngs(0)) for i in range(len(part) - 1)]
-        return nnx.List([*layers, RMSNorm(config.hidden_size, other)])
+        rngs, count = nnx.Rngs(0), len(part) - 1
+        layers = [Layer(config, config.layer(i), parallel, rngs) for i in range(count)]
+        return nnx.List([*layers, RMSNorm(config.hidden_size, config)])
 
     copy = nnx.eval_shape(make)
-    nnx.update(copy, jax.tree.map(lambda a: a.astype(dtype), state))
+    nnx.update(copy, jax.tree.map(lambda a: a.astype(config.dtype), state))
     return copy
 
 
@@ -315,51 +372,37 @@ def _one_token(part: nnx.List, x: jax.Array, config: ModelConfig) -> jax.Array:
     """[B, D] after the last norm, of one token a sequence [B, D] with an empty cache."""
     shape = (len(x), config.num_kv_heads, 64, config.head_dim)
     caches = (jnp.zeros(shape, x.dtype),) * (len(part) - 1)
-    graph, state = nnx.split(part)
-
-    @jax.jit
-    def run(state, x):
-        *layers, norm = nnx.merge(graph, state)
-        empty = KVCache(caches, caches, jnp.zeros(len(x), jnp.int32))
-        with jax.default_matmul_precision("highest"):
-            return decoding.step(layers, norm, x, empty)[0]
-
-    return run(state, x)
+    *layers, norm = part
+    empty = KVCache(caches, caches, jnp.zeros(len(x), jnp.int32))
+    return decoding.step(layers, norm, x, empty)[0]
 
 
 def _whole_prompt(part: nnx.List, x: jax.Array, config: ModelConfig) -> jax.Array:
     """[B, T, D] after the last norm, of prompts [B, T, D]."""
-    graph, state = nnx.split(part)
-
-    @jax.jit
-    def run(state, x):
-        *layers, norm = nnx.merge(graph, state)
-        length = jnp.asarray([[x.shape[1]]], jnp.int32)
-        turns = decoding.turns(layers, jnp.arange(x.shape[1])[None], length, length)
-        with jax.default_matmul_precision("highest"):
-            for layer, turn in zip(layers, turns, strict=True):
-                x, *_ = layer.prompt(x, *turn)
-            return norm(x)
-
-    return run(state, x)
+    *layers, norm = part
+    length = jnp.asarray([[x.shape[1]]], jnp.int32)
+    turns = decoding.turns(layers, jnp.arange(x.shape[1])[None], length, length)
+    for layer, turn in zip(layers, turns, strict=True):
+        x, *_ = layer.prompt(x, *turn)
+    return norm(x)
 
 
 def _facts(
     case: ModelCase, model: Transformer, generator: Generator, device: jax.Device
 ) -> dict[str, Any]:
-    """What a step has to read and compute, and how long the device needs for that at best."""
-    config, head = generator.config, model.lm_head
-    size = sum(leaf.nbytes for leaf in generator.leaves)
+    """What one device's step has to read and compute, and how long it needs for that at best."""
+    config, head, shards = generator.config, model.lm_head, case.devices
+    size = _bytes_of_one(generator.leaves)
     shared = isinstance(head, QuantisedLinear) and head.weight is model.embedding
     if head is not None and not shared:
         # A step reads a row of the embedding for each sequence, and all of a head.
-        table = sum(leaf.nbytes for leaf in jax.tree.leaves(model.embedding.get_value()))
-        size -= table * (config.vocab_size - case.batch) // config.vocab_size
+        table, rows = _bytes_of_one(model.embedding.get_value()), config.vocab_size // shards
+        size -= table * (rows - case.batch) // rows
     context = case.prompt + case.steps // 2
-    size += case.batch * context * _cache_bytes(config)
+    size += case.batch * context * _cache_bytes(config) // shards
     tables = config.vocab_size * config.hidden_size * (not config.tie_embeddings)
     products = config.num_parameters - tables
-    ops = 2 * case.batch * products
+    ops = 2 * case.batch * products // shards
     facts = {"dtype": config.dtype, "parameters": config.num_parameters}
     facts |= probes.bound(device, size, ops, config.dtype, case.arithmetic)
     return facts | {"first_token_bound_us": _first_token_bound(case, config, device, size)}
@@ -375,7 +418,14 @@ def _first_token_bound(
     # Queries times keys and weights times values, each for half of all pairs.
     pairs = 2 * case.prompt * config.num_layers * config.num_heads * config.head_dim
     ops = 2 * tokens * layers + 2 * case.batch * head + tokens * pairs
-    return probes.bound(device, size, ops, config.dtype, case.arithmetic)["bound_us"]
+    return probes.bound(device, size, ops // case.devices, config.dtype, case.arithmetic)[
+        "bound_us"
+    ]
+
+
+def _bytes_of_one(tree: Any) -> int:
+    """Bytes of arrays that one of the devices has."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _cache_bytes(config: ModelConfig) -> int:
@@ -397,6 +447,7 @@ def _check_memory(case: ModelCase, device: jax.Device) -> None:
     need = tables * width + (config.num_parameters - tables) * weight
     slots = cache_bucket(case.prompt + case.steps + 1)
     need += case.batch * (slots * _cache_bytes(config) + 3 * 4 * config.vocab_size)
+    need /= case.devices
     limit = environment.memory_bytes(device)
     if limit is not None and need > 0.95 * limit:
         reason = f"needs {need / 1e9:.1f} of {limit / 1e9:.1f} GB, of which a twentieth stays free"

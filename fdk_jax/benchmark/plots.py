@@ -133,13 +133,14 @@ def _models(rows: Rows):
     figure, axes = _grid(len(panels), width=3.6)
     for ax, ((device, threads, batch), panel) in zip(axes, panels.items(), strict=False):
         sizes = list(dict.fromkeys(r["model"] for r in panel))
-        lines = _groups(panel, "bits", "backend")
+        lines = _groups([{"devices": 1} | r for r in panel], "bits", "backend", "devices")
         width = 0.8 / len(lines)
-        for i, ((bits, backend), line) in enumerate(sorted(lines.items(), reverse=True)):
+        for i, ((bits, backend, count), line) in enumerate(sorted(lines.items(), reverse=True)):
+            several = f" on {count}" if count > 1 else ""
             ax.bar(
                 [sizes.index(r["model"]) + (i + 0.5) * width - 0.4 for r in line],
                 [r["tokens_per_s"] for r in line],
-                width, label=f"{bits} bit {backend}", color=_COLOURS.get(bits),
+                width, label=f"{bits} bit {backend}{several}", color=_COLOURS.get(bits),
             )  # fmt: skip
         # Long names stand side by side.
         names = [Path(size.removeprefix("custom-")).name.replace("-", "\n") for size in sizes]

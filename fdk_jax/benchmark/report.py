@@ -76,10 +76,12 @@ def models(found: Iterable[Row]) -> str:
         here = [r for r in chosen if r["device"] == device]
         head = ["model", "bits", "batch", "tokens/s", "of the bound", "spread"]
         lines = []
-        for r in sorted(here, key=lambda r: (r["model"], -r["bits"], r["m"])):
+        for r in sorted(here, key=lambda r: (r["model"], -r["bits"], r.get("devices", 1), r["m"])):
             low, high = min(r["samples_us"]), max(r["samples_us"])
             share = f"{r['bound_us'] / r['median_us']:.0%}" if r["bound_us"] else ""
             name = r["model"].removeprefix("custom-llama-")
+            if r.get("devices", 1) > 1:
+                name += f" on {r['devices']}"
             width = f"{(high - low) / statistics.median(r['samples_us']):.1%}"
             lines.append(
                 [name, str(r["bits"]), str(r["m"]), f"{r['tokens_per_s']:.0f}", share, width]

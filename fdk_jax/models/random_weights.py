@@ -5,20 +5,25 @@ Quantised weights are drawn as codes, in the kernels' layout, so that no float w
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from fdk_jax.format import codebooks, packing
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedWeight
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig
-from fdk_jax.models.transformer import Transformer
+from fdk_jax.models.parallel import Parallel
+from fdk_jax.models.transformer import Transformer, shapes
 from fdk_jax.models.weights import (
+    Placer,
     check_arithmetic,
     join_codebooks,
     set_linear,
@@ -38,6 +43,7 @@ def random_model(
     embedding_bits: int | None = None,
     backend: str | None = None,
     arithmetic: str = "exact",
+    parallel: Parallel | None = None,
     seed: int = 0,
 ) -> Transformer:
     """A model whose activations stay of the order of one.
@@ -53,13 +59,17 @@ def random_model(
             head the same as `head_bits`: both are then one array.
         backend: Whose kernels the weights are laid out for; None for the default platform's.
         arithmetic: Of the activations, see `load`.
+        parallel: Several devices that share every matrix; each draws its own slices, so that the weights are
+            other ones than on one device. None uses the default device.
         seed: Of everything.
 
     Returns:
-        The model on the default device.
+        The model.
 
     Raises:
-        ValueError: a codebook, an arithmetic or bits of the embedding that there are not.
+        ValueError: a codebook, an arithmetic or bits of the embedding that there are not, or shapes that the
+            devices do not divide.
+        NotImplementedError: a mixture of experts.
     """
     if codebook not in ("uniform", "kmeans"):
         raise ValueError(f"{codebook=} is not uniform or kmeans")
@@ -73,38 +83,49 @@ def random_model(
         )
     if any(config.layer(index).experts for index in range(config.num_layers)):
         raise NotImplementedError("random weights of a mixture of experts")
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    model = shapes(config, parallel)
     dtype, rng = jnp.dtype(config.dtype), np.random.default_rng(seed)
     backend = backend or default_backend()
     check_arithmetic(arithmetic, backend)
-    layout = LAYOUT_OF[backend]
+    placer = Placer(parallel, config.dtype, backend)
+    shards, layout = placer.shards, LAYOUT_OF[backend]
     # Far faster than the default generator, and good enough for weights that mean nothing.
     keys = _keys(seed)
 
     def weight(projection: names.Projection, bits: int, codebook: str) -> Array | QuantisedTensor:
         rows = [part.shape[0] for part in projection.parts]
-        n, k = sum(rows), projection.parts[0].shape[1]
+        n, k, cut = sum(rows), projection.parts[0].shape[1], projection.cut
+        local = (n // shards, k) if cut == "n" else (n, k // shards)
         if bits == 16:
-            return _matrix(next(keys), (k, n), dtype)
-        packed, scales = _codes(next(keys), layout, bits, group_size, n, k, dtype)
-        values = join_codebooks([_codebook(codebook, bits, rng) for _ in rows], rows, 1)
+            return _matrix(next(keys), parallel, local[::-1], int(cut == "n"), dtype, k)
+        placer.check_cut(cut, k, group_size)
+        # Parts along the inputs lie side by side in the interchange layout, and end to end in all others.
+        axis = int(layout == "interchange" and cut == "k")
+        facts = (bits, group_size, *local)
+        packed, scales = _codes(next(keys), parallel, axis, layout, *facts, dtype, k)
+        values = join_codebooks([_codebook(codebook, bits, rng) for _ in rows], rows, shards)
         uniform = codebook == "uniform" or bits == 1
-        facts = (bits, group_size, (n, k), "nk", layout, uniform)
-        return QuantisedTensor(packed, scales, jnp.asarray(values), *facts)
+        values = placer.codebook(values, cut)
+        return QuantisedTensor(
+            packed, scales, values, bits, group_size, local, "nk", layout, uniform
+        )
 
     for index, layer in enumerate(model.layers):
         for path, size in names.layer_vectors(config, index).values():
-            set_vector(layer, path, jnp.ones(size, dtype))
+            set_vector(layer, path, placer.vector(np.ones(size)))
         for projection in names.layer_projections(config, index):
             rows = sum(part.shape[0] for part in projection.parts)
-            bias = jnp.zeros(rows, dtype) if projection.parts[0].bias else None
+            bias = None
+            if projection.parts[0].bias:
+                bias = placer.vector(np.zeros(rows), cut=projection.cut == "n")
             matrix = weight(projection, bits, codebook)
             set_linear(layer, projection.path, matrix, bias, dtype, arithmetic)
-    set_vector(model, ("norm", "scale"), jnp.ones(config.hidden_size, dtype))
+    set_vector(model, ("norm", "scale"), placer.vector(np.ones(config.hidden_size)))
     if embedding_bits is None:
         # Rows of about unit length, so that a tied head gives logits of the order of one.
-        shape = config.vocab_size, config.hidden_size
-        model.embedding = nnx.Param(_matrix(next(keys), shape, dtype, config.hidden_size))
+        rows, width = config.vocab_size // shards, config.hidden_size
+        table = _matrix(next(keys), parallel, (rows, width), 0, dtype, width)
+        model.embedding = nnx.Param(table)
     head = names.head(config)
     if head_bits is not None or not config.tie_embeddings:
         matrix = weight(head, head_bits or 16, "uniform")
@@ -125,26 +146,52 @@ def _keys(seed: int):
         yield new
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _matrix(key: Array, shape: tuple[int, ...], dtype, fan_in: int | None = None) -> Array:
-    """Even values with a variance of 1 / fan_in (by default the first axis)."""
-    limit = jnp.asarray(math.sqrt(3 / (fan_in or shape[0])), dtype)
-    return jax.random.uniform(key, shape, dtype, -limit, limit)
+def _on_each(parallel: Parallel | None, draw: Callable[[Array], Any], key: Array, axis: int) -> Any:
+    """draw(key), on several devices with a key of each one's own, laid end to end along an axis."""
+    if parallel is None:
+        return draw(key)
+
+    def own(key: Array) -> Any:
+        return draw(jax.random.fold_in(key, jax.lax.axis_index(parallel.axis)))
+
+    spec = P(*[None] * axis, parallel.axis)
+    return jax.shard_map(own, mesh=parallel.mesh, in_specs=P(), out_specs=spec, check_vma=False)(
+        key
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
-def _codes(key, layout, bits, group_size, n, k, dtype) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _matrix(
+    key: Array, parallel: Parallel | None, shape: tuple[int, ...], axis: int, dtype, fan_in: int
+) -> Array:
+    """Even values with a variance of 1 / fan_in, of so many on each device."""
+    limit = jnp.asarray(math.sqrt(3 / fan_in), dtype)
+
+    def draw(key: Array) -> Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return _on_each(parallel, draw, key, axis)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6, 7, 8, 9))
+def _codes(
+    key, parallel, axis, layout, bits, group_size, n, k, dtype, fan_in
+) -> tuple[Array, Array]:
     """Random (packed, scales) in a layout; every code is valid, so no packing is needed."""
     packed, scales = packing.layout_struct(
         layout, bits=bits, group_size=group_size, out_features=n, in_features=k, dtype=dtype
     )
-    factor = jnp.asarray(math.sqrt(3 / k), dtype)
+    factor = jnp.asarray(math.sqrt(3 / fan_in), dtype)
     unsigned = jnp.dtype(f"uint{8 * packed.dtype.itemsize}")
-    words = jax.random.bits(key, packed.shape, unsigned)
-    return (
-        jax.lax.bitcast_convert_type(words, packed.dtype),
-        jax.random.uniform(key, scales.shape, scales.dtype) * factor + factor / 2,
-    )
+
+    def draw(key: Array) -> tuple[Array, Array]:
+        words = jax.random.bits(key, packed.shape, unsigned)
+        return (
+            jax.lax.bitcast_convert_type(words, packed.dtype),
+            jax.random.uniform(key, scales.shape, scales.dtype) * factor + factor / 2,
+        )
+
+    return _on_each(parallel, draw, key, axis)
 
 
 def _codebook(kind: str, bits: int, rng: np.random.Generator) -> np.ndarray:

@@ -98,7 +98,7 @@ class Placer:
         parts = widening.alike(parts)
         first, rows = parts[0], [part.out_features for part in parts]
         n, k = sum(rows), first.in_features
-        self._check_cut(cut, k, first.group_size)
+        self.check_cut(cut, k, first.group_size)
         if self.parallel is not None:
             parts = [jax.tree.map(np.asarray, part) for part in parts]
         if self.dtype == jnp.float32:  # a codebook is rounded to the dtype of its scales
@@ -117,7 +117,7 @@ class Placer:
         return QuantisedTensor(
             packed,
             scales,
-            self._put(codebook, P(self._axis) if codebook.ndim == 2 and cut == "n" else P()),
+            self.codebook(codebook, cut),
             first.bits,
             first.group_size,
             local,
@@ -139,7 +139,16 @@ class Placer:
             return jax.device_put(value)  # may share the memory: nobody writes to what was read
         return self.parallel.put(value, spec)
 
-    def _check_cut(self, cut: str, in_features: int, group_size: int) -> None:
+    def codebook(self, values: np.ndarray, cut: str) -> Array:
+        """A codebook, or one a run of rows, which lie with their rows."""
+        return self._put(values, P(self._axis) if values.ndim == 2 and cut == "n" else P())
+
+    def check_cut(self, cut: str, in_features: int, group_size: int) -> None:
+        """Refuses a weight that is cut along its inputs within a group.
+
+        Raises:
+            ValueError: with the inputs, the group and the devices.
+        """
         if cut == "k" and self.shards > 1 and in_features % (self.shards * group_size):
             raise ValueError(
                 f"{in_features} inputs in groups of {group_size} cannot be cut over {self.shards}"
