@@ -33,7 +33,7 @@ class Case:
         m, n, k: shape of the product: x [M, K], w [N, K], y [M, N].
         bits: width of a code: 1, 2, 4 or 8.
         group_size: weights along K that share a scale.
-        books: codebooks, each of N / books consecutive rows.
+        codebooks: codebooks, each of N / codebooks consecutive rows.
         x_dtype, scale_dtype, out_dtype: of x, of the scales, of y.
         bias_dtype: None without a bias.
         uniform: the values of each codebook are evenly spaced, see `fdk_jax.QuantisedTensor`.
@@ -48,7 +48,7 @@ class Case:
     k: int
     bits: int
     group_size: int
-    books: int
+    codebooks: int
     x_dtype: Any
     scale_dtype: Any
     bias_dtype: Any
@@ -86,7 +86,7 @@ class Case:
             k=arrays.x.shape[1],
             bits=bits,
             group_size=group_size,
-            books=arrays.codebook.size // max(1, stacked) // 2**bits,
+            codebooks=arrays.codebook.size // max(1, stacked) // 2**bits,
             x_dtype=arrays.x.dtype,
             scale_dtype=arrays.scales.dtype,
             bias_dtype=None if arrays.bias is None else arrays.bias.dtype,
@@ -135,7 +135,7 @@ class Case:
         return -(-self.n // TILE_ROWS)
 
     @property
-    def quads(self) -> int:
+    def scale_fours(self) -> int:
         """Fours of groups along K, as the planar layout stores scales."""
         groups = -(-self.blocks * self.span // self.group_size)
         return -(-groups // 4)
@@ -158,8 +158,8 @@ class Case:
             return f"x is {self.x_dtype}, the tensor cores' inputs are bfloat16 or float16"
         if self.group_size % 8:
             return f"group_size={self.group_size} is no multiple of 8"
-        if self.books > 1 and (self.n // self.books) % config.rows:
-            return f"{self.books} codebooks do not change at multiples of {config.rows} rows"
+        if self.codebooks > 1 and (self.n // self.codebooks) % config.rows:
+            return f"{self.codebooks} codebooks do not change at multiples of {config.rows} rows"
         if (needed := shared_bytes()) > target.shared_bytes:
             return (
                 f"{config} needs {needed} bytes of shared memory, {target.architecture} gives a"

@@ -24,9 +24,9 @@ from pallas_kernels.ring_launch import Launch
 from pallas_kernels.ring_plan import LaunchPlan, ProductPlan
 from pallas_kernels.target import Target
 
-_GATED = 1  # the place of gate and up
+_GATED = 1  # the index of gate and up
 _ALIKE = ("bits", "scale_dtype", "group_size")  # in all products: a slot of the ring is of any
-_RESIDUAL = (0, 2)  # the places of the products whose outputs are added to the residual stream
+_RESIDUAL = (0, 2)  # the indices of the products whose outputs are added to the residual stream
 
 
 _WORKERS = {1: 22, 2: 16, 4: 24, 8: 24}  # by bits; on an H100
@@ -58,11 +58,11 @@ def cases(
         target: the GPU.
     """
     found: list[Case] = []
-    for place, case in enumerate(products):
-        around: dict[str, Any] = dict(residual=place in _RESIDUAL)
-        if place - 1 in _RESIDUAL:
-            before = _plan(found[-1], config, place - 1)
-            around |= dict(squares=config.programs * before.square_parts, norm_eps=eps[place // 2])
+    for index, case in enumerate(products):
+        around: dict[str, Any] = dict(residual=index in _RESIDUAL)
+        if index - 1 in _RESIDUAL:
+            before = _plan(found[-1], config, index - 1)
+            around |= dict(squares=config.programs * before.square_parts, norm_eps=eps[index // 2])
         found.append(dataclasses.replace(case, **around))
     return found
 
@@ -78,18 +78,18 @@ def unsupported_reason(products: Sequence[Case], config: ring.Config, target: Ta
             f"{config} has more programs than {target.multiprocessors} multiprocessors run at once"
         )
     first = products[0]
-    for place, case in enumerate(products):
+    for index, case in enumerate(products):
         if any(getattr(case, name) != getattr(first, name) for name in _ALIKE):
             return "the products have codes or scales of several kinds, or groups of several sizes"
         if case.n % 16 or case.k % case.span:
             return f"{case.n} x {case.k} is not of whole tiles"
         if case.x_dtype != jnp.bfloat16 or case.out_dtype != jnp.bfloat16:
             return f"{case.x_dtype} and {case.out_dtype} are not bfloat16"
-        runs = 2 if place == _GATED else 1
+        runs = 2 if index == _GATED else 1
         if case.n // runs % 16 or (
-            case.books > 1 and (case.books % runs or case.n // case.books % 16)
+            case.codebooks > 1 and (case.codebooks % runs or case.n // case.codebooks % 16)
         ):
-            return f"{case.books} codebooks and {runs} runs of {case.n} rows are not of whole tiles"
+            return f"{case.codebooks} codebooks and {runs} runs of {case.n} rows are not of whole tiles"
         reason = (
             integer.unsupported_product(case, config.workers)
             if case.bits == 1
@@ -127,13 +127,13 @@ def matmul(
         target: the GPU.
     """
     arrays = {"x": x, "residual": residual, "counters": jnp.zeros(len(products), jnp.int32)}
-    for place, weight in enumerate(weights):
+    for index, weight in enumerate(weights):
         names = dict(packed=weight.packed, scales=weight.scales, codebook=weight.codebook)
         if weight.bias is not None:
             names["bias"] = weight.bias
-        if place in _RESIDUAL:
-            names["norm_scale"] = norm_scales[place // 2]
-        arrays |= {f"{name}{place}": array for name, array in names.items()}
+        if index in _RESIDUAL:
+            names["norm_scale"] = norm_scales[index // 2]
+        arrays |= {f"{name}{index}": array for name, array in names.items()}
     shapes = outputs(products, config, target)
     results = xla_call.ptx_call(
         source(products, config, target),
@@ -158,24 +158,24 @@ def outputs(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Names of the kernel's results and what they are, in order."""
     found = {}
-    for place, case in enumerate(products):
-        width = case.n // 2 if place == _GATED else case.n
+    for index, case in enumerate(products):
+        width = case.n // 2 if index == _GATED else case.n
         row = jax.ShapeDtypeStruct((1, width), case.out_dtype)
         if not case.residual:
-            found[f"y{place}"] = row
+            found[f"y{index}"] = row
             continue
-        parts = config.programs * _plan(case, config, place).square_parts
-        found[f"sum{place}"] = found[f"scaled{place}"] = row
-        found[f"squares_out{place}"] = jax.ShapeDtypeStruct((parts,), jnp.float32)
+        parts = config.programs * _plan(case, config, index).square_parts
+        found[f"sum{index}"] = found[f"scaled{index}"] = row
+        found[f"squares_out{index}"] = jax.ShapeDtypeStruct((parts,), jnp.float32)
     return found
 
 
 def _operands(products: Sequence[Case], config: ring.Config, target: Target) -> list[str]:
     """Names of the kernel's operands and results, in order."""
     names = ["x", "residual", "counters"]
-    for place, case in enumerate(products):
+    for index, case in enumerate(products):
         kinds = ("packed", "scales", "codebook", "bias", "norm_scale")
-        names += [f"{name}{place}" for name in kinds if name in case.operands]
+        names += [f"{name}{index}" for name in kinds if name in case.operands]
     return [*names, *outputs(products, config, target)]
 
 
@@ -183,18 +183,18 @@ def _arithmetic(case: Case) -> type[ring_product.Product]:
     return integer.Product if case.bits == 1 else stream.Product
 
 
-def _plan(case: Case, config: ring.Config, place: int) -> ProductPlan:
+def _plan(case: Case, config: ring.Config, index: int) -> ProductPlan:
     return _arithmetic(case).plan_class(
         case=case,
         workers=config.workers,
         programs=config.programs,
-        position=place,
-        gated=place == _GATED,
+        position=index,
+        gated=index == _GATED,
     )
 
 
 def _launch_plan(products: Sequence[Case], config: ring.Config, target: Target) -> LaunchPlan:
-    plans = (_plan(case, config, place) for place, case in enumerate(products))
+    plans = (_plan(case, config, index) for index, case in enumerate(products))
     return LaunchPlan(tuple(plans), target.shared_bytes)
 
 
@@ -209,10 +209,10 @@ def _writer(products: Sequence[Case], config: ring.Config, target: Target) -> La
         dict(x=operands.get("scaled2"), squares=operands.get("squares_out2")),
     ]
     writers = []
-    for place, case in enumerate(products):
-        own = {name: operands.get(f"{name}{place}") for name in case.operands}
+    for index, case in enumerate(products):
+        own = {name: operands.get(f"{name}{index}") for name in case.operands}
         found = {name: register for name, register in own.items() if register is not None} | inputs[
-            place
+            index
         ]
-        writers.append(_arithmetic(case)(plan.products[place], target, ptx, found))
+        writers.append(_arithmetic(case)(plan.products[index], target, ptx, found))
     return Launch(plan, writers, operands["counters"])

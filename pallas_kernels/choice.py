@@ -191,7 +191,7 @@ def nearest_rows(case: Case, target: Target) -> list[dict]:
 
     def distance(row: dict) -> float:
         shape = abs(math.log(row["n"] / case.n)) + abs(math.log(row["k"] / case.k))
-        others = (row["device"] != target.kind) + (is_even(row) != case.computes_values)
+        others = (row["device"] != target.kind) + (is_uniform(row) != case.computes_values)
         others += 2 * (class_of(architecture_of(row)) != own)
         return shape + _ANOTHER * others
 
@@ -209,11 +209,11 @@ def table() -> list[dict]:
 
 
 def row_key(row: dict) -> tuple:
-    return (*(row[name] for name in ("device", "bits", "m", "n", "k")), is_even(row))
+    return (*(row[name] for name in ("device", "bits", "m", "n", "k")), is_uniform(row))
 
 
-def is_even(row: dict) -> bool:
-    return row.get("even", False)
+def is_uniform(row: dict) -> bool:
+    return row.get("uniform", False)
 
 
 def architecture_of(row: dict) -> str:

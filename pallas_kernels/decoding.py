@@ -49,14 +49,14 @@ class Decoder(abc.ABC):
 
     Attributes:
         shared_bytes: shared memory that it needs.
-        place: where in `fdk_shared` that is.
+        table_offset: where in `fdk_shared` that is.
         space: where the codebook is, "global" or "shared".
         factor: register that the sums of products have to be multiplied by, or None.
         apart: whether the registers hold weights 0, 2 and 1, 3 of four neighbours instead of 0, 1 and 2, 3.
     """
 
     shared_bytes = 0
-    place = 0
+    table_offset = 0
     space = "global"
     factor: Register | None = None
     apart = False
@@ -137,8 +137,8 @@ class _Table(Decoder):
         """Writes the values of every byte into shared memory, a copy for each lane's banks."""
         ptx = self.ptx
         table = ptx.op("mov.u32", "fdk_shared")
-        if self.place:
-            table = table + self.place
+        if self.table_offset:
+            table = table + self.table_offset
         lane_copy = thread & (_TABLE_ROW // self.entry_bytes - 1)
         self.copy = table + lane_copy * self.entry_bytes
         for i in range(-(-256 // threads)):
@@ -197,7 +197,7 @@ class _Uniform(Decoder):
     """
 
     def _measure(self, codebook: Register) -> Register:
-        """Computes `factor`; returns the place of the zero among the codes, float32, a multiple of a half."""
+        """Computes `factor`; returns the zero point among the codes, float32, a multiple of a half."""
         ptx, last_code = self.ptx, 2**self.bits - 1
         first, last = (self.value(codebook, code) for code in (0, last_code))
         span = last - first
@@ -220,18 +220,19 @@ class _UniformNibbles(_Uniform):
 
     def __init__(self, ptx: Ptx, bits: int, dtype) -> None:
         super().__init__(ptx, bits, dtype)
-        # Places for even and odd codes of a half word; with the mantissa of float16, neighbours need no shift.
-        self.mantissa, self.bias, self.places = {"bf16": (7, 127, (3, 3)), "f16": (10, 15, (1, 5))}[
-            self.kind
-        ]
+        # Positions of even and odd codes in a half word; with float16's mantissa, neighbours need no shift.
+        self.mantissa, self.bias, self.positions = {
+            "bf16": (7, 127, (3, 3)),
+            "f16": (10, 15, (1, 5)),
+        }[self.kind]
 
     def set_up(self, codebook: Register, thread: Register, threads: int) -> None:
         """Computes what is subtracted."""
         del thread, threads
         ptx, zero = self.ptx, self._measure(codebook)
         self.offsets = []
-        for place in self.places:
-            base = 2.0 ** (self.mantissa - place - 4)
+        for position in self.positions:
+            base = 2.0 ** (self.mantissa - position - 4)
             offset = ptx.op("fma.rn.f32", zero, 1 / 16, base)
             self.offsets.append(self.pack(offset, offset))
 
@@ -240,11 +241,11 @@ class _UniformNibbles(_Uniform):
         return [self._pair(words[4 * plane + step], code) for code in (0, 2, 1, 3)]
 
     def _pair(self, word: Register, code: int) -> Register:
-        ptx, place = self.ptx, self.places[code % 2]
-        shift = 4 * code - place
+        ptx, position = self.ptx, self.positions[code % 2]
+        shift = 4 * code - position
         word = (word >> shift) if shift > 0 else (word << (-shift))
-        exponent = self.bias + self.mantissa - place - 4 << self.mantissa
-        number = ptx.op("lop3.b32", word, _twice(15 << place), _twice(exponent), "0xEA")
+        exponent = self.bias + self.mantissa - position - 4 << self.mantissa
+        number = ptx.op("lop3.b32", word, _twice(15 << position), _twice(exponent), "0xEA")
         return ptx.subtract_halves(self.kind, number, self.offsets[code % 2])
 
 
@@ -285,8 +286,8 @@ class _Bits(Decoder):
         return [self._pair(word, first + i) for i in range(4)]
 
     @abc.abstractmethod
-    def _pair(self, word: Register, place: int) -> Register:
-        """The values of the bits at `place` and `place` + 16."""
+    def _pair(self, word: Register, position: int) -> Register:
+        """The values of the bits at `position` and `position` + 16."""
 
 
 class _Scaled(_Bits):
@@ -328,16 +329,16 @@ class _Scaled(_Bits):
             both = ptx.op("mov.b32", _twice(int(inverse)))
             self.steps.append([ptx.multiply_halves(self.kind, part, both) for part in (high, low)])
 
-    def _pair(self, word: Register, place: int) -> Register:
+    def _pair(self, word: Register, position: int) -> Register:
         # The assembler keeps one of a word's equal shifts.
-        if place < 3 or place == 15:
-            word, place = self.ptx.op("prmt.b32", word, word, "0x2301"), (place + 8) % 16
-        shift = (14 - place) // 4 * 4
+        if position < 3 or position == 15:
+            word, position = self.ptx.op("prmt.b32", word, word, "0x2301"), (position + 8) % 16
+        shift = (14 - position) // 4 * 4
         if shift:
-            word, place = word << shift, place + shift
-        power = word & _twice(1 << place)
+            word, position = word << shift, position + shift
+        power = word & _twice(1 << position)
         value = self.first
-        for step in self.steps[place - self._LOWEST]:
+        for step in self.steps[position - self._LOWEST]:
             value = self.ptx.op(f"fma.rn.{self.kind}x2", power, step, value)
         return value
 
@@ -352,7 +353,7 @@ class _Select(_Bits):
         self.low = self.ptx.op("prmt.b32", pair, pair, "0x1010")
         self.high = self.ptx.op("prmt.b32", pair, pair, "0x3232")
 
-    def _pair(self, word: Register, place: int) -> Register:
-        signs = word << (15 - place)
+    def _pair(self, word: Register, position: int) -> Register:
+        signs = word << (15 - position)
         mask = self.ptx.op("prmt.b32", signs, signs, "0xBB99")  # bits 15 and 31, 16 times each
         return self.ptx.op("lop3.b32", self.high, self.low, mask, "0xE4")

@@ -86,5 +86,5 @@ def _kernel(x, w, out, *, steps):
         return acc + jnp.dot(left, right, preferred_element_type=jnp.float32)
 
     acc = jax.lax.fori_loop(0, steps, step, jnp.zeros((_ROWS, _BLOCK_N), jnp.float32))
-    # Rows past M hold the last row's values and are stored to the same place.
+    # Rows past M hold the last row's values and are stored to the same address.
     out[split, row[:, None], column[None, :]] = acc.astype(out.dtype)

@@ -79,7 +79,7 @@ class _Writer(TileWriter):
         """Where this lane writes: 8 neighbours of row g, and of row g + 8."""
         row_bytes = 2 * self.case.blocks * self.case.span
         row = self.program_row + self.row
-        address = self.operands["weight"] + row * row_bytes + self.quad * 16
+        address = self.operands["weight"] + row * row_bytes + self.thread_in_group * 16
         upper = address + self.k_warp * (2 * self.case.span)
         self.weight = [upper, upper + 8 * row_bytes]
 
@@ -97,5 +97,5 @@ class _Writer(TileWriter):
                 values = vector(
                     [step[row + 2 * q] for step in steps[2 * half :][:2] for q in range(2)]
                 )
-                place = at(self.weight[row], 2 * (offset + 32 * half))
-                self.ptx.do("st.global.v4.b32", place, values)
+                address = at(self.weight[row], 2 * (offset + 32 * half))
+                self.ptx.do("st.global.v4.b32", address, values)

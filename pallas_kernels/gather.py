@@ -46,21 +46,21 @@ def _kernel(case: Case, x_ref, packed_ref, scales_ref, codebook_ref, *rest):
     # Rows past N read the last one: every index below is in bounds.
     safe_rows = jnp.minimum(rows, n - 1)
     tile, row = (safe_rows >> 4)[:, None], (safe_rows & 15)[:, None]
-    book = jax.lax.div(safe_rows, n // codebook_ref.shape[0])[:, None]
+    codebook_index = jax.lax.div(safe_rows, n // codebook_ref.shape[0])[:, None]
     halves, groups = 16 // bits, -(-k // case.group_size)
     h = jnp.arange(_HALF_PLANE, dtype=jnp.int32)[None, :]
     columns = jnp.broadcast_to(h, (_BLOCK_N, _HALF_PLANE))
 
     def step(i, total):
-        # The code's place among the 64 bits of its lane and step; see packing.
+        # The code's index among the 64 bits of its lane and step; see packing.
         plane, t = (i >> 1) & (halves // 2 - 1), i & 1
         slot = ((plane * 2 + ((columns >> 1) & 1)) * 2 + (row >> 3)) * 2 + (columns & 1)
         bit = slot * bits if bits > 1 else (slot & 32) + ((slot & 31) >> 1) + ((slot & 1) << 4)
         block = jnp.broadcast_to(jax.lax.div(i, halves), tile.shape)
-        place = (columns & -8) + 4 * t + 2 * ((columns >> 2) & 1) + ((bit >> 4) & 1)
-        words = packed_ref[tile, block, bit >> 5, row & 7, place]
+        word = (columns & -8) + 4 * t + 2 * ((columns >> 2) & 1) + ((bit >> 4) & 1)
+        words = packed_ref[tile, block, bit >> 5, row & 7, word]
         codes = (words.astype(jnp.int32) >> (bit & 15)) & (2**bits - 1)
-        values = codebook_ref[book, codes].astype(scales_ref.dtype).astype(jnp.float32)
+        values = codebook_ref[codebook_index, codes].astype(scales_ref.dtype).astype(jnp.float32)
         offsets = i * _HALF_PLANE + h
         group = jnp.minimum(jax.lax.div(i * _HALF_PLANE + columns, case.group_size), groups - 1)
         position = ((row & 7) * 4 + (group & 3)) * 2 + (row >> 3)

@@ -34,7 +34,7 @@ _PLANES = 4  # of which an operand has codes
 _HALF = PLANE // 2  # the least group
 _X = 1024  # bytes of a block of x
 _INTEGERS = 1024  # bytes of the integers of four planes of x: 8 words a lane
-_BOOK = 8  # bytes of a codebook's first value and the step to the second
+_CODEBOOK_BYTES = 8  # bytes of a codebook's first value and the step to the second
 _LARGEST = 32512.0  # of the integers: its high byte, rounded, is 127
 # The last bits of a float of this size are an integer. Low bytes have a bias of 128.
 _MAGIC = 1.5 * 2**23 + 128
@@ -96,7 +96,7 @@ class Plan(ProductPlan):
         return {
             "integers": case.blocks * 2 * _INTEGERS,
             "plane_sums": case.blocks * 2 * _PLANES * self.sums_bytes,
-            self.books_name: case.books * _BOOK,
+            self.codebooks_name: case.codebooks * _CODEBOOK_BYTES,
         }
 
 
@@ -119,7 +119,9 @@ class Product(ring_product.Product):
         # Planes 0 and 1 of four have the even bytes of an operand, planes 2 and 3 the odd ones.
         upper = (self.row & 2).ne(0)
         self.bytes = ptx.op("selp.b32", "0xFF00FF00", "0x00FF00FF", upper)
-        address = self.operands["x"] + self.warp * _X + self.row * (2 * PLANE) + self.quad * 16
+        address = (
+            self.operands["x"] + self.warp * _X + self.row * (2 * PLANE) + self.thread_in_group * 16
+        )
         rounds = -(-case.blocks // self.workers)
         for first in range(0, rounds, 3):
             here = range(first, min(first + 3, rounds))
@@ -139,22 +141,22 @@ class Product(ring_product.Product):
                 self._prepare_block([x for half in halves for x in half], block, f"{i}")
                 ptx.label(f"fdk_no_x_{i}")
 
-    def load_books(self) -> Callable[[], None]:
+    def load_codebooks(self) -> Callable[[], None]:
         """Loads of each codebook the first value and the step to the second one."""
         ptx, case, decoder = self.ptx, self.case, self.decoder
         loads = []
-        for start in range(0, case.books, 32 * self.workers):
-            book = self.thread + start
-            in_bounds = book < case.books
-            source = self.operands["codebook"] + book * 8
+        for start in range(0, case.codebooks, 32 * self.workers):
+            codebook_index = self.thread + start
+            in_bounds = codebook_index < case.codebooks
+            source = self.operands["codebook"] + codebook_index * 8
             values = [decoder.value(source, code, in_bounds) for code in range(2)]
-            loads.append((self.shared + book * _BOOK, values, in_bounds))
+            loads.append((self.shared + codebook_index * _CODEBOOK_BYTES, values, in_bounds))
 
         def store() -> None:
-            for place, values, in_bounds in loads:
+            for address, values, in_bounds in loads:
                 _, first, second = decoder.rounded(*values)
                 step = second - first
-                target = at(place, self.books_place)
+                target = at(address, self.codebooks_offset)
                 ptx.do("st.shared.v2.b32", target, vector([first, step]), when=in_bounds)
 
         return store
@@ -182,14 +184,14 @@ class Product(ring_product.Product):
             both = both ^ "0x80808080"
             low.append(both & self.bytes)
         half, plane = self.row >> 2, self.row & 3
-        place = self.shared + block * (2 * _INTEGERS) + half * _INTEGERS
+        address = self.shared + block * (2 * _INTEGERS) + half * _INTEGERS
         # Plane p is in rows 2 p and 2 p + 1 of lanes.
-        place = place + plane * (8 * 16) + self.quad * 16
+        address = address + plane * (8 * 16) + self.thread_in_group * 16
         for row, words in enumerate((high, low)):
             for half in range(2):
-                offset = self.places["integers"] + row * 4 * 16 + half * _INTEGERS // 2
+                offset = self.offsets["integers"] + row * 4 * 16 + half * _INTEGERS // 2
                 part = vector(words[4 * half : 4 * half + 4])
-                ptx.do("st.shared.v4.b32", at(place, offset), part)
+                ptx.do("st.shared.v4.b32", at(address, offset), part)
         wholes = []
         for once, four_times in zip(sums[::2], sums[1::2], strict=True):
             sum_ = once + four_times * 4
@@ -198,9 +200,9 @@ class Product(ring_product.Product):
             sum_ = sum_ - ((count + count * 4) * _MAGIC_BITS % 2**32)
             sum_ = over_lanes(ptx, "add.u32", sum_, (1, 2))
             wholes.append(ptx.op("cvt.rn.f32.s32", sum_))
-        place = self.shared + block * (2 * _PLANES * sums_bytes) + self.row * sums_bytes
-        is_owner = self.quad.eq(0)
-        target = at(place, self.places["plane_sums"])
+        address = self.shared + block * (2 * _PLANES * sums_bytes) + self.row * sums_bytes
+        is_owner = self.thread_in_group.eq(0)
+        target = at(address, self.offsets["plane_sums"])
         # Two words, or four, the last one of which nobody reads.
         width, values = wide([scale, *wholes] if parts == 1 else [scale, *wholes, wholes[0]])
         ptx.do(f"st.shared{width}.b32", target, values, when=is_owner)
@@ -237,43 +239,47 @@ class Product(ring_product.Product):
             return
         ptx = self.ptx
         self.integers = self.shared + self.lane * 16
-        self.plane_sums = self.shared + self.quad * self.plan.sums_bytes
+        self.plane_sums = self.shared + self.thread_in_group * self.plan.sums_bytes
         codes = (self.warp * CODES).low()
         self.codes = codes + self.lane * 16
         self.scales = self._scale_places()
         # The lane's columns are those of a plane; the codes of planes 1 and 3 stand four bits higher.
-        self.higher = (self.quad & 1).ne(0)
+        self.higher = (self.thread_in_group & 1).ne(0)
         self.unit = ptx.op("selp.f32", 1 / 16, 1.0, self.higher)
         self.zero = ptx.op("mov.u32", 0)
-        place = self.shared + self.warp * (4 * TILE_ROWS) + self.row * 8
-        self.partial = place + self.quad * 4
-        self.keeps = self.quad < 2
+        address = self.shared + self.warp * (4 * TILE_ROWS) + self.row * 8
+        self.partial = address + self.thread_in_group * 4
+        self.keeps = self.thread_in_group < 2
         self.first, *self.steps = ptx.registers("f32", 3)
 
     def _scale_places(self) -> Register:
         """Where in a slot the scales of this lane's plane of the first four are."""
         size, g, span = self.plan.scale_bytes, self.case.group_size, self.case.span
-        if g == PLANE:  # a quad of groups is the four planes, a place for each lane
+        if g == PLANE:  # four groups are the four planes, one for each lane
             return (self.warp * self.plan.block_scales).low() + self.lane * (2 * size)
         if g > span:
             group = self.warp // (g // span)
         else:
             group = (self.warp * (span // g)).low()
-            group = group + (self.quad // (g // PLANE) if g > PLANE else self.quad * 2)
+            group = group + (
+                self.thread_in_group // (g // PLANE) if g > PLANE else self.thread_in_group * 2
+            )
         scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
         return scales + self.row * (8 * size)
 
     def start_tile(self, tile: Register, run: int) -> None:
         """The codebook of a tile's rows: the first value, and the steps that a unit of a row's sums is."""
         ptx, case, steps = self.ptx, self.case, self.steps
-        place = self.shared
-        if case.books > 1:
+        address = self.shared
+        if case.codebooks > 1:
             row = self.first_tile + run * self.plan.run_tiles
             row = ((row + tile) * TILE_ROWS).low()
-            book = row // (case.n // case.books)
-            book = ptx.op("min.u32", book, case.books - 1)
-            place = self.shared + book * _BOOK
-        ptx.do("ld.shared.v2.b32", vector([self.first, steps[0]]), at(place, self.books_place))
+            codebook_index = row // (case.n // case.codebooks)
+            codebook_index = ptx.op("min.u32", codebook_index, case.codebooks - 1)
+            address = self.shared + codebook_index * _CODEBOOK_BYTES
+        ptx.do(
+            "ld.shared.v2.b32", vector([self.first, steps[0]]), at(address, self.codebooks_offset)
+        )
         ptx.do("mul.f32", steps[0], steps[0], self.unit)
         # A lower row's codes stand one bit higher.
         ptx.do("mul.f32", steps[1], steps[0], 0.5)
@@ -286,17 +292,17 @@ class Product(ring_product.Product):
         self.x = []
         for half in range(2):
             plane_sums = ptx.registers("b32", sums_bytes // 4)
-            place = at(sums, self.places["plane_sums"] + half * _PLANES * sums_bytes)
+            address = at(sums, self.offsets["plane_sums"] + half * _PLANES * sums_bytes)
             width, values = wide(plane_sums)
-            ptx.do(f"ld.shared{width}.b32", values, place)
+            ptx.do(f"ld.shared{width}.b32", values, address)
             scale, *wholes = (part.as_float() for part in plane_sums[: 1 + self.plan.parts])
             self.x.append((self._load_integers(integers, half), scale, wholes))
 
-    def _load_integers(self, place: Register, half: int) -> list[Register]:
+    def _load_integers(self, address: Register, half: int) -> list[Register]:
         """The integers of four planes of x."""
         words = self.ptx.registers("b32", 8)
         for i in range(2):
-            part = at(place, self.places["integers"] + half * _INTEGERS + i * _INTEGERS // 2)
+            part = at(address, self.offsets["integers"] + half * _INTEGERS + i * _INTEGERS // 2)
             self.ptx.do("ld.shared.v4.b32", vector(words[4 * i : 4 * i + 4]), part)
         return words
 
@@ -309,8 +315,8 @@ class Product(ring_product.Product):
             part = vector(self.words[4 * half : 4 * half + 4])
             ptx.do("ld.shared.v4.b32", part, at(codes, half * CODES // 2))
         # The second four of planes have groups of their own, unless a group is the whole block.
-        quad, within = divmod(_PLANES * PLANE // self.case.group_size, 4)
-        further = (quad * 64 + within * 2) * plan.scale_bytes
+        four, within = divmod(_PLANES * PLANE // self.case.group_size, 4)
+        further = (four * 64 + within * 2) * plan.scale_bytes
         self.factors = []
         for half in range(2 if further else 1):
             pairs = []
@@ -320,14 +326,14 @@ class Product(ring_product.Product):
             self.factors.append(pairs)
         self.factors *= 2 // len(self.factors)
 
-    def _load_pair(self, place: Memory) -> list[Register]:
-        """The scales of the upper and the lower row at a place, float32."""
+    def _load_pair(self, address: Memory) -> list[Register]:
+        """The scales of the upper and the lower row at an address, float32."""
         ptx, dtype = self.ptx, self.case.scale_dtype
         if dtype == jnp.float32:
             pair = ptx.registers("f32", 2)
-            ptx.do("ld.shared.v2.b32", vector(pair), place)
+            ptx.do("ld.shared.v2.b32", vector(pair), address)
             return pair
-        return decoding.unpack(ptx, ptx.op("ld.shared.b32", place), dtype)
+        return decoding.unpack(ptx, ptx.op("ld.shared.b32", address), dtype)
 
     def multiply(self) -> None:
         """Adds the products of both fours of planes to the totals."""
@@ -335,9 +341,9 @@ class Product(ring_product.Product):
             words = self.words[4 * half : 4 * half + 4]
             steps, each = range(len(words)), len(words) // self.plan.parts
             for part, (factors, whole) in enumerate(zip(self.factors[half], wholes, strict=True)):
-                places = steps[part * each : (part + 1) * each]
+                positions = steps[part * each : (part + 1) * each]
                 self._multiply(
-                    [(words[i], x[2 * i : 2 * i + 2]) for i in places], factors, scale, whole
+                    [(words[i], x[2 * i : 2 * i + 2]) for i in positions], factors, scale, whole
                 )
 
     def _multiply(self, steps, factors, scale: Register, whole: Register) -> None:
@@ -383,5 +389,5 @@ class Product(ring_product.Product):
         kept = kept + other
         ptx.do("shfl.sync.bfly.b32", rest, kept, 2, 31, "0xffffffff")
         kept = kept + rest
-        place = self.partial + tile * (self.workers * 4 * TILE_ROWS)
-        ptx.do("st.shared.f32", at(place, self.places["partial"]), kept, when=self.keeps)
+        address = self.partial + tile * (self.workers * 4 * TILE_ROWS)
+        ptx.do("st.shared.f32", at(address, self.offsets["partial"]), kept, when=self.keeps)

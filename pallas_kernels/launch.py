@@ -288,8 +288,8 @@ def _check(x, packed, scales, codebook, bits, group_size, out_features) -> None:
             f"{scales.shape=} must be {(tiles, -(-groups // 4), 64)} for {group_size=}, {k=},"
             f" {out_features=}; prepare the weight with fdk_jax.prepare(w, backend='pallas')"
         )
-    books = codebook.reshape(-1, codebook.shape[-1]).shape
-    if codebook.ndim not in (1, 2) or books[1] != 2**bits or out_features % books[0]:
+    codebooks = codebook.reshape(-1, codebook.shape[-1]).shape
+    if codebook.ndim not in (1, 2) or codebooks[1] != 2**bits or out_features % codebooks[0]:
         raise ValueError(
             f"{codebook.shape=} must be [2**bits] or [C, 2**bits] with C dividing {out_features=}"
         )

@@ -1,6 +1,6 @@
-"""The planar order of codes and scales: where in a tile a code is, and which code is at a place.
+"""The planar order of codes and scales: where in a tile a code is, and which code is where.
 
-A tile is 16 rows by E = 8 / bits planes of 64 weights. Its codes are uint16 [2, 8, 32]: words [a, r, place]
+A tile is 16 rows by E = 8 / bits planes of 64 weights. Its codes are uint16 [2, 8, 32]: words [a, r, index]
 have codes of the rows r and r + 8, 16 / bits of each word. `fdk_jax.format.packing` writes and draws this
 order; here is its arithmetic, for kernels that index words.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 PLANE = 64  # weights of a row in a plane
 TILE_ROWS = 16
-PLACES = 32  # words of a row and half of a tile
+WORDS = 32  # words of a row and half of a tile
 HALVES = 2
 SCALE_GROUPS = 4  # groups whose scales are neighbours
 
@@ -19,7 +19,7 @@ SCALE_GROUPS = 4  # groups whose scales are neighbours
 class Shift:
     """The codes that one shift brings to the lowest bits of a half's words: one of each.
 
-    Words at even and odd places differ in one of row, plane and place within it, by the width of a code.
+    Words at even and odd indices differ in one of row, plane and column within it, by the width of a code.
 
     Attributes:
         bits: width of a code.
@@ -38,18 +38,18 @@ class Shift:
         return (2 * self.half + odd) * (16 // self.bits) + self.number
 
     def lower(self, odd: int) -> bool:
-        """Whether the code at an even or odd place is of the row r + 8."""
+        """Whether the code at an even or odd index is of the row r + 8."""
         return bool(self._slot(odd) >> 1 & 1)
 
     def plane(self, odd: int) -> int:
-        """The plane of the code at an even or odd place."""
+        """The plane of the code at an even or odd index."""
         return self._slot(odd) >> 3
 
-    def column(self, place: Any) -> Any:
-        """The column in the tile of the code at a place, or at an array of places."""
+    def column(self, index: Any) -> Any:
+        """The column in the tile of the code at an index, or at an array of indices."""
         first, second = (self._column(odd) for odd in range(2))
-        step, half, eighth = place >> 1 & 1, place >> 2 & 1, place >> 3
-        return first + (second - first) * (place & 1) + 32 * half + 8 * eighth + 4 * step
+        step, half, eighth = index >> 1 & 1, index >> 2 & 1, index >> 3
+        return first + (second - first) * (index & 1) + 32 * half + 8 * eighth + 4 * step
 
     def _column(self, odd: int) -> int:
         slot = self._slot(odd)
@@ -61,6 +61,6 @@ def shifts(bits: int) -> list[Shift]:
     return [Shift(bits, half, i) for half in range(HALVES) for i in range(16 // bits)]
 
 
-def scale_place(row: Any, group: Any) -> tuple[Any, Any]:
-    """Where among the scales [quads, 64] of a tile's rows that of a row (0 to 15) and a group is."""
+def scale_index(row: Any, group: Any) -> tuple[Any, Any]:
+    """Where among the scales [fours, 64] of a tile's rows that of a row (0 to 15) and a group is."""
     return group >> 2, ((row & 7) * SCALE_GROUPS + (group & 3)) * 2 + (row >> 3)

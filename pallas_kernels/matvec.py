@@ -9,7 +9,7 @@ At batch 1 a product is limited by reading the weight, if decoding it costs less
 - The warps of a program share K; their partial sums are added in shared memory at the end.
 
 Triton gives no control over which lane holds what, so the body is one block of PTX; Pallas provides the
-grid, the operands and the place in the program.
+grid, the operands and the thread's indices in the program.
 
 Glossary: W warps a program (`Config.warps`), of which V have rows of their own (`Config.row_warps`) and the
 others share their K; R tiles of 16 rows a warp (`Config.tiles`), D blocks in flight a warp
@@ -83,7 +83,7 @@ class _Writer(SumsWriter):
         self.load_residuals()
         self.set_up_decoder()
         if self.case.squares:
-            self._add_squares(plan.warps - 1, plan.squares_place)
+            self._add_squares(plan.warps - 1, plan.squares_offset)
         if not plan.is_persistent:
             self.loop_over_k(blocks)
             self._reduce()
@@ -102,12 +102,12 @@ class _Writer(SumsWriter):
 
     def locate_program(self) -> None:
         """The program's rows, its first share of them if it is persistent, and tokens."""
-        ptx, plan, place = self.ptx, self.plan, self._place_along_x()
+        ptx, plan, index = self.ptx, self.plan, self._index_along_x()
         if plan.is_persistent:
-            book = place // plan.book_programs
-            self.share = place % plan.book_programs
-            place = self.share + book * plan.shares
-        self.output_row = self.program_row = (place * plan.rows).low()
+            codebook_index = index // plan.codebook_programs
+            self.share = index % plan.codebook_programs
+            index = self.share + codebook_index * plan.shares
+        self.output_row = self.program_row = (index * plan.rows).low()
         self.first_token = (ptx.op("mov.u32", "%ctaid.y") * plan.tokens).low()
         if plan.is_persistent:
             # The loads of the next share begin before the sums of this one are stored.
@@ -123,7 +123,7 @@ class _Writer(SumsWriter):
             for j in range(plan.columns):
                 self.has_token.append(self._token(j) < case.m)
         if plan.diagonal:
-            self.is_owner = [self.quad.eq(i) for i in range(4)]
+            self.is_owner = [self.thread_in_group.eq(i) for i in range(4)]
             self.x_block = self.row // case.planes
         self.x = self._x_addresses()
         zero = ptx.zero()
@@ -145,7 +145,7 @@ class _Writer(SumsWriter):
             address = (
                 self.operands["x"]
                 + token * row_bytes
-                + self.quad * 16
+                + self.thread_in_group * 16
                 + self.k_warp * (case.span * 2)
             )
             addresses.append(address)
@@ -173,9 +173,12 @@ class _Writer(SumsWriter):
         ptx = self.ptx
         ptx.do("mov.u32", self.output_row, self.program_row)
         ptx.do(
-            "add.u32", self.program_row, self.program_row, self.plan.book_programs * self.plan.rows
+            "add.u32",
+            self.program_row,
+            self.program_row,
+            self.plan.codebook_programs * self.plan.rows,
         )
-        ptx.do("add.u32", self.share, self.share, self.plan.book_programs)
+        ptx.do("add.u32", self.share, self.share, self.plan.codebook_programs)
         more = self.share < self.plan.shares
         packed, scales = self._row_addresses()
         starts = *packed, *scales, *self._x_addresses()
@@ -276,7 +279,7 @@ class _Writer(SumsWriter):
         else:
             ptx.do("bar.sync", 0)
         address = self.locate_sums(of_one_token=plan.single)
-        stores = self.quad.eq(0) if plan.single else None
+        stores = self.thread_in_group.eq(0) if plan.single else None
         self.store_sums(address, self.totals, of_one_token=plan.single, when=stores)
         self.join_programs()
         self.store_outputs(min(case.m, plan.tokens))

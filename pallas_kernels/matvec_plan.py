@@ -87,8 +87,8 @@ class Plan(SumsPlan):
         case = self.case
         programs = -(-case.n // self.rows)
         if self.programs and not case.residual:  # as many for each codebook
-            each = min(max(self.programs // case.books, 1), programs // case.books)
-            programs = each * case.books
+            each = min(max(self.programs // case.codebooks, 1), programs // case.codebooks)
+            programs = each * case.codebooks
         return programs, -(-case.m // self.tokens)
 
     @property
@@ -99,12 +99,12 @@ class Plan(SumsPlan):
     @property
     def shares(self) -> int:
         """Shares of `rows` rows of each codebook."""
-        return -(-self.case.n // self.rows) // self.case.books
+        return -(-self.case.n // self.rows) // self.case.codebooks
 
     @property
-    def book_programs(self) -> int:
+    def codebook_programs(self) -> int:
         """Programs that take the shares of a codebook."""
-        return self.grid[0] // self.case.books
+        return self.grid[0] // self.case.codebooks
 
     @property
     def sums_bytes(self) -> int:
@@ -115,7 +115,7 @@ class Plan(SumsPlan):
     def shared_bytes(self) -> int:
         """Shared memory of a program.
 
-        The sums take the place of the table and the ring, which nobody needs any more; in several rounds there
+        The sums take the memory of the table and the ring, which nobody needs any more; in several rounds there
         are two of them after the table, for even and odd rounds.
         """
         if self.is_persistent:

@@ -175,7 +175,9 @@ class _Writer(SumsWriter):
             address = self.operands["x"] + token * row_bytes + self.k_warp * (case.span * 2)
             self.x.append(address + eighth * 16)
         # A lane reads 16 bytes of each half of the token that its row counts.
-        self.x_places = [self._swapped(team, self.row, self.quad + 4 * half) for half in range(2)]
+        self.x_addresses = [
+            self._swapped(team, self.row, self.thread_in_group + 4 * half) for half in range(2)
+        ]
         self.barrier = self.k_warp_here + 1
         self.totals = [
             [[ptx.zero() for _ in range(4)] for _ in range(plan.tokens // 8)]
@@ -185,9 +187,9 @@ class _Writer(SumsWriter):
     def _swapped(self, team: Register, token: Register, eighth: Register) -> Register:
         """Where an eighth of a token's part of a plane is: odd tokens have their halves swapped."""
         odd = token & 1
-        place = eighth ^ (odd << 2)
+        swapped = eighth ^ (odd << 2)
         row = team + token * _ROW_BYTES
-        return row + place * 16
+        return row + swapped * 16
 
     def _copy_x(self, flat: int, ahead: int, plane: int) -> None:
         """Starts copying a plane of x, of the block `ahead` steps of this warp after the current one."""
@@ -210,8 +212,8 @@ class _Writer(SumsWriter):
         found = []
         for column in range(self.plan.tokens // 8):
             words = ptx.registers("b32", 4)
-            place = at(self.x_places[half], slot + column * 8 * _ROW_BYTES)
-            ptx.do("ld.shared.v4.b32", vector(words), place)
+            address = at(self.x_addresses[half], slot + column * 8 * _ROW_BYTES)
+            ptx.do("ld.shared.v4.b32", vector(words), address)
             found.append(self.decoder.paired(words))
         return found
 

@@ -2,7 +2,7 @@
 
 The planar layout (`fdk_jax.format.packing`) gives a lane 8 neighbours of a row, a step of `wgmma` wants pairs
 that lie 8 apart. So a lane reads the codes of its pairs from shared memory, chunk by chunk (8 columns), see
-`code_places`. Copies with the 128-byte swizzle put what the lanes of a warp read into different banks.
+`code_offsets`. Copies with the 128-byte swizzle put what the lanes of a warp read into different banks.
 
 2, 4 and 8 bits look values up in a table with a copy for each lane's banks; 1 bit selects one of two values.
 """
@@ -39,7 +39,7 @@ _TABLE_ROW = 128  # bytes of the table for one byte of codes: copies for all lan
 CHUNKS = 8
 
 
-def code_places(bits: int, thread: Any, plane: Any, blocks: int) -> list[tuple[Any, Any]]:
+def code_offsets(bits: int, thread: Any, plane: Any, blocks: int) -> list[tuple[Any, Any]]:
     """Where a thread finds its codes of a plane, for each chunk of 8 columns.
 
     Args:
@@ -49,7 +49,7 @@ def code_places(bits: int, thread: Any, plane: Any, blocks: int) -> list[tuple[A
         blocks: of the slab.
 
     Returns:
-        Of each chunk the place of the bits in shared memory, in bytes from the slab's start with swizzled
+        Of each chunk the offset of the bits in shared memory, in bytes from the slab's start with swizzled
         lines of 128 bytes, and the bit at which they start: of columns 2 c and 2 c + 1 of the chunk, first of
         row g, then of row g + 8. They follow each other, lowest first; with 1 bit the second column's 16
         bits after the first one's.
@@ -69,20 +69,20 @@ def code_places(bits: int, thread: Any, plane: Any, blocks: int) -> list[tuple[A
         start += within * 2 + quarter
     if bits == 1:
         bit = within * 4 + quarter * 2
-    places = []
+    offsets = []
     for chunk in range(CHUNKS):
         column = (g % 2 * 4 + chunk % 4) ^ line
-        places.append((start + column * 16 + chunk // 4 * 8, bit))
-    return places
+        offsets.append((start + column * 16 + chunk // 4 * 8, bit))
+    return offsets
 
 
-def scale_place(thread: Any, group: Any, quads: int) -> Any:
-    """Where the scales of rows g and g + 8 for a group stand, from the slab's first quad of groups.
+def scale_offset(thread: Any, group: Any, fours: int) -> Any:
+    """Where the scales of rows g and g + 8 for a group stand, from the slab's first four groups.
 
     In bytes, if a scale has two.
     """
     warp, g, _ = lane_of(thread)
-    return (warp * quads + group // 4) * 128 + g * 16 + group % 4 * 4
+    return (warp * fours + group // 4) * 128 + g * 16 + group % 4 * 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +118,14 @@ class Decoder:
         """Bytes of the table that a lane reads for a byte of codes."""
         return max(4, 16 // self.bits)
 
-    def set_up(self, codebook: ir.Value, table: ir.Value, book: U32, threads: int) -> None:
+    def set_up(
+        self, codebook: ir.Value, table: ir.Value, codebook_index: U32, threads: int
+    ) -> None:
         """Fills the table from float32 [2**bits] values of one of the codebooks, then waits for all threads."""
         base = utils.memref_ptr(codebook)
 
         def value(code: U32) -> ir.Value:
-            index = (book * 2**self.bits + code).value
+            index = (codebook_index * 2**self.bits + code).value
             return llvm.load(f32(), utils.getelementptr(base, [index], f32()))
 
         # More than 256 threads write some rows twice.
@@ -142,8 +144,8 @@ class Decoder:
         for i in range(_TABLE_ROW // 16):
             # Lanes start at different columns: otherwise all would write to the same banks.
             column = (byte + i) % (_TABLE_ROW // 16)
-            place = start + byte * _TABLE_ROW + column * 16
-            do("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", place, *pairs)
+            offset = start + byte * _TABLE_ROW + column * 16
+            do("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", offset, *pairs)
         sync_warpgroups(threads)
 
     def plane(
@@ -153,9 +155,9 @@ class Decoder:
 
         Args:
             codes: uint16 [4, blocks, 8, 64] in shared memory, swizzled: a tile for each warp.
-            scales: [4, quads, 64] in shared memory.
+            scales: [4, fours, 64] in shared memory.
             table: what `set_up` has filled.
-            group: the group of the first quad with which the slab starts.
+            group: the group of the first four with which the slab starts.
             plane: which one of the slab.
         """
         scale = self._scales(scales, group, plane)
@@ -173,8 +175,8 @@ class Decoder:
         """For each chunk a register with its codes, and the bit at which they start."""
         start, blocks = address(codes), ir.MemRefType(codes.type).shape[1]
         kind = ir.IntegerType.get_signless({1: 32, 2: 8, 4: 16, 8: 32}[self.bits])
-        for place, bit in code_places(self.bits, thread(), plane, blocks):
-            word = load(start + place, kind)
+        for offset, bit in code_offsets(self.bits, thread(), plane, blocks):
+            word = load(start + offset, kind)
             yield U32(word if kind.width == 32 else arith.extui(i32(), word)), bit
 
     def _looked_up(self, codes, table, scales, plane: U32) -> list[list[U32]]:
@@ -197,8 +199,8 @@ class Decoder:
         for byte in range(self.bits // 2):
             # The dot product of a word's bytes with a row's size and three zeros is an address.
             row = U32(_TABLE_ROW << 8 * byte)
-            place = op("dp4a.u32.u32 $0, $1, $2, $3;", word, row, copy)
-            values.append(U32(load(place, i32())))
+            offset = op("dp4a.u32.u32 $0, $1, $2, $3;", word, row, copy)
+            values.append(U32(load(offset, i32())))
         if self.bits == 4:
             return values
         pairs = zip(values[::2], values[1::2], strict=True)
@@ -206,21 +208,21 @@ class Decoder:
 
     def _scales(self, scales: ir.Value, group: U32, plane: U32) -> list[list[U32]]:
         """For each chunk the scales of both rows, each twice in a register."""
-        quads, known = ir.MemRefType(scales.type).shape[1], {}
+        fours, known = ir.MemRefType(scales.type).shape[1], {}
         for part in range(max(1, 64 // self.group_size)):
             if self.group_size >= 64:
                 index = group + plane // (self.group_size // 64)
             else:
                 index = group + plane * (64 // self.group_size) + part
-            known[part] = self._scale_pair(address(scales), scale_place(thread(), index, quads))
+            known[part] = self._scale_pair(address(scales), scale_offset(thread(), index, fours))
         return [known[8 * chunk // self.group_size] for chunk in range(CHUNKS)]
 
-    def _scale_pair(self, start: U32, place: U32) -> list[U32]:
+    def _scale_pair(self, start: U32, offset: U32) -> list[U32]:
         """The scales of a group for rows g and g + 8, each twice in a register."""
         if self.scales == "f32":
-            values = [load(start + (2 * place + 4 * i), f32()) for i in range(2)]
+            values = [load(start + (2 * offset + 4 * i), f32()) for i in range(2)]
             return [pack(value, value, self.half) for value in values]
-        both = U32(load(start + place, i32()))
+        both = U32(load(start + offset, i32()))
         if self.scales == self.half:
             orders = "0x1010", "0x3232"
             return [op(f"prmt.b32 $0, $1, $1, {order};", both) for order in orders]

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic_sums, mosaic_tiles, mosaic_values
 from pallas_kernels.case import PLANE, Arrays, Case
 from pallas_kernels.mosaic_decoding import Decoder
-from pallas_kernels.mosaic_matmul import GROUP_ROWS, Config, quads, slab
+from pallas_kernels.mosaic_matmul import GROUP_ROWS, Config, scale_fours, slab
 from pallas_kernels.mosaic_values import U32
 
 _TILES = GROUP_ROWS // 16
@@ -110,7 +110,9 @@ def _scratch(case: Case, config: Config) -> dict[str, Any]:
             jnp.uint16,
             transforms=(swizzle,),
         ),
-        s_smem=plgpu.SMEM((config.w_stages, tiles, quads(case, config), 64), case.scale_dtype),
+        s_smem=plgpu.SMEM(
+            (config.w_stages, tiles, scale_fours(case, config), 64), case.scale_dtype
+        ),
         table=plgpu.SMEM((max(16, Decoder.of(case).table_bytes) // 4,), jnp.uint32),
         x_full=plgpu.Barrier(num_barriers=config.x_stages),
         w_full=plgpu.Barrier(num_arrivals=2, num_barriers=config.w_stages),
@@ -206,7 +208,7 @@ def _produce(
     """Copies codes and scales a slab at a time, and the planes of x that belong to them."""
     _, x_smem = x_smem
     size, tiles = slab(case, config), config.rows // 16
-    planes, blocks, fours = size // PLANE, size // case.span, quads(case, config)
+    planes, blocks, fours = size // PLANE, size // case.span, scale_fours(case, config)
     collective = "cluster" if config.cluster > 1 else None
 
     slabs = tile.slabs
@@ -220,9 +222,9 @@ def _produce(
         plgpu.copy_gmem_to_smem(
             tile.of_matrix(w, rows, pl.ds(here * blocks, blocks)), w_smem.at[slot], w_full.at[slot]
         )
-        quad = here * size // (4 * case.group_size)
+        four = here * size // (4 * case.group_size)
         plgpu.copy_gmem_to_smem(
-            tile.of_matrix(s, rows, pl.ds(quad, fours)), s_smem.at[slot], w_full.at[slot]
+            tile.of_matrix(s, rows, pl.ds(four, fours)), s_smem.at[slot], w_full.at[slot]
         )
         for plane in range(planes):
             index = i * planes + plane
@@ -281,14 +283,16 @@ def _consume(
     k_group = warpgroup // config.row_groups
 
     @_inline(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR))
-    def set_up(_, codebook, table, book):
-        decoder.set_up(codebook, table, U32(book.registers.item()), 128 * config.warpgroups)
+    def set_up(_, codebook, table, codebook_index):
+        decoder.set_up(
+            codebook, table, U32(codebook_index.registers.item()), 128 * config.warpgroups
+        )
 
-    book = tile.program * config.rows // (case.n // case.books)
-    book = jnp.minimum(book, case.books - 1)
+    codebook_index = tile.program * config.rows // (case.n // case.codebooks)
+    codebook_index = jnp.minimum(codebook_index, case.codebooks - 1)
     if tile.group is not None:
-        book += tile.group * case.books
-    set_up(codebook, table, jnp.int32(book))
+        codebook_index += tile.group * case.codebooks
+    set_up(codebook, table, jnp.int32(codebook_index))
 
     a_type = plgpu.ShapeDtypeStruct((GROUP_ROWS, PLANE), case.x_dtype, layout=plgpu.Layout.WGMMA)
     refs = plgpu.RefType((plgpu.SwizzleTransform(128),)), plgpu.RefType(), plgpu.RefType()
@@ -303,7 +307,7 @@ def _consume(
         def multiply(i, _):
             w_slot = jax.lax.rem(i, config.w_stages)
             plgpu.barrier_wait(w_full.at[w_slot])
-            # The scales start with a quad; the slab with this group of it.
+            # The scales start with four groups; the slab with this one of them.
             group = jax.lax.rem((tile.first_slab + i) * size // case.group_size, 4)
             tiles = pl.ds(row_group * _TILES, _TILES)
             slot_refs = w_smem.at[w_slot, tiles], s_smem.at[w_slot, tiles], table
@@ -394,8 +398,8 @@ def _copy_rows(config, source, y, m, rows, first_row):
 
     @_inline(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR, *sources))
     def copy(_, y, m, rows, first_row, source=None):
-        places = (U32(value.registers.item()) for value in (m, rows, first_row))
-        mosaic_sums.copy_rows(source, y, *places, tokens=config.tokens)
+        bounds = (U32(value.registers.item()) for value in (m, rows, first_row))
+        mosaic_sums.copy_rows(source, y, *bounds, tokens=config.tokens)
 
-    places = (jnp.int32(value) for value in (m, rows, first_row))
-    copy(y, *places, *(() if source is None else (source,)))
+    bounds = (jnp.int32(value) for value in (m, rows, first_row))
+    copy(y, *bounds, *(() if source is None else (source,)))

@@ -62,7 +62,7 @@ def slab(case: Case, config: Config) -> int:
     return max(256, case.span, 2 * PLANE * config.k_groups)
 
 
-def quads(case: Case, config: Config) -> int:
+def scale_fours(case: Case, config: Config) -> int:
     """Fours of groups that a slab touches."""
     return -(-slab(case, config) // (4 * case.group_size))
 
@@ -78,7 +78,7 @@ def shared_bytes(case: Case, config: Config) -> int:
     x = config.x_stages * config.tokens * PLANE * 2
     scale_bytes = 4 * jnp.dtype(case.scale_dtype).itemsize
     codes = slab(case, config) * case.bits // 8
-    w = config.rows * (codes + quads(case, config) * scale_bytes)
+    w = config.rows * (codes + scale_fours(case, config) * scale_bytes)
     table = 16 if case.bits == 1 else _TABLE_BYTES
     return x + config.w_stages * w + table + _BARRIER_BYTES
 
@@ -99,13 +99,13 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         )
     if case.n % 8 or case.k % 8:
         return f"n={case.n} and k={case.k} are no multiples of 8, which tensor copies need"
-    if case.books > 1 and (case.n // case.books) % config.rows:
-        return f"{case.books} codebooks do not change at multiples of {config.rows} rows"
+    if case.codebooks > 1 and (case.n // case.codebooks) % config.rows:
+        return f"{case.codebooks} codebooks do not change at multiples of {config.rows} rows"
     if config.tokens % 16 or not 16 <= config.tokens <= 256:
         return f"{config.tokens} tokens a program are no multiple of 16 up to 256"
     if config.warpgroups > 2 and config.tokens > 128:
         return (
-            f"registers for {config.warpgroups} warpgroups have no place for {config.tokens} tokens"
+            f"registers for {config.warpgroups} warpgroups have no room for {config.tokens} tokens"
         )
     if config.x_stages % config.k_groups or config.x_stages < sum_stages(config):
         return f"{config.x_stages} stages of x do not divide over {config.k_groups} warpgroups"

@@ -55,9 +55,9 @@ def add_over_k(
         sync_warpgroups(threads)
     own = start + warpgroup % row_groups * size
     for other in range(k_groups - 1):
-        place = own + other * row_groups * size
+        pointer = own + other * row_groups * size
         for i, value in enumerate(values):
-            part = place + (2048 * (i // 4) + 4 * (i % 4))
+            part = pointer + (2048 * (i // 4) + 4 * (i % 4))
             values[i] = arith.addf(value, load(part, f32()))
     if splits > 1:
         _store_sums(own, values, others ^ 1)
@@ -78,26 +78,26 @@ def add_over_k(
     return mgpu.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
 
 
-def _store_sums(place: U32, values: list[ir.Value], flag: U32) -> None:
+def _store_sums(pointer: U32, values: list[ir.Value], flag: U32) -> None:
     """Stores a thread's values four by four, 2 KiB apart, unless the flag is 0."""
     for i in range(0, len(values), 4):
         store = f"@p st.shared.v4.f32 [$0+{512 * i}], {{$1, $2, $3, $4}};"
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),
-            [place.value, *values[i : i + 4], flag.value],
+            [pointer.value, *values[i : i + 4], flag.value],
             f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {store} }}",
             f"r,f,f,f,f,r,{MEMORY}",
             has_side_effects=True,
         )
 
 
-def _load_sums(place: U32, count: int) -> list[ir.Value]:
+def _load_sums(pointer: U32, count: int) -> list[ir.Value]:
     """Loads what `_store_sums` has stored, of any program of the cluster."""
     values = []
     for i in range(0, count, 4):
         four = inline_asm(
             llvm.StructType.get_literal([f32()] * 4),
-            [place.value],
+            [pointer.value],
             f"ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [$4+{512 * i}];",
             f"=f,=f,=f,=f,r,{MEMORY}",
             has_side_effects=True,
@@ -128,19 +128,19 @@ def store_transposed(
         values = [arith.addf(value, added[i // 2 % 2]) for i, value in enumerate(values)]
     half = half_kind(case.x_dtype)
     pairs = [pack(*two, half) for two in zip(values[::2], values[1::2], strict=True)]
-    # Lane 8 i + j gives the place of line j of the i-th of four 8 by 8 matrices: token j, 8 rows of the weight.
+    # Lane 8 i + j has the address of line j of the i-th of four 8 by 8 matrices: token j, 8 rows of a weight.
     matrix, line = thread() % 32 // 8, thread() % 8
     column, token = warp * 2 + matrix % 2, matrix // 2 * 8 + line
-    place = address(target) + token * 128 + (column ^ line) * 16
+    pointer = address(target) + token * 128 + (column ^ line) * 16
     for i in range(0, len(pairs), 4):
         store = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
-        do(f"{store} [$0+{512 * i}], {{$1, $2, $3, $4}};", place, *pairs[i : i + 4])
+        do(f"{store} [$0+{512 * i}], {{$1, $2, $3, $4}};", pointer, *pairs[i : i + 4])
 
 
 def copy_rows(
     source: ir.Value | None, y: ir.Value, first: U32, rows: U32, column: U32, tokens: int
 ) -> None:
-    """Copies the first `rows` of [T, 64] swizzled halves to a place in y; zeros if there is no source."""
+    """Copies the first `rows` of [T, 64] swizzled halves to rows of y; zeros if there is no source."""
     n = ir.MemRefType(y.type).shape[1]
     i64 = ir.IntegerType.get_signless(64)
     base = llvm.ptrtoint(i64, utils.memref_ptr(y))
@@ -150,9 +150,9 @@ def copy_rows(
     for i in range(tokens // 16):
         token = line + 16 * i
         flag = inside * (1 - (token >= rows))
-        place = arith.muli(arith.extui(i64, (first + token).value), _wide(n))
-        place = arith.addi(place, arith.extui(i64, (column + chunk * 8).value))
-        place = arith.addi(base, arith.muli(place, _wide(2)))
+        pointer = arith.muli(arith.extui(i64, (first + token).value), _wide(n))
+        pointer = arith.addi(pointer, arith.extui(i64, (column + chunk * 8).value))
+        pointer = arith.addi(base, arith.muli(pointer, _wide(2)))
         if source is None:
             moves = "mov.b32 a, 0; mov.b32 b, 0; mov.b32 c, 0; mov.b32 d, 0;"
             shared = U32(0)
@@ -161,7 +161,7 @@ def copy_rows(
             shared = address(source) + token * 128 + (chunk ^ token % 8) * 16
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),
-            [place, shared.value, flag.value],
+            [pointer, shared.value, flag.value],
             "{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.b32 p, $2, 0; "
             + moves
             + " @p st.global.v4.b32 [$0], {a, b, c, d}; }",

@@ -31,8 +31,8 @@ def find_tile(
     for i in range(each):
         index = lane * each + i
         known = 1 - (index >= groups)
-        place = minimum(index, U32(groups - 1))
-        size = llvm.load(i32(), utils.getelementptr(base, [place.value], i32()))
+        in_bounds_index = minimum(index, U32(groups - 1))
+        size = llvm.load(i32(), utils.getelementptr(base, [in_bounds_index.value], i32()))
         # A negative size counts as none, one past x as its end: no sum overflows.
         size = arith.minsi(arith.maxsi(size, U32(0).value), limit.value)
         found.append(U32(size) * known)

@@ -31,7 +31,7 @@ class OutputWriter(Writer):
         """Names of the kernel's operands and results, in order."""
         return self.case.operands
 
-    def _add_squares(self, warp: int, place: int) -> None:
+    def _add_squares(self, warp: int, offset: int) -> None:
         """Adds the squares that the launch before this one has left: a warp does, into shared memory."""
         ptx, count = self.ptx, self.case.squares
         is_owner = self.warp.eq(warp)
@@ -47,7 +47,7 @@ class OutputWriter(Writer):
             ptx.do("add.f32", total, total, part)
         total = over_lanes(ptx, "add.f32", total)
         first = self.lane.eq(0)
-        ptx.do("st.shared.f32", at(self.shared, place), total, when=first)
+        ptx.do("st.shared.f32", at(self.shared, offset), total, when=first)
         ptx.label("fdk_no_squares")
 
     def _load_residual(self, row: Register) -> list[Register]:
@@ -59,10 +59,10 @@ class OutputWriter(Writer):
             load_float(ptx, array, row, case.x_dtype, opcode=self.load_opcode) for array in arrays
         ]
 
-    def _normalise(self, total: Register, place: int) -> Register:
-        """Divides a result by the root of the mean of the squares, whose sum is in a place in shared memory."""
+    def _normalise(self, total: Register, offset: int) -> Register:
+        """Divides a result by the root of the mean square; the squares' sum is at `offset` in shared memory."""
         ptx, case = self.ptx, self.case
-        squares = ptx.op("ld.shared.f32", at(self.shared, place))
+        squares = ptx.op("ld.shared.f32", at(self.shared, offset))
         constants = 1 / case.k, float(case.norm_eps)
         mean = ptx.op("fma.rn.f32", squares, *constants)
         inverse = ptx.op("rsqrt.approx.f32", mean)
@@ -88,19 +88,19 @@ class OutputWriter(Writer):
         self, value: Register, row: Register, name: str, token: Register | None = None
     ) -> None:
         """Stores a result, of a token if there are several."""
-        ptx, size, place = self.ptx, self.case.out_bytes, self.operands[name]
+        ptx, size, base = self.ptx, self.case.out_bytes, self.operands[name]
         if token is not None:
             index = (token * self.case.n).wide()
-            place = ptx.op("mad.lo.u64", index, size, place)
-        address = place + row * size
+            base = ptx.op("mad.lo.u64", index, size, base)
+        address = base + row * size
         store_float(ptx, address, value, self.case.out_dtype)
 
     def _store_squares(self, total: Register, warps: int) -> None:
         """Each of the warps with outputs stores the sum of their squares."""
         ptx = self.ptx
         total = over_lanes(ptx, "add.f32", total)
-        place = self.warp + ptx.op("mov.u32", "%ctaid.x") * warps
-        address = self.operands["squares_out"] + place * 4
+        part = self.warp + ptx.op("mov.u32", "%ctaid.x") * warps
+        address = self.operands["squares_out"] + part * 4
         first = self.lane.eq(0)
         writer = ptx.op("selp.b32", self.warp, warps, first)
         in_bounds = writer < warps

@@ -55,36 +55,36 @@ def _in_order(case: Case, x: Array) -> Array:
     """X [M, K] as [M, B, S, 32]: what each word's code is multiplied with, shift by shift."""
     x = case.pad(x).reshape(-1, case.blocks, case.span)
     # Computed, as constants are not partitioned.
-    columns = jnp.stack([s.column(jnp.arange(layout.PLACES)) for s in layout.shifts(case.bits)])
+    columns = jnp.stack([s.column(jnp.arange(layout.WORDS)) for s in layout.shifts(case.bits)])
     return x[:, :, columns]
 
 
 def _kernel(
     case: Case, x_ref, packed_ref, scales_ref, codebook_ref, out_ref, *, tokens: int, each: int
 ):
-    # x :: [M, B, S, 32], packed :: [tiles, B, 2, 8, 32], scales :: [tiles, quads, 64], out :: [splits, M, N]
+    # x :: [M, B, S, 32], packed :: [tiles, B, 2, 8, 32], scales :: [tiles, fours, 64], out :: [splits, M, N]
     m, n, tiles, blocks = case.m, case.n, case.tiles, case.blocks
-    bits, planes, books, group_size = case.bits, case.planes, case.books, case.group_size
+    bits, planes, codebooks, group_size = case.bits, case.planes, case.codebooks, case.group_size
     line = pl.program_id(0) * _LINES + jnp.arange(_LINES, dtype=jnp.int32)
     tile, row = jnp.minimum(line >> 3, tiles - 1), line & 7
     token = pl.program_id(1) * tokens + jnp.arange(tokens, dtype=jnp.int32)
     present = jnp.minimum(token, m - 1)  # the last one again, which nobody stores
-    place = jnp.arange(layout.PLACES, dtype=jnp.int32)
+    word = jnp.arange(layout.WORDS, dtype=jnp.int32)
     split = pl.program_id(2)
-    shape = (_LINES, layout.PLACES)
+    shape = (_LINES, layout.WORDS)
     wide = functools.partial(jnp.broadcast_to, shape=shape)
-    at_tile, at_row, at_place = wide(tile[:, None]), wide(row[:, None]), wide(place[None, :])
-    odd = (at_place & 1) == 1
+    at_tile, at_row, at_word = wide(tile[:, None]), wide(row[:, None]), wide(word[None, :])
+    odd = (at_word & 1) == 1
 
     def scale(lower: bool, group: Array) -> Array:
-        quad, position = layout.scale_place(at_row + 8 * lower, wide(group))
-        return scales_ref[at_tile, quad, position].astype(jnp.float32)
+        four, position = layout.scale_index(at_row + 8 * lower, wide(group))
+        return scales_ref[at_tile, four, position].astype(jnp.float32)
 
     def factors(shift: layout.Shift, lower: bool, block: Array) -> Array:
         """The scales of a shift's codes."""
         if group_size % layout.PLANE:
             return scale(
-                lower, (block * planes * layout.PLANE + shift.column(at_place)) // group_size
+                lower, (block * planes * layout.PLANE + shift.column(at_word)) // group_size
             )
         even, other = (
             (block * planes + shift.plane(i)) * layout.PLANE // group_size for i in range(2)
@@ -95,11 +95,11 @@ def _kernel(
 
     def value_of(lower: bool):
         """What makes values of codes of these rows, as the scales' dtype rounds them."""
-        book = jnp.minimum(tile * 16 + 8 * lower + row, n - 1) // (n // books)
-        book = wide(book[:, None])
+        codebook_index = jnp.minimum(tile * 16 + 8 * lower + row, n - 1) // (n // codebooks)
+        codebook_index = wide(codebook_index[:, None])
 
         def look_up(code: Array) -> Array:
-            return codebook_ref[book, code].astype(scales_ref.dtype).astype(jnp.float32)
+            return codebook_ref[codebook_index, code].astype(scales_ref.dtype).astype(jnp.float32)
 
         if bits > 2:
             return look_up
@@ -112,13 +112,13 @@ def _kernel(
         block = split * each + i
         at_block = jnp.broadcast_to(block, shape)
         words = [
-            packed_ref[at_tile, at_block, jnp.full(shape, half), at_row, at_place].astype(jnp.int32)
+            packed_ref[at_tile, at_block, jnp.full(shape, half), at_row, at_word].astype(jnp.int32)
             for half in range(layout.HALVES)
         ]
         sums = list(totals)
         for number, shift in enumerate(layout.shifts(bits)):
             code = words[shift.half] >> (shift.number * bits) & (2**bits - 1)
-            x = x_ref[present[:, None], block, number, place[None, :]]
+            x = x_ref[present[:, None], block, number, word[None, :]]
             for lower in (False, True):
                 if lower not in (shift.lower(0), shift.lower(1)):
                     continue

@@ -172,8 +172,8 @@ class Writer:
     Attributes:
         shared: the address of the program's shared memory.
         thread, warp, lane: its number in the program, its warp's, and its own in that.
-        row, quad: lane / 4 and lane % 4: `groupID` and `threadID_in_group`, by which the PTX ISA describes the
-            fragments of the tensor cores.
+        row, thread_in_group: lane / 4 and lane % 4: `groupID` and `threadID_in_group`, by which the
+            PTX ISA describes the fragments of the tensor cores.
     """
 
     ptx: Ptx
@@ -185,7 +185,7 @@ class Writer:
         self.lane = self.thread & 31
         self.warp = self.thread >> 5
         self.row = self.lane >> 2
-        self.quad = self.lane & 3
+        self.thread_in_group = self.lane & 3
 
 
 def shared_declaration(size: int | str) -> str:

@@ -7,7 +7,7 @@ from pallas_kernels.ptx import Writer
 from pallas_kernels.registers import Register, at
 from pallas_kernels.ring_plan import BARRIER, CODES, LaunchPlan
 from pallas_kernels.ring_product import Product
-from pallas_kernels.ring_slots import Place, Ring
+from pallas_kernels.ring_slots import Position, Ring
 
 _WORKERS = 1  # the barrier of the consumer warps
 # How often a program polls whether the others are ready, about a minute. Then it traps, an error instead of
@@ -30,7 +30,7 @@ class Launch(Writer):
         first = products[0]
         self.ptx, self.workers, self.programs = first.ptx, first.workers, first.plan.programs
         for product in products:
-            product.places = plan.places
+            product.offsets = plan.offsets
             if product is not first:
                 # What this launch has written is not read-only data.
                 product.load_opcode = "ld.global"
@@ -49,8 +49,8 @@ class Launch(Writer):
         ptx.do("bra", "fdk_prepare", when=~copies)
         ptx.comment("copy: the producer makes the ring and fills it")
         ring.make(self.shared)
-        place, weight_range = ring.locate(self.shared, 1), first.weight_range(0)
-        self._copy(first, weight_range, place, "start", self.plan.slots, empty=True)
+        position, weight_range = ring.locate(self.shared, 1), first.weight_range(0)
+        self._copy(first, weight_range, position, "start", self.plan.slots, empty=True)
         ptx.label("fdk_prepare")
         ptx.comment("prepare: the consumers' x, codebooks and constants")
         ptx.do("bra", "fdk_prepared", when=is_producer)
@@ -60,8 +60,8 @@ class Launch(Writer):
         ptx.do("bra", "fdk_multiply", when=~is_producer)
         ptx.do("bra", "fdk_end", when=~copies)
         ptx.comment("copy: the producer fills what the consumers have emptied")
-        self._copy(first, weight_range, place, "rest")
-        self._copy_others(place)
+        self._copy(first, weight_range, position, "rest")
+        self._copy_others(position)
         ptx.do("bra", "fdk_end")
         ptx.label("fdk_multiply")
         self._multiply()
@@ -73,7 +73,7 @@ class Launch(Writer):
         first, *others = self.products
         for product in others:
             product.locate(self)
-        stores = [product.load_books() for product in self.products]
+        stores = [product.load_codebooks() for product in self.products]
         first.beside_x()
         for store in stores:
             store()
@@ -82,7 +82,7 @@ class Launch(Writer):
 
     # The producer warp
 
-    def _copy_others(self, place: Place) -> None:
+    def _copy_others(self, position: Position) -> None:
         """Copies what follows the first run of the first product."""
         for number, product in enumerate(self.products):
             if number:
@@ -90,16 +90,16 @@ class Launch(Writer):
             for run in range(0 if number else 1, product.plan.runs):
                 weight_range = product.weight_range(run)
                 if number and not run:
-                    self._copy(product, weight_range, place, f"{number}_ahead", _AHEAD)
+                    self._copy(product, weight_range, position, f"{number}_ahead", _AHEAD)
                     signalled = at(self.shared, self.plan.signalled)
                     self.ring.wait(signalled, (number - 1) % 2, f"signalled_{number}")
-                self._copy(product, weight_range, place, f"{number}_{run}")
+                self._copy(product, weight_range, position, f"{number}_{run}")
 
     def _copy(
         self,
         product: Product,
         weight_range: tuple[Register, Register, Register],
-        place: Place,
+        position: Position,
         name: str,
         slots: int | None = None,
         empty: bool = False,
@@ -118,31 +118,31 @@ class Launch(Writer):
             ptx.do("bra", f"fdk_copied_{name}", when=enough)
             ptx.do("add.u32", count, count, 1)
         if not empty:
-            self.ring.wait(at(place.barrier, BARRIER), place.parity, name)
+            self.ring.wait(at(position.barrier, BARRIER), position.parity, name)
         blocks = ptx.op("min.u32", left, workers)
         codes = (blocks * CODES).low()
         scales = (blocks * product.plan.block_scales).low()
         both = codes + scales
-        ptx.do("mbarrier.arrive.expect_tx.shared::cta.b64", "_", at(place.barrier), both)
+        ptx.do("mbarrier.arrive.expect_tx.shared::cta.b64", "_", at(position.barrier), both)
         for target, source, size in (
-            (at(place.slot), at(codes_from), codes),
-            (at(place.slot, workers * CODES), at(scales_from), scales),
+            (at(position.slot), at(codes_from), codes),
+            (at(position.slot, workers * CODES), at(scales_from), scales),
         ):
             opcode = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
             opcode += ".L2::cache_hint"
             policy = ptx.policy("evict_first")  # read once: whatever else is in L2 shall stay
-            ptx.do(opcode, target, source, size, at(place.barrier), policy)
+            ptx.do(opcode, target, source, size, at(position.barrier), policy)
         ptx.do("add.u64", codes_from, codes_from, workers * CODES)
         ptx.do("add.u64", scales_from, scales_from, workers * product.plan.block_scales)
         ptx.do("sub.u32", left, left, blocks)
-        self.ring.next_slot(place)
+        self.ring.next_slot(position)
         ptx.do("bra", f"fdk_copy_{name}")
         ptx.label(f"fdk_copied_{name}")
 
     # The consumer warps
 
     def _multiply(self) -> None:
-        place, last = self.ring.locate(self.shared, 0), len(self.products) - 1
+        position, last = self.ring.locate(self.shared, 0), len(self.products) - 1
         for number, product in enumerate(self.products):
             self.ptx.prefix = f"p{number}_"
             if number:
@@ -153,11 +153,11 @@ class Launch(Writer):
                     self._clear_counters(last)
                 product.prepare_x(product.beside_x)
                 self._sync_consumers()
-            product.loop(self.ring, place)
+            product.loop(self.ring, position)
             self._sync_consumers()
             product.reduce_and_store()
             if number < last:
-                # All have stored theirs, and the next product's constants may take the places of the sums.
+                # All have stored theirs, and the next product's constants may take the memory of the sums.
                 self._sync_consumers()
                 self._signal_outputs(number)
         self.ptx.prefix = ""

@@ -40,7 +40,7 @@ class ProductPlan(abc.ABC):
         case: what is static about it; with `gated`, N rows of the gate are followed by N others.
         workers: W.
         programs: P.
-        position: its place among the launch's products.
+        position: its index among the launch's products.
         gated: whether an output is the product of a row of the second half and of the SiLU of the first's.
     """
 
@@ -100,21 +100,21 @@ class ProductPlan(abc.ABC):
         return min(self.workers, self.max_tiles)
 
     @property
-    def books_name(self) -> str:
+    def codebooks_name(self) -> str:
         """The area of its codebooks, its own: all are fetched at the start, later they would queue up."""
-        return f"books{self.position}"
+        return f"codebooks{self.position}"
 
 
 def unsupported_groups(case: Case, workers: int) -> str | None:
     """Why the scales of a product's groups cannot be copied with its blocks, or None.
 
-    Those of four groups are interleaved: each tile and each slot must begin with such a quad.
+    Those of four groups are interleaved: each tile and each slot must begin with such a four.
     """
     g, span = case.group_size, case.span
     if g % span and span % g:
         return f"groups of {g} are neither whole blocks of {span} nor parts of one"
-    quad = 4 * g
-    if case.blocks * span % quad or workers * span % quad:
+    four = 4 * g
+    if case.blocks * span % four or workers * span % four:
         return f"{case.k} weights a row, {workers} blocks of {span} at a time, split fours of groups of {g}"
     return None
 
@@ -142,13 +142,13 @@ class LaunchPlan:
         return sizes
 
     @functools.cached_property
-    def places(self) -> dict[str, int]:
+    def offsets(self) -> dict[str, int]:
         """Where in shared memory each area is."""
-        places, end = {}, 0
+        offsets, end = {}, 0
         for name, size in self.sizes.items():
-            places[name] = end
+            offsets[name] = end
             end += -(-size // 128) * 128
-        return places
+        return offsets
 
     @property
     def ring_start(self) -> int:

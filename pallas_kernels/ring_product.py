@@ -1,7 +1,7 @@
 """One product in the program of `ring`: what all arithmetics have in common, and what each of them has to say.
 
-The order of the stages, which `ring_launch` writes: `locate`; `load_books`, `prepare_x` and `constants`, which
-fill shared memory; `loop`, which multiplies; `reduce_and_store`.
+The order of the stages, which `ring_launch` writes: `locate`; `load_codebooks`, `prepare_x` and `constants`,
+which fill shared memory; `loop`, which multiplies; `reduce_and_store`.
 """
 
 import abc
@@ -13,7 +13,7 @@ from pallas_kernels.outputs import OutputWriter
 from pallas_kernels.ptx import LOG2_E, Ptx, Writer, over_lanes
 from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.ring_plan import CODES, ProductPlan
-from pallas_kernels.ring_slots import Place, Ring
+from pallas_kernels.ring_slots import Position, Ring
 from pallas_kernels.target import Target
 
 
@@ -22,7 +22,7 @@ class Product(OutputWriter, abc.ABC):
 
     Attributes:
         plan: what is planned.
-        places: where its areas are in shared memory.
+        offsets: where its areas are in shared memory.
         first_tile, tiles: registers with the first of the program's tiles, and how many it has, of each run.
         blocks: a register with its blocks of a run.
         totals: this lane's sums of the current tile, of its upper and lower row.
@@ -39,17 +39,17 @@ class Product(OutputWriter, abc.ABC):
     ) -> None:
         super().__init__(plan.case, target, ptx, operands)
         self.plan, self.workers = plan, plan.workers
-        self.places: dict[str, int] = {}
+        self.offsets: dict[str, int] = {}
 
     @property
-    def books_place(self) -> int:
+    def codebooks_offset(self) -> int:
         """Where in shared memory its codebooks are."""
-        return self.places[self.plan.books_name]
+        return self.offsets[self.plan.codebooks_name]
 
     # What depends on the arithmetic
 
     @abc.abstractmethod
-    def load_books(self) -> Callable[[], None]:
+    def load_codebooks(self) -> Callable[[], None]:
         """Starts loading the codebooks, and returns what stores them in shared memory."""
 
     def prepare_constants(self) -> None:
@@ -69,7 +69,7 @@ class Product(OutputWriter, abc.ABC):
 
     @abc.abstractmethod
     def load_x(self, block: Register) -> None:
-        """Loads what it needs of x for a block, by its place along K."""
+        """Loads what it needs of x for a block, by its index along K."""
 
     @abc.abstractmethod
     def load_block(self, slot: Register) -> None:
@@ -87,7 +87,7 @@ class Product(OutputWriter, abc.ABC):
 
     def locate(self, like: Writer) -> None:
         """Registers for who this lane is, as of another writer, and what its program has to do."""
-        for name in ("shared", "thread", "lane", "warp", "row", "quad"):
+        for name in ("shared", "thread", "lane", "warp", "row", "thread_in_group"):
             setattr(self, name, getattr(like, name))
         ptx = self.ptx
         self.first_tile, self.tiles = self._share(ptx.op("mov.u32", "%ctaid.x"))
@@ -118,35 +118,35 @@ class Product(OutputWriter, abc.ABC):
     def constants(self) -> None:
         """What can be done before x is there."""
         if self.case.blocks < self.workers:  # a warp may have no block of a tile
-            self._clear(self.places["partial"], self.plan.partial_bytes)
+            self._clear(self.offsets["partial"], self.plan.partial_bytes)
         self.prepare_constants()
 
     def beside_x(self) -> None:
         """What else comes from the product before it."""
         if self.case.squares:
-            self._add_squares(self.workers - 1, self.places["squares"])
+            self._add_squares(self.workers - 1, self.offsets["squares"])
         self._load_residuals()
 
     def _clear(self, start: int, size: int) -> None:
         """Writes zeros."""
         ptx, threads = self.ptx, 32 * self.workers
         zero = ptx.op("mov.u32", 0)
-        place = self.shared + self.thread * 16
+        address = self.shared + self.thread * 16
         for offset in range(0, size, 16 * threads):
             last = -(-(size - offset) // 16)
             in_bounds = self.thread < min(last, threads)
-            target = at(place, start + offset)
+            target = at(address, start + offset)
             ptx.do("st.shared.v4.b32", target, vector([zero] * 4), when=in_bounds)
 
-    def loop(self, ring: Ring, place: Place) -> None:
+    def loop(self, ring: Ring, position: Position) -> None:
         """Multiplies the program's blocks of all runs."""
         ptx = self.ptx
         ptx.comment("multiply: the program's blocks as they arrive")
         self.totals = [ptx.zero() for _ in range(2)]
         for run in range(self.plan.runs):
-            self._loop_run(ring, place, run)
+            self._loop_run(ring, position, run)
 
-    def _loop_run(self, ring: Ring, place: Place, run: int) -> None:
+    def _loop_run(self, ring: Ring, position: Position, run: int) -> None:
         ptx, case = self.ptx, self.case
         block, tile = ptx.op("mov.u32", self.warp), ptx.op("mov.u32", 0)
         slot_end = ptx.op("mov.u32", 0)
@@ -165,20 +165,20 @@ class Product(OutputWriter, abc.ABC):
         self.start_tile(tile, run)
         ptx.label(f"fdk_same_tile_{run}")
         self.load_x(block - tile * case.blocks)
-        ring.wait(at(place.barrier), place.parity, f"full_{run}")
-        self.load_block(place.slot)
+        ring.wait(at(position.barrier), position.parity, f"full_{run}")
+        self.load_block(position.slot)
         ptx.do("bar.warp.sync", "0xffffffff")
-        ring.signal_empty(place)
+        ring.signal_empty(position)
         self.multiply()
         ptx.do("bra", f"fdk_after_{run}")
         # A warp without a block in the run's last slot signals too, but not before the slot is this round's.
         ptx.label(f"fdk_next_{run}")
-        ring.wait(at(place.barrier), place.parity, f"unused_{run}")
-        ring.signal_empty(place)
+        ring.wait(at(position.barrier), position.parity, f"unused_{run}")
+        ring.signal_empty(position)
         ptx.label(f"fdk_after_{run}")
         ptx.do("add.u32", block, block, self.workers)
         ptx.do("add.u32", slot_end, slot_end, self.workers)
-        ring.next_slot(place)
+        ring.next_slot(position)
         ptx.do("bra", f"fdk_loop_{run}")
         ptx.label(f"fdk_done_{run}")
         self._end_tile(tile, run)
@@ -234,7 +234,7 @@ class Product(OutputWriter, abc.ABC):
         for run, total in enumerate(totals):
             total = self.finish(total, run)
             if case.squares:
-                total = self._normalise(total, self.places["squares"])
+                total = self._normalise(total, self.offsets["squares"])
             if case.bias_dtype is not None:
                 self._add_bias(total, n + run * case.n // self.plan.runs)
             totals[run] = total
@@ -253,7 +253,7 @@ class Product(OutputWriter, abc.ABC):
         lower = (index >> 3) & 1
         if run:
             tile = tile + self.tiles * run
-        place = (
+        address = (
             self.shared
             + tile * (self.workers * 4 * TILE_ROWS)
             + self.odd * (4 * TILE_ROWS)
@@ -266,7 +266,7 @@ class Product(OutputWriter, abc.ABC):
             if 2 * i + 1 == self.workers:
                 ptx.do("mov.f32", part, 0.0)
                 in_bounds = self.odd.eq(0)
-            source = at(place, self.places["partial"] + 2 * i * 4 * TILE_ROWS)
+            source = at(address, self.offsets["partial"] + 2 * i * 4 * TILE_ROWS)
             ptx.do("ld.shared.f32", part, source, when=in_bounds)
         total = parts[0]
         for part in parts[1:]:

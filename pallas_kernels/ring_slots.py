@@ -8,7 +8,7 @@ from pallas_kernels.ring_plan import BARRIER, BARRIERS, LaunchPlan
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Position:
     """Registers for where in the ring a warp is: the slot, its barriers, and the parity of their phase."""
 
     slot: Register
@@ -39,24 +39,24 @@ class Ring:
             ptx.do("mbarrier.init.shared::cta.b64", empty, self.workers)
         ptx.do("fence.proxy.async.shared::cta")
 
-    def locate(self, shared: Register, parity: int) -> Place:
+    def locate(self, shared: Register, parity: int) -> Position:
         """The first slot; who fills it starts with parity 1, as an empty slot has no phase before it."""
         ptx = self.ptx
         self.first_slot = shared + self.plan.ring_start
         self.first_barrier = shared + self.plan.barriers
         self.last_barrier = shared + (self.plan.barriers + (self.plan.slots - 1) * BARRIERS)
         registers = (ptx.op("mov.u32", self.first_slot), ptx.op("mov.u32", self.first_barrier))
-        return Place(*registers, ptx.op("mov.u32", parity))
+        return Position(*registers, ptx.op("mov.u32", parity))
 
-    def next_slot(self, place: Place) -> None:
+    def next_slot(self, position: Position) -> None:
         """Moves on to the next slot; after the last one comes the first one, with the other parity."""
         ptx = self.ptx
-        wrap = place.barrier.eq(self.last_barrier)
-        ptx.do("add.u32", place.slot, place.slot, self.slot_bytes)
-        ptx.do("add.u32", place.barrier, place.barrier, BARRIERS)
-        ptx.do("mov.u32", place.slot, self.first_slot, when=wrap)
-        ptx.do("mov.u32", place.barrier, self.first_barrier, when=wrap)
-        ptx.do("xor.b32", place.parity, place.parity, 1, when=wrap)
+        wrap = position.barrier.eq(self.last_barrier)
+        ptx.do("add.u32", position.slot, position.slot, self.slot_bytes)
+        ptx.do("add.u32", position.barrier, position.barrier, BARRIERS)
+        ptx.do("mov.u32", position.slot, self.first_slot, when=wrap)
+        ptx.do("mov.u32", position.barrier, self.first_barrier, when=wrap)
+        ptx.do("xor.b32", position.parity, position.parity, 1, when=wrap)
 
     def wait(self, barrier: Memory, parity: Register | int, name: str) -> None:
         """Waits until a barrier has completed the phase of a parity."""
@@ -66,7 +66,7 @@ class Ring:
         ptx.do("mbarrier.try_wait.parity.shared::cta.b64", done, barrier, parity)
         ptx.do("bra", f"fdk_wait_{name}", when=~done)
 
-    def signal_empty(self, place: Place) -> None:
-        """This warp has what it needs of a slot: another block may take the place."""
-        empty = at(place.barrier, BARRIER)
+    def signal_empty(self, position: Position) -> None:
+        """This warp has what it needs of a slot: another block may take its memory."""
+        empty = at(position.barrier, BARRIER)
         self.ptx.do("mbarrier.arrive.shared::cta.b64", "_", empty, when=self.is_first_lane)

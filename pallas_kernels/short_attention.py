@@ -179,10 +179,10 @@ class _Kernel(AttentionWriter):
         features = case.heads + 2 * case.kv_heads
         token = (self.sequence * (features * row)).wide() + self.operands["qkv"]
         heads = [token + head * row for head in (self.head, self.kv_head)]
-        places = [[head + lane * (2 * self.case.each) for lane in lanes] for head in heads]
-        query = [self._load(place) for place in places[0]]
-        key = [self._load(place, case.heads * row) for place in places[1]]
-        return [query, key], self._load(places[1][0], (case.heads + case.kv_heads) * row)
+        addresses = [[head + lane * (2 * self.case.each) for lane in lanes] for head in heads]
+        query = [self._load(address) for address in addresses[0]]
+        key = [self._load(address, case.heads * row) for address in addresses[1]]
+        return [query, key], self._load(addresses[1][0], (case.heads + case.kv_heads) * row)
 
     def _load_angles(self, name: str) -> list[Register]:
         """Cosines or sines of the lane's pairs."""
@@ -199,8 +199,8 @@ class _Kernel(AttentionWriter):
     def _load_norm(self, name: str, lanes: tuple[Register, Register]) -> list[list[Register]]:
         """A norm's scales of the lane's neighbours and the other halves of their pairs."""
         base, size = self.operands[name], 2 * self.case.each
-        places = [base + lane * size for lane in lanes]
-        return [self._load(place) for place in places]
+        addresses = [base + lane * size for lane in lanes]
+        return [self._load(address) for address in addresses]
 
     def _norm(
         self, head: list[list[Register]], scales: list[list[Register]]
@@ -256,8 +256,8 @@ class _Kernel(AttentionWriter):
 
     def _are_in_bounds(self, slot: Register) -> list[Register]:
         """Which of the warp's slots of a block hold a token."""
-        places = [slot + i * _WARPS for i in range(_SLOTS)]
-        return [place < self.length for place in places]
+        slots = [slot + i * _WARPS for i in range(_SLOTS)]
+        return [slot < self.length for slot in slots]
 
     def _add(self, keys, values, in_bounds: list[Register], query: list[Register]) -> None:
         ptx = self.ptx
@@ -282,18 +282,18 @@ class _Kernel(AttentionWriter):
     def _join(self) -> None:
         """Joins the warps' sums and writes the head's output."""
         ptx, case, row = self.ptx, self.case, 4 * self.case.dim
-        place = self.shared + self.warp * row + self.lane * (4 * self.case.each)
+        address = self.shared + self.warp * row + self.lane * (4 * self.case.each)
         for i in range(0, self.case.each, 4):
             width, part = wide(self.sums[i : i + 4])
-            ptx.do(f"st.shared{width}.b32", at(place, 4 * i), part)
-        place = self.shared + self.warp * 8
+            ptx.do(f"st.shared{width}.b32", at(address, 4 * i), part)
+        address = self.shared + self.warp * 8
         first = self.lane.eq(0)
         pair = vector([self.peak, self.total])
-        ptx.do("st.shared.v2.b32", at(place, _WARPS * row), pair, when=first)
+        ptx.do("st.shared.v2.b32", at(address, _WARPS * row), pair, when=first)
         ptx.do("barrier.sync", 0)
         outside = self.thread >= case.dim
         ptx.do("bra", "fdk_end", when=outside)
-        place = self.shared + self.thread * 4
+        address = self.shared + self.thread * 4
         peaks, totals, sums = [], [], []
         for warp in range(_WARPS):
             pair = ptx.registers("f32", 2)
@@ -301,7 +301,7 @@ class _Kernel(AttentionWriter):
             ptx.do("ld.shared.v2.b32", vector(pair), source)
             peaks.append(pair[0])
             totals.append(pair[1])
-            sums.append(ptx.op("ld.shared.f32", at(place, warp * row)))
+            sums.append(ptx.op("ld.shared.f32", at(address, warp * row)))
         _, shares = self.shares(peaks)
         total, value = self.dot(shares, totals), self.dot(shares, sums)
         inverse = ptx.op("rcp.approx.f32", total)

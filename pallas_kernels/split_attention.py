@@ -92,8 +92,8 @@ class _Kernel(AttentionWriter):
         self.kv_head = self.line % case.kv_heads
         self.zero = ptx.op("mov.b32", 0)
         self._locate_range()
-        value_slot = self.quad << 1
-        self.key_address = self._cache("keys", self._slot(self.row), self.quad)
+        value_slot = self.thread_in_group << 1
+        self.key_address = self._cache("keys", self._slot(self.row), self.thread_in_group)
         self.value_address = self._cache("values", self._slot(value_slot), self.row)
         ptx.comment("load: the keys of the first tile")
         self.keys = [ptx.registers("b32", 4) for _ in range(2 * case.chunks)]
@@ -175,16 +175,20 @@ class _Kernel(AttentionWriter):
     def _load_angles(self, name: str) -> list[Register]:
         """Cosines or sines of the lane's pairs."""
         ptx, case = self.ptx, self.case
-        row = (self.sequence * (2 * case.dim)).wide() + self.operands[name] + self.quad * 32
+        row = (
+            (self.sequence * (2 * case.dim)).wide()
+            + self.operands[name]
+            + self.thread_in_group * 32
+        )
         found = ptx.registers("f32", 4 * self.case.chunks)
         for i in range(0, len(found), 4):
             chunk, part = divmod(i, 8)
-            place = at(row, 128 * chunk + 4 * part)
-            ptx.do("ld.global.nc.v4.b32", vector(found[i : i + 4]), place)
+            address = at(row, 128 * chunk + 4 * part)
+            ptx.do("ld.global.nc.v4.b32", vector(found[i : i + 4]), address)
         return found
 
     def _load_norm(self, name: str) -> list[Register]:
-        address = self.operands[name] + self.quad * 16
+        address = self.operands[name] + self.thread_in_group * 16
         runs = [self._new(address, 64 * chunk) for chunk in range(self.case.chunks)]
         return [f for words in runs for f in self.unpack(words)]
 
@@ -195,7 +199,7 @@ class _Kernel(AttentionWriter):
         ptx, case = self.ptx, self.case
         features = case.heads + 2 * case.kv_heads
         token = (self.sequence * (features * self.row_bytes)).wide() + self.operands["qkv"]
-        run = token + self.quad * 16
+        run = token + self.thread_in_group * 16
         rows = []
         for half in range(self.case.halves):
             row = self.row + 8 * half
@@ -207,7 +211,7 @@ class _Kernel(AttentionWriter):
             [self._new(address, offset + 64 * chunk) for chunk in range(self.case.chunks)]
             for address, offset in [*((r, 0) for r in rows), (key, case.heads * self.row_bytes)]
         ]
-        value = token + self.quad * 32 + self.kv_head * self.row_bytes
+        value = token + self.thread_in_group * 32 + self.kv_head * self.row_bytes
         offset = (case.heads + case.kv_heads) * self.row_bytes
         value = [
             self._new(value, offset + 128 * block + 16 * part)
@@ -257,11 +261,11 @@ class _Kernel(AttentionWriter):
     def _keep(self, key: list[Register], value: list[list[Register]]) -> None:
         """Four lanes of the first program write the new key and value into the cache."""
         keeps = self._is_first(self.row)
-        address = self._cache("keys_out", self.length, self.quad)
+        address = self._cache("keys_out", self.length, self.thread_in_group)
         for chunk in range(self.case.chunks):
             words = vector(key[4 * chunk : 4 * chunk + 4])
             self.ptx.do("st.global.v4.b32", at(address, 64 * chunk), words, when=keeps)
-        address = self._cache("values_out", self.length, self.quad << 1)
+        address = self._cache("values_out", self.length, self.thread_in_group << 1)
         for i, words in enumerate(value):
             offset = 128 * (i // 2) + 16 * (i % 2)
             self.ptx.do("st.global.v4.b32", at(address, offset), vector(words), when=keeps)
@@ -274,7 +278,7 @@ class _Kernel(AttentionWriter):
         `sums[row][i]` belongs to element 16 t + i % 16 of block i // 16; `totals` are parts of a row's.
         """
         ptx = self.ptx
-        first, counts = self._is_first(), self._is_first(self.quad)
+        first, counts = self._is_first(), self._is_first(self.thread_in_group)
         key, values = self.unpack(key), [f for words in value for f in self.unpack(words)]
         never, one, zero = NEVER, 1.0, 0.0
         self.peaks, self.totals, self.sums = [], [], []
@@ -289,13 +293,13 @@ class _Kernel(AttentionWriter):
     def _mix(self, query: list[list[Register]]) -> None:
         """Adds the warp's tiles to its sums."""
         ptx = self.ptx
-        slot = self._slot(self.quad << 1)
+        slot = self._slot(self.thread_in_group << 1)
         if self.case.halves == 1:
             self.sums.append([ptx.zero() for _ in self.sums[0]])
         ptx.label("fdk_tile")
         ptx.do("bra", "fdk_mixed", when=~self.more)
-        places = [slot + i for i in (0, 1, 8, 9)]
-        in_bounds = [place < self.length for place in places]
+        slots = [slot + i for i in (0, 1, 8, 9)]
+        in_bounds = [slot < self.length for slot in slots]
         values = self._load_values(in_bounds)
         scores = self._scores(query)
         step = WARPS * TILE
@@ -306,7 +310,7 @@ class _Kernel(AttentionWriter):
         ptx.do("add.u32", slot, slot, step)
         self._load_keys()
         if self.case.window is not None:
-            seen = [place >= self.lowest for place in places]
+            seen = [slot >= self.lowest for slot in slots]
             in_bounds = [a & b for a, b in zip(in_bounds, seen, strict=True)]
         weights = [self._weights(half, scores[half], in_bounds) for half in range(self.case.halves)]
         self._add(weights, values)
@@ -371,8 +375,8 @@ class _Kernel(AttentionWriter):
                     self.ptx.op("prmt.b32", slots[i][word], slots[i + 1][word], choice)
                     for i in (0, 2)
                 ]
-                places = (16 * block + element, 16 * block + 8 + element)
-                sums = [self.sums[half][place] for half in range(2) for place in places]
+                elements = (16 * block + element, 16 * block + 8 + element)
+                sums = [self.sums[half][i] for half in range(2) for i in elements]
                 self.ptx.multiply_add(half_kind(self.case.dtype), sums, a, b)
 
     # Reduce and store
@@ -380,20 +384,20 @@ class _Kernel(AttentionWriter):
     def _join(self) -> None:
         """Joins the warps' sums, and writes the program's or, if it has all slots, the output."""
         ptx, case = self.ptx, self.case
-        leads = self.quad.eq(0)
+        leads = self.thread_in_group.eq(0)
         for half in range(self.case.halves):
             total = over_lanes(ptx, "add.f32", self.totals[half], _QUAD)
             row = self.row + 8 * half
             is_row = row < case.group
-            place = row + self.warp * case.group
-            pair_place = self.shared + place * 8
+            pair_index = row + self.warp * case.group
+            pair_address = self.shared + pair_index * 8
             writes = leads & is_row
             pair = vector([self.peaks[half], total])
-            ptx.do("st.shared.v2.b32", at(pair_place, self.case.pairs_place), pair, when=writes)
-            place = self.shared + place * (4 * case.dim) + self.quad * 64
+            ptx.do("st.shared.v2.b32", at(pair_address, self.case.pairs_offset), pair, when=writes)
+            address = self.shared + pair_index * (4 * case.dim) + self.thread_in_group * 64
             for i in range(0, len(self.sums[half]), 4):
                 block, part = divmod(i, 16)
-                target = at(place, 256 * block + 4 * part)
+                target = at(address, 256 * block + 4 * part)
                 words = vector(self.sums[half][i : i + 4])
                 ptx.do("st.shared.v4.b32", target, words, when=is_row)
         ptx.do("barrier.sync", 0)
@@ -410,14 +414,14 @@ class _Kernel(AttentionWriter):
         """Four elements of the output, the `index`-th."""
         ptx, case = self.ptx, self.case
         row = index // (case.dim // 4)
-        pair_place = self.shared + row * 8
-        place = self.shared + index * 16
+        pair_address = self.shared + row * 8
+        address = self.shared + index * 16
         peaks, totals, parts = [], [], []
         for warp in range(WARPS):
             pair, part = ptx.registers("f32", 2), ptx.registers("f32", 4)
-            source = at(pair_place, self.case.pairs_place + 8 * case.group * warp)
+            source = at(pair_address, self.case.pairs_offset + 8 * case.group * warp)
             ptx.do("ld.shared.v2.b32", vector(pair), source)
-            ptx.do("ld.shared.v4.b32", vector(part), at(place, 4 * case.group * case.dim * warp))
+            ptx.do("ld.shared.v4.b32", vector(part), at(address, 4 * case.group * case.dim * warp))
             peaks.append(pair[0])
             totals.append(pair[1])
             parts.append(part)

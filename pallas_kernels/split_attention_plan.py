@@ -38,14 +38,14 @@ class Case(AttentionCase):
         return 2 if self.group > 8 else 1
 
     @property
-    def pairs_place(self) -> int:
+    def pairs_offset(self) -> int:
         """Where in shared memory the warps' peaks and totals are, after their sums."""
         return WARPS * 4 * self.group * self.dim
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
-        return self.pairs_place + WARPS * 8 * self.group
+        return self.pairs_offset + WARPS * 8 * self.group
 
     def supported(self, target: Target) -> bool:
         """Whether the kernel takes the case."""

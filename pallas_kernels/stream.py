@@ -29,8 +29,8 @@ def unsupported_product(case: Case, workers: int, programs: int) -> str | None:
         return f"group_size={case.group_size} is less than {_LEAST_GROUP}"
     if (reason := unsupported_groups(case, workers)) is not None:
         return reason
-    if case.books > min(programs, case.tiles):
-        return f"{case.books} codebooks are more than {programs} programs or {case.tiles} tiles"
+    if case.codebooks > min(programs, case.tiles):
+        return f"{case.codebooks} codebooks are more than {programs} programs or {case.tiles} tiles"
     return None
 
 
@@ -39,24 +39,24 @@ class Plan(ProductPlan):
     """A product by decoded weights."""
 
     @property
-    def run_books(self) -> int:
+    def run_codebooks(self) -> int:
         """Codebooks of a run."""
-        return max(1, self.case.books // self.runs)
+        return max(1, self.case.codebooks // self.runs)
 
     @property
-    def book_programs(self) -> int:
+    def codebook_programs(self) -> int:
         """Programs that have rows of a codebook."""
-        return self.programs // self.run_books
+        return self.programs // self.run_codebooks
 
     @property
     def max_tiles(self) -> int:
         """Tiles of a program of each run, or one less."""
-        return -(-(self.run_tiles // self.run_books) // self.book_programs)
+        return -(-(self.run_tiles // self.run_codebooks) // self.codebook_programs)
 
     @property
     def decoders(self) -> int:
         """Codebooks of a program, each with a decoder."""
-        return self.runs if self.case.books > 1 else 1
+        return self.runs if self.case.codebooks > 1 else 1
 
     @property
     def scale_runs(self) -> int:
@@ -85,9 +85,9 @@ class Plan(ProductPlan):
     def areas(self) -> dict[str, int]:
         """The decoders' tables, and x."""
         case = self.case
-        books = self.decoders * 4 * 2**case.bits
+        codebooks = self.decoders * 4 * 2**case.bits
         x = case.blocks * case.span * 2
-        return {"tables": self.decoders * self.table_bytes, "x": x, self.books_name: books}
+        return {"tables": self.decoders * self.table_bytes, "x": x, self.codebooks_name: codebooks}
 
 
 class Product(ring_product.Product):
@@ -104,40 +104,42 @@ class Product(ring_product.Product):
             for _ in range(self.plan.decoders)
         ]
         for i, decoder in enumerate(self.decoders):
-            decoder.place = i * self.plan.table_bytes
+            decoder.table_offset = i * self.plan.table_bytes
         self.decoder = self.decoders[0]
 
     def _share(self, program: Register) -> tuple[Register, Register]:
-        if self.plan.run_books == 1:
-            self.book = None
+        if self.plan.run_codebooks == 1:
+            self.codebook_index = None
             return super()._share(program)
         # Rows of one codebook; programs that are left over have none.
-        ptx, book_tiles = self.ptx, self.plan.run_tiles // self.plan.run_books
-        self.book = program // self.plan.book_programs
-        rank = program - self.book * self.plan.book_programs
-        first, tiles = self._among(rank, book_tiles, self.plan.book_programs)
-        inside = self.book < self.plan.run_books
-        first = first + self.book * book_tiles
+        ptx, codebook_tiles = self.ptx, self.plan.run_tiles // self.plan.run_codebooks
+        self.codebook_index = program // self.plan.codebook_programs
+        rank = program - self.codebook_index * self.plan.codebook_programs
+        first, tiles = self._among(rank, codebook_tiles, self.plan.codebook_programs)
+        inside = self.codebook_index < self.plan.run_codebooks
+        first = first + self.codebook_index * codebook_tiles
         return first, ptx.op("selp.b32", tiles, 0, inside)
 
     # Before the loop
 
-    def load_books(self) -> Callable[[], None]:
+    def load_codebooks(self) -> Callable[[], None]:
         """Loads the codebook of the program's rows of each run."""
         ptx, threads, values = self.ptx, 32 * self.workers, 2**self.case.bits
         codebook, loads = self.operands["codebook"], []
-        if self.book is not None:
-            last = ptx.op("min.u32", self.book, self.plan.run_books - 1)
+        if self.codebook_index is not None:
+            last = ptx.op("min.u32", self.codebook_index, self.plan.run_codebooks - 1)
             codebook = codebook + last * (4 * values)
         for run, decoder in enumerate(self.decoders):
             decoder.space = "global"
-            source = codebook + run * self.plan.run_books * 4 * values
+            source = codebook + run * self.plan.run_codebooks * 4 * values
             for start in range(0, values, threads):
                 index = self.thread + start
                 in_bounds = index < values
-                place = self.shared + index * 4
+                address = self.shared + index * 4
                 value = decoder.value(source, index, in_bounds)
-                loads.append((at(place, self.books_place + run * 4 * values), value, in_bounds))
+                loads.append(
+                    (at(address, self.codebooks_offset + run * 4 * values), value, in_bounds)
+                )
             decoder.space = "shared"
 
         def store() -> None:
@@ -149,8 +151,8 @@ class Product(ring_product.Product):
     def prepare_constants(self) -> None:
         """Makes the decoders' tables."""
         for run, decoder in enumerate(self.decoders):
-            place = self.books_place + run * 4 * 2**self.case.bits
-            codebook = self.shared + place
+            offset = self.codebooks_offset + run * 4 * 2**self.case.bits
+            codebook = self.shared + offset
             decoder.set_up(codebook, self.thread, 32 * self.workers)
 
     def prepare_x(self, meanwhile: Callable[[], object]) -> None:
@@ -175,8 +177,8 @@ class Product(ring_product.Product):
             if not first:
                 meanwhile()
             for start, words, in_bounds in loads:
-                place = at(target, self.places["x"] + 16 * start)
-                ptx.do("st.shared.v4.b32", place, vector(words), when=in_bounds)
+                stored = at(target, self.offsets["x"] + 16 * start)
+                ptx.do("st.shared.v4.b32", stored, vector(words), when=in_bounds)
 
     # The loop over the program's blocks
 
@@ -187,8 +189,8 @@ class Product(ring_product.Product):
             return
         ptx, case = self.ptx, self.case
         self.has_token = self.row.eq(0)
-        self.keeps = self.quad.eq(0)
-        self.x_place = self.shared + self.quad * 16
+        self.keeps = self.thread_in_group.eq(0)
+        self.x_address = self.shared + self.thread_in_group * 16
         codes = (self.warp * CODES).low()
         self.codes = codes + self.lane * 16
         # Four groups of a row are neighbours, each with the scales of the upper and the lower row.
@@ -200,10 +202,10 @@ class Product(ring_product.Product):
         scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
         self.scales = scales + self.row * (8 * size)
         if self.plan.scales_weights:
-            # Of half a plane a lane has 8 weights, from 8 times its quad on.
-            self.scales = self.scales + (self.quad // (g // _LEAST_GROUP)) * (2 * size)
-        place = self.shared + self.warp * (4 * TILE_ROWS)
-        self.partial = place + self.row * 8
+            # Of half a plane a lane has 8 weights, from 8 times its `thread_in_group` on.
+            self.scales = self.scales + (self.thread_in_group // (g // _LEAST_GROUP)) * (2 * size)
+        address = self.shared + self.warp * (4 * TILE_ROWS)
+        self.partial = address + self.row * 8
         self.zero = ptx.zero()
 
     def start_tile(self, tile: Register, run: int) -> None:
@@ -212,14 +214,14 @@ class Product(ring_product.Product):
     def load_x(self, block: Register) -> None:
         """The x of a block's planes, for the lanes of the column that has a token."""
         ptx, case = self.ptx, self.case
-        place = self.x_place + block * (case.span * 2)
+        address = self.x_address + block * (case.span * 2)
         self.x = []
         for plane in range(case.planes):
             words = ptx.registers("b32", 8)
             for half in range(2):
                 part = vector(words[4 * half : 4 * half + 4])
-                offset = self.places["x"] + plane * 2 * PLANE + half * PLANE
-                ptx.do("ld.shared.v4.b32", part, at(place, offset), when=self.has_token)
+                offset = self.offsets["x"] + plane * 2 * PLANE + half * PLANE
+                ptx.do("ld.shared.v4.b32", part, at(address, offset), when=self.has_token)
             self.x.append(self.decoder.paired(words))
 
     def load_block(self, slot: Register) -> None:
@@ -237,8 +239,8 @@ class Product(ring_product.Product):
         # Together those that are neighbours for a lane.
         each = words if self.plan.scales_weights else min(4, runs * words)
         for first in range(0, runs * words, each):
-            quad, within = divmod(first // words * self.plan.run_groups, 4)
-            offset = (quad * 64 + within * 2) * self.plan.scale_bytes
+            four, within = divmod(first // words * self.plan.run_groups, 4)
+            offset = (four * 64 + within * 2) * self.plan.scale_bytes
             width, part = wide(registers[first : first + each])
             ptx.do(f"ld.shared{width}.b32", part, at(scales, self.workers * CODES + offset))
 
@@ -274,10 +276,10 @@ class Product(ring_product.Product):
             ptx.do("add.f32", total, total, part)
 
     def _dot(
-        self, place: tuple[int, int], sums: list[Register], operands: list[Register], fresh: bool
+        self, position: tuple[int, int], sums: list[Register], operands: list[Register], fresh: bool
     ) -> None:
         """Adds the products of a step of a plane with its x to the sums."""
-        plane, step = place
+        plane, step = position
         x = self.x[plane][2 * step : 2 * step + 2]
         start = [self.zero] * 4 if fresh else None
         self.ptx.multiply_add(self.decoder.kind, sums, operands, x, start)
@@ -290,8 +292,8 @@ class Product(ring_product.Product):
 
     def store_totals(self, tile: Register) -> None:
         """Stores the sums of the column that has a token."""
-        place = self.partial + tile * (self.workers * 4 * TILE_ROWS)
-        target = at(place, self.places["partial"])
+        address = self.partial + tile * (self.workers * 4 * TILE_ROWS)
+        target = at(address, self.offsets["partial"])
         self.ptx.do("st.shared.v2.b32", target, vector(self.totals), when=self.keeps)
 
     def finish(self, total: Register, run: int) -> Register:

@@ -1,7 +1,7 @@
 """How the warps of a program share a weight and what that takes of shared memory: plain data, before any PTX.
 
 A program has rows of the weight, in tiles of 16, and all of K; its warps divide both. A block is the tiles
-that a warp has at one place along K. `tile_writer` writes what is planned here; `matvec`, `mma`, `wgmma`
+that a warp has at one index along K. `tile_writer` writes what is planned here; `matvec`, `mma`, `wgmma`
 and `dequantise` add what they do with the weight.
 """
 
@@ -66,7 +66,7 @@ class TilePlan:
         """How the scales of a block are loaded.
 
         - "single": one for all of a row's weights in it.
-        - "vector": one for each group, next to each other in memory, and the same place in each block.
+        - "vector": one for each group, next to each other in memory, and the same ones in each block.
         - "plane": one for each plane of 64 weights.
         - "lane": two for each plane, as groups are no multiples of planes.
         """
@@ -143,11 +143,11 @@ class SumsPlan(TilePlan, abc.ABC):
 
     @property
     def warp_sums_bytes(self) -> int:
-        """Shared memory of the sums of the warps that have the same place among those that share K."""
+        """Shared memory of the sums of the warps that have the same index among those that share K."""
         return self.sum_tokens * self.sum_stride * 4
 
     @property
-    def squares_place(self) -> int:
+    def squares_offset(self) -> int:
         """Where the sum of the squares of x is, if there is one: in the last word."""
         return self.shared_bytes - 4
 

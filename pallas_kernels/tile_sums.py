@@ -12,9 +12,10 @@ from pallas_kernels.tile_writer import TileWriter
 class SumsWriter(TileWriter):
     """Writes the end of a product.
 
-    A lane's totals are float32 [tiles, columns of 8 tokens, 4]: of row g tokens 2 quad and 2 quad + 1, then
-    of row g + 8. In shared memory sums lie from `sums` on, float32 [k_warps_here, sum_tokens, sum_stride]:
-    of each warp that shares K, of each token, of each of the program's rows.
+    A lane's totals are float32 [tiles, columns of 8 tokens, 4]: of row g tokens 2 t and 2 t + 1, then
+    of row g + 8, where t is its `thread_in_group`. In shared memory sums lie from
+    `sums` on, float32 [k_warps_here, sum_tokens, sum_stride]: of each warp that shares K, of each token,
+    of each of the program's rows.
     """
 
     plan: SumsPlan
@@ -25,12 +26,14 @@ class SumsWriter(TileWriter):
     # Reduce
 
     def locate_sums(self, *, of_one_token: bool = False) -> Register:
-        """Where this lane stores its totals; with one token the lanes of quad 0 do."""
+        """Where this lane stores its totals; with one token lane 0 of each four does."""
         plan = self.plan
         address = self.sums + self.k_warp_here * plan.warp_sums_bytes
         row = self.row + self.row_warp * (plan.tiles * TILE_ROWS)
         address = address + row * 4
-        return address if of_one_token else address + self.quad * (2 * plan.sum_stride * 4)
+        return (
+            address if of_one_token else address + self.thread_in_group * (2 * plan.sum_stride * 4)
+        )
 
     def store_sums(
         self,
@@ -112,17 +115,17 @@ class SumsWriter(TileWriter):
         for value, bound in ((token, tokens), (m, case.m), (n, case.n)):
             ptx.do("bra", after, when=value >= bound)
         total = ptx.zero()
-        space, places = "shared", [address]
+        space, addresses = "shared", [address]
         if plan.cluster > 1:
             space, ranks = "shared::cluster", range(plan.cluster)
-            places = [ptx.op(f"mapa.{space}.u32", address, rank) for rank in ranks]
-        for place, warp in itertools.product(places, range(plan.k_warps_here)):
-            part = ptx.op(f"ld.{space}.f32", at(place, warp * plan.warp_sums_bytes))
+            addresses = [ptx.op(f"mapa.{space}.u32", address, rank) for rank in ranks]
+        for part_address, warp in itertools.product(addresses, range(plan.k_warps_here)):
+            part = ptx.op(f"ld.{space}.f32", at(part_address, warp * plan.warp_sums_bytes))
             ptx.do("add.f32", total, total, part)
         if self.decoder.factor is not None:
             ptx.do("mul.f32", total, total, self.decoder.factor)
         if case.squares:
-            total = self._normalise(total, plan.squares_place)
+            total = self._normalise(total, plan.squares_offset)
         if case.bias_dtype is not None:
             self._add_bias(total, n)
         if case.residual:

@@ -2,8 +2,8 @@
 
 Which lane holds what, from the first load to the operands of the tensor cores:
 
-- A lane is (row, quad): row = lane / 4 is a row g of a tile, together with g + 8; quad = lane % 4 is a place
-  along K.
+- A lane is (row, thread_in_group): row = lane / 4 is a row g of a tile, together with g + 8;
+  thread_in_group = lane % 4 is its index along K.
 - `load` brings 32 bytes of codes of a tile (8 words) and its scales, of rows g and g + 8 next to each other.
 - `decode` makes of them, for a plane of 64 weights a row, four steps of four registers, each with two
   neighbours along K: the operand of `mma.sync.m16n8k16` and `wgmma` that a lane has.
@@ -32,8 +32,8 @@ class Block:
     """One block in flight, for each of the warp's tiles.
 
     Attributes:
-        words: codes, 8 registers; in the ring the place of the tile, in bytes.
-        scales: `TilePlan.scale_words` registers; in the ring their place.
+        words: codes, 8 registers; in the ring the offset of the tile, in bytes.
+        scales: `TilePlan.scale_words` registers; in the ring their offset.
     """
 
     words: list
@@ -51,7 +51,7 @@ class TileWriter(OutputWriter, abc.ABC):
         tokens: rows of x a program.
         program_row, output_row: registers with the program's first row, where it reads and where it writes.
         first_token: and its first token.
-        k_warp: this warp's place among those that share K.
+        k_warp: this warp's index among those that share K.
         block, left: its current block along K, and how many are left.
         packed, scales: of each tile the address of this lane's codes and scales in the current block.
     """
@@ -69,7 +69,7 @@ class TileWriter(OutputWriter, abc.ABC):
 
     @abc.abstractmethod
     def multiply(self, block: Block, stage: int) -> None:
-        """Decodes a block, which has arrived in registers, and uses it; `stage` is its place in the round."""
+        """Decodes a block, which has arrived in registers, and uses it; `stage` is its index in the round."""
 
     @abc.abstractmethod
     def addresses_along_k(self) -> list[Register]:
@@ -114,7 +114,7 @@ class TileWriter(OutputWriter, abc.ABC):
             index = self.k_warp + tile * case.blocks
             address = self.operands["packed"] + index * TILE_BYTES
             codes.append(address + self.lane * 16)
-            index = (tile * case.quads).low()
+            index = (tile * case.scale_fours).low()
             address = (
                 self.operands["scales"]
                 + index * (64 * plan.scale_bytes)
@@ -125,48 +125,48 @@ class TileWriter(OutputWriter, abc.ABC):
             factors.append(address)
         return codes, factors
 
-    def _place_along_x(self) -> Register:
-        """The program's place along the first axis of the grid, where a cluster is one program."""
+    def _index_along_x(self) -> Register:
+        """The program's index along the first axis of the grid, where a cluster is one program."""
         ptx, cluster = self.ptx, self.plan.cluster
-        place = ptx.op("mov.u32", "%ctaid.x")
+        index = ptx.op("mov.u32", "%ctaid.x")
         if cluster > 1:
-            self.rank = place % cluster
-            place = place // cluster
-        return place
+            self.rank = index % cluster
+            index = index // cluster
+        return index
 
     def locate_program(self) -> None:
-        """The program's rows and tokens, by its place in the grid."""
-        self.output_row = self.program_row = (self._place_along_x() * self.plan.rows).low()
+        """The program's rows and tokens, by its index in the grid."""
+        self.output_row = self.program_row = (self._index_along_x() * self.plan.rows).low()
         self.first_token = (self.ptx.op("mov.u32", "%ctaid.y") * self.tokens).low()
 
     def _advance_to_warp(self, address: Register) -> Register:
         """The scales of the warp's first block, where a block holds one or more whole groups."""
         per_block = self.case.span // self.case.group_size
         group = (self.k_warp * per_block).low()
-        quad = group >> 2
-        address = address + quad * (64 * self.plan.scale_bytes)
+        four = group >> 2
+        address = address + four * (64 * self.plan.scale_bytes)
         within = group & 3
         return address + within * (2 * self.plan.scale_bytes)
 
     def locate_ring(self, offset: int) -> None:
-        """This lane's places in the warp's part of the ring, for words, pairs and fours of them."""
+        """This lane's addresses in the warp's part of the ring, for words, pairs and fours of them."""
         if self.plan.ring:
             warp_bytes = self.plan.ring_bytes // self.plan.warps
             warp = self.shared + self.warp * warp_bytes + offset
-            self.lane_places = {words: warp + self.lane * (4 * words) for words in (1, 2, 4)}
+            self.lane_addresses = {words: warp + self.lane * (4 * words) for words in (1, 2, 4)}
 
     # Load
 
     def blocks_in_flight(self) -> list[Block]:
-        """Registers or places in the ring for the blocks that a warp has in flight."""
+        """Registers or offsets in the ring for the blocks that a warp has in flight."""
         return [self._block(stage) for stage in range(self.plan.stages)]
 
     def _block(self, stage: int) -> Block:
         tiles = range(self.plan.tiles)
         if self.plan.ring:
             first = stage * self.plan.tiles
-            places = [(first + r) * self.plan.tile_bytes for r in tiles]
-            return Block(places, [place + TILE_BYTES for place in places])
+            offsets = [(first + r) * self.plan.tile_bytes for r in tiles]
+            return Block(offsets, [offset + TILE_BYTES for offset in offsets])
         words = [self.ptx.registers("b32", 8) for _ in tiles]
         return Block(words, [self.ptx.registers("b32", self.plan.scale_words) for _ in tiles])
 
@@ -190,10 +190,10 @@ class TileWriter(OutputWriter, abc.ABC):
         number = self.block + ahead * plan.k_warps
         for run in range(plan.scale_runs):
             group = self._group(number, run)
-            quad = group >> 2
+            four = group >> 2
             within = group & 3
             for registers, scales in zip(block.scales, self.scales, strict=True):
-                address = scales + quad * (64 * plan.scale_bytes)
+                address = scales + four * (64 * plan.scale_bytes)
                 address = address + within * (2 * plan.scale_bytes)
                 self._start(registers, run * width, width, address, 0, in_bounds)
 
@@ -205,15 +205,15 @@ class TileWriter(OutputWriter, abc.ABC):
         if self.plan.scale_mode == "plane":
             plane = run + block * case.planes
             return plane // (case.group_size // PLANE)
-        eighth = (4 * run) + block * (case.span // 8) + self.quad
+        eighth = (4 * run) + block * (case.span // 8) + self.thread_in_group
         return eighth // (case.group_size // 8)
 
     def _load_scale_vectors(self, block: Block, ahead: int, in_bounds: Register) -> None:
         case, plan = self.case, self.plan
         per_block = case.span // case.group_size
-        # All powers of two: a warp's blocks start at places of a quad that the offsets below hit.
-        quads, within = divmod(ahead * plan.k_warps * per_block, 4)
-        start = (quads * 64 + within * 2) * plan.scale_bytes
+        # All powers of two: a warp's blocks start at those indices in a four that the offsets below reach.
+        fours, within = divmod(ahead * plan.k_warps * per_block, 4)
+        start = (fours * 64 + within * 2) * plan.scale_bytes
         width = plan.scale_width
         for registers, scales in zip(block.scales, self.scales, strict=True):
             for i in range(plan.scale_words // width):
@@ -231,10 +231,12 @@ class TileWriter(OutputWriter, abc.ABC):
             return
         for i in range(first, first + count, 4):
             width = min(count, 4)
-            place = at(self.lane_places[width], target + 128 * i)
+            target_at = at(self.lane_addresses[width], target + 128 * i)
             kind = "cg" if width == 4 else "ca"
             source = at(address, offset + 4 * (i - first))
-            self.ptx.do(f"cp.async.{kind}.shared.global", place, source, 4 * width, when=in_bounds)
+            self.ptx.do(
+                f"cp.async.{kind}.shared.global", target_at, source, 4 * width, when=in_bounds
+            )
 
     def _load_vector(
         self,
@@ -256,15 +258,15 @@ class TileWriter(OutputWriter, abc.ABC):
         if not self.plan.ring:
             return block
         self.ptx.do("cp.async.wait_group", self.plan.stages - 1)
-        words = [self._from_ring(place, 8, 4) for place in block.words]
+        words = [self._from_ring(offset, 8, 4) for offset in block.words]
         count, width = self.plan.scale_words, min(4, self.plan.scale_width)
-        return Block(words, [self._from_ring(place, count, width) for place in block.scales])
+        return Block(words, [self._from_ring(offset, count, width) for offset in block.scales])
 
-    def _from_ring(self, place: int, count: int, width: int) -> list[Register]:
+    def _from_ring(self, offset: int, count: int, width: int) -> list[Register]:
         registers = self.ptx.registers("b32", count)
         for i in range(0, count, width):
             part = registers[i : i + width]
-            self._load_vector(part, self.lane_places[width], place + 128 * i, space="shared")
+            self._load_vector(part, self.lane_addresses[width], offset + 128 * i, space="shared")
         return registers
 
     # Decode
@@ -278,11 +280,11 @@ class TileWriter(OutputWriter, abc.ABC):
 
     def _codebook(self) -> Register:
         """The address of the codebook of the program's rows."""
-        case, book = self.case, self.operands["codebook"]
-        if case.books > 1:
-            number = self.program_row // (case.n // case.books)
-            book = book + number * (4 * 2**case.bits)
-        return book
+        case, codebook = self.case, self.operands["codebook"]
+        if case.codebooks > 1:
+            number = self.program_row // (case.n // case.codebooks)
+            codebook = codebook + number * (4 * 2**case.bits)
+        return codebook
 
     def decode(self, words: list[Register], plane: int) -> Iterator[list[Register]]:
         """The operands of a plane's steps, from the 8 words of a tile.

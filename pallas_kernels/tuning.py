@@ -135,7 +135,7 @@ def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
                 "m": case.m,
                 "n": case.n,
                 "k": case.k,
-                "even": case.computes_values,
+                "uniform": case.computes_values,
                 "kernel": kernel,
                 "config": _recorded(config, target),
                 "us": round(microseconds, 2),
@@ -206,7 +206,7 @@ def _random_weights(case: Case) -> list:
     @jax.jit
     def one(key):
         packed = jax.random.bits(key, shape, jnp.uint16)
-        scales = jax.random.uniform(key, (case.tiles, case.quads, 64), minval=0.5)
+        scales = jax.random.uniform(key, (case.tiles, case.scale_fours, 64), minval=0.5)
         return packed, scales.astype(case.scale_dtype)
 
     return [one(jax.random.key(i)) for i in range(copies)]

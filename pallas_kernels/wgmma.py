@@ -173,7 +173,7 @@ class _Writer(SumsWriter):
         """Programs that share rows come next to each other: the second finds the weight in L2."""
         ptx, plan = self.ptx, self.plan
         self.output_row = self.program_row = (ptx.op("mov.u32", "%ctaid.y") * plan.rows).low()
-        self.first_token = (self._place_along_x() * plan.tokens).low()
+        self.first_token = (self._index_along_x() * plan.tokens).low()
 
     def _locate_x(self) -> None:
         """Where this thread loads x, where it stores it, and the descriptors of both buffers."""
@@ -190,14 +190,14 @@ class _Writer(SumsWriter):
             item = within + i * plan.row_warps
             if items % (plan.row_warps):
                 item = ptx.op("min.u32", item, items - 1)
-            place = line + item * 4
-            token = place + self.first_token
+            index = line + item * 4
+            token = index + self.first_token
             token = ptx.op("min.u32", token, case.m - 1)
             row_bytes = case.blocks * case.span * 2
             address = self.operands["x"] + token * row_bytes + self.k_warp * (case.span * 2)
             self.x.append(address + eighth * 16)
-            target = team + half * self.plan.half_bytes + place * 16
-            self.x_targets.append(target + self.quad * 4)
+            target = team + half * self.plan.half_bytes + index * 16
+            self.x_targets.append(target + self.thread_in_group * 4)
         self.x_registers = [
             [ptx.registers("b32", 4) for _ in self.x] for _ in range(self.plan.x_depth)
         ]

@@ -39,14 +39,14 @@ def ptx_call(
 
     Args:
         source: the block. $1 and the following are the addresses of the operands, then those of the
-            results; $0 is scratch. `%ctaid` is the place in the grid.
+            results; $0 is scratch. `%ctaid` is the index in the grid.
         operands: arrays in device memory.
         outputs: shapes and dtypes of the results.
         target: the GPU that the block is written for.
         grid: programs.
         num_warps: warps a program.
         name: of the kernel.
-        cluster: programs of a thread block cluster. The first axis of `%ctaid` counts each place of the
+        cluster: programs of a thread block cluster. The first axis of `%ctaid` counts each index of the
             grid so often.
         aliases: operands that are updated in place, each with the number of its result.
     """

@@ -80,8 +80,8 @@ class Report:
 
 def assemblers() -> dict[str, Path]:
     """The assemblers that there are, by their version."""
-    places = [Path(p) / "nvidia" / part for p in sys.path for part in ("cuda_nvcc", "cu13")]
-    found = [place / "bin" / "ptxas" for place in places]
+    folders = [Path(p) / "nvidia" / part for p in sys.path for part in ("cuda_nvcc", "cu13")]
+    found = [folder / "bin" / "ptxas" for folder in folders]
     if (path := shutil.which("ptxas")) is not None:
         found.append(Path(path))
     versions = {}

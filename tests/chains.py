@@ -12,14 +12,14 @@ HALF = jnp.dtype(jnp.bfloat16)
 EPS = (1e-3, 2e-3)
 
 
-def weight(rng, n, k, bits, books, uniform, bias, group_size, scales):
+def weight(rng, n, k, bits, codebooks, uniform, bias, group_size, scales):
     """(case, arrays, matrices as kernels may read them, bias) of a product, the last two in float64."""
     (_, *arrays), _, wanted = planar.product(
-        rng, 1, n, k, bits, group_size, "bfloat16", books, k**-0.5, uniform, scales
+        rng, 1, n, k, bits, group_size, "bfloat16", codebooks, k**-0.5, uniform, scales
     )
     added = jnp.asarray(rng.normal(size=n), HALF) if bias else None
     kinds = HALF, jnp.dtype(scales), HALF if bias else None, HALF
-    case = Case(1, n, k, bits, group_size, books, *kinds, uniform)
+    case = Case(1, n, k, bits, group_size, codebooks, *kinds, uniform)
     exact = np.zeros(n) if added is None else np.asarray(added, np.float64)
     matrices = wanted.matrices
     if group_size < 32:  # scales multiply weights
@@ -27,9 +27,9 @@ def weight(rng, n, k, bits, books, uniform, bias, group_size, scales):
     return case, Arrays(jnp.zeros((1, k), HALF), *arrays, added), matrices, exact
 
 
-def weights(rng, shapes, bits, books, uniform, bias, group_size=64, scales="bfloat16"):
+def weights(rng, shapes, bits, codebooks, uniform, bias, group_size=64, scales="bfloat16"):
     """Those of a chain: out, gate and up, down, and the next qkv or not; `scales` is their dtype."""
-    rows = zip(shapes, books, strict=False)
+    rows = zip(shapes, codebooks, strict=False)
     kind = uniform, bias, group_size, scales
     return [weight(rng, n, k, bits, b, *kind) for (n, k), b in rows]
 
@@ -44,12 +44,12 @@ def _exact(a):
     return np.asarray(a, np.float64)
 
 
-def _product(weights, place, x, reading, inverse=1.0):
-    return x @ weights[place][2][reading].T * inverse + weights[place][3]
+def _product(weights, index, x, reading, inverse=1.0):
+    return x @ weights[index][2][reading].T * inverse + weights[index][3]
 
 
-def _inverse(total, place):
-    return 1 / np.sqrt(np.mean(total**2) + EPS[place])
+def _inverse(total, index):
+    return 1 / np.sqrt(np.mean(total**2) + EPS[index])
 
 
 def check(found, weights, x, residual, scales, between=None):

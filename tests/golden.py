@@ -54,7 +54,7 @@ def sources() -> Iterator[tuple[str, str]]:
         if row["kernel"] not in choice.KERNELS:
             continue
         target = Target.parse(choice.architecture_of(row), H200)
-        module, uniform = choice.KERNELS[row["kernel"]], choice.is_even(row)
+        module, uniform = choice.KERNELS[row["kernel"]], choice.is_uniform(row)
         shape = row["m"], row["n"], row["k"], row["bits"]
         for dtype in _HALVES:
             product = case(*shape, uniform, dtype=dtype)
@@ -107,7 +107,7 @@ def _other_groups() -> Iterator[tuple[str, str]]:
         dict(group_size=128),
         dict(group_size=16),
         dict(group_size=1024),
-        dict(books=4, bias_dtype=single, scale_dtype=single, out_dtype=single),
+        dict(codebooks=3, bias_dtype=single, scale_dtype=single, out_dtype=single),
     )
     for (bits, uniform), m, option in (
         (decoder, m, option) for decoder in DECODERS for m in (1, 11, 40) for option in options

@@ -17,10 +17,10 @@ _LARGEST = 32512  # of its integers
 
 
 def case(
-    *shape, group_size=64, books=1, dtype=HALF, scales=HALF, bias=None, out=HALF, uniform=False
+    *shape, group_size=64, codebooks=1, dtype=HALF, scales=HALF, bias=None, out=HALF, uniform=False
 ):
     """A product of shape (M, N, K, bits)."""
-    return Case(*shape, group_size, books, dtype, scales, bias, out, uniform)
+    return Case(*shape, group_size, codebooks, dtype, scales, bias, out, uniform)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +66,15 @@ class Wanted:
 
 
 def product(
-    rng, m, n, k, bits, group_size, dtype, books=1, scale=1.0, uniform=False, scale_dtype=None
+    rng, m, n, k, bits, group_size, dtype, codebooks=1, scale=1.0, uniform=False, scale_dtype=None
 ):
     """Arguments of `pallas_kernels.matmul`, and what it should give; `scale_dtype` is `dtype` if None."""
     dtype, scale_dtype = jnp.dtype(dtype), jnp.dtype(scale_dtype or dtype)
     codes = rng.integers(0, 2**bits, (n, k)).astype(np.uint8)
-    codebook = np.sort(rng.normal(size=(books, 2**bits)), -1).astype(np.float32)
+    codebook = np.sort(rng.normal(size=(codebooks, 2**bits)), -1).astype(np.float32)
     if uniform:
-        zero = rng.integers(0, 2 ** (bits + 1) - 1, (books, 1)) / 2
-        step = rng.uniform(0.5, 2, (books, 1)) / 2**bits
+        zero = rng.integers(0, 2 ** (bits + 1) - 1, (codebooks, 1)) / 2
+        step = rng.uniform(0.5, 2, (codebooks, 1)) / 2**bits
         codebook = ((np.arange(2**bits) - zero) * step).astype(np.float32)
     scales = jnp.asarray(scale * rng.uniform(0.5, 2, (n, -(-k // group_size))), scale_dtype)
     x = jnp.asarray(rng.normal(size=(m, k)), dtype)
@@ -91,7 +91,7 @@ def product(
             # Kernels multiply by distances from zero in steps, and by the step in the end; those that scale
             # weights divide the distances by a power of two before: float16 notices where scales are tiny.
             distances = oracle.rounded(np.arange(2**bits) - zero, dtype)
-            steps = np.repeat(step, n // books, 0)
+            steps = np.repeat(step, n // codebooks, 0)
             in_steps = decode(distances)
             matrices += [in_steps * steps, oracle.rounded(in_steps, dtype) * steps]
             matrices += [oracle.rounded(in_steps / 2**bits, dtype) * (2**bits * steps)]
@@ -101,7 +101,7 @@ def product(
 NORM_EPS = 1e-3
 
 
-def residual_product(rng, n, k, books=1, parts=5, bits=1, uniform=False):
+def residual_product(rng, n, k, codebooks=1, parts=5, bits=1, uniform=False):
     """A `Scaled` [1, K] and a residual [1, N] for `pallas_kernels.residual_matmul`, bfloat16.
 
     Returns:
@@ -109,7 +109,7 @@ def residual_product(rng, n, k, books=1, parts=5, bits=1, uniform=False):
         `scaled` should be; the inverse root of the mean square by which a norm multiplies it.
     """
     dtype = jnp.bfloat16
-    (x, *weight), facts, wanted = product(rng, 1, n, k, bits, 64, dtype, books, uniform=uniform)
+    (x, *weight), facts, wanted = product(rng, 1, n, k, bits, 64, dtype, codebooks, uniform=uniform)
     factors = jnp.asarray(rng.uniform(0.5, 2, k), dtype)
     squares = np.zeros(parts, np.float32)
     np.add.at(squares, np.arange(k) % parts, np.asarray(x, np.float32)[0] ** 2)

@@ -26,7 +26,7 @@ SHAPES = [(512, 512), (1024, 512), (512, 512), (96, 512)]
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("n", "k", "books", "config"),
+    ("n", "k", "codebooks", "config"),
     [
         (33, 512, 1, ring.Config(4, 2)),
         (96, 1000, 3, ring.Config(8, 7)),
@@ -35,10 +35,12 @@ SHAPES = [(512, 512), (1024, 512), (512, 512), (96, 512)]
         (400, 4096, 1, ring.Config(16, 1)),  # more than the ring holds
     ],
 )
-def test_a_streamed_product(rng, bits, uniform, n, k, books, config, dtype):
-    (x, *arrays), _, wanted = planar.product(rng, 1, n, k, bits, 64, dtype, books, uniform=uniform)
+def test_a_streamed_product(rng, bits, uniform, n, k, codebooks, config, dtype):
+    (x, *arrays), _, wanted = planar.product(
+        rng, 1, n, k, bits, 64, dtype, codebooks, uniform=uniform
+    )
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
-    case = Case(1, n, k, bits, 64, books, half, half, single, single, uniform)
+    case = Case(1, n, k, bits, 64, codebooks, half, half, single, single, uniform)
     assert stream.unsupported_product(case, config.workers, config.programs) is None
     bias, y = rng.normal(size=n).astype(np.float32), np.full((1, n), np.nan, np.float32)
     emulator.run(
@@ -74,7 +76,7 @@ def test_groups_and_scales_of_a_streamed_product(rng, group_size, bits, uniform,
 
 
 @pytest.mark.parametrize(
-    ("bits", "uniform", "books", "config", "count", "bias"),
+    ("bits", "uniform", "codebooks", "config", "count", "bias"),
     [
         (1, False, (1, 2, 1, 3), ring.Config(2, 3), 4, False),
         (1, False, (1, 1, 1, 1), ring.Config(3, 5), 3, True),
@@ -85,23 +87,23 @@ def test_groups_and_scales_of_a_streamed_product(rng, group_size, bits, uniform,
         (8, False, (1, 1, 1, 1), ring.Config(4, 5), 4, True),
     ],
 )
-def test_values_of_a_chain(rng, bits, uniform, books, config, count, bias):
-    _check_chain(rng, SHAPES[:count], bits, uniform, books, config, bias=bias)
+def test_values_of_a_chain(rng, bits, uniform, codebooks, config, count, bias):
+    _check_chain(rng, SHAPES[:count], bits, uniform, codebooks, config, bias=bias)
 
 
 @pytest.mark.parametrize(
-    ("bits", "books", "config", "shapes"),
+    ("bits", "codebooks", "config", "shapes"),
     [
         # More warps than units of a tile, and programs that differ in tiles.
         (1, (1, 1, 1, 1), ring.Config(5, 2), [(512, 512), (1024, 512), (512, 512), (208, 512)]),
         (4, (1, 2, 1, 3), ring.Config(4, 3), SHAPES),
-        # Sums that take the places of other numbers of tiles.
+        # Sums that take the memory of other numbers of tiles.
         (8, (1, 2, 1, 2), ring.Config(12, 2), [(512, 512), (2048, 512), (512, 1024), (64, 512)]),
     ],
 )
-def test_a_chain_with_warps_in_any_order(rng, bits, books, config, shapes):
+def test_a_chain_with_warps_in_any_order(rng, bits, codebooks, config, shapes):
     """Nothing but what the programs wait for is in order: the emulator's warps run as chance has it."""
-    _check_chain(rng, shapes, bits, False, books, config, bias=False, chance=rng)
+    _check_chain(rng, shapes, bits, False, codebooks, config, bias=False, chance=rng)
 
 
 @pytest.mark.parametrize(
@@ -109,23 +111,23 @@ def test_a_chain_with_warps_in_any_order(rng, bits, books, config, shapes):
     [(1, 128, "float16"), (2, 128, "float16"), (4, 32, "float32"), (8, 16, "bfloat16")],
 )
 def test_a_chain_of_other_groups_and_scales(rng, bits, group_size, scales):
-    config, books = ring.Config(4, 3), (1, 2, 1, 1)
+    config, codebooks = ring.Config(4, 3), (1, 2, 1, 1)
     kind = dict(group_size=group_size, scales=scales)
-    _check_chain(rng, SHAPES, bits, False, books, config, bias=False, chance=rng, **kind)
+    _check_chain(rng, SHAPES, bits, False, codebooks, config, bias=False, chance=rng, **kind)
 
 
-def _check_chain(rng, shapes, bits, uniform, books, config, *, bias, chance=None, **kind):
+def _check_chain(rng, shapes, bits, uniform, codebooks, config, *, bias, chance=None, **kind):
     """Runs the kernel on the emulator, its results poisoned before, and compares with float64."""
-    weights = chains.weights(rng, shapes, bits, books, uniform, bias, **kind)
+    weights = chains.weights(rng, shapes, bits, codebooks, uniform, bias, **kind)
     products = [case for case, *_ in weights]
     assert chain.unsupported_reason(products, config, H200) is None
     cases = chain.cases(products, chains.EPS, config, H200)
     x, residual, scales = chains.inputs(rng, 512, 512)
     counters = np.zeros(len(shapes), np.int32)
     operands = [x, residual, counters]
-    for place, (_, arrays, *_) in enumerate(weights):
+    for index, (_, arrays, *_) in enumerate(weights):
         operands += [a for a in arrays[1:] if a is not None]
-        operands += [scales[place // 2]] * (place in (0, 2))
+        operands += [scales[index // 2]] * (index in (0, 2))
     shapes = chain.outputs(cases, config, H200)
     found = {name: np.full(a.shape, np.nan, a.dtype) for name, a in shapes.items()}
     emulator.run(
@@ -141,12 +143,12 @@ def _check_chain(rng, shapes, bits, uniform, books, config, *, bias, chance=None
     chains.check(left, weights, x, residual, scales, found)
 
 
-def _products(bits, hidden, inner, qkv, books=(1, 2, 1, 3)):
+def _products(bits, hidden, inner, qkv, codebooks=(1, 2, 1, 3)):
     half = jnp.dtype(jnp.bfloat16)
     shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (qkv, hidden)]
     return [
         Case(1, n, k, bits, 64, b, half, half, None, half)
-        for (n, k), b in zip(shapes, books, strict=True)
+        for (n, k), b in zip(shapes, codebooks, strict=True)
     ]
 
 
@@ -177,7 +179,10 @@ def test_chains_assemble(tmp_path, bits):
         (lambda cases: [dataclasses.replace(c, group_size=1024) for c in cases], "split fours"),
         (lambda cases: [dataclasses.replace(c, group_size=192) for c in cases], "whole blocks"),
         (lambda cases: [dataclasses.replace(c, group_size=4) for c in cases], "less than 8"),
-        (lambda cases: [cases[0], dataclasses.replace(cases[1], books=3), *cases[2:]], "codebooks"),
+        (
+            lambda cases: [cases[0], dataclasses.replace(cases[1], codebooks=3), *cases[2:]],
+            "codebooks",
+        ),
         (lambda cases: _products(8, 1024, 128 * 1024, 1536), "shared memory"),
     ],
 )

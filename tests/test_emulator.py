@@ -43,14 +43,18 @@ def block(*lines, shared=1024):
 
 def load(register, operand, bits=32):
     """Lines that load a thread's element of an operand."""
-    place = f"of_{register}"
-    return ADDRESS.format(place, bits // 8, operand), f"ld.global.b{bits} {register}, [{place}+0];"
+    register_of = f"of_{register}"
+    return ADDRESS.format(
+        register_of, bits // 8, operand
+    ), f"ld.global.b{bits} {register}, [{register_of}+0];"
 
 
 def store(operand, register, bits=32):
     """Lines that store a thread's element of an operand."""
-    place = f"to_{register}"
-    return ADDRESS.format(place, bits // 8, operand), f"st.global.b{bits} [{place}+0], {register};"
+    register_of = f"to_{register}"
+    return ADDRESS.format(
+        register_of, bits // 8, operand
+    ), f"st.global.b{bits} [{register_of}+0], {register};"
 
 
 def calculate(opcode, *sources, result=np.uint32, more=""):
@@ -70,7 +74,7 @@ def calculate(opcode, *sources, result=np.uint32, more=""):
 
 
 def columns(*values, dtype=np.uint32):
-    """Every combination of values, an array for each place."""
+    """Every combination of values, an array for each argument."""
     return np.ascontiguousarray(np.asarray(list(itertools.product(*values)), dtype).T)
 
 

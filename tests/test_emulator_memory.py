@@ -99,7 +99,7 @@ def test_a_warp_waits_for_a_word_in_memory():
 
 
 def lanes():
-    """Each lane, its group and its place in the group."""
+    """Each lane, its group and its index in the group."""
     return ((lane, lane // 4, lane % 4) for lane in range(32))
 
 
@@ -204,8 +204,8 @@ def group_operands(rng):
     left, right = rng.integers(-9, 9, (64, 16)), rng.integers(-9, 9, (16, TOKENS))
     shared = np.zeros(1024, ml_dtypes.bfloat16)
     for k, token in np.ndindex(16, TOKENS):
-        place = k // 8 * BY_K + token // 8 * BY_TOKEN + token % 8 * 16 + k % 8 * 2
-        shared[place // 2] = right[k, token]
+        address = k // 8 * BY_K + token // 8 * BY_TOKEN + token % 8 * 16 + k % 8 * 2
+        shared[address // 2] = right[k, token]
     a, sums = np.zeros((128, 8), ml_dtypes.bfloat16), rng.integers(-9, 9, (128, TOKENS // 2))
     wanted, product = sums.copy(), left @ right
     for thread in range(128):
@@ -316,8 +316,8 @@ def cluster(*between):
         *("mad.lo.u32 v, rank, 100, thread;", "st.shared.b32 [s+0], v;", *between),
         *("mapa.shared::cluster.u32 first, s, 0;", "mapa.shared::cluster.u32 second, s, 1;"),
         *("ld.shared::cluster.b32 a, [first+0];", "ld.shared::cluster.b32 b, [second+0];"),
-        *("mad.lo.u32 v, a, 1000, b;", "mad.lo.u32 place, rank, 32, thread;"),
-        *("mad.wide.u32 q, place, 4, $1;", "st.global.b32 [q+0], v;"),
+        *("mad.lo.u32 v, a, 1000, b;", "mad.lo.u32 index, rank, 32, thread;"),
+        *("mad.wide.u32 q, index, 4, $1;", "st.global.b32 [q+0], v;"),
     )
 
 

@@ -117,11 +117,11 @@ def test_columns_of_a_product_are_undefined_one_by_one():
 
 
 def test_constants_that_the_kernel_changes():
-    place = "mad.wide.u32 p, thread, 4, $1;"
+    address = "mad.wide.u32 p, thread, 4, $1;"
     load, change = "ld.global.nc.b32 v, [p+0];", "st.global.b32 [p+0], thread;"
-    refused("as a constant", (place, load, change))
-    refused("has written", (place, change, load))
-    run((place, change, load.replace(".nc", "")), [WORDS.copy()])
+    refused("as a constant", (address, load, change))
+    refused("has written", (address, change, load))
+    run((address, change, load.replace(".nc", "")), [WORDS.copy()])
     # Programs of the same launch count too, and an operand that is also a result.
     found = np.zeros(64, np.uint32)
     lines = (
@@ -131,7 +131,7 @@ def test_constants_that_the_kernel_changes():
     with pytest.raises(emulator.Fault, match="has written"):
         emulator.run(block(*lines), [found], (2, 1), 32)
     same = WORDS.copy()
-    refused("has written", (place, change, place.replace("$1", "$2"), load), [same, same])
+    refused("has written", (address, change, address.replace("$1", "$2"), load), [same, same])
 
 
 def test_deadlocks_and_wrong_barriers():

@@ -53,13 +53,13 @@ def _check(
     dtype,
     *,
     config=None,
-    books=1,
+    codebooks=1,
     bias=True,
     scale=1.0,
     **kind,
 ):
     arrays, facts, wanted = planar.product(
-        rng, m, n, k, bits, group_size, dtype, books, scale, uniform, **kind
+        rng, m, n, k, bits, group_size, dtype, codebooks, scale, uniform, **kind
     )
     added = rng.normal(size=n).astype(np.float32) * bias
     y = pallas_kernels.matmul(
@@ -86,7 +86,7 @@ def _tuned():
     for row in choice.table():
         if row["kernel"] in choice.KERNELS and _is_ours(row):
             config = choice.configuration(row, TARGET)
-            found[row["bits"], choice.is_even(row), config] = row["m"]
+            found[row["bits"], choice.is_uniform(row), config] = row["m"]
     return [(*key, m) for key, m in found.items()]
 
 
@@ -99,7 +99,7 @@ def test_tuned_configurations(rng, bits, uniform, config, m):
 @pytest.mark.parametrize("dtype", sorted(oracle.DTYPES))
 @pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize(
-    ("m", "n", "k", "group_size", "books"),
+    ("m", "n", "k", "group_size", "codebooks"),
     [
         (1, 1, 7, 64, 1),
         (1, 4096, 4096, 64, 1),
@@ -112,12 +112,12 @@ def test_tuned_configurations(rng, bits, uniform, config, m):
         (700, 64, 512, 64, 1),
     ],
 )
-def test_shapes(rng, dtype, bits, uniform, m, n, k, group_size, books):
+def test_shapes(rng, dtype, bits, uniform, m, n, k, group_size, codebooks):
     if dtype == "float32" and not TARGET.has_pallas:
         with pytest.raises(NotImplementedError, match="x is float32"):
-            _check(rng, m, n, k, bits, uniform, group_size, dtype, books=books)
+            _check(rng, m, n, k, bits, uniform, group_size, dtype, codebooks=codebooks)
         return
-    _check(rng, m, n, k, bits, uniform, group_size, dtype, books=books)
+    _check(rng, m, n, k, bits, uniform, group_size, dtype, codebooks=codebooks)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -143,10 +143,10 @@ def test_large_and_tiny_scales(rng, bits, uniform, m, dtype, scale):
 
 
 @pytest.mark.parametrize(("bits", "uniform"), DECODERS)
-@pytest.mark.parametrize(("n", "k", "books"), [(33, 600, 1), (6144, 4096, 3), (128, 21512, 2)])
-def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books):
+@pytest.mark.parametrize(("n", "k", "codebooks"), [(33, 600, 1), (6144, 4096, 3), (128, 21512, 2)])
+def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, codebooks):
     before, after, weight, facts, wanted, inverse = planar.residual_product(
-        rng, n, k, books, bits=bits, uniform=uniform
+        rng, n, k, codebooks, bits=bits, uniform=uniform
     )
     residual, norm_scale = after
     outputs = pallas_kernels.residual_matmul(

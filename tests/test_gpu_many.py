@@ -31,13 +31,15 @@ def _configs():
     return sorted(found, key=str)
 
 
-def _product(rng, m, n, k, bits, group, dtype, books, bias, scales=None):
+def _product(rng, m, n, k, bits, group, dtype, codebooks, bias, scales=None):
     """Case, arrays, what the product should be, and the bias or None."""
     scales = jnp.dtype(scales or dtype)
-    arrays, _, wanted = planar.product(rng, m, n, k, bits, group, dtype, books, scale_dtype=scales)
+    arrays, _, wanted = planar.product(
+        rng, m, n, k, bits, group, dtype, codebooks, scale_dtype=scales
+    )
     added = jnp.asarray(rng.normal(size=n), dtype) if bias else None
     half = jnp.dtype(dtype)
-    case = Case(m, n, k, bits, group, books, half, scales, half if bias else None, half)
+    case = Case(m, n, k, bits, group, codebooks, half, scales, half if bias else None, half)
     return case, Arrays(*arrays, added), wanted, added
 
 
@@ -46,8 +48,10 @@ def _poison():
     jnp.full(64 << 20, jnp.nan, jnp.bfloat16).block_until_ready().delete()
 
 
-def _check(rng, m, n, k, bits, group, dtype, config, books=1, bias=False, scales=None):
-    case, arrays, wanted, added = _product(rng, m, n, k, bits, group, dtype, books, bias, scales)
+def _check(rng, m, n, k, bits, group, dtype, config, codebooks=1, bias=False, scales=None):
+    case, arrays, wanted, added = _product(
+        rng, m, n, k, bits, group, dtype, codebooks, bias, scales
+    )
     reason = mosaic_matmul.unsupported_reason(case, config, current())
     assert reason is None, reason
     _poison()
@@ -95,7 +99,7 @@ def test_groups_with_scales_of_their_own(rng, bits, group, scales, dtype):
 @pytest.mark.parametrize("m", [1, 16, 131])
 def test_configurations_with_codebooks_of_their_own(rng, config, m):
     n = 3 * config.rows
-    _check(rng, m, n, 2056, 4, 64, "bfloat16", config, books=3, bias=True)
+    _check(rng, m, n, 2056, 4, 64, "bfloat16", config, codebooks=3, bias=True)
 
 
 @pytest.mark.parametrize("bits", [1, 4])

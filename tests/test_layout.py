@@ -22,12 +22,12 @@ def test_shifts_find_each_code_where_packing_puts_it(rng, bits):
     facts = dict(bits=bits, group_size=64, out_features=n, in_features=k)
     words = np.asarray(packing.to_planar(packing.pack(codes, bits), scales, **facts)[0], int)
     found = np.full((2, 2, layout.TILE_ROWS, k // 2), -1)
-    row, place = np.arange(8)[:, None], np.arange(layout.PLACES)[None, :]
+    row, word = np.arange(8)[:, None], np.arange(layout.WORDS)[None, :]
     for shift in layout.shifts(bits):
-        lower = np.asarray([shift.lower(0), shift.lower(1)])[place & 1]
-        column = shift.column(place)
+        lower = np.asarray([shift.lower(0), shift.lower(1)])[word & 1]
+        column = shift.column(word)
         assert (
-            column // layout.PLANE == np.asarray([shift.plane(0), shift.plane(1)])[place & 1]
+            column // layout.PLANE == np.asarray([shift.plane(0), shift.plane(1)])[word & 1]
         ).all()
         code = words[:, :, shift.half] >> (bits * shift.number) & (2**bits - 1)
         assert (found[:, :, row + 8 * lower, column] == -1).all(), "a code twice"
@@ -43,13 +43,13 @@ def test_scales_are_where_packing_puts_them(rng):
     facts = dict(bits=4, group_size=64, out_features=n, in_features=groups * 64)
     planar = np.asarray(packing.to_planar(packed, scales, **facts)[1])[0]
     row, group = np.arange(n)[:, None], np.arange(groups)[None, :]
-    np.testing.assert_array_equal(planar[layout.scale_place(row, group)], scales)
+    np.testing.assert_array_equal(planar[layout.scale_index(row, group)], scales)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", packing.BITS)
 @pytest.mark.parametrize(
-    ("m", "n", "k", "group_size", "dtype", "books"),
+    ("m", "n", "k", "group_size", "dtype", "codebooks"),
     [
         (1, 33, 130, 64, "float32", 1),
         (3, 48, 600, 24, "float32", 3),
@@ -57,8 +57,8 @@ def test_scales_are_where_packing_puts_them(rng):
         (1, 20, 700, 128, "float16", 1),
     ],
 )
-def test_the_plain_kernel_in_the_interpreter(rng, bits, m, n, k, group_size, dtype, books):
-    arrays, facts, wanted = planar.product(rng, m, n, k, bits, group_size, dtype, books)
+def test_the_plain_kernel_in_the_interpreter(rng, bits, m, n, k, group_size, dtype, codebooks):
+    arrays, facts, wanted = planar.product(rng, m, n, k, bits, group_size, dtype, codebooks)
     arrays = Arrays(*arrays, bias=None)
     case = Case.of(arrays, **facts, out_dtype=jnp.float32)
     wanted.check(plain.matmul(case, arrays, interpret=True))

@@ -70,8 +70,8 @@ def test_out_dtype_and_mixed_weights(backend, rng):
 @pytest.mark.parametrize("bits", [1, 4])
 def test_row_blocks_with_codebooks_of_their_own(backend, bits, rng):
     x, q, _ = case(rng, (2,), 96, 128, bits)
-    books = np.sort(rng.standard_normal((3, 2**bits)), -1).astype(np.float32)
-    q = dataclasses.replace(q, codebook=jnp.asarray(books), uniform=bits == 1)
+    codebooks = np.sort(rng.standard_normal((3, 2**bits)), -1).astype(np.float32)
+    q = dataclasses.replace(q, codebook=jnp.asarray(codebooks), uniform=bits == 1)
     q.validate()
     check(backend, x, q)
 

@@ -23,8 +23,8 @@ BF16 = jnp.dtype(jnp.bfloat16)
 F16, F32 = jnp.dtype(jnp.float16), jnp.dtype(jnp.float32)
 
 
-def case(m=40, n=264, k=1032, bits=4, group=64, books=1, dtype=BF16, bias=None, scales=None):
-    return Case(m, n, k, bits, group, books, dtype, scales or dtype, bias, dtype)
+def case(m=40, n=264, k=1032, bits=4, group=64, codebooks=1, dtype=BF16, bias=None, scales=None):
+    return Case(m, n, k, bits, group, codebooks, dtype, scales or dtype, bias, dtype)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -51,10 +51,10 @@ def test_a_thread_finds_the_codes_of_its_operands(bits, rng):
     thread = np.arange(128)
     warp, g, c = mosaic_values.lane_of(thread)
     for plane in range(planes * blocks):
-        for chunk, (place, bit) in enumerate(
-            mosaic_decoding.code_places(bits, thread, plane, blocks)
+        for chunk, (offset, bit) in enumerate(
+            mosaic_decoding.code_offsets(bits, thread, plane, blocks)
         ):
-            word = sum(shared[place + i].astype(np.int64) << 8 * i for i in range(4)) >> bit
+            word = sum(shared[offset + i].astype(np.int64) << 8 * i for i in range(4)) >> bit
             for row in range(2):
                 for e in range(2):
                     shift = row + 16 * e if bits == 1 else bits * (2 * row + e)
@@ -63,9 +63,9 @@ def test_a_thread_finds_the_codes_of_its_operands(bits, rng):
                     np.testing.assert_array_equal(found, wanted)
     planar = np.asarray(planar).reshape(-1)
     for index in range(k // group):
-        place = mosaic_decoding.scale_place(thread, index, k // group // 4) // 2
-        np.testing.assert_array_equal(planar[place], scales[16 * warp + g, index])
-        np.testing.assert_array_equal(planar[place + 1], scales[16 * warp + g + 8, index])
+        offset = mosaic_decoding.scale_offset(thread, index, k // group // 4) // 2
+        np.testing.assert_array_equal(planar[offset], scales[16 * warp + g, index])
+        np.testing.assert_array_equal(planar[offset + 1], scales[16 * warp + g + 8, index])
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,9 @@ def test_a_thread_finds_the_codes_of_its_operands(bits, rng):
         (case(bits=1, group=128, scales=F16), Config(16, 1, 4, 16, 2)),
         (case(bits=4, group=16, scales=F32), Config(64, 2, 2, 8, 2)),
         (case(bits=8, group=1032, scales=BF16, dtype=F16), Config(64, 1, 2, 8, 2)),
-        (case(bits=4, group=768, scales=F16, n=256, books=2), Config(128, 2, 1, 4, 2)),
+        (case(bits=4, group=768, scales=F16, n=256, codebooks=2), Config(128, 2, 1, 4, 2)),
         (case(bits=4, bias=BF16), Config(64, 2, 2, 8, 2, splits=2)),
-        (case(bits=8, n=256, books=2), Config(64, 1, 2, 8, 2)),
+        (case(bits=8, n=256, codebooks=2), Config(64, 1, 2, 8, 2)),
         (case(bits=4, k=2056), Config(64, 1, 4, 8, 2, splits=2)),
     ],
 )
@@ -86,12 +86,12 @@ def test_lowers_for_a_gpu(product, config):
     assert mosaic_matmul.unsupported_reason(product, config, H200) is None
     shape = jax.ShapeDtypeStruct
     half, bits = product.x_dtype, product.bits
-    books = (2**bits,) if product.books == 1 else (product.books, 2**bits)
+    codebooks = (2**bits,) if product.codebooks == 1 else (product.codebooks, 2**bits)
     arrays = Arrays(
         shape((product.m, product.k), half),
         shape((product.tiles, product.blocks, 2, 8, 32), jnp.uint16),
-        shape((product.tiles, product.quads, 64), product.scale_dtype),
-        shape(books, jnp.float32),
+        shape((product.tiles, product.scale_fours, 64), product.scale_dtype),
+        shape(codebooks, jnp.float32),
         None if product.bias_dtype is None else shape((product.n,), product.bias_dtype),
     )
     with for_a_gpu():
@@ -107,7 +107,7 @@ def test_lowers_for_a_gpu(product, config):
         (dict(group_size=192), Config(), "whole row"),
         (dict(out_dtype=F32), Config(), "outputs"),
         (dict(x_dtype=F32), Config(), "float32"),
-        (dict(books=3), Config(), "codebooks"),
+        (dict(codebooks=3), Config(), "codebooks"),
         (dict(k=256), Config(splits=2), "too small"),
         ({}, Config(256, 2, 1, 16, 4), "shared memory"),
         ({}, Config(64, 1, 4, 6), "do not divide"),

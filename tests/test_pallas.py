@@ -29,11 +29,11 @@ from pallas_kernels.target import H200, Target
 @pytest.mark.parametrize("dtype", sorted(oracle.DTYPES))
 @pytest.mark.parametrize("bits", packing.BITS)
 @pytest.mark.parametrize(
-    ("m", "n", "k", "group_size", "books"),
+    ("m", "n", "k", "group_size", "codebooks"),
     [(1, 1, 7, 4, 1), (3, 33, 130, 64, 1), (17, 48, 96, 32, 3), (2, 5, 600, 24, 1)],
 )
-def test_interpreted_values(rng, dtype, bits, m, n, k, group_size, books):
-    arrays, facts, wanted = planar.product(rng, m, n, k, bits, group_size, dtype, books)
+def test_interpreted_values(rng, dtype, bits, m, n, k, group_size, codebooks):
+    arrays, facts, wanted = planar.product(rng, m, n, k, bits, group_size, dtype, codebooks)
     bias = rng.normal(size=n).astype(np.float32)
     y = pallas_kernels.matmul(
         *arrays,
@@ -64,8 +64,8 @@ def _lower(case, run):
     arrays = (
         shape((case.m, case.k), case.x_dtype),
         shape((case.tiles, case.blocks, 2, 8, 32), jnp.uint16),
-        shape((case.tiles, case.quads, 64), case.scale_dtype),
-        shape((case.books, 2**case.bits), jnp.float32),
+        shape((case.tiles, case.scale_fours, 64), case.scale_dtype),
+        shape((case.codebooks, 2**case.bits), jnp.float32),
         None if case.bias_dtype is None else shape((case.n,), case.bias_dtype),
     )
     with for_a_gpu():
@@ -76,13 +76,13 @@ def _tuned_rows():
     """A row of the table for each configuration and decoder in it."""
     rows = {}
     for r in choice.table():
-        rows[r["bits"], choice.is_even(r), r["m"], r["kernel"], *r["config"].values()] = r
+        rows[r["bits"], choice.is_uniform(r), r["m"], r["kernel"], *r["config"].values()] = r
     return list(rows.values())
 
 
 @pytest.mark.parametrize("row", _tuned_rows(), ids=lambda r: "{bits}-{m}-{n}-{k}".format(**r))
 def test_tuned_rows_lower(row):
-    case = planar.case(row["m"], row["n"], row["k"], row["bits"], uniform=choice.is_even(row))
+    case = planar.case(row["m"], row["n"], row["k"], row["bits"], uniform=choice.is_uniform(row))
     target = dataclasses.replace(Target.parse(choice.architecture_of(row)), kind=row["device"])
     plan = choice.choose(case, target)
     assert plan.kernel == row["kernel"]
@@ -189,10 +189,10 @@ def test_plans_say_why():
 
 
 def test_codebooks_that_change_within_a_program_take_smaller_programs():
-    case = planar.case(1, 96, 4096, 4, books=6)
+    case = planar.case(1, 96, 4096, 4, codebooks=6)
     plan = choice.choose(case, H200)
     assert plan.kernel == "matvec" and plan.config.rows == 16
-    assert choice.choose(planar.case(1, 96, 4096, 4, books=12), H200).kernel == "plain"
+    assert choice.choose(planar.case(1, 96, 4096, 4, codebooks=12), H200).kernel == "plain"
 
 
 def test_errors_name_the_remedy(rng):

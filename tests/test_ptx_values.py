@@ -25,14 +25,14 @@ def test_quotients_and_remainders(rng, divisor):
     values = np.clip(values, 0, 2**30 - 1).astype(np.uint32)
     ptx, threads = Ptx(), len(values)
     ptx.share(16)
-    place = ptx.op("mad.wide.u32", ptx.op("mov.u32", "%tid.x"), 4, "$1", kind="b64")
-    value = ptx.op("ld.global.nc.b32", at(place))
+    address = ptx.op("mad.wide.u32", ptx.op("mov.u32", "%tid.x"), 4, "$1", kind="b64")
+    value = ptx.op("ld.global.nc.b32", at(address))
     for target, result in (
         ("$2", ptx.quotient(value, divisor)),
         ("$3", ptx.remainder(value, divisor)),
     ):
-        place = ptx.op("mad.wide.u32", ptx.op("mov.u32", "%tid.x"), 4, target, kind="b64")
-        ptx.do("st.global.b32", at(place), result)
+        address = ptx.op("mad.wide.u32", ptx.op("mov.u32", "%tid.x"), 4, target, kind="b64")
+        ptx.do("st.global.b32", at(address), result)
     found = np.full((2, threads), 2**32 - 1, np.uint32)
     emulator.run(ptx.text(), [values, *found], (1, 1), threads)
     np.testing.assert_array_equal(found, np.divmod(values, np.uint32(divisor)))
@@ -58,7 +58,7 @@ def _run_ptx(case, config, arrays, bias):
 
 @pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize(
-    ("m", "n", "k", "group_size", "books", "dtype", "config"),
+    ("m", "n", "k", "group_size", "codebooks", "dtype", "config"),
     [
         (1, 33, 600, 64, 1, "bfloat16", matvec.Config(2, 4, 1, 1)),
         (1, 20, 1100, 128, 1, "bfloat16", matvec.Config(1, 4, 8, 1, 1, True)),
@@ -91,12 +91,12 @@ def _run_ptx(case, config, arrays, bias):
         (41, 40, 700, 64, 1, "bfloat16", mma.Config(48, 1, 2, 4, 2, 2)),
     ],
 )
-def test_ptx_values_and_bounds(rng, bits, uniform, m, n, k, group_size, books, dtype, config):
+def test_ptx_values_and_bounds(rng, bits, uniform, m, n, k, group_size, codebooks, dtype, config):
     arrays, _, wanted = planar.product(
-        rng, m, n, k, bits, group_size, dtype, books, uniform=uniform
+        rng, m, n, k, bits, group_size, dtype, codebooks, uniform=uniform
     )
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
-    case = Case(m, n, k, bits, group_size, books, half, half, single, single, uniform)
+    case = Case(m, n, k, bits, group_size, codebooks, half, half, single, single, uniform)
     assert choice.unsupported_reason(case, config, H200) is None
     bias = rng.normal(size=n).astype(np.float32)
     wanted.check(_run_ptx(case, config, arrays, bias), bias)
@@ -105,7 +105,7 @@ def test_ptx_values_and_bounds(rng, bits, uniform, m, n, k, group_size, books, d
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("wide_scales", [False, True])
 @pytest.mark.parametrize(
-    ("n", "k", "books", "config"),
+    ("n", "k", "codebooks", "config"),
     [
         (33, 600, 1, integer.Config(2, 2)),
         (64, 1100, 2, integer.Config(7, 3)),
@@ -115,11 +115,11 @@ def test_ptx_values_and_bounds(rng, bits, uniform, m, n, k, group_size, books, d
         (16 * 150, 300, 150, integer.Config(3, 4)),
     ],
 )
-def test_integer_kernel(rng, n, k, books, config, dtype, wide_scales):
-    (x, packed, scales, codebook), _, wanted = planar.product(rng, 1, n, k, 1, 64, dtype, books)
+def test_integer_kernel(rng, n, k, codebooks, config, dtype, wide_scales):
+    (x, packed, scales, codebook), _, wanted = planar.product(rng, 1, n, k, 1, 64, dtype, codebooks)
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
     scale_dtype = single if wide_scales else half
-    case = Case(1, n, k, 1, 64, books, half, scale_dtype, single, single)
+    case = Case(1, n, k, 1, 64, codebooks, half, scale_dtype, single, single)
     assert choice.unsupported_reason(case, config, H200) is None
     bias = rng.normal(size=n).astype(np.float32)
     arrays = (x, packed, scales.astype(scale_dtype), codebook)
@@ -128,7 +128,7 @@ def test_integer_kernel(rng, n, k, books, config, dtype, wide_scales):
 
 @pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
-    ("n", "k", "books", "group_size", "config"),
+    ("n", "k", "codebooks", "group_size", "config"),
     [
         (33, 1100, 1, 32, integer.Config(3, 2)),
         (64, 2048, 2, 32, integer.Config(7, 3)),
@@ -139,13 +139,19 @@ def test_integer_kernel(rng, n, k, books, config, dtype, wide_scales):
         (33, 8192, 1, 1024, integer.Config(16, 2)),
     ],
 )
-def test_groups_and_scales_of_the_integer_kernel(rng, n, k, books, group_size, config, scale_dtype):
+def test_groups_and_scales_of_the_integer_kernel(
+    rng, n, k, codebooks, group_size, config, scale_dtype
+):
     arrays, _, wanted = planar.product(
-        rng, 1, n, k, 1, group_size, "bfloat16", books, scale_dtype=scale_dtype
+        rng, 1, n, k, 1, group_size, "bfloat16", codebooks, scale_dtype=scale_dtype
     )
     single = jnp.dtype(jnp.float32)
     case = planar.case(
-        *(1, n, k, 1), group_size=group_size, books=books, scales=arrays[2].dtype, out=single
+        *(1, n, k, 1),
+        group_size=group_size,
+        codebooks=codebooks,
+        scales=arrays[2].dtype,
+        out=single,
     )
     assert choice.unsupported_reason(case, config, H200) is None
     wanted.check(_run_ptx(case, config, arrays, None))
@@ -226,7 +232,7 @@ def test_integer_kernel_is_exact_for_integers(rng):
 
 
 @pytest.mark.parametrize(
-    ("bits", "uniform", "n", "k", "books", "config"),
+    ("bits", "uniform", "n", "k", "codebooks", "config"),
     [
         (1, False, 33, 600, 1, integer.Config(2, 2)),
         (1, False, 64, 2060, 2, integer.Config(3, 3)),
@@ -244,13 +250,17 @@ def test_integer_kernel_is_exact_for_integers(rng):
 )
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, books, config, normed, residual):
+def test_sums_and_norms_around_a_product(
+    rng, bits, uniform, n, k, codebooks, config, normed, residual
+):
     before, after, weight, _, wanted, inverse = planar.residual_product(
-        rng, n, k, books, 70, bits, uniform
+        rng, n, k, codebooks, 70, bits, uniform
     )
     options = dict(norm_eps=planar.NORM_EPS, squares=70) if normed else {}
     case = Case(
-        *(1, n, k, bits, 64, books, HALF, HALF, HALF, HALF, uniform), residual=residual, **options
+        *(1, n, k, bits, 64, codebooks, HALF, HALF, HALF, HALF, uniform),
+        residual=residual,
+        **options,
     )
     assert choice.unsupported_reason(case, config, H200) is None
     bias = rng.normal(size=n).astype(HALF)

@@ -163,7 +163,7 @@ def test_explain_and_matmul_ask_for_the_kernel_of_one_case(rng, monkeypatch):
         asked.clear()
         jax.jit(lambda x: fdk_jax.matmul(x, w, **options)).trace(x)
     assert told == set(asked) and len(told) == 1
-    assert next(iter(told)).books == 2 and next(iter(told)).out_dtype == jnp.float32
+    assert next(iter(told)).codebooks == 2 and next(iter(told)).out_dtype == jnp.float32
 
 
 def test_several_gpus_share_what_all_have():
@@ -270,8 +270,8 @@ def test_products_and_differences_of_bfloat16_are_the_same_by_multiply_add(rng, 
             for name in ("$1", "$2")
         ]
         result = getattr(ptx, f"{opcode}_halves")("bf16", *values)
-        place = ptx.op("mad.wide.u32", thread, 4, "$3", kind="b64")
-        ptx.do("st.global.b32", pallas_kernels.ptx.at(place), result)
+        address = ptx.op("mad.wide.u32", thread, 4, "$3", kind="b64")
+        ptx.do("st.global.b32", pallas_kernels.ptx.at(address), result)
         out = np.zeros(256, np.uint32)
         with np.errstate(all="ignore"):
             emulator.run(ptx.text(), [bits[0], bits[1], out], (1, 1), 256)

@@ -25,13 +25,13 @@ def addresses(machine: Machine, operand: Address, active: np.ndarray) -> np.ndar
 def access(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     """Loads registers from memory, or stores them; a vector is aligned as a whole."""
     loads, opcode = what.opcode.startswith("ld"), what.opcode
-    registers, place = what.operands[:2] if loads else what.operands[1::-1]
+    registers, address = what.operands[:2] if loads else what.operands[1::-1]
     registers = registers if isinstance(registers, tuple) else (registers,)
     vector = re.search(r"\.v([24])\.", opcode)
     if len(registers) != (int(vector[1]) if vector else 1):
         raise Fault(f"{len(registers)} registers are not those of the vector")
     size, memory = int(opcode[-2:]) // 8, machine.memory
-    where = addresses(machine, place, active)
+    where = addresses(machine, address, active)
     if "shared" in opcode:
         memory = machine.shared
         if "::cluster" not in opcode:  # the program's own; what is the cluster's has been mapped
@@ -60,8 +60,8 @@ def access(machine: Machine, what: Instruction, active: np.ndarray) -> None:
 )
 def add_atomically(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     """Adds to memory, a thread at a time, and lets everybody look again."""
-    place, value = what.operands[-2:]
-    where = addresses(machine, place, active)
+    address, value = what.operands[-2:]
+    where = addresses(machine, address, active)
     added, before = machine.registers.read(value, active), np.zeros(machine.threads, np.uint64)
     for thread in np.flatnonzero(active):
         before[thread] = machine.memory.load(where[[thread]], 4)[0][0]
@@ -76,5 +76,5 @@ def map_address(machine: Machine, what: Instruction, active: np.ndarray) -> None
     """The address of another program's shared memory that corresponds to one's own."""
     target, own, rank = what.operands
     ranks = machine.registers.read(rank, active)
-    place = machine.registers.read(own, active) + ranks * np.uint64(WINDOW)
-    machine.registers.write(target, place, active)
+    address = machine.registers.read(own, active) + ranks * np.uint64(WINDOW)
+    machine.registers.write(target, address, active)

@@ -64,14 +64,14 @@ class Barrier:
     phase: int = 0
 
 
-def _places(machine: Machine, operand: Address, active: np.ndarray) -> np.ndarray:
+def _shared_addresses(machine: Machine, operand: Address, active: np.ndarray) -> np.ndarray:
     return addresses(machine, operand, active) + machine.window
 
 
-def _barrier(machine: Machine, place: int) -> Barrier:
-    if place not in machine.barriers:
-        raise Fault(f"there is no barrier at {place}: mbarrier.init was not there")
-    return machine.barriers[place]
+def _barrier(machine: Machine, address: int) -> Barrier:
+    if address not in machine.barriers:
+        raise Fault(f"there is no barrier at {address}: mbarrier.init was not there")
+    return machine.barriers[address]
 
 
 def _turn(machine: Machine, barrier: Barrier) -> None:
@@ -87,11 +87,11 @@ def _turn(machine: Machine, barrier: Barrier) -> None:
 def begin(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     """Makes a barrier for so many arrivals a phase."""
     count = int(machine.registers.read(what.operands[1], active)[active][0])
-    places = _places(machine, what.operands[0], active)[active]
-    machine.check_aligned(places, 8)
-    machine.shared.load(places, 8)  # is within it
-    for place in places:
-        machine.barriers[int(place)] = Barrier(count, count)
+    addresses = _shared_addresses(machine, what.operands[0], active)[active]
+    machine.check_aligned(addresses, 8)
+    machine.shared.load(addresses, 8)  # is within it
+    for address in addresses:
+        machine.barriers[int(address)] = Barrier(count, count)
 
 
 @instruction(r"mbarrier\.arrive(\.expect_tx)?\.shared(::cta)?\.b64")
@@ -100,9 +100,9 @@ def arrive(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     sizes = np.zeros(machine.threads, np.uint64)
     if "expect_tx" in what.opcode:
         sizes = machine.registers.read(what.operands[2], active)
-    places = _places(machine, what.operands[1], active)
-    for place, size in zip(places[active], sizes[active], strict=True):
-        barrier = _barrier(machine, int(place))
+    addresses = _shared_addresses(machine, what.operands[1], active)
+    for address, size in zip(addresses[active], sizes[active], strict=True):
+        barrier = _barrier(machine, int(address))
         barrier.missing -= 1
         barrier.bytes += int(size)
         _turn(machine, barrier)
@@ -111,12 +111,12 @@ def arrive(machine: Machine, what: Instruction, active: np.ndarray) -> None:
 @instruction(r"mbarrier\.try_wait\.parity\.shared(::cta)?\.b64")
 def try_wait(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     """Whether the phase of a parity is over; if not, the thread may stand still before it goes on."""
-    places = _places(machine, what.operands[1], active)
+    addresses = _shared_addresses(machine, what.operands[1], active)
     parity = machine.registers.read(what.operands[2], active)
     done = np.zeros(machine.threads, bool)
-    for place in np.unique(places[active]):
-        here = active & (places == place)
-        done[here] = _barrier(machine, int(place)).phase % 2 != parity[here]
+    for address in np.unique(addresses[active]):
+        here = active & (addresses == address)
+        done[here] = _barrier(machine, int(address)).phase % 2 != parity[here]
     machine.registers.write(what.operands[0], done, active)
     if machine.chance.random() < 0.75:  # else its time is over, and it says so
         machine.polling |= active & ~done
@@ -128,7 +128,10 @@ def try_wait(machine: Machine, what: Instruction, active: np.ndarray) -> None:
 def copy_bulk(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     """Begins to copy so many bytes; a barrier learns of their arrival."""
     to, source, size, full = what.operands[:4]
-    targets, fulls = _places(machine, to, active), _places(machine, full, active)
+    targets, fulls = (
+        _shared_addresses(machine, to, active),
+        _shared_addresses(machine, full, active),
+    )
     sources, sizes = addresses(machine, source, active), machine.registers.read(size, active)
     for thread in np.flatnonzero(active):
         target, start, count = int(targets[thread]), int(sources[thread]), int(sizes[thread])
@@ -136,8 +139,8 @@ def copy_bulk(machine: Machine, what: Instruction, active: np.ndarray) -> None:
         if not count:
             raise Fault("a bulk copy of nothing")
         steps = np.arange(0, count, 4)
-        places = target + steps, start + steps, int(fulls[thread])
-        machine.bulk.append(functools.partial(_deliver, machine, *places))
+        what_and_where = target + steps, start + steps, int(fulls[thread])
+        machine.bulk.append(functools.partial(_deliver, machine, *what_and_where))
         if machine.chance.random() < 0.5:
             machine.bulk.pop()()
 

@@ -26,7 +26,7 @@ class Machine:
         chance: what happens by chance: the order of warps, when copies arrive.
         copies, groups, products, product_groups: of each warp, asynchronous copies and products of matrices
             since their last group, and the groups.
-        barriers, bulk: barriers in shared memory by their places, and copies that they wait for.
+        barriers, bulk: barriers in shared memory by their addresses, and copies that they wait for.
     """
 
     def __init__(
@@ -35,18 +35,18 @@ class Machine:
         run_by: list[Handler],
         memory: Memory,
         starts: list[int],
-        place: tuple[int, int],
+        index: tuple[int, int],
         threads: int,
         cluster: int,
         chance: np.random.Generator | None,
     ) -> None:
-        """Puts the threads of a place of the grid at the first instruction."""
+        """Puts the threads of an index of the grid at the first instruction."""
         self._source, self._handlers, self._by_chance = source, run_by, chance is not None
         self.threads = threads * cluster
         rank, thread = np.divmod(np.arange(self.threads), threads)
         self.window = rank * WINDOW
         fixed = {"fdk_shared": _SHARED, "%tid.x": thread}
-        fixed |= {"%ctaid.x": place[0] * cluster + rank, "%ctaid.y": place[1]}
+        fixed |= {"%ctaid.x": index[0] * cluster + rank, "%ctaid.y": index[1]}
         fixed |= {f"${i + 1}": start for i, start in enumerate(starts)}
         fixed = {k: np.full(self.threads, v).astype(np.uint64) for k, v in fixed.items()}
         has_wgmma = any(what.opcode.startswith("wgmma") for what in source.instructions)
@@ -54,7 +54,7 @@ class Machine:
         self.memory, self.shared = memory, Memory()
         for i in range(cluster if source.shared_bytes else 0):
             self.shared.share(source.shared_bytes, _SHARED + i * WINDOW)
-        self.chance = np.random.default_rng(place[0]) if chance is None else chance
+        self.chance = np.random.default_rng(index[0]) if chance is None else chance
         self._counter = np.zeros(self.threads, np.int64)
         self.polling, self._waiting = np.zeros((2, self.threads), bool)
         # Who is at a barrier, by its number, and how many it is for.
@@ -145,10 +145,10 @@ class Machine:
         if (lanes.any(axis=1) != lanes.all(axis=1)).any():
             raise Fault("a warp has diverged: some of its threads are elsewhere")
 
-    def check_aligned(self, places: np.ndarray, size: int) -> None:
+    def check_aligned(self, addresses: np.ndarray, size: int) -> None:
         """Refuses addresses that are no multiples of a size."""
-        if (places % size).any():
-            raise Fault(f"misaligned: {size} bytes at {places[places % size != 0][:4]}")
+        if (addresses % size).any():
+            raise Fault(f"misaligned: {size} bytes at {addresses[addresses % size != 0][:4]}")
 
     def wait_for_news(self, where: np.ndarray, values: np.ndarray, active: np.ndarray) -> None:
         """Lets threads that have found the same as the last time stand still until somebody adds to it."""

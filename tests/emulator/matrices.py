@@ -30,7 +30,7 @@ def _known(
     registers, of_c = machine.registers, [machine.registers.known(register) for register in c]
     if registers.known(*a) is None and of_b is None:
         return of_c
-    warp, g, quad = _lanes(machine)
+    warp, g, t = _lanes(machine)
     rows = np.ones((machine.threads // 32, 16), bool)
     for i, register in enumerate(a):
         if (known := registers.known(register)) is not None:
@@ -39,7 +39,7 @@ def _known(
     for i, known in enumerate(of_c):
         known = rows[warp, g + 8 * (i % 4 // 2)] & (True if known is None else known)
         if of_b is not None:
-            known &= of_b[warp, i // 4 * 8 + 2 * quad + i % 2]
+            known &= of_b[warp, i // 4 * 8 + 2 * t + i % 2]
         found.append(known)
     return found
 
@@ -57,17 +57,16 @@ def _sums(
 
     A holds rows g, g + 8 and columns 2 c, 2 c + 1, then those 8 further.
     """
-    warp, g, quad = _lanes(machine)
+    warp, g, t = _lanes(machine)
     left = np.zeros((machine.threads // 32, 16, 16))
     for i, bits in enumerate(a):
         pair = floats.halves(bits, dtype)
         for e in range(2):
-            left[warp, g + 8 * (i % 2), 2 * quad + e + 8 * (i // 2)] = pair[e]
+            left[warp, g + 8 * (i % 2), 2 * t + e + 8 * (i // 2)] = pair[e]
     with np.errstate(all="ignore"):
         product = left @ right
         totals = [
-            floats.singles(bits)
-            + product[warp, g + 8 * (i % 4 // 2), i // 4 * 8 + 2 * quad + i % 2]
+            floats.singles(bits) + product[warp, g + 8 * (i % 4 // 2), i // 4 * 8 + 2 * t + i % 2]
             for i, bits in enumerate(c)
         ]
         return [floats.bits_of(total.astype(np.float32)) for total in totals]
@@ -78,12 +77,12 @@ def multiply(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     """D = A [16, 16] B [16, 8] + C; of B a lane holds rows 2 c, 2 c + 1 and those 8 further."""
     machine.check_whole(active)
     dtype, (d, a, b, c) = floats.HALVES[what.opcode.split(".")[-2]], what.operands
-    warp, g, quad = _lanes(machine)
+    warp, g, t = _lanes(machine)
     right = np.zeros((machine.threads // 32, 16, 8))
     for i, register in enumerate(b):
         pair = floats.halves(machine.registers.peek(register, active), dtype)
         for e in range(2):
-            right[warp, 2 * quad + e + 8 * i, g] = pair[e]
+            right[warp, 2 * t + e + 8 * i, g] = pair[e]
     left, added = ([machine.registers.peek(r, active) for r in part] for part in (a, c))
     known = _known(machine, a, _columns(machine, b), c)
     sums = _sums(machine, left, right, added, dtype)
@@ -97,23 +96,25 @@ def multiply_bytes(machine: Machine, what: Instruction, active: np.ndarray) -> N
     machine.check_whole(active)
     of_a, of_b = what.opcode.split(".")[-3:-1]
     d, a, b, c = what.operands
-    warp, g, quad = _lanes(machine)
+    warp, g, t = _lanes(machine)
     left = np.zeros((machine.threads // 32, 16, 32), np.int64)
     right = np.zeros((machine.threads // 32, 32, 8), np.int64)
 
-    def byte(register: str, place: int, kind: str) -> np.ndarray:
-        bits = (machine.registers.peek(register, active) >> np.uint64(8 * place)).astype(np.uint8)
+    def byte(register: str, position: int, kind: str) -> np.ndarray:
+        bits = (machine.registers.peek(register, active) >> np.uint64(8 * position)).astype(
+            np.uint8
+        )
         return bits.view(np.int8) if kind == "s8" else bits
 
     for e in range(4):
         for i, register in enumerate(a):
-            left[warp, g + 8 * (i % 2), 4 * quad + e + 16 * (i // 2)] = byte(register, e, of_a)
+            left[warp, g + 8 * (i % 2), 4 * t + e + 16 * (i // 2)] = byte(register, e, of_a)
         for i, register in enumerate(b):
-            right[warp, 4 * quad + e + 16 * i, g] = byte(register, e, of_b)
+            right[warp, 4 * t + e + 16 * i, g] = byte(register, e, of_b)
     product = left @ right
     totals = []
     for i, register in enumerate(c):
-        part = product[warp, g + 8 * (i // 2), 2 * quad + i % 2].astype(np.uint32)
+        part = product[warp, g + 8 * (i // 2), 2 * t + i % 2].astype(np.uint32)
         totals.append(machine.registers.peek(register, active).astype(np.uint32) + part)
     known = _known(machine, a, _columns(machine, b), c)
     for target, total, defined in zip(d, totals, known, strict=True):
@@ -144,11 +145,11 @@ def multiply_group(machine: Machine, what: Instruction, active: np.ndarray) -> N
     start, by_k, by_token = (f[::32, None, None] for f in fields)
     tokens = int(re.search(r"n(\d+)k", what.opcode)[1])
     k, token = np.arange(16)[None, :, None], np.arange(tokens)[None, None, :]
-    places = start + machine.window[::32, None, None] + k // 8 * by_k + token // 8 * by_token
-    places = places + token % 8 * 16 + k % 8 * 2
+    addresses = start + machine.window[::32, None, None] + k // 8 * by_k + token // 8 * by_token
+    addresses = addresses + token % 8 * 16 + k % 8 * 2
     running = active[::32]
     right = np.zeros((machine.threads // 32, 16, tokens))
-    words, defined = machine.shared.load(places[running].reshape(-1), 2)
+    words, defined = machine.shared.load(addresses[running].reshape(-1), 2)
     right[running] = words.astype(np.uint16).view(dtype).reshape(-1, 16, tokens)
     of_b = np.ones((machine.threads // 32, tokens), bool)
     of_b[running] = defined.reshape(-1, 16, tokens).all(axis=1)

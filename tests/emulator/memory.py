@@ -61,36 +61,36 @@ class Memory:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Values of `size` bytes, and which are defined; a `constant` may never be stored to."""
         values, known = np.zeros(addresses.shape, np.uint64), np.ones(addresses.shape, bool)
-        for inside, region, places in self._find(addresses, size):
-            values[inside] = region.words(region.data, size).view(f"u{size}")[places, 0]
+        for inside, region, indices in self._find(addresses, size):
+            values[inside] = region.words(region.data, size).view(f"u{size}")[indices, 0]
             if constant:
-                if region.words(region.stored, size)[places].any():
+                if region.words(region.stored, size)[indices].any():
                     raise Fault("ld.global.nc reads what this kernel has written")
-                region.words(region.constant, size)[places] = True
+                region.words(region.constant, size)[indices] = True
             if region.known is not None:
-                known[inside] = region.words(region.known, size)[places].all(axis=1)
+                known[inside] = region.words(region.known, size)[indices].all(axis=1)
         return values, known
 
     def store(
         self, addresses: np.ndarray, size: int, values: np.ndarray, known: np.ndarray | None = None
     ) -> None:
         """Stores values of `size` bytes, defined where `known`; in global memory they have to be."""
-        for inside, region, places in self._find(addresses, size):
-            if region.words(region.constant, size)[places].any():
+        for inside, region, indices in self._find(addresses, size):
+            if region.words(region.constant, size)[indices].any():
                 raise Fault("a store changes what ld.global.nc has read as a constant")
-            region.words(region.stored, size)[places] = True
+            region.words(region.stored, size)[indices] = True
             defined = True if known is None else known[inside]
             if region.known is not None:
-                region.words(region.known, size)[places] = np.reshape(defined, (-1, 1))
+                region.words(region.known, size)[indices] = np.reshape(defined, (-1, 1))
             elif not np.all(defined):
                 raise Fault("a store of undefined values: they come from what was never written")
             data = region.words(region.data, size).view(f"u{size}")
-            data[places, 0] = values[inside].astype(data.dtype)
+            data[indices, 0] = values[inside].astype(data.dtype)
 
     def _find(
         self, addresses: np.ndarray, size: int
     ) -> Iterator[tuple[np.ndarray, _Region, np.ndarray]]:
-        """For each region that some of the addresses are in: which, the region, and their places there."""
+        """For each region that some of the addresses are in: which, the region, and their indices there."""
         if (addresses % size).any():
             raise Fault(f"misaligned: {size} bytes at {addresses[addresses % size != 0][:4]}")
         found = np.zeros(addresses.shape, bool)

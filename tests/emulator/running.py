@@ -1,4 +1,4 @@
-"""Runs a kernel: all programs of its grid, one place after the other."""
+"""Runs a kernel: all programs of its grid, one index after the other."""
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def run(
     cluster: int = 1,
     chance: np.random.Generator | None = None,
 ) -> None:
-    """Runs all programs of a kernel, `cluster` of them a place of the grid.
+    """Runs all programs of a kernel, `cluster` of them at each index of the grid.
 
     Args:
         source: the PTX, which calls its operands $1, $2, ...
