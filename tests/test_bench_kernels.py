@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from fdk_jax.benchmark import (
     timing,
 )
 from fdk_jax.benchmark.cases import KernelCase
+from pallas_kernels import target
+from pallas_kernels.target import H200
 
 SMALL = dict(backends=["xla"], m=[1], k=[64], n=["k"], bits=[4])
 
@@ -228,3 +231,11 @@ def test_a_sample_that_was_too_short_gets_more_passes(seconds_a_pass, wanted, mo
     loops, run = kernels._long_enough(work, 1, 10)
     assert loops == built[-1] == wanted
     assert run() == wanted * seconds_a_pass
+
+
+def test_a_row_says_which_gpus_kernels_it_measured():
+    gpu = types.SimpleNamespace(platform="gpu", device_kind=H200.kind)
+    with target.using(H200):
+        assert environment.device_name(gpu) == "NVIDIA H200"
+    with target.using(target.Target.parse("sm_89", H200)):
+        assert environment.device_name(gpu) == "NVIDIA H200 as sm_89"

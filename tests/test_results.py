@@ -52,6 +52,32 @@ def test_a_table_that_nobody_knows_is_refused():
         report.filled("<!-- report: speed -->\n<!-- end -->", [])
 
 
+def _kernel_row(device, us, m=1, group_size=64):
+    facts = {"suite": "kernels", "device": device, "k": 64, "n": 32, "m": m, "bits": 4}
+    facts |= {"dtype": "bfloat16", "commit": "abcdefgh", "group_size": group_size}
+    return facts | {"median_us": us, "samples_us": [us] * 3, "bound_us": 1.0}
+
+
+def test_kernels_of_other_gpus_stand_beside_the_gpus_own():
+    rows = [
+        _kernel_row("G", 2.0),
+        _kernel_row("G", 4.0, group_size=32),
+        _kernel_row("G as sm_80", 3.0),
+        _kernel_row("G as sm_80", 5.0, group_size=32),
+        _kernel_row("G as sm_89", 2.5),
+        _kernel_row("G", 1.0, m=2),
+    ]
+    text = report.portable(rows)
+    assert "| k x n | group | bits | tokens | G | as sm_80 | as sm_89 |" in text
+    assert "| 64 x 32 | 64 | 4 | 1 | 2.0 | 3.0 (1.50) | 2.5 (1.25) |" in text
+    assert "| 64 x 32 | 32 | 4 | 1 | 4.0 | 5.0 (1.25) |  |" in text
+    assert " 2 |" not in text
+    assert report.portable(rows[:2]) == "(No rows yet.)"
+    # The tables of a GPU are of its own kernels, and of groups of 64.
+    assert report.kernels(rows).count("| 64 x 32 | 1 | 2.0 (50%) |") == 1
+    assert "as sm_80" not in report.kernels(rows)
+
+
 def _sweep_row(backend, name, bits, samples, **more):
     facts = {"suite": "sweep", "device": "d", "k": 64, "n": 32, "threads": 2, "m": 3}
     facts |= {"commit": "abcdefgh", "backend": backend, "name": name, "bits": bits}

@@ -14,6 +14,7 @@ import jax
 
 from fdk_jax.benchmark import source
 from fdk_jax.product import cpu_backend
+from pallas_kernels import target
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _DISTRIBUTIONS = (
@@ -57,8 +58,10 @@ def devices_for(backend: str, count: int) -> list[jax.Device]:
 
 
 def device_name(device: jax.Device) -> str:
-    """A GPU's name as its driver gives it, a CPU's model name."""
-    return _cpu_name() if device.platform == "cpu" else device.device_kind
+    """A GPU's name as its driver gives it, with the target that kernels are written for if that is another one
+    ("NVIDIA H200 as sm_89"); a CPU's model name.
+    """
+    return _cpu_name() if device.platform == "cpu" else target.current().kind
 
 
 @functools.cache

@@ -16,10 +16,18 @@ from typing import Any
 
 from fdk_jax.benchmark import cpu_tables, records, source, table
 
-FILES = ("README.md", "docs/performance.md", "docs/cpu.md", "docs/quality.md")
+FILES = (
+    "README.md",
+    "docs/performance.md",
+    "docs/cpu.md",
+    "docs/quality.md",
+    "docs/gpu/support.md",
+)
 _FEW = (1, 16, 64, 128, 512)  # tokens in the README's table
 _MARK = re.compile(r"(<!-- report: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _DENSE = 16
+_GROUP = 64  # weights that share a scale, in tables that do not name it
+_PRETENDS = " as "  # in the name of a GPU that runs another one's kernels
 
 Row = dict[str, Any]
 
@@ -38,7 +46,9 @@ def kernels(found: Iterable[Row], *, spread: bool = False) -> str:
     With the spread of all rows, or the shares of the bound of a few.
     """
     chosen = [
-        r for r in found if r["suite"] == "kernels" and r.get("k") and r["dtype"] == "bfloat16"
+        r
+        for r in _products(found)
+        if r["group_size"] in (None, _GROUP) and _PRETENDS not in r["device"]
     ]
     texts = []
     for device in dict.fromkeys(r["device"] for r in chosen):
@@ -56,6 +66,52 @@ def kernels(found: Iterable[Row], *, spread: bool = False) -> str:
             lines.append(cells)
         texts.append(f"{device}, {table.commits(here)}:\n\n{table.markdown(head, lines)}")
     return "\n\n".join(texts) or "(No rows yet.)"
+
+
+def portable(found: Iterable[Row]) -> str:
+    """Microseconds a product by the kernels that other GPUs get, on one that pretends to be them."""
+    found = _products(found)
+    pretended = [r for r in found if _PRETENDS in r["device"]]
+    texts = []
+    for own in sorted({r["device"].partition(_PRETENDS)[0] for r in pretended}):
+        devices = [own, *sorted({r["device"] for r in pretended if r["device"].startswith(own)})]
+        times = {
+            (*_of_product(r), r["device"]): r["median_us"] for r in found if r["device"] in devices
+        }
+        lines = []
+        for product in sorted({_of_product(r) for r in pretended}):
+            k, n, group_size, minus_bits, m = product
+            base = times.get((*product, own))
+            cells = [f"{k} x {n}", str(group_size), str(-minus_bits), str(m)]
+            for device in devices:
+                time = times.get((*product, device))
+                text = "" if time is None else f"{time:.1f}"
+                if time is not None and base is not None and device != own:
+                    text += f" ({time / base:.2f})"
+                cells.append(text)
+            lines.append(cells)
+        head = [
+            "k x n",
+            "group",
+            "bits",
+            "tokens",
+            own,
+            *(d.removeprefix(own).strip() for d in devices[1:]),
+        ]
+        here = [
+            r for r in found if r["device"] in devices and (*_of_product(r), devices[1]) in times
+        ]
+        texts.append(f"{own}, {table.commits(here)}:\n\n{table.markdown(head, lines)}")
+    return "\n\n".join(texts) or "(No rows yet.)"
+
+
+def _products(found: Iterable[Row]) -> list[Row]:
+    return [r for r in found if r["suite"] == "kernels" and r.get("k") and r["dtype"] == "bfloat16"]
+
+
+def _of_product(row: Row) -> tuple[int, ...]:
+    """What rows of one product share, in the order of a table: wide groups and codes first."""
+    return row["k"], row["n"], row["group_size"] or 0, -row["bits"], row["m"]
 
 
 def _time(row: Row, spread: bool) -> str:
@@ -131,6 +187,7 @@ def scaling_variants(found: Iterable[Row]) -> str:
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels": kernels,
+    "portable": portable,
     "kernels-spread": lambda found: kernels(found, spread=True),
     "models": models,
     "quality": quality,
