@@ -17,6 +17,7 @@ from fdk_jax.models import fused_products
 from fdk_jax.models.blocks import Block, blocks
 from fdk_jax.models.cache import KVCache
 from fdk_jax.models.modules import Layer, RMSNorm, add_and_norm, normed
+from fdk_jax.models.peers import Peers
 
 Turn = tuple[Array, Array]
 
@@ -42,7 +43,11 @@ def turns(layers: Sequence[Layer], positions: Array, lengths: Array, ends: Array
 
 
 def step(
-    layers: Sequence[Layer], norm: RMSNorm, x: Array, cache: KVCache
+    layers: Sequence[Layer],
+    norm: RMSNorm,
+    x: Array,
+    cache: KVCache,
+    peers: Peers | None = None,
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     """All layers and the norm after them for one token a sequence.
 
@@ -51,6 +56,7 @@ def step(
         norm: After the last of them.
         x: [B, D], the tokens' rows of the embedding.
         cache: What came before them.
+        peers: What sums over devices may go through, if there are several.
 
     Returns:
         (the normed stream [B, D], keys, values), the cache's arrays one token longer.
@@ -60,7 +66,7 @@ def step(
     turned = turns(layers, cache.lengths, longer, ends)
     arrays = x, turned, cache.lengths, cache.keys, cache.values
     apart = functools.partial(_run, _Apart(), layers, norm)
-    plan = fused_products.choose(layers, norm, x)
+    plan = fused_products.choose(layers, norm, x, peers)
     if plan is None:
         return apart(*arrays)
     fused = functools.partial(_run, plan, layers, norm)
@@ -82,13 +88,14 @@ def _run(plan, layers, norm, x, turns, lengths, cache_keys, cache_values):
 
 
 # Layers that are alike are traced once, and XLA inlines the calls.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=1)
 def _run_layer(plan, graphdef, state, stream, projected, cos, sin, lengths, keys, values):
     block = Block(*nnx.merge(graphdef, state))
     mixed, keys, values = block.layer.attention.mix(projected, cos, sin, lengths, keys, values)
     return *plan.between(block, stream, mixed), keys, values
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class _Apart:
     """Every product by itself, and a residual sum with the norm after it: the plan for every model.

@@ -1,7 +1,7 @@
 """Plans of a decoding step that GPU kernels make possible: sums and norms that come with the products.
 
-See `fdk_jax.models.decoding` for what a plan is. These are for one sequence on one device, for quantised
-weights in the planar layout, and for layers with RMS norms before their blocks and SwiGLU.
+See `fdk_jax.models.decoding` for what a plan is. They are for layers with RMS norms before their blocks; those
+of one device for one sequence, quantised weights in the planar layout and SwiGLU.
 """
 
 import dataclasses
@@ -18,10 +18,16 @@ import pallas_kernels
 from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.models.blocks import Block, blocks
 from fdk_jax.models.modules import MLP, Attention, Layer, RMSNorm
+from fdk_jax.models.peers import Peers
 from pallas_kernels import Scaled
 from pallas_kernels.case import Arrays
 
+_without_arrays = functools.partial(
+    jax.tree_util.register_dataclass, data_fields=[], meta_fields=[]
+)
 
+
+@_without_arrays
 @dataclasses.dataclass(frozen=True)
 class InProducts:
     """Four launches between two attentions: each product has the sum or the norm beside it.
@@ -32,7 +38,9 @@ class InProducts:
     def takes(self, block: Block, x: Array) -> bool:
         """Whether there are kernels for a block and inputs like x [B, D]."""
         linears = [block.layer.attention.qkv, *_usual(block).linears]
-        return all(_residual_kernel(linear, x) is not None for linear in linears)
+        return _usual(block).mlp.activation == "silu" and all(
+            _residual_kernel(linear, x) is not None for linear in linears
+        )
 
     def enter(self, x: Array, norm: RMSNorm, qkv: nnx.Module) -> tuple[Scaled, Array]:
         """The stream before the first layer, and the first layer's queries, keys and values."""
@@ -53,6 +61,7 @@ class InProducts:
         return _from_scaled(stream, norm.eps)
 
 
+@_without_arrays
 @dataclasses.dataclass(frozen=True)
 class InChains(InProducts):
     """One launch between two attentions.
@@ -63,7 +72,11 @@ class InChains(InProducts):
     def takes(self, block: Block, x: Array) -> bool:
         """Whether there is a kernel for a block and inputs like x [B, D], and one for the first product."""
         chain = _chain_kernel(_usual(block).linears, x)
-        return chain is not None and _residual_kernel(block.layer.attention.qkv, x) is not None
+        return (
+            _usual(block).mlp.activation == "silu"
+            and chain is not None
+            and _residual_kernel(block.layer.attention.qkv, x) is not None
+        )
 
     def enter(self, x: Array, norm: RMSNorm, qkv: nnx.Module) -> tuple[Array, Array]:
         """See `InProducts.enter`."""
@@ -85,13 +98,55 @@ class InChains(InProducts):
         return (after if block.qkv is None else after.total), projected
 
 
-PLANS = (InChains(), InProducts())  # the fewest launches first
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OverPeers:
+    """On several devices: the sum over them, the residual sum and the norm are one launch.
+
+    The stream is (the residual stream [B, D], the same after the newest norm).
+    """
+
+    peers: Peers
+
+    def takes(self, block: Block, x: Array) -> bool:
+        """Whether there are kernels for a block and inputs like x [B, D]."""
+        del block
+        return self.peers.takes(x)
+
+    def enter(self, x: Array, norm: RMSNorm, qkv: nnx.Module) -> tuple[Any, Array]:
+        """See `InProducts.enter`."""
+        rows = norm(x)
+        return (x, rows), qkv(rows)
+
+    def between(self, block: Block, stream: Any, mixed: Array) -> tuple[Any, Array | None]:
+        """See `InProducts.between`."""
+        attention, mlp, inner, norm, qkv = _usual(block)
+        x, rows = self.peers.add_norm(attention.out(mixed), stream[0], inner)
+        x, rows = self.peers.add_norm(mlp.down(mlp.gate(mlp.gate_up(rows))), x, norm)
+        return (x, rows), None if qkv is None else qkv(rows)
+
+    def leave(self, stream: Any, norm: RMSNorm) -> Array:
+        """The normed stream after the last layer, [B, D]."""
+        del norm  # the last block's
+        return stream[1]
 
 
-def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array) -> InProducts | None:
+Plan = InProducts | OverPeers
+PLANS = (InChains(), InProducts())  # on one device, the fewest launches first
+
+
+def choose(
+    layers: Sequence[Layer], norm: RMSNorm, x: Array, peers: Peers | None = None
+) -> Plan | None:
     """The first plan that takes all layers, for inputs like x [B, D]; None if none does.
 
     Blocks that are alike are asked for once.
+
+    Args:
+        layers: Of the model.
+        norm: After the last of them.
+        x: The tokens' rows of the embedding.
+        peers: What sums over devices may go through, if there are several.
     """
     kinds: dict[Any, Block] = {}
     for block in blocks(layers, norm):
@@ -100,7 +155,10 @@ def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array) -> InProducts | Non
         graphdef, state = nnx.split(tuple(block))
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state))
         kinds[graphdef, shapes] = block
-    for plan in PLANS:
+    plans: Sequence[Plan] = PLANS
+    if layers[0].attention.axis is not None:
+        plans = () if peers is None else (OverPeers(peers),)
+    for plan in plans:
         if all(plan.takes(block, x) for block in kinds.values()):
             return plan
     return None
@@ -129,10 +187,8 @@ def _parts(block: Block) -> _Usual | None:
     if before is None or inner is None or norm is None or not isinstance(mlp, MLP):
         return None
     usual = (
-        layer.attention.axis is None
-        and layer.attention_post_norm is None
+        layer.attention_post_norm is None
         and layer.mlp_post_norm is None
-        and mlp.activation == "silu"
         and layer.scale == 1
         and before.offset == inner.offset == norm.offset == 0
     )

@@ -1,6 +1,7 @@
 """Compiled programs of one model, on one device or several: as many as a bound allows."""
 
 import collections
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fdk_jax.models import peers
 from fdk_jax.models.cache import KVCache
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.loops import Options, Progress
 from fdk_jax.models.parallel import Parallel
+from fdk_jax.models.peers import Peers
 from fdk_jax.models.transformer import Transformer
 
+_IN_ORDER = threading.Lock()
 _MOST = 64  # programs that are kept: each holds device code and, on a GPU, a graph of its launches
 
 
@@ -36,6 +40,11 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
         self._graphdef, state = nnx.split(model)
         leaves, self._treedef = jax.tree.flatten(state)
         self.leaves: tuple[Array, ...] = tuple(leaves)
+        self.peers: Peers | None = None
+        if self.parallel is not None:
+            features = self.config.hidden_size
+            if peers.unsupported_reason(self.parallel, features) is None:
+                self.peers = peers.make(self.parallel, features)
         self._most = most
         self._kept: collections.OrderedDict[Hashable, jax.stages.Compiled] = (
             collections.OrderedDict()
@@ -70,7 +79,15 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
                 self._kept.popitem(last=False)
         self._kept.move_to_end(name)
         compiled = self._kept[name]
-        return lambda *args: compiled(self.leaves, *args)
+        if self.peers is None:
+            return lambda *args: compiled(self.leaves, None, *args)
+
+        def in_order(*args: Any) -> Any:
+            # Sums wait for the same sum on the other devices: all have to have programs in the same order.
+            with _IN_ORDER:
+                return compiled(self.leaves, self.peers, *args)
+
+        return in_order
 
     def place(self, tree: Any) -> Any:
         """Arrays where the programs take them: a batch cut over the devices that share it, all else whole."""
@@ -119,10 +136,12 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
         return peak
 
     def _compile(self, run, results, args) -> jax.stages.Compiled:
-        def with_leaves(leaves, *args):
-            return run(nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves)), *args)
+        def with_leaves(leaves, of_peers, *args):
+            model = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
+            model.peers = nnx.data(of_peers)
+            return run(model, *args)
 
-        donated = tuple(i + 1 for i, arg in enumerate(args) if isinstance(arg, KVCache))
+        donated = tuple(i + 2 for i, arg in enumerate(args) if isinstance(arg, KVCache))
         if self.parallel is not None:
             parallel, layers = self.parallel, self.config.num_layers
             leaves: Any = self.leaves  # whose shardings have a spec: `Placer` made them
@@ -131,12 +150,17 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
                 mesh=parallel.mesh,
                 in_specs=(
                     tuple(leaf.sharding.spec for leaf in leaves),
+                    peers.specs(parallel),
                     *(_specs(arg, parallel) for arg in args),
                 ),
                 out_specs=tuple(_result_specs(kind, parallel, layers) for kind in results),
                 check_vma=False,
             )
-        return jax.jit(with_leaves, donate_argnums=donated).lower(self.leaves, *args).compile()
+        return (
+            jax.jit(with_leaves, donate_argnums=donated)
+            .lower(self.leaves, self.peers, *args)
+            .compile()
+        )
 
 
 def _shardings(tree: Any, parallel: Parallel) -> Any:

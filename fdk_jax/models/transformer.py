@@ -16,6 +16,7 @@ from fdk_jax.models.cache import KVCache, fill
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.modules import Layer, Linear, RMSNorm, make_linear
 from fdk_jax.models.parallel import Parallel
+from fdk_jax.models.peers import Peers
 from fdk_jax.product.rows import take_rows as take_quantised_rows
 
 
@@ -40,6 +41,7 @@ class Transformer(nnx.Module):
     ):
         self.config = config
         self.parallel = parallel
+        self.peers: Peers | None = None  # a program on several devices has them
         local = parallel.local(config) if parallel else config
         dtype, shape = jnp.dtype(config.dtype), (local.vocab_size, config.hidden_size)
         scale = jnp.asarray(config.hidden_size**-0.5, dtype)
@@ -151,7 +153,8 @@ class Transformer(nnx.Module):
 
     def decode(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Reads one token a sequence: int [B] -> (logits float32 [B, V], the longer cache)."""
-        x, keys, values = decoding.step(self.layers, self.norm, self._embed(tokens), cache)
+        x = self._embed(tokens)
+        x, keys, values = decoding.step(self.layers, self.norm, x, cache, self.peers)
         return self._head(x), KVCache(keys, values, cache.lengths + 1, cache.ends)
 
     def _run(
@@ -185,7 +188,10 @@ class Transformer(nnx.Module):
             owned = (local >= 0) & (local < size)
             rows = self._rows(jnp.where(owned, local, 0))
             rows = jnp.where(owned[..., None], rows, jnp.zeros((), rows.dtype))
-            rows = jax.lax.psum(rows, self.parallel.axis)
+            if self.peers is not None and self.peers.takes(rows):
+                rows = self.peers.total(rows)
+            else:
+                rows = jax.lax.psum(rows, self.parallel.axis)
         if self.config.embedding_scale == 1:
             return rows
         return rows * jnp.asarray(self.config.embedding_scale, rows.dtype)

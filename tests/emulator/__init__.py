@@ -1,8 +1,9 @@
 """Runs the kernels' PTX on numpy, a program or cluster at a time: values and every access, without a GPU.
 
-`run` is all that tests need. Threads run in lockstep, the ones with the least program counter first, which
-joins branches again by itself; or warps run by turns as chance has it, each for a while, so that only what the
-program orders is in order. Asynchronous copies arrive at once or as late as they may, by chance in both.
+`run` is all that tests need, and `run_devices` where GPUs reach each other's memory. Threads run in lockstep,
+the ones with the least program counter first, which joins branches again by itself; or warps run by turns as
+chance has it, each for a while, so that only what the program orders is in order. Asynchronous copies arrive at
+once or as late as they may, by chance in both.
 
 A `Fault` is what a GPU refuses, or need not do the same way every time:
 
@@ -17,7 +18,7 @@ or `fence` goes unseen; programs of a grid run one after the other; approximate 
 `mul` and `add` are never joined to a multiply-add; what is in shared memory before it is written is 0xAB.
 """
 
-from emulator.running import run
+from emulator.running import addresses, run, run_devices
 from emulator.source import Fault
 
-__all__ = ["Fault", "run"]
+__all__ = ["Fault", "addresses", "run", "run_devices"]

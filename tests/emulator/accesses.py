@@ -18,9 +18,9 @@ def addresses(machine: Machine, operand: Address, active: np.ndarray) -> np.ndar
 
 
 @instruction(
-    r"ld(\.acquire\.gpu)?\.global(\.nc)?" + _HINTS + _VALUES,
+    r"ld(\.acquire\.gpu|\.relaxed\.sys)?\.global(\.nc)?" + _HINTS + _VALUES,
     r"ld\.shared(::cluster|::cta)?" + _VALUES,
-    r"st\.(global|shared|shared::cta)" + _HINTS + _VALUES,
+    r"st(\.relaxed\.sys)?\.(global|shared|shared::cta)" + _HINTS + _VALUES,
 )
 def access(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     """Loads registers from memory, or stores them; a vector is aligned as a whole."""

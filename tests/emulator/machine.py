@@ -34,20 +34,27 @@ class Machine:
         source: Source,
         run_by: list[Handler],
         memory: Memory,
-        starts: list[int],
+        starts: list[list[int]],
         index: tuple[int, int],
         threads: int,
         cluster: int,
         chance: np.random.Generator | None,
+        in_cluster: bool = True,
     ) -> None:
-        """Puts the threads of an index of the grid at the first instruction."""
+        """Puts the threads of an index of the grid at the first instruction.
+
+        `starts` are the operands' addresses, one or one for each program; programs that are not in a cluster
+        have the same index, each on a device of its own.
+        """
         self._source, self._handlers, self._by_chance = source, run_by, chance is not None
         self.threads = threads * cluster
         rank, thread = np.divmod(np.arange(self.threads), threads)
         self.window = rank * WINDOW
         fixed = {"fdk_shared": _SHARED, "%tid.x": thread}
-        fixed |= {"%ctaid.x": index[0] * cluster + rank, "%ctaid.y": index[1]}
-        fixed |= {f"${i + 1}": start for i, start in enumerate(starts)}
+        x = index[0] * cluster + rank if in_cluster else index[0]
+        fixed |= {"%ctaid.x": x, "%ctaid.y": index[1]}
+        own = [np.asarray(start)[rank % len(start)] for start in starts]
+        fixed |= {f"${i + 1}": start for i, start in enumerate(own)}
         fixed = {k: np.full(self.threads, v).astype(np.uint64) for k, v in fixed.items()}
         has_wgmma = any(what.opcode.startswith("wgmma") for what in source.instructions)
         self.registers = Registers(self.threads, fixed, has_wgmma)

@@ -40,7 +40,39 @@ def run(
     if threads % 32:
         raise ValueError(f"{threads=} must be a multiple of 32: whole warps")
     run_by, memory = handlers(parsed), Memory()
-    starts = [memory.map(operand) for operand in operands]
+    starts = [[memory.map(operand)] for operand in operands]
     for y in range(grid[1]):
         for x in range(grid[0]):
             Machine(parsed, run_by, memory, starts, (x, y), threads, cluster, chance).run()
+
+
+def run_devices(
+    source: str,
+    operands: list[list[np.ndarray]],
+    grid: int,
+    threads: int,
+    chance: np.random.Generator | None = None,
+) -> None:
+    """Runs a kernel on several devices at the same time, which reach each other's memory.
+
+    Args:
+        source: see `run`.
+        operands: those of each device.
+        grid: programs of each, of which one after the other runs, on all devices together.
+        threads: see `run`.
+        chance: see `run`.
+    """
+    parsed, memory = parse(source), Memory()
+    run_by, count = handlers(parsed), len(operands)
+    starts = [list(each) for each in zip(*_addresses(operands, memory), strict=True)]
+    for x in range(grid):
+        Machine(parsed, run_by, memory, starts, (x, 0), threads, count, chance, False).run()
+
+
+def addresses(operands: list[list[np.ndarray]]) -> list[list[int]]:
+    """Where `run_devices` puts each device's operands."""
+    return _addresses(operands, Memory())
+
+
+def _addresses(operands: list[list[np.ndarray]], memory: Memory) -> list[list[int]]:
+    return [[memory.map(array) for array in own] for own in operands]
