@@ -299,7 +299,7 @@ def calibrate(
     run = _Run(form, batches, importance, rounding, forward, loss, dtype)
     shared = _shared_codebooks(model, layers, run, share, layers_at_a_time)
     model = model if in_place else nnx.clone(model)
-    with _bar(progress, len(layers)) as advance:
+    with progress_bar(progress, len(layers)) as advance:
         for names in statistics.chunks(
             layers, rounding == "corrected" or importance == "fisher", layers_at_a_time
         ):
@@ -426,7 +426,7 @@ def _replace(model: nnx.Module, name: str, data: dict, run: _Run, levels: Array 
 
 
 @contextlib.contextmanager
-def _bar(progress: bool | None, total: int) -> Iterator[Callable[[str], None]]:
+def progress_bar(progress: bool | None, total: int) -> Iterator[Callable[[str], None]]:
     """A progress bar on standard error, advanced by the name of each finished layer."""
     shown = sys.stderr.isatty() if progress is None else progress
     if not shown:

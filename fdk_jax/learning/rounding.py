@@ -253,26 +253,50 @@ def refit_scales(
         keeps its scales.
     """
     values = lookup(codes, round_to(codebook, dtype))
-    k = weight.shape[1]
-    member = spread(jnp.eye(scales.shape[1], dtype=jnp.float32), group_size, k)
+    blocks = _blocks(second, group_size)  # [groups, G, groups, G]
+    rows = tuple(_grouped(a, group_size) for a in (weight, values))
 
-    def one(row):
-        w, c, old = row
-        signed = member * c[None]  # [groups, K]
-        left = jnp.matmul(signed, second, precision=_EXACT)
-        system = jnp.matmul(left, signed.T, precision=_EXACT)
-        right = jnp.matmul(left, w, precision=_EXACT)
-        ridge = 1e-4 * jnp.trace(system) / len(old) + jnp.finfo(jnp.float32).tiny
-        step = jnp.linalg.solve(
-            system + ridge * jnp.eye(len(old), dtype=jnp.float32),
-            right - jnp.matmul(system, old, precision=_EXACT),
+    def systems(w: Array, c: Array) -> tuple[Array, Array]:
+        """[R, groups, groups] and [R, groups]: c second c^T and c second w, of each pair of groups."""
+        c_of_columns, w_of_columns = (
+            jnp.einsum("gahb,rhb->rhga", blocks, a, precision=_EXACT) for a in (c, w)
         )
-        new = round_to(old + step, dtype)
+        left = jnp.einsum("rga,rhga->rgh", c, c_of_columns, precision=_EXACT)
+        return left, jnp.einsum("rga,rhga->rg", c, w_of_columns, precision=_EXACT)
+
+    def some(part: tuple[Array, Array, Array]) -> Array:
+        w, c, old = part
+        system, right = systems(w, c)
+        size = old.shape[1]
+        ridge = 1e-4 * jnp.trace(system, axis1=1, axis2=2) / size + jnp.finfo(jnp.float32).tiny
+        damped = system + ridge[:, None, None] * jnp.eye(size, dtype=jnp.float32)[None]
+        residual = right - jnp.einsum("rgh,rh->rg", system, old, precision=_EXACT)
+        new = round_to(old + jnp.linalg.solve(damped, residual[..., None])[..., 0], dtype)
         new = jnp.where((new > 0) & jnp.isfinite(new), new, old)
 
-        def error(s):
-            return s @ (system @ s) - 2 * jnp.dot(s, right)
+        def error(scales: Array) -> Array:
+            square = jnp.einsum("rg,rgh,rh->r", scales, system, scales, precision=_EXACT)
+            return square - 2 * jnp.sum(scales * right, axis=1)
 
-        return jnp.where(error(new) < error(old), new, old)
+        return jnp.where((error(new) < error(old))[:, None], new, old)
 
-    return jax.lax.map(one, (weight, values, scales), batch_size=min(64, len(weight)))
+    n, groups = scales.shape
+    # Products of a row with each block of the second moments are in memory for so many rows at a time.
+    count = max(1, min(n, _ELEMENTS // max(1, groups * groups * blocks.shape[1])))
+    parts = jax.tree.map(lambda a: _cut(a, count), (*rows, scales))
+    return jax.lax.map(some, parts).reshape(-1, groups)[:n]
+
+
+def _blocks(second: Array, group_size: int) -> Array:
+    """[K, K] -> [groups, G, groups, G], zeros at the end."""
+    k = second.shape[0]
+    group_size = max(1, min(group_size, k))
+    padded = jnp.pad(second, ((0, -k % group_size),) * 2)
+    return padded.reshape(len(padded) // group_size, group_size, -1, group_size)
+
+
+def _cut(rows: Array, count: int) -> Array:
+    """[N, ...] -> [ceil(N / count), count, ...], ones at the end."""
+    padding = ((0, -len(rows) % count),) + ((0, 0),) * (rows.ndim - 1)
+    padded = jnp.pad(rows, padding, constant_values=1)
+    return padded.reshape(-1, count, *rows.shape[1:])

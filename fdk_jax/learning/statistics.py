@@ -201,29 +201,38 @@ def second_moments(
         model, lambda name, _: _Recorder(name, layers[name], full) if name in layers else None
     )
     graph, taps, rest = nnx.split(recording, _Tap, ...)
-    total, count = None, {}
+    total, count = taps, {}
     for index, batch in enumerate(batches):
         _check_batch(batch, index)
-        found = _sums(forward, graph, taps, rest, batch)
-        new = {name: _at(found, name, "tokens") for name in layers}
+        total = _with_batch(forward, graph, total, rest, batch)
+        new = {name: _at(total, name, "tokens") for name in layers}
         count = {name: count.get(name, 0) + np.asarray(new[name]).astype(int) for name in layers}
-        part = {name: _at(found, name, "second") for name in layers}
-        total = part if total is None else _add(total, part)
-        jax.block_until_ready(total)
-    if total is None:
+    if not count:
         raise ValueError("there is no calibration data: batches is empty")
-    return {name: _moments(name, total.pop(name), count[name]) for name in layers}
+    return {name: _moments(name, _at(total, name, "second"), count[name]) for name in layers}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sums(forward: Forward, graph: Any, taps: Any, rest: Any, batch: Any) -> Any:
-    """What the taps record of one batch."""
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _with_batch(forward: Forward, graph: Any, total: Any, rest: Any, batch: Any) -> Any:
+    """Adds what the taps record of one batch to the sums of second moments; the tokens are the batch's own.
+
+    In one program, so that the sums exist once. The taps themselves are zeros that nothing is computed from.
+    """
 
     def run(taps: Any) -> Any:
         return forward(nnx.merge(graph, taps, rest, copy=True), batch)
 
-    out, pull = jax.vjp(run, taps)
-    return pull(jax.tree.map(_zeros, out))[0]
+    out, pull = jax.vjp(run, jax.tree.map(jnp.zeros_like, total))
+    (found,) = pull(jax.tree.map(_zeros, out))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, old, new: new if _is_count(path) else old + new, total, found
+    )
+
+
+def _is_count(path: tuple) -> bool:
+    """Whether a path of a state leads to the tokens of a recorder."""
+    names = [key for part in path if isinstance(key := getattr(part, "key", None), str)]
+    return names[-1] == "tokens"
 
 
 @functools.partial(jax.jit, donate_argnums=0)

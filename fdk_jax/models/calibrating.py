@@ -1,24 +1,37 @@
-"""Checkpoints quantised with a text of the user's: `load_calibrated`."""
+"""Checkpoints quantised with a text of the user's: `load_calibrated`.
 
-from collections.abc import Sequence
+Layer by layer: the float model waits on the host, the device holds one layer of it, the residual stream of the
+text, and what is quantised already. Layers that are alike share their compiled programs.
+"""
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from fdk_jax.format.orientation import to_matrix
 from fdk_jax.format.quantisation import quantise_array
 from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.layers.trees import default_backend, prepare
-from fdk_jax.learning.calibration import calibrate
+from fdk_jax.learning.calibration import calibrate, progress_bar
 from fdk_jax.learning.evaluation import read_tokens
-from fdk_jax.models import names
+from fdk_jax.models import decoding, names
 from fdk_jax.models.loading import Quantisation, load
+from fdk_jax.models.modules import Layer
 from fdk_jax.models.tokenizer import Tokenizer
 from fdk_jax.models.transformer import Transformer
 from fdk_jax.models.weights import check_arithmetic, set_linear
+
+_BATCH_TOKENS = 2048
+Batch = tuple[Array, Array, Array]  # the residual stream [B, T, D], cosines and sines [1, T, d / 2]
 
 
 def token_windows(
@@ -65,7 +78,9 @@ def load_calibrated(
 ) -> Transformer:
     """Loads a model and quantises it by `fdk_jax.calibrate`: codebooks, scales and codes fitted to a text.
 
-    The float model must fit into memory.
+    The float model must fit into the host's memory; the device needs room for one layer of it, for the second
+    moments of that layer's inputs (4 K**2 bytes for each matrix of K inputs) and for the quantised model. Each
+    layer is fitted to what the quantised ones before it leave.
 
     Args:
         path: See `load`; a checkpoint of floats, or of a kind that `requantise=16` makes floats.
@@ -86,7 +101,8 @@ def load_calibrated(
     """
     backend = backend or default_backend()
     check_arithmetic(arithmetic, backend)
-    model, q = load(path, requantise=requantise, dtype=dtype, backend="xla"), quantisation
+    model = load(path, requantise=requantise, dtype=dtype, backend="xla", device=_host())
+    q = quantisation
     if any(isinstance(one, QuantisedLinear) for _, one in nnx.iter_modules(model.layers)):
         raise ValueError(f"{path} is quantised already: there is nothing to calibrate")
     if any(names.layer_stacks(model.config, i) for i in range(model.config.num_layers)):
@@ -96,14 +112,83 @@ def load_calibrated(
         codebook=q.codebook,
         scale="search" if q.scale == "auto" else q.scale,
     )
-    batches = [jnp.asarray(row)[None] for row in windows]
-    calibrate(model, q.bits, batches, in_place=True, progress=progress, **options)
+    with progress_bar(progress, model.config.num_layers) as advance:
+        for index, layer in enumerate(_calibrated_layers(model, windows, q.bits, options)):
+            for _, one in nnx.iter_modules(layer):
+                if isinstance(one, QuantisedLinear) and arithmetic != "exact":
+                    one.arithmetic, one.backend = arithmetic, "cpu"
+            model.layers[index] = prepare(layer, backend)
+            advance(f"layer {index}")
+    model = _moved_module(model)
     if q.head_bits is not None:
         head = model.lm_head
         table = model.embedding[...] if head is None else to_matrix(head.kernel[...], "kn")[0]
         weight = quantise_array(table, q.head_bits, group_size=q.group_size)
-        set_linear(model, ("lm_head",), weight, None, jnp.dtype(model.config.dtype))
-    for _, layer in nnx.iter_modules(model):
-        if isinstance(layer, QuantisedLinear) and arithmetic != "exact":
-            layer.arithmetic, layer.backend = arithmetic, "cpu"
+        set_linear(model, ("lm_head",), weight, None, jnp.dtype(model.config.dtype), arithmetic)
     return prepare(model, backend)
+
+
+def _calibrated_layers(
+    model: Transformer, windows: Sequence[np.ndarray] | np.ndarray, bits: int, options: dict
+) -> Iterator[nnx.Module]:
+    """The layers of a float model, quantised on the default device one after another."""
+    streams, turns = [], []
+    for rows in _runs(windows):
+        streams.append(_moved(model.embed(rows)))
+        length = jnp.asarray([[rows.shape[1]]], jnp.int32)
+        turns.append(decoding.turns(model.layers, jnp.arange(rows.shape[1])[None], length, length))
+    for index, layer in enumerate(model.layers):
+        layer = _moved_module(layer)
+        inputs = [(x, *turn[index]) for x, turn in zip(streams, turns, strict=True)]
+        with _named(f"layers.{index}"):
+            calibrate(layer, bits, inputs, in_place=True, progress=False, forward=_after, **options)
+        streams = [_step(layer, one) for one in inputs]
+        yield layer
+
+
+def _after(layer: Layer, batch: Batch) -> Array:
+    """The residual stream after a layer."""
+    return layer.prompt(*batch)[0]
+
+
+_step = nnx.jit(_after)
+
+
+def _runs(windows: Sequence[np.ndarray] | np.ndarray) -> Iterator[Array]:
+    """Windows of one length together, int [B, T], some thousand tokens at a time."""
+    for length, rows in itertools.groupby(windows, len):
+        count = max(1, _BATCH_TOKENS // length)
+        while some := list(itertools.islice(rows, count)):
+            yield jnp.asarray(np.stack(some))
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts the name of a layer before those of its parts, in errors and warnings."""
+    with warnings.catch_warnings(record=True) as notes:
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}.{error}") from error
+    for note in notes:
+        warnings.warn(f"{name}.{note.message}", note.category, stacklevel=2)
+
+
+def _host() -> jax.Device | None:
+    """The processor beside the default device; None where that is one, or JAX may not use it."""
+    if jax.default_backend() == "cpu":
+        return None
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def _moved(tree: Any) -> Any:
+    """Arrays on the default device."""
+    return tree if _host() is None else jax.device_put(tree, jax.local_devices()[0])
+
+
+def _moved_module(module: nnx.Module) -> nnx.Module:
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, _moved(state))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -70,6 +71,7 @@ def load(
     backend: str | None = None,
     arithmetic: str = "exact",
     progress: Callable[[int, int], None] | None = None,
+    device: jax.Device | None = None,
 ) -> Transformer:
     """Loads a model from a checkpoint of another program, layer by layer.
 
@@ -90,6 +92,8 @@ def load(
         arithmetic: Of the activations that quantised weights multiply: "exact"; "int16" or "int8" with
             backend "cpu" (see `fdk_jax.matmul`).
         progress: Called as progress(layers read, layers).
+        device: Where a model of floats is put, such as a CPU beside a GPU that is too small; None for the
+            default device.
 
     Returns:
         The model, ready for `fdk_jax.models.Generator`.
@@ -131,7 +135,7 @@ def load(
     if parallel is not None:
         names.check_cut(config)
     model = shapes(config, parallel)
-    placer = Placer(parallel, config.dtype, backend)
+    placer = Placer(parallel, config.dtype, backend, device)
     # Devices of several processes must be given their work in the same order; quantising takes memory.
     makers = 1 if parallel is not None or quantisation is not None else MAKERS
 

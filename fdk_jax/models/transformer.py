@@ -153,7 +153,7 @@ class Transformer(nnx.Module):
 
     def decode(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Reads one token a sequence: int [B] -> (logits float32 [B, V], the longer cache)."""
-        x = self._embed(tokens)
+        x = self.embed(tokens)
         x, keys, values = decoding.step(self.layers, self.norm, x, cache, self.peers)
         return self._head(x), KVCache(keys, values, cache.lengths + 1, cache.ends)
 
@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
     ) -> tuple[Array, list[Array], list[Array]]:
         """A run of tokens through all layers, with lengths and ends [B, 1 or T]; see `Layer.prompt`."""
-        x, positions = self._embed(tokens), jnp.arange(tokens.shape[1])[None]
+        x, positions = self.embed(tokens), jnp.arange(tokens.shape[1])[None]
         if starts is not None:
             positions = positions + starts[:, None]
         keys, values = [], []
@@ -178,7 +178,8 @@ class Transformer(nnx.Module):
             values.append(v)
         return x, keys, values
 
-    def _embed(self, tokens: Array) -> Array:
+    def embed(self, tokens: Array) -> Array:
+        """What the first layer sees of tokens int [...]: [..., D]."""
         if self.parallel is None:
             rows = self._rows(tokens)
         else:

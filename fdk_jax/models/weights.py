@@ -62,10 +62,17 @@ class Placer:
         parallel: None for one device.
         dtype: Of float parameters.
         backend: Whose kernels quantised weights are laid out for.
+        device: Where arrays are put that are not cut; None for the default device.
     """
 
-    def __init__(self, parallel: Parallel | None, dtype: str, backend: str):
-        self.parallel = parallel
+    def __init__(
+        self,
+        parallel: Parallel | None,
+        dtype: str,
+        backend: str,
+        device: jax.Device | None = None,
+    ):
+        self.parallel, self.device = parallel, device
         self.shards = parallel.shards if parallel else 1
         self.dtype = jnp.dtype(dtype)
         self.layout = LAYOUT_OF[backend]
@@ -136,7 +143,8 @@ class Placer:
 
     def _put(self, value: HostArray, spec: P) -> Array:
         if self.parallel is None:
-            return jax.device_put(value)  # may share the memory: nobody writes to what was read
+            # It may share the memory: nobody writes to what was read.
+            return jax.device_put(value, self.device)
         return self.parallel.put(value, spec)
 
     def codebook(self, values: np.ndarray, cut: str) -> Array:
@@ -165,7 +173,7 @@ class Placer:
 
         arrays = [part.packed for part in parts], [part.scales for part in parts]
         if self.parallel is None and self.layout not in packing.NATIVE:
-            return _converted(*jax.device_put(arrays), target=self.layout, **facts)
+            return _converted(*jax.device_put(arrays, self.device), target=self.layout, **facts)
         packed, scales = (join_rows(rows, self.shards) for rows in arrays)
         if self.parallel is None:
             return convert(packed, scales)  # on the host, from where the arrays lie
