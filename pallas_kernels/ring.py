@@ -51,11 +51,11 @@ def unsupported_reason(
     def shared_bytes() -> int:
         return LaunchPlan((_plan(case, config, arithmetic),), target.shared_bytes).shared_bytes
 
-    return unsupported_target(target) or case.unsupported_reason(config, target, shared_bytes)
+    return target.unknown or case.unsupported_reason(config, target, shared_bytes)
 
 
 def unsupported_target(target: Target) -> str | None:
-    """Why no such launch runs on a GPU, or None."""
+    """Why no launch of several products runs on a GPU, or None."""
     if target.unknown or target.has_bulk_copies:
         return target.unknown or None
     return f"{target.architecture} has no bulk copies, which are sm_90's and newer ones'"

@@ -13,7 +13,10 @@ _WORKERS = 1  # the barrier of the consumer warps
 # How often a program polls whether the others are ready, about a minute. Then it traps, an error instead of
 # waiting for ever: some other launch holds multiprocessors, and waits for this one.
 _LOOKS = 1 << 26
+_READ_ONCE = "evict_first"  # whatever else is in L2 shall stay
 _AHEAD = 2  # slots copied of a product before the outputs of the one before it are in memory
+
+Range = tuple[Register, Register]  # where in memory it starts, and its bytes
 
 
 class Launch(Writer):
@@ -34,7 +37,7 @@ class Launch(Writer):
             if product is not first:
                 # What this launch has written is not read-only data.
                 product.load_opcode = "ld.global"
-        self.ring = Ring(self.ptx, plan)
+        self.ring = Ring(self.ptx, plan, first.target.has_bulk_copies)
 
     def write(self) -> str:
         """The kernel's PTX."""
@@ -44,7 +47,7 @@ class Launch(Writer):
         self._locate_lane()
         ring.is_first_lane = self.lane.eq(0)
         is_producer = self.warp.eq(self.workers)
-        copies = self.thread.eq(32 * self.workers)
+        copies = self.thread.eq(32 * self.workers) if ring.bulk else is_producer
         first.locate(self)
         ptx.do("bra", "fdk_prepare", when=~copies)
         ptx.comment("copy: the producer makes the ring and fills it")
@@ -58,7 +61,8 @@ class Launch(Writer):
         ptx.label("fdk_prepared")
         ptx.do("barrier.sync", 0)
         ptx.do("bra", "fdk_multiply", when=~is_producer)
-        ptx.do("bra", "fdk_end", when=~copies)
+        if ring.bulk:
+            ptx.do("bra", "fdk_end", when=~copies)
         ptx.comment("copy: the producer fills what the consumers have emptied")
         self._copy(first, weight_range, position, "rest")
         self._copy_others(position)
@@ -122,22 +126,45 @@ class Launch(Writer):
         blocks = ptx.op("min.u32", left, workers)
         codes = (blocks * CODES).low()
         scales = (blocks * product.plan.block_scales).low()
-        both = codes + scales
-        ptx.do("mbarrier.arrive.expect_tx.shared::cta.b64", "_", at(position.barrier), both)
-        for target, source, size in (
-            (at(position.slot), at(codes_from), codes),
-            (at(position.slot, workers * CODES), at(scales_from), scales),
-        ):
-            opcode = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-            opcode += ".L2::cache_hint"
-            policy = ptx.policy("evict_first")  # read once: whatever else is in L2 shall stay
-            ptx.do(opcode, target, source, size, at(position.barrier), policy)
+        copy = self._copy_in_bulk if self.ring.bulk else self._copy_by_lanes
+        copy(product, position, (codes_from, codes), (scales_from, scales))
         ptx.do("add.u64", codes_from, codes_from, workers * CODES)
         ptx.do("add.u64", scales_from, scales_from, workers * product.plan.block_scales)
         ptx.do("sub.u32", left, left, blocks)
         self.ring.next_slot(position)
         ptx.do("bra", f"fdk_copy_{name}")
         ptx.label(f"fdk_copied_{name}")
+
+    def _copy_in_bulk(self, product: Product, position: Position, *ranges: Range) -> None:
+        """Starts two copies, whose bytes the slot's barrier counts."""
+        del product
+        ptx, full = self.ptx, at(position.barrier)
+        (codes_from, codes), (scales_from, scales) = ranges
+        both = codes + scales
+        ptx.do("mbarrier.arrive.expect_tx.shared::cta.b64", "_", full, both)
+        for target, source, size in (
+            (at(position.slot), at(codes_from), codes),
+            (at(position.slot, self.workers * CODES), at(scales_from), scales),
+        ):
+            opcode = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+            opcode += ".L2::cache_hint"
+            ptx.do(opcode, target, source, size, full, ptx.policy(_READ_ONCE))
+
+    def _copy_by_lanes(self, product: Product, position: Position, *ranges: Range) -> None:
+        """Starts copies of 16 bytes a lane; at the slot's barrier each lane arrives when its own are there."""
+        ptx, target = self.ptx, position.slot + self.lane * 16
+        mine = (self.lane * 16).low()
+        for (start, size), block_bytes in zip(
+            ranges, (CODES, product.plan.block_scales), strict=True
+        ):
+            source = start + self.lane * 16
+            for first in range(0, self.workers * block_bytes, 32 * 16):
+                in_bounds = (mine + first) < size
+                opcode = "cp.async.cg.shared.global.L2::cache_hint"
+                operands = at(target, first), at(source, first), 16, ptx.policy(_READ_ONCE)
+                ptx.do(opcode, *operands, when=in_bounds)
+            target = target + self.workers * CODES
+        ptx.do("cp.async.mbarrier.arrive.noinc.shared::cta.b64", at(position.barrier))
 
     # The consumer warps
 

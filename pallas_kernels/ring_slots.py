@@ -20,24 +20,29 @@ class Ring:
     """The slots of a program, each with two barriers: the producer fills one, the consumers empty it.
 
     Attributes:
+        bulk: whether one lane of the producer starts copies in bulk; else each of its lanes copies a part.
         is_first_lane: whether this is the lane that signals for its warp.
     """
 
-    def __init__(self, ptx: Ptx, plan: LaunchPlan) -> None:
-        self.ptx, self.plan = ptx, plan
+    def __init__(self, ptx: Ptx, plan: LaunchPlan, bulk: bool) -> None:
+        self.ptx, self.plan, self.bulk = ptx, plan, bulk
         self.workers, self.slot_bytes = plan.products[0].workers, plan.products[0].slot_bytes
         self.is_first_lane: Register | None = None
 
     def make(self, shared: Register) -> None:
         """Makes the barriers: a slot is full when its bytes are there, empty when each warp has arrived."""
-        ptx = self.ptx
-        ptx.do("mbarrier.init.shared::cta.b64", at(shared, self.plan.signalled), 1)
+        ptx, fillers = self.ptx, 1 if self.bulk else 32
+        first = None if self.bulk else self.is_first_lane
+        ptx.do("mbarrier.init.shared::cta.b64", at(shared, self.plan.signalled), 1, when=first)
         for slot in range(self.plan.slots):
             full = at(shared, self.plan.barriers + slot * BARRIERS)
             empty = at(shared, self.plan.barriers + slot * BARRIERS + BARRIER)
-            ptx.do("mbarrier.init.shared::cta.b64", full, 1)
-            ptx.do("mbarrier.init.shared::cta.b64", empty, self.workers)
-        ptx.do("fence.proxy.async.shared::cta")
+            ptx.do("mbarrier.init.shared::cta.b64", full, fillers, when=first)
+            ptx.do("mbarrier.init.shared::cta.b64", empty, self.workers, when=first)
+        if self.bulk:
+            ptx.do("fence.proxy.async.shared::cta")
+        else:
+            ptx.do("bar.warp.sync", "0xffffffff")
 
     def locate(self, shared: Register, parity: int) -> Position:
         """The first slot; who fills it starts with parity 1, as an empty slot has no phase before it."""
@@ -63,7 +68,8 @@ class Ring:
         ptx = self.ptx
         ptx.label(f"fdk_wait_{name}")
         done = ptx.register("pred")
-        ptx.do("mbarrier.try_wait.parity.shared::cta.b64", done, barrier, parity)
+        look = "try_wait" if self.bulk else "test_wait"
+        ptx.do(f"mbarrier.{look}.parity.shared::cta.b64", done, barrier, parity)
         ptx.do("bra", f"fdk_wait_{name}", when=~done)
 
     def signal_empty(self, position: Position) -> None:

@@ -14,7 +14,7 @@ from pallas_kernels import choice, dequantise, integer, matvec, mma, wgmma
 from pallas_kernels.case import Case
 from pallas_kernels.ptx import Ptx
 from pallas_kernels.registers import at
-from pallas_kernels.target import H200
+from pallas_kernels.target import H200, Target
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 7, 12, 16, 42, 131, 132, 4096, 42752, 2**29 + 1])
@@ -38,7 +38,7 @@ def test_quotients_and_remainders(rng, divisor):
     np.testing.assert_array_equal(found, np.divmod(values, np.uint32(divisor)))
 
 
-def _run_ptx(case, config, arrays, bias):
+def _run_ptx(case, config, arrays, bias, target=H200):
     """A kernel's PTX on numpy: its result, poisoned beforehand."""
     x, packed, scales, codebook = (np.asarray(a) for a in arrays)
     x = np.pad(x, ((0, 0), (0, case.blocks * case.span - case.k)))
@@ -47,7 +47,7 @@ def _run_ptx(case, config, arrays, bias):
     module = choice.KERNELS[choice.kernel_of(config)]
     threads = 32 * config.warps
     emulator.run(
-        module.source(case, config, H200),
+        module.source(case, config, target),
         [*operands, out],
         module.grid(case, config),
         threads,
@@ -124,6 +124,28 @@ def test_integer_kernel(rng, n, k, codebooks, config, dtype, wide_scales):
     bias = rng.normal(size=n).astype(np.float32)
     arrays = (x, packed, scales.astype(scale_dtype), codebook)
     wanted.check(_run_ptx(case, config, arrays, bias), bias)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89"])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size", "scale_dtype", "config"),
+    [
+        (33, 600, 64, "float16", integer.Config(2, 2)),
+        (800, 5000, 64, "bfloat16", integer.Config(5, 2)),  # more than the ring holds
+        (33, 1100, 32, "float32", integer.Config(3, 2)),
+        (33, 8192, 1024, "bfloat16", integer.Config(16, 2)),
+    ],
+)
+def test_integer_kernel_whose_lanes_copy(rng, n, k, group_size, scale_dtype, config, architecture):
+    """On GPUs without bulk copies each lane of the producer warp copies a part of a slot."""
+    arrays, _, wanted = planar.product(
+        rng, 1, n, k, 1, group_size, "bfloat16", scale_dtype=scale_dtype
+    )
+    kind = dict(group_size=group_size, scales=arrays[2].dtype, out=jnp.dtype(jnp.float32))
+    case, target = planar.case(1, n, k, 1, **kind), Target.parse(architecture)
+    assert choice.unsupported_reason(case, config, target) is None
+    assert "bulk" not in integer.source(case, config, target)
+    wanted.check(_run_ptx(case, config, arrays, None, target))
 
 
 @pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16", "float32"])

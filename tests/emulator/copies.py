@@ -108,7 +108,27 @@ def arrive(machine: Machine, what: Instruction, active: np.ndarray) -> None:
         _turn(machine, barrier)
 
 
-@instruction(r"mbarrier\.try_wait\.parity\.shared(::cta)?\.b64")
+@instruction(r"cp\.async\.mbarrier\.arrive\.noinc\.shared(::cta)?\.b64")
+def arrive_with_copies(machine: Machine, what: Instruction, active: np.ndarray) -> None:
+    """Arrives at a barrier, for each thread, when the copies that the warp has begun so far are there."""
+    barriers = _shared_addresses(machine, what.operands[0], active)
+    for warp in machine.warps(active):
+        begun, machine.copies[warp] = machine.copies[warp], []
+        lanes = active.reshape(-1, 32)[warp]
+        found = barriers.reshape(-1, 32)[warp][lanes]
+        machine.bulk.append(functools.partial(_arrive_all, machine, begun, found))
+
+
+def _arrive_all(machine: Machine, copies: list, barriers: np.ndarray) -> None:
+    for target, values in copies:
+        machine.shared.store(target, 4, values)
+    for address in barriers:
+        barrier = _barrier(machine, int(address))
+        barrier.missing -= 1
+        _turn(machine, barrier)
+
+
+@instruction(r"mbarrier\.(try|test)_wait\.parity\.shared(::cta)?\.b64")
 def try_wait(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     """Whether the phase of a parity is over; if not, the thread may stand still before it goes on."""
     addresses = _shared_addresses(machine, what.operands[1], active)
