@@ -1,6 +1,6 @@
 """How fast checkpoints are loaded: GB of files a second, and the host memory that it takes.
 
-    python -m fdk_jax.benchmark.loading FOLDER [--model 4B] [--bits 4] [--backend pallas]
+    python -m fdk_jax.benchmark.loading FOLDER [--model 4B] [--bits 4] [--backend pallas] [--devices 2]
 
 writes a model of random weights into FOLDER (on a memory disk, such as /dev/shm, to measure all but the disk),
 once as compressed-tensors (integers) or bfloat16 (16 bits) and once prepared for the backend, and loads each in
@@ -101,16 +101,21 @@ def _layer(config: ModelConfig, index: int, bits: int, rng) -> dict[str, np.ndar
     return arrays
 
 
-def measure(folder: Path, backend: str | None) -> str:
+def measure(folder: Path, backend: str | None, devices: int) -> str:
     """Loads a folder in this process, and says how long that took and what it held of the host."""
+    parallel = None
+    if devices > 1:
+        parallel = models.Parallel(
+            jax.make_mesh((devices,), ("model",), devices=jax.devices()[:devices])
+        )
     size = sum(path.stat().st_size for path in folder.iterdir())
     jax.block_until_ready(jnp.zeros(1) + 1)
     before, start = _peak(), time.perf_counter()
-    model = models.load(folder, backend=backend)
+    model = models.load(folder, backend=backend, parallel=parallel)
     jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     seconds, held = time.perf_counter() - start, _peak() - before
     return (
-        f"{folder.name}: {size / 1e9:.2f} GB in {seconds:.2f} s, {size / seconds / 1e9:.2f} GB/s,"
+        f"{folder.name} on {devices}: {size / 1e9:.2f} GB in {seconds:.2f} s, {size / seconds / 1e9:.2f} GB/s,"
         f" {held / 1e9:.2f} GB more of host memory at the peak"
     )
 
@@ -125,15 +130,16 @@ def main() -> None:
     """Writes the folders that are not there, and loads each of them twice."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", default="4B", help="1B, 4B, 12B or 31B: see models.custom_llama")
+    parser.add_argument("--model", default="4B", help="1B, 4B, 12B, ...: see models.custom_llama")
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8, 16))
     parser.add_argument("--backend", help="whose kernels; by default the platform's")
     parser.add_argument("--again", type=int, default=2, help="how often each is loaded")
     parser.add_argument("--one", action="store_true", help="load FOLDER itself, once")
+    parser.add_argument("--devices", type=int, default=1, help="that share the model")
     arguments = parser.parse_args()
     compilation_cache.keep()
     if arguments.one:
-        print(measure(arguments.folder, arguments.backend), flush=True)
+        print(measure(arguments.folder, arguments.backend, arguments.devices), flush=True)
         return
     name = f"{arguments.model}-{arguments.bits}"
     kind = f"prepared-{arguments.backend or default_backend()}"
@@ -141,8 +147,9 @@ def main() -> None:
     if not stored.exists():
         write(stored, custom_llama(arguments.model), arguments.bits, np.random.default_rng(0))
     options = [] if arguments.backend is None else ["--backend", arguments.backend]
+    options += ["--devices", str(arguments.devices)]
     command = [sys.executable, "-m", "fdk_jax.benchmark.loading", "--one", *options]
-    for folder in (stored, prepared):
+    for folder in (stored, prepared) if arguments.devices == 1 else (stored,):
         if not folder.exists():
             model = models.load(stored, backend=arguments.backend)
             export(model, prepared, like=stored, format="prepared")

@@ -137,7 +137,8 @@ def load(
     model = shapes(config, parallel)
     placer = Placer(parallel, config.dtype, backend, device)
     # Devices of several processes must be given their work in the same order; quantising takes memory.
-    makers = 1 if parallel is not None or quantisation is not None else MAKERS
+    in_order = quantisation is not None or (parallel is not None and not parallel.in_one_process)
+    makers = 1 if in_order else MAKERS
 
     def finished(stage: int) -> None:
         _return_freed_memory()

@@ -58,6 +58,11 @@ class Parallel:
         return 1 if self.data is None else self.mesh.shape[self.data]
 
     @property
+    def in_one_process(self) -> bool:
+        """Whether all devices are this process's."""
+        return all(d.process_index == jax.process_index() for d in self.mesh.devices.flat)
+
+    @property
     def rows(self) -> P:
         """How arrays with a first axis of sequences are cut."""
         return P() if self.data is None else P(self.data)

@@ -106,7 +106,7 @@ def unsupported_reason(parallel: Parallel, features: int) -> str | None:
         return f"{_SWITCH}=0"
     if devices[0].platform != "gpu":
         return f"the devices are of platform {devices[0].platform!r}, not GPUs"
-    if any(device.process_index != jax.process_index() for device in devices):
+    if not parallel.in_one_process:
         return "the devices are of several processes"
     if reason := current().no_grid_barriers:
         return f"devices wait for each other, but {reason}"

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fdk_jax.files import widening
@@ -88,12 +87,8 @@ class Placer:
     def kernel(self, parts: Sequence[HostArray], cut: str) -> Array:
         """The kernel [K, N] of a Linear from matrices [n_i, K]."""
         spec = self._spec(cut)
-        if self.parallel is None:
-            joined = join_rows([self._put(part, spec) for part in parts], 1)
-            return _as_kernel(joined, self.dtype)
-        joined = self._put(join_rows([np.asarray(part) for part in parts], self.shards), spec)
-        turned = NamedSharding(self.parallel.mesh, P(*reversed(spec)))
-        return jax.jit(_as_kernel, static_argnums=1, out_shardings=turned)(joined, self.dtype)
+        rows = [self._put(part, spec) for part in parts]
+        return _as_kernel(rows, self.dtype, self.parallel, spec)
 
     def quantised(self, parts: Sequence[QuantisedTensor], cut: str) -> QuantisedTensor:
         """The weight of parts [n_i, K] joined along N, in the layout of the kernels.
@@ -167,46 +162,61 @@ class Placer:
         self, parts: Sequence[QuantisedTensor], spec: P, facts: dict
     ) -> tuple[Array, Array]:
         """Joined codes and scales on the device in the kernels' layout, each device's slice by itself."""
-
-        def convert(packed: Any, scales: Any) -> tuple[Array, Array]:
-            return packing.convert(packed, scales, "interchange", self.layout, **facts)
-
-        arrays = [part.packed for part in parts], [part.scales for part in parts]
-        if self.parallel is None and self.layout not in packing.NATIVE:
-            return _converted(*jax.device_put(arrays, self.device), target=self.layout, **facts)
-        packed, scales = (join_rows(rows, self.shards) for rows in arrays)
-        if self.parallel is None:
-            return convert(packed, scales)  # on the host, from where the arrays lie
-        packed, scales = self._put(packed, spec), self._put(scales, spec)
-        if self.layout == "interchange":
-            return packed, scales
-        # Slices are laid end to end along the first axis, whatever the layout makes of it.
-        local = jax.shard_map(
-            convert,
-            mesh=self.parallel.mesh,
-            in_specs=(spec, spec),
-            out_specs=P(self._axis),
-            check_vma=False,
-        )
-        return jax.jit(local)(packed, scales)
+        if self.parallel is None and self.layout in packing.NATIVE:
+            # On the host, from where the arrays lie.
+            codes: Any = join_rows([part.packed for part in parts], 1)
+            factors: Any = join_rows([part.scales for part in parts], 1)
+            return packing.convert(codes, factors, "interchange", self.layout, **facts)
+        packed = [self._put(part.packed, spec) for part in parts]
+        scales = [self._put(part.scales, spec) for part in parts]
+        return _converted(packed, scales, self.parallel, spec, target=self.layout, **facts)
 
 
 _FACTS = ("bits", "group_size", "out_features", "in_features")
 
 
-@functools.partial(jax.jit, static_argnames=("target", *_FACTS))
+# Matrices of one shape share a compiled program.
+@functools.partial(jax.jit, static_argnames=("parallel", "spec", "target", *_FACTS))
 def _converted(
-    packed: list[Array], scales: list[Array], target: str, **facts: int
+    packed: list[Array],
+    scales: list[Array],
+    parallel: Parallel | None,
+    spec: P,
+    target: str,
+    **facts: int,
 ) -> tuple[Array, Array]:
-    """Joins and converts on the device; matrices of one shape share a compiled program."""
-    codes: Any = join_rows(packed, 1)
-    factors: Any = join_rows(scales, 1)
-    return packing.convert(codes, factors, "interchange", target, **facts)
+    """Joins and converts on the device, or each device's slices by themselves."""
+
+    def convert(packed: Any, scales: Any) -> tuple[Array, Array]:
+        codes: Any = join_rows(packed, 1)
+        factors: Any = join_rows(scales, 1)
+        return packing.convert(codes, factors, "interchange", target, **facts)
+
+    if parallel is None:
+        return convert(packed, scales)
+    # Slices are laid end to end along the first axis, whatever another layout makes of it.
+    laid = spec if target == "interchange" else P(parallel.axis)
+    local = jax.shard_map(
+        convert, mesh=parallel.mesh, in_specs=(spec, spec), out_specs=laid, check_vma=False
+    )
+    return local(packed, scales)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _as_kernel(rows: Array, dtype: Any) -> Array:
-    return rows.astype(dtype).T
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _as_kernel(parts: list[Array], dtype: Any, parallel: Parallel | None, spec: P) -> Array:
+    """The kernel [K, N] of rows [n_i, K] that are cut as `spec` says."""
+
+    def turn(parts: Any) -> Array:
+        rows: Any = join_rows(parts, 1)
+        return rows.astype(dtype).T
+
+    if parallel is None:
+        return turn(parts)
+    turned = P(*reversed(spec))
+    local = jax.shard_map(
+        turn, mesh=parallel.mesh, in_specs=(spec,), out_specs=turned, check_vma=False
+    )
+    return local(parts)
 
 
 def set_linear(
