@@ -26,8 +26,13 @@
 
 #include "api.h"
 #include "fdk.h"
+#include "numbers.h"
 
 namespace {
+
+using fdk_test::decode;
+using fdk_test::encode;
+using fdk_test::size_of;
 
 using Bytes = std::vector<uint8_t>;
 
@@ -86,43 +91,6 @@ class Source {
   const uint8_t *data_;
   size_t size_, position_ = 0;
 };
-
-size_t size_of(fdk_dtype dtype) { return dtype == FDK_F32 ? 4 : 2; }
-
-void encode(float value, fdk_dtype dtype, uint8_t *target) {
-  if (dtype == FDK_F16) {
-    const auto half = static_cast<_Float16>(value);
-    std::memcpy(target, &half, 2);
-    return;
-  }
-  uint32_t word = 0;
-  std::memcpy(&word, &value, 4);
-  if (dtype == FDK_F32) {
-    std::memcpy(target, &word, 4);
-  } else {
-    const auto high = static_cast<uint16_t>(word >> 16);
-    std::memcpy(target, &high, 2);
-  }
-}
-
-double decode(const uint8_t *source, fdk_dtype dtype) {
-  if (dtype == FDK_F16) {
-    _Float16 half{};
-    std::memcpy(&half, source, 2);
-    return static_cast<double>(half);
-  }
-  uint32_t word = 0;
-  if (dtype == FDK_F32) {
-    std::memcpy(&word, source, 4);
-  } else {
-    uint16_t high = 0;
-    std::memcpy(&high, source, 2);
-    word = uint32_t{high} << 16;
-  }
-  float value = 0.0F;
-  std::memcpy(&value, &word, 4);
-  return static_cast<double>(value);
-}
 
 struct Case {
   fdk_weight weight{};
@@ -189,7 +157,7 @@ struct Case {
   Bytes values(int64_t count, fdk_dtype dtype) {
     Bytes out(static_cast<size_t>(count) * size_of(dtype));
     for (int64_t i = 0; i < count; ++i)
-      encode(value(dtype), dtype, &out[static_cast<size_t>(i) * size_of(dtype)]);
+      encode(out.data(), dtype, static_cast<size_t>(i), double{value(dtype)});
     return out;
   }
   // Ascending; affine in the code when the weight says so (a step of 1 / 64 is exact in bfloat16).
@@ -204,7 +172,7 @@ struct Case {
           levels[q] = (static_cast<float>(q) - static_cast<float>(levels.size()) / 2) / 64.0F;
       for (const float level : levels) {
         out.resize(out.size() + 4);
-        encode(level, FDK_F32, out.data() + out.size() - 4);
+        encode(out.data(), FDK_F32, out.size() / 4 - 1, double{level});
       }
     }
     return out;

@@ -22,11 +22,16 @@
 
 #include "fdk.h"
 #include "guarded.h"
+#include "numbers.h"
 
 namespace {
 
+using fdk_test::decode;
+using fdk_test::encode;
 using fdk_test::Guarded;
+using fdk_test::round_as;
 using fdk_test::Side;
+using fdk_test::size_of;
 
 std::mt19937_64 g_random;
 double g_share = 1.0;
@@ -49,65 +54,6 @@ double uniform(double low, double high) {
 }
 int64_t integer(int64_t low, int64_t high) {
   return std::uniform_int_distribution<int64_t>(low, high)(g_random);
-}
-
-// --- numbers, written independently of src/numeric.h --------------------------------------------
-
-size_t size_of(fdk_dtype dtype) { return dtype == FDK_F32 ? 4 : 2; }
-
-// Rounds to `mantissa` bits after the leading one, ties to even; bounds as in float16 or bfloat16.
-double round_float(double value, int mantissa, int min_exponent) {
-  if (value == 0.0 || !std::isfinite(value)) return value;
-  int exponent = 0;
-  std::frexp(value, &exponent);
-  const int last = std::max(exponent - 1, min_exponent) - mantissa;
-  return std::ldexp(std::nearbyint(std::ldexp(value, -last)), last);
-}
-
-double round_as(double value, fdk_dtype dtype) {
-  if (dtype == FDK_F16) return round_float(value, 10, -14);
-  if (dtype == FDK_BF16) return round_float(value, 7, -126);
-  return double{static_cast<float>(value)};
-}
-
-double decode(const void *data, fdk_dtype dtype, size_t i) {
-  if (dtype == FDK_F32) return double{static_cast<const float *>(data)[i]};
-  const uint16_t bits = static_cast<const uint16_t *>(data)[i];
-  const int exponent_bits = dtype == FDK_F16 ? 5 : 8;
-  const int mantissa_bits = 15 - exponent_bits;
-  const int bias = (1 << (exponent_bits - 1)) - 1;
-  const double sign = (bits >> 15) != 0 ? -1.0 : 1.0;
-  const int exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
-  const int mantissa = bits & ((1 << mantissa_bits) - 1);
-  if (exponent == (1 << exponent_bits) - 1) return mantissa != 0 ? std::nan("") : sign * HUGE_VAL;
-  if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
-  return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
-}
-
-// The value must be representable.
-void encode(void *data, fdk_dtype dtype, size_t i, double value) {
-  if (dtype == FDK_F32) {
-    static_cast<float *>(data)[i] = static_cast<float>(value);
-    return;
-  }
-  const int exponent_bits = dtype == FDK_F16 ? 5 : 8;
-  const int mantissa_bits = 15 - exponent_bits;
-  const int bias = (1 << (exponent_bits - 1)) - 1;
-  const int sign = std::signbit(value) ? 1 << 15 : 0;
-  int bits = 0;
-  if (std::isnan(value)) {
-    bits = 0x7fff;
-  } else if (std::isinf(value)) {
-    bits = ((1 << exponent_bits) - 1) << mantissa_bits;
-  } else if (value != 0.0) {
-    int exponent = 0;
-    std::frexp(value, &exponent);
-    const int e = std::max(exponent - 1 + bias, 0);
-    const int unit = std::max(e, 1) - bias - mantissa_bits;
-    const int mantissa = static_cast<int>(std::ldexp(std::fabs(value), -unit));
-    bits = e == 0 ? mantissa : (e << mantissa_bits) | (mantissa & ((1 << mantissa_bits) - 1));
-  }
-  static_cast<uint16_t *>(data)[i] = static_cast<uint16_t>(sign | bits);
 }
 
 // --- a problem and its oracle ------------------------------------------------------------------

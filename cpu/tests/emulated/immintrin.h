@@ -22,6 +22,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../numbers.h"
+
 namespace fdk_emulated {
 
 template <typename To, typename From>
@@ -72,8 +74,7 @@ inline __m256i fdk_cvtps_ph(__m512 v, int) {
   const auto from = fdk_emulated::as<fdk_emulated::Lanes<float, 16>>(v);
   fdk_emulated::Lanes<uint16_t, 16> to;
   for (int i = 0; i < 16; ++i) {
-    const auto half = static_cast<_Float16>(from.at[i]);
-    std::memcpy(&to.at[i], &half, 2);
+    fdk_test::encode(&to.at[i], FDK_F16, 0, double{from.at[i]});
   }
   return fdk_emulated::as<__m256i>(to);
 }
