@@ -5,6 +5,7 @@ text, and what is quantised already. Layers that are alike share their compiled 
 """
 
 import contextlib
+import functools
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
@@ -132,9 +133,11 @@ def _calibrated_layers(
     model: Transformer, windows: Sequence[np.ndarray] | np.ndarray, bits: int, options: dict
 ) -> Iterator[nnx.Module]:
     """The layers of a float model, quantised on the default device one after another."""
+    graph, state = nnx.split(model)
+    embed = jax.jit(lambda state, rows: nnx.merge(graph, state).embed(rows))
     streams, turns = [], []
     for rows in _runs(windows):
-        streams.append(_moved(model.embed(rows)))
+        streams.append(_moved(embed(state, rows)))
         length = jnp.asarray([[rows.shape[1]]], jnp.int32)
         turns.append(decoding.turns(model.layers, jnp.arange(rows.shape[1])[None], length, length))
     for index, layer in enumerate(model.layers):
@@ -142,7 +145,7 @@ def _calibrated_layers(
         inputs = [(x, *turn[index]) for x, turn in zip(streams, turns, strict=True)]
         with _named(f"layers.{index}"):
             calibrate(layer, bits, inputs, in_place=True, progress=False, forward=_after, **options)
-        streams = [_step(layer, one) for one in inputs]
+        streams = [_step(*nnx.split(layer), one) for one in inputs]
         yield layer
 
 
@@ -151,7 +154,9 @@ def _after(layer: Layer, batch: Batch) -> Array:
     return layer.prompt(*batch)[0]
 
 
-_step = nnx.jit(_after)
+@functools.partial(jax.jit, static_argnums=0)
+def _step(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Array:
+    return _after(nnx.merge(graph, state), batch)
 
 
 def _runs(windows: Sequence[np.ndarray] | np.ndarray) -> Iterator[Array]:
