@@ -146,6 +146,33 @@ def test_each_step_lowers_the_output_error(bits, dtype, rng):
     assert weighted["weighted"] < 1.001 * weighted["kmeans"]
 
 
+@pytest.mark.parametrize(("n", "k", "group"), [(37, 100, 32), (70, 192, 64), (5, 40, 64)])
+def test_refitted_scales_solve_the_normal_equations(n, k, group, rng):
+    w, second = make_problem(rng, n, k)
+    groups, levels = -(-k // group), np.array([-1, -0.3, 0.3, 1])
+    scales = rng.uniform(0.02, 0.08, (n, groups)).astype(np.float32)
+    wide = np.repeat(scales, group, axis=1)[:, :k]
+    codes = np.abs(w[..., None] / wide[..., None] - levels).argmin(-1)
+    found = rounding.refit_scales(
+        jnp.asarray(w),
+        jnp.asarray(codes, jnp.uint8),
+        jnp.asarray(scales),
+        jnp.asarray(levels, jnp.float32),
+        jnp.asarray(second),
+        group_size=group,
+        dtype=jnp.float32,
+    )
+    for row in range(n):
+        parts = np.zeros((groups, k))  # what each group adds to the row at a scale of 1
+        parts[np.arange(k) // group, np.arange(k)] = levels[codes[row]]
+        system = parts @ second @ parts.T
+        ridge = 1e-4 * np.trace(system) / groups
+        residual = parts @ second @ w[row] - system @ scales[row]
+        wanted = scales[row] + np.linalg.solve(system + ridge * np.eye(groups), residual)
+        wanted = np.where(wanted > 0, wanted, scales[row])
+        np.testing.assert_allclose(found[row], wanted, rtol=2e-4, atol=1e-6)
+
+
 def test_row_blocks_keep_their_codebooks_and_stacks_their_matrices(rng):
     w, second = make_problem(rng, n=8)
     levels = np.stack([codebooks.uniform(2), 2 * codebooks.uniform(2)])

@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from flax import nnx
 from fdk_jax.quality import measure, prose
 from fdk_jax.quality.formats import FORMATS, Format
 from fdk_jax.quality.networks import Network
+from fdk_jax.quality.scaling_model import LanguageModel as ScanModel
+from fdk_jax.quality.scaling_model import Shape
 
 LONG = "The tide rises and falls because the Moon pulls at the sea, and the Sun does so a little less. "
 
@@ -95,7 +98,10 @@ class Toy(Network):
     def __init__(self):
         rngs = nnx.Rngs(0)
         super().__init__(
-            nnx.Sequential(nnx.Linear(64, 128, rngs=rngs), nnx.relu, nnx.Linear(128, 64, rngs=rngs))
+            nnx.Sequential(
+                nnx.Linear(64, 128, rngs=rngs), nnx.relu, nnx.Linear(128, 64, rngs=rngs)
+            ),
+            "noise",
         )
 
     def calibration(self, seed):
@@ -104,6 +110,36 @@ class Toy(Network):
     def score(self, model, seed):
         (x,) = self.calibration(seed + 10)
         return (float(jnp.square(model(x) - self.model(x)).mean()),)
+
+
+class Stacked(Network):
+    """Layers under a scan."""
+
+    def __init__(self):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            super().__init__(ScanModel(Shape(64, 64, 3, 320)), "noise")
+
+    def calibration(self, seed):
+        return [np.random.default_rng(seed).integers(0, 320, (4, 64)).astype(np.int32)]
+
+
+def test_matrices_of_stacked_layers():
+    network = Stacked()
+    matrices = network.matrices()
+    assert len(matrices) == 12 and matrices["layers.down[2]"].shape == (64, 64)
+    (tokens,) = network.calibration(0)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        moments = network.moments(0)
+        expected = network.model(tokens)
+        same = network.with_matrices(matrices)(tokens)
+        other = network.with_matrices({"layers.down[2]": 2 * matrices["layers.down[2]"]})
+    assert {key: m.shape[1] for key, m in matrices.items()} == {
+        key: len(second) for key, second in moments.items()
+    }
+    np.testing.assert_array_equal(same, expected)
+    kernels = other.layers.down.kernel.get_value(), network.model.layers.down.kernel.get_value()
+    np.testing.assert_array_equal(kernels[0][:2], kernels[1][:2])
+    np.testing.assert_array_equal(kernels[0][2], 2 * kernels[1][2])
 
 
 @pytest.mark.slow

@@ -201,6 +201,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "scaling-fit": lambda found: scaling(found, "fits"),
     "quality-variants": lambda found: quality(found, variants=True),
     "networks-minilm": lambda found: networks(found, "minilm"),
+    "networks-trained": lambda found: networks(found, "trained"),
     "networks-smollm2": lambda found: networks(found, "smollm2"),
 }
 

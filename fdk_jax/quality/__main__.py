@@ -24,8 +24,8 @@ _SMALL = flags.DEFINE_bool("small", False, "the model of the tests: two minutes 
 _NETWORK = flags.DEFINE_enum(
     "network",
     None,
-    ["smollm2", "minilm"],
-    "a network of a package instead of the one that is trained",
+    ["smollm2", "minilm", "trained"],
+    "a network of a package instead of the one that is trained; or a larger one, trained on --text",
 )
 _TEXT = flags.DEFINE_string("text", None, "file or folder of prose, for --network")
 _INCLUDE = flags.DEFINE_string(

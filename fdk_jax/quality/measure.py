@@ -1,6 +1,5 @@
 """The table on real networks: a row for each format, on the disk before the next is measured."""
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ import numpy as np
 from jax import Array
 
 from fdk_jax.benchmark import environment, records
-from fdk_jax.quality import prose
 from fdk_jax.quality.formats import FORMATS
 from fdk_jax.quality.networks import NETWORKS, SEEDS, Network
 
@@ -35,12 +33,11 @@ def measure(
     known = records.read([out]) if out.exists() and out.stat().st_size else []
     done = {row["name"] for row in known if row["suite"] == SUITE}
     network = NETWORKS[name](text)
-    whole = "\n".join(prose.paragraphs(text)).encode()
     shared = {
         "suite": SUITE,
         "network": name,
         "dtype": "bfloat16",
-        "text": f"{text.name} {hashlib.sha256(whole).hexdigest()[:12]}",
+        "text": network.text,
         "weights": int(sum(m.size for m in network.matrices().values())),
     }
     where = environment.facts(jax.devices()[0])

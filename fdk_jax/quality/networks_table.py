@@ -24,7 +24,8 @@ def markdown(found: Iterable[Row], network: str) -> str:
 
     Args:
         found: rows of `fdk_jax.quality.measure`.
-        network: "smollm2": perplexity (divergence in nats a token); "minilm": thousandths of dissimilarity.
+        network: "smollm2" or "trained": perplexity (divergence in nats a token); "minilm": thousandths of
+            dissimilarity.
     """
     here = [r for r in found if r["suite"] == "networks" and r["network"] == network]
     formats = [r for r in here if r["bits"] < 16 and not r["calibration_seed"]]

@@ -1,5 +1,6 @@
 """Prose of files that packages ship: paragraphs, sentences, windows of tokens."""
 
+import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -66,6 +67,12 @@ def paragraphs(path: str | Path) -> list[str]:
     if not prose:
         raise ValueError(f"{path} holds no paragraph of {_SHORTEST} words or more")
     return prose
+
+
+def name_and_digest(path: str | Path) -> str:
+    """What rows say of a text: its name, and a digest of its paragraphs."""
+    whole = "\n".join(paragraphs(path)).encode()
+    return f"{Path(path).name} {hashlib.sha256(whole).hexdigest()[:12]}"
 
 
 def sentences(path: str | Path, *, shortest: int = 6, longest: int = 40) -> list[str]:
