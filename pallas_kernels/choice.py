@@ -18,11 +18,27 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import dequantise, integer, matvec, mma, mosaic_matmul, plain, wgmma
+from pallas_kernels import (
+    dequantise,
+    integer,
+    integer_tokens,
+    matvec,
+    mma,
+    mosaic_matmul,
+    plain,
+    wgmma,
+)
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.target import H200, Target, current
 
-KERNELS = {"matvec": matvec, "integer": integer, "mma": mma, "wgmma": wgmma}  # in PTX
+# In PTX. The configurations of `integer_tokens` are also ones of `integer`: it comes first.
+KERNELS = {
+    "matvec": matvec,
+    "integer_tokens": integer_tokens,
+    "integer": integer,
+    "mma": mma,
+    "wgmma": wgmma,
+}
 _CONFIGURED = KERNELS | {"mosaic": mosaic_matmul}
 Config = matvec.Config | integer.Config | mma.Config | wgmma.Config | mosaic_matmul.Config
 _SHIPPED = Path(__file__).with_name("tuned.json")

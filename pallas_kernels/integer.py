@@ -30,10 +30,11 @@ from pallas_kernels.registers import Memory, Register, at, vector, wide
 from pallas_kernels.ring_plan import CODES, ProductPlan, unsupported_groups
 from pallas_kernels.target import Target
 
-_PLANES = 4  # of which an operand has codes
-_HALF = PLANE // 2  # the least group
+PLANES = 4  # of which an operand has codes
+LEAST_GROUP = PLANE // 2  # the least group
+MULTIPLY = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 _X = 1024  # bytes of a block of x
-_INTEGERS = 1024  # bytes of the integers of four planes of x: 8 words a lane
+INTEGERS = 1024  # bytes of the integers of four planes of x: 8 words a lane
 _CODEBOOK_BYTES = 8  # bytes of a codebook's first value and the step to the second
 _LARGEST = 32512.0  # of the integers: its high byte, rounded, is 127
 # The last bits of a float of this size are an integer. Low bytes have a bias of 128.
@@ -54,10 +55,10 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
 
 def unsupported_product(case: Case, workers: int) -> str | None:
     """Why the arithmetic does not take a case, or None."""
-    if case.bits != 1 or case.m != 1 or case.group_size < _HALF:
+    if case.bits != 1 or case.m != 1 or case.group_size < LEAST_GROUP:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size} are not 1, 1 and"
-            f" {_HALF} or more"
+            f" {LEAST_GROUP} or more"
         )
     return unsupported_groups(case, workers)
 
@@ -94,10 +95,15 @@ class Plan(ProductPlan):
         """Integers, scales and sums of x, and codebooks."""
         case = self.case
         return {
-            "integers": case.blocks * 2 * _INTEGERS,
-            "plane_sums": case.blocks * 2 * _PLANES * self.sums_bytes,
+            "integers": case.blocks * 2 * INTEGERS,
+            "plane_sums": case.blocks * 2 * PLANES * self.sums_bytes,
             self.codebooks_name: case.codebooks * _CODEBOOK_BYTES,
         }
+
+
+def join(high: Register, low: Register) -> Register:
+    """The sum of integers from the sums of their bytes."""
+    return low + high * 256
 
 
 class Product(ring_product.Product):
@@ -117,16 +123,17 @@ class Product(ring_product.Product):
         ptx, case = self.ptx, self.case
         self.infinite = ptx.register("pred")
         # Planes 0 and 1 of four have the even bytes of an operand, planes 2 and 3 the odd ones.
-        upper = (self.row & 2).ne(0)
-        self.bytes = ptx.op("selp.b32", "0xFF00FF00", "0x00FF00FF", upper)
+        self.upper = (self.row & 2).ne(0)
+        self.bytes = ptx.op("selp.b32", "0xFF00FF00", "0x00FF00FF", self.upper)
         address = (
             self.operands["x"] + self.warp * _X + self.row * (2 * PLANE) + self.thread_in_group * 16
         )
-        rounds = -(-case.blocks // self.workers)
+        rows = case.blocks * case.m  # of x, 512 each: those of a token follow each other
+        rounds = -(-rows // self.workers)
         for first in range(0, rounds, 3):
             here = range(first, min(first + 3, rounds))
             blocks = [self.warp + i * self.workers for i in here]
-            in_bounds = [b < case.blocks for b in blocks]
+            in_bounds = [b < rows for b in blocks]
             pairs = [ptx.registers("b32", 8) for _ in here]
             for i, registers, guard in zip(here, pairs, in_bounds, strict=True):
                 for half in range(2):
@@ -166,7 +173,7 @@ class Product(ring_product.Product):
 
         The lane has 16 x of the plane that its row counts, 8 of each half.
         """
-        ptx, parts, sums_bytes = self.ptx, self.plan.parts, self.plan.sums_bytes
+        ptx, parts = self.ptx, self.plan.parts
         scale, inverses = self._scale_of(x, name)
         high, low, sums = [], [], [ptx.op("mov.u32", 0) for _ in range(2 * parts)]
         for i in range(8):
@@ -179,19 +186,11 @@ class Product(ring_product.Product):
                 sums[2 * part + i % 2] = sums[2 * part + i % 2] + value
             # A byte of two integers, each twice.
             both = ptx.op("prmt.b32", *values, "0x5511")
-            high.append(both & self.bytes)
+            high.append(self._of_plane(both))
             both = ptx.op("prmt.b32", *values, "0x4400")
             both = both ^ "0x80808080"
-            low.append(both & self.bytes)
-        half, plane = self.row >> 2, self.row & 3
-        address = self.shared + block * (2 * _INTEGERS) + half * _INTEGERS
-        # Plane p is in rows 2 p and 2 p + 1 of lanes.
-        address = address + plane * (8 * 16) + self.thread_in_group * 16
-        for row, words in enumerate((high, low)):
-            for half in range(2):
-                offset = self.offsets["integers"] + row * 4 * 16 + half * _INTEGERS // 2
-                part = vector(words[4 * half : 4 * half + 4])
-                ptx.do("st.shared.v4.b32", at(address, offset), part)
+            low.append(self._of_plane(both))
+        self._store_integers(block, high, low)
         wholes = []
         for once, four_times in zip(sums[::2], sums[1::2], strict=True):
             sum_ = once + four_times * 4
@@ -200,12 +199,34 @@ class Product(ring_product.Product):
             sum_ = sum_ - ((count + count * 4) * _MAGIC_BITS % 2**32)
             sum_ = over_lanes(ptx, "add.u32", sum_, (1, 2))
             wholes.append(ptx.op("cvt.rn.f32.s32", sum_))
-        address = self.shared + block * (2 * _PLANES * sums_bytes) + self.row * sums_bytes
+        address = self._plane_sums_address(block)
         is_owner = self.thread_in_group.eq(0)
         target = at(address, self.offsets["plane_sums"])
         # Two words, or four, the last one of which nobody reads.
         width, values = wide([scale, *wholes] if parts == 1 else [scale, *wholes, wholes[0]])
         ptx.do(f"st.shared{width}.b32", target, values, when=is_owner)
+
+    def _of_plane(self, both: Register) -> Register:
+        """A byte of two integers, each twice, where the codes of the lane's plane are in an operand."""
+        return both & self.bytes
+
+    def _store_integers(self, block: Register, high: list[Register], low: list[Register]) -> None:
+        """Stores the bytes of the lane's integers, eight words each, as operands."""
+        ptx = self.ptx
+        half, plane = self.row >> 2, self.row & 3
+        address = self.shared + block * (2 * INTEGERS) + half * INTEGERS
+        # Plane p is in rows 2 p and 2 p + 1 of lanes.
+        address = address + plane * (8 * 16) + self.thread_in_group * 16
+        for row, words in enumerate((high, low)):
+            for half in range(2):
+                offset = self.offsets["integers"] + row * 4 * 16 + half * INTEGERS // 2
+                part = vector(words[4 * half : 4 * half + 4])
+                ptx.do("st.shared.v4.b32", at(address, offset), part)
+
+    def _plane_sums_address(self, block: Register) -> Register:
+        """Where the scale of x and the sums of x of the lane's plane are."""
+        size = self.plan.sums_bytes
+        return self.shared + block * (2 * PLANES * size) + self.row * size
 
     def _scale_of(self, x: list[Register], name: str) -> tuple[Register, list[Register]]:
         """The scale of the lane's plane, and what makes integers of its x: all of them, a quarter of them.
@@ -242,7 +263,7 @@ class Product(ring_product.Product):
         self.plane_sums = self.shared + self.thread_in_group * self.plan.sums_bytes
         codes = (self.warp * CODES).low()
         self.codes = codes + self.lane * 16
-        self.scales = self._scale_places()
+        self.scales = self._scale_addresses()
         # The lane's columns are those of a plane; the codes of planes 1 and 3 stand four bits higher.
         self.higher = (self.thread_in_group & 1).ne(0)
         self.unit = ptx.op("selp.f32", 1 / 16, 1.0, self.higher)
@@ -252,7 +273,7 @@ class Product(ring_product.Product):
         self.keeps = self.thread_in_group < 2
         self.first, *self.steps = ptx.registers("f32", 3)
 
-    def _scale_places(self) -> Register:
+    def _scale_addresses(self) -> Register:
         """Where in a slot the scales of this lane's plane of the first four are."""
         size, g, span = self.plan.scale_bytes, self.case.group_size, self.case.span
         if g == PLANE:  # four groups are the four planes, one for each lane
@@ -280,19 +301,23 @@ class Product(ring_product.Product):
         ptx.do(
             "ld.shared.v2.b32", vector([self.first, steps[0]]), at(address, self.codebooks_offset)
         )
-        ptx.do("mul.f32", steps[0], steps[0], self.unit)
+        self._set_steps(steps)
+
+    def _set_steps(self, steps: list[Register]) -> None:
+        """What a unit of the sums of both rows is, from the step that the first register has."""
+        self.ptx.do("mul.f32", steps[0], steps[0], self.unit)
         # A lower row's codes stand one bit higher.
-        ptx.do("mul.f32", steps[1], steps[0], 0.5)
+        self.ptx.do("mul.f32", steps[1], steps[0], 0.5)
 
     def load_x(self, block: Register) -> None:
         """The integers of both fours of planes of x, their scales and sums."""
         ptx, sums_bytes = self.ptx, self.plan.sums_bytes
-        integers = self.integers + block * (2 * _INTEGERS)
-        sums = self.plane_sums + block * (2 * _PLANES * sums_bytes)
+        integers = self.integers + block * (2 * INTEGERS)
+        sums = self.plane_sums + block * (2 * PLANES * sums_bytes)
         self.x = []
         for half in range(2):
             plane_sums = ptx.registers("b32", sums_bytes // 4)
-            address = at(sums, self.offsets["plane_sums"] + half * _PLANES * sums_bytes)
+            address = at(sums, self.offsets["plane_sums"] + half * PLANES * sums_bytes)
             width, values = wide(plane_sums)
             ptx.do(f"ld.shared{width}.b32", values, address)
             scale, *wholes = (part.as_float() for part in plane_sums[: 1 + self.plan.parts])
@@ -302,20 +327,25 @@ class Product(ring_product.Product):
         """The integers of four planes of x."""
         words = self.ptx.registers("b32", 8)
         for i in range(2):
-            part = at(address, self.offsets["integers"] + half * _INTEGERS + i * _INTEGERS // 2)
+            part = at(address, self.offsets["integers"] + half * INTEGERS + i * INTEGERS // 2)
             self.ptx.do("ld.shared.v4.b32", vector(words[4 * i : 4 * i + 4]), part)
         return words
 
     def load_block(self, slot: Register) -> None:
         """The codes of both fours of planes; of each the scales of the upper and the lower row, float32."""
-        ptx, plan = self.ptx, self.plan
+        ptx = self.ptx
         self.words = ptx.registers("b32", 8)
         codes, scales = (slot + part for part in (self.codes, self.scales))
         for half in range(2):
             part = vector(self.words[4 * half : 4 * half + 4])
             ptx.do("ld.shared.v4.b32", part, at(codes, half * CODES // 2))
+        self._load_factors(scales)
+
+    def _load_factors(self, scales: Register) -> None:
+        """The scales, from where this lane's first ones are."""
+        plan = self.plan
         # The second four of planes have groups of their own, unless a group is the whole block.
-        four, within = divmod(_PLANES * PLANE // self.case.group_size, 4)
+        four, within = divmod(PLANES * PLANE // self.case.group_size, 4)
         further = (four * 64 + within * 2) * plan.scale_bytes
         self.factors = []
         for half in range(2 if further else 1):
@@ -361,7 +391,7 @@ class Product(ring_product.Product):
             for part in range(2):
                 masks = (0x01010101 << 4 * part + bit for bit in range(4))
                 ptx.do(
-                    "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32",
+                    MULTIPLY,
                     vector(sums[part]),
                     vector([word & f"0x{mask:08x}" for mask in masks]),
                     vector(x),
@@ -370,7 +400,7 @@ class Product(ring_product.Product):
         base = whole * self.first
         for row in range(2):
             both = (part[2 * row : 2 * row + 2] for part in sums)
-            both = [low + high * 256 for high, low in both]
+            both = [join(*bytes_) for bytes_ in both]
             sum_ = ptx.op("selp.b32", both[1], both[0], self.higher)
             value = ptx.op("cvt.rn.f32.s32", sum_)
             value = ptx.op("fma.rn.f32", self.steps[row], value, base)

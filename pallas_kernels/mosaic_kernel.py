@@ -48,6 +48,11 @@ class _Tile(NamedTuple):
     first_slab: Any
     slabs: Any
 
+    def from_row(self, first: Any) -> "_Tile":
+        """The part of it from one of its rows of x on."""
+        rows = None if self.rows is None else jnp.maximum(self.rows - first, 0)
+        return self._replace(m=self.m + first, rows=rows)
+
     def of_matrix(self, ref: Any, *index: Any) -> Any:
         """A part of an array with an element for each matrix."""
         return ref.at[index if self.group is None else (self.group, *index)]
@@ -151,7 +156,7 @@ def _kernel(case: Case, config: Config, lead, has_bias: bool, x, w, s, codebook,
     group, m, rows = _find(case, config, refs[-2], visit, *lead)
     pl.when((rows > 0) & (group < lead[0]))(lambda: run(_Tile(m, rows, program, group, *part)))
     pl.when((rows > 0) & (group == lead[0]) & (warpgroup < config.row_groups) & (split == 0))(
-        lambda: _copy_rows(config, None, y, m, rows, _first_row(config, program, warpgroup))
+        lambda: _copy_rows(config.tokens, None, y, m, rows, _first_row(config, program, warpgroup))
     )
 
 
@@ -315,16 +320,17 @@ def _consume(
                 plane = first + (k_group if step > 1 else 0)
                 index = i * planes + plane
                 a = decode(*slot_refs, jnp.int32(group), jnp.int32(plane))
-                plgpu.wgmma_wait(0)
+                slot = jax.lax.rem(index, config.x_stages)
+                plgpu.barrier_wait(x_full.at[slot])
+                plgpu.wgmma(acc, a, x_smem.at[slot].transpose((1, 0)))
+                # The products of the plane before: what they read may be written now.
+                plgpu.wgmma_wait(1)
 
                 @pl.when(index >= step)
                 def _():
                     before = jax.lax.rem(index - step, config.x_stages)  # noqa: B023
                     plgpu.barrier_arrive(x_free.at[before])
 
-                slot = jax.lax.rem(index, config.x_stages)
-                plgpu.barrier_wait(x_full.at[slot])
-                plgpu.wgmma(acc, a, x_smem.at[slot].transpose((1, 0)))
             plgpu.barrier_arrive(w_free.at[w_slot])
             return ()
 
@@ -339,26 +345,29 @@ def _consume(
     if config.k_groups == config.splits == 1:
         _write(case, config, total, bias, y, tile, first_row, x_flat, row_group)
         return
-    whole = plgpu.RefType(_x_transforms())
-    sums = plgpu.ShapeDtypeStruct(total.shape, total.dtype, layout=plgpu.Layout.WGMMA)
+    whole, split = plgpu.RefType(_x_transforms()), jnp.int32(0)
+    tokens = config.tokens
+    if config.splits > 1:
+        tokens = mosaic_sums.own_tokens(tokens)
+        split = jax.lax.axis_index("cluster")
+        tile = tile.from_row(split * (config.tokens - tokens))
+    sums = plgpu.ShapeDtypeStruct((GROUP_ROWS, tokens), total.dtype, layout=plgpu.Layout.WGMMA)
 
-    @_inline(arg_types=(whole, plgpu.Layout.WGMMA, _SCALAR), return_type=sums)
-    def add(_, x_smem, total, warpgroup):
+    @_inline(arg_types=(whole, plgpu.Layout.WGMMA, _SCALAR, _SCALAR), return_type=sums)
+    def add(_, x_smem, total, *numbers):
+        warpgroup, split = (U32(number.registers.item()) for number in numbers)
         return mosaic_sums.add_over_k(
             x_smem,
             total,
-            U32(warpgroup.registers.item()),
+            warpgroup,
             config.row_groups,
             config.k_groups,
-            config.splits,
+            split if config.splits > 1 else None,
         )
 
-    total = add(x_smem, total, jnp.int32(warpgroup))
-    owner = k_group == 0
-    if config.splits > 1:
-        owner &= jax.lax.axis_index("cluster") == 0
+    total = add(x_smem, total, jnp.int32(warpgroup), split)
 
-    @pl.when(owner)
+    @pl.when(k_group == 0)
     def _():
         slot = 2 * (config.warpgroups - config.row_groups) + row_group
         _write(case, config, total, bias, y, tile, first_row, x_flat, slot, sync=False)
@@ -370,6 +379,8 @@ def _x_transforms():
 
 def _write(case, config, total, bias, y, tile, first_row, x_flat, slot, sync=True):
     """Adds the bias, rounds, transposes [rows, tokens] in shared memory, and copies it out."""
+    tokens = total.shape[1]
+    part = x_flat.at[slot, pl.ds(0, tokens)]
     target = plgpu.RefType((plgpu.SwizzleTransform(128),))
     biases = (plgpu.RefType(),) * len(bias)
 
@@ -381,25 +392,23 @@ def _write(case, config, total, bias, y, tile, first_row, x_flat, slot, sync=Tru
         mosaic_sums.store_transposed(target, total, case, *rows, bias=bias[0] if bias else None)
 
     group = jnp.int32(0 if tile.group is None else tile.group)
-    transpose(x_flat.at[slot], total, jnp.int32(first_row), group, *bias)
+    transpose(part, total, jnp.int32(first_row), group, *bias)
     plgpu.commit_smem()
     if tile.rows is not None:
-        _copy_rows(config, x_flat.at[slot], y, tile.m, tile.rows, first_row)
+        _copy_rows(tokens, part, y, tile.m, tile.rows, first_row)
         return
-    plgpu.copy_smem_to_gmem(
-        x_flat.at[slot], y.at[pl.ds(tile.m, config.tokens), pl.ds(first_row, GROUP_ROWS)]
-    )
+    plgpu.copy_smem_to_gmem(part, y.at[pl.ds(tile.m, tokens), pl.ds(first_row, GROUP_ROWS)])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _copy_rows(config, source, y, m, rows, first_row):
-    """Copies a tile's own rows to y; zeros if there is no source."""
+def _copy_rows(tokens, source, y, m, rows, first_row):
+    """Copies a tile's own rows to y, of so many; zeros if there is no source."""
     sources = () if source is None else (plgpu.RefType((plgpu.SwizzleTransform(128),)),)
 
     @_inline(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR, *sources))
     def copy(_, y, m, rows, first_row, source=None):
         bounds = (U32(value.registers.item()) for value in (m, rows, first_row))
-        mosaic_sums.copy_rows(source, y, *bounds, tokens=config.tokens)
+        mosaic_sums.copy_rows(source, y, *bounds, tokens=tokens)
 
     bounds = (jnp.int32(value) for value in (m, rows, first_row))
     copy(y, *bounds, *(() if source is None else (source,)))

@@ -1,5 +1,8 @@
 """The end of the Mosaic GPU kernel: sums over warpgroups and programs that share K, and the stores, in MLIR."""
 
+from collections.abc import Sequence
+
+import numpy as np
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic import gpu as mgpu
@@ -31,18 +34,34 @@ def _floats(total: mgpu.FragmentedArray) -> list[ir.Value]:
     return [llvm.extractelement(register, U32(i).value) for register in registers for i in range(2)]
 
 
+def own_tokens(tokens: int) -> int:
+    """Tokens whose sums a program ends with, of two that share K: the first so many, or the last.
+
+    Of 16 or 48 the ones in the middle are both programs', which write the same.
+    """
+    return -(-tokens // 32) * 16
+
+
 def add_over_k(
     shared: ir.Value,
     total: mgpu.FragmentedArray,
     warpgroup: U32,
     row_groups: int,
     k_groups: int,
-    splits: int,
+    program: U32 | None,
 ) -> mgpu.FragmentedArray:
-    """The sums of warpgroups and then programs that share K, in the first of them.
+    """The sums of warpgroups and then programs that share K, in the first warpgroups.
 
-    They are added in shared memory where x was. Every thread of the cluster has to come to two `sync_cluster`,
-    if there are `splits`.
+    They are added in shared memory where x was.
+
+    Args:
+        shared: where x was.
+        total: [64, T], this warpgroup's.
+        warpgroup: its number.
+        row_groups: warpgroups with rows of their own.
+        k_groups: warpgroups that share the K of these rows.
+        program: of the two of a cluster that share K, each of which ends with `own_tokens`: every thread of
+            the cluster has to come to two `sync_cluster`. None if programs share nothing.
     """
     values = _floats(total)
     size = 512 * len(values)  # bytes of a warpgroup's sums
@@ -59,17 +78,11 @@ def add_over_k(
         for i, value in enumerate(values):
             part = pointer + (2048 * (i // 4) + 4 * (i % 4))
             values[i] = arith.addf(value, load(part, f32()))
-    if splits > 1:
-        _store_sums(own, values, others ^ 1)
-        sync_cluster()
-        for other in range(1, splits):
-            remote = op("mapa.shared::cluster.u32 $0, $1, $2;", own, U32(other))
-            values = [
-                arith.addf(value, other)
-                for value, other in zip(values, _load_sums(remote, len(values)), strict=True)
-            ]
-        sync_cluster()
-    registers, vector = total.registers.copy(), ir.VectorType.get((2,), f32())
+    if program is not None:
+        values = _exchange(own, values, program, others ^ 1)
+    shape = total.shape[0], 2 * len(values)
+    registers = np.empty(total.layout.registers_shape(shape), dtype=object)
+    vector = ir.VectorType.get((2,), f32())
     for i in range(registers.size):
         pair = llvm.mlir_undef(vector)
         for j in range(2):
@@ -78,7 +91,25 @@ def add_over_k(
     return mgpu.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
 
 
-def _store_sums(pointer: U32, values: list[ir.Value], flag: U32) -> None:
+def _exchange(pointer: U32, values: list[ir.Value], program: U32, flag: U32) -> list[ir.Value]:
+    """The sums of both programs for the program's own tokens, unless the flag is 0."""
+    count = own_tokens(2 * len(values)) // 2
+    is_second = arith.cmpi(arith.CmpIPredicate.ne, program.value, U32(0).value)
+    first, last = values[:count], values[-count:]
+    own, given = (
+        [arith.select(is_second, b, a) for a, b in zip(*two, strict=True)]
+        for two in ((first, last), (last, first))
+    )
+    _store_sums(pointer, given, flag)
+    sync_cluster()
+    remote = op("mapa.shared::cluster.u32 $0, $1, $2;", pointer, program ^ 1)
+    received = _load_sums(remote, count, flag)
+    sums: list[ir.Value] = [arith.addf(*two) for two in zip(own, received, strict=True)]
+    sync_cluster()
+    return sums
+
+
+def _store_sums(pointer: U32, values: Sequence[ir.Value], flag: U32) -> None:
     """Stores a thread's values four by four, 2 KiB apart, unless the flag is 0."""
     for i in range(0, len(values), 4):
         store = f"@p st.shared.v4.f32 [$0+{512 * i}], {{$1, $2, $3, $4}};"
@@ -91,15 +122,16 @@ def _store_sums(pointer: U32, values: list[ir.Value], flag: U32) -> None:
         )
 
 
-def _load_sums(pointer: U32, count: int) -> list[ir.Value]:
-    """Loads what `_store_sums` has stored, of any program of the cluster."""
+def _load_sums(pointer: U32, count: int, flag: U32) -> list[ir.Value]:
+    """Loads what `_store_sums` has stored, of any program of the cluster; anything if the flag is 0."""
     values = []
     for i in range(0, count, 4):
+        load = f"@p ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [$4+{512 * i}];"
         four = inline_asm(
             llvm.StructType.get_literal([f32()] * 4),
-            [pointer.value],
-            f"ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [$4+{512 * i}];",
-            f"=f,=f,=f,=f,r,{MEMORY}",
+            [pointer.value, flag.value],
+            f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {load} }}",
+            f"=f,=f,=f,=f,r,r,{MEMORY}",
             has_side_effects=True,
         )
         values += [llvm.extractvalue(f32(), four, [j]) for j in range(4)]

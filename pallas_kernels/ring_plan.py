@@ -90,9 +90,19 @@ class ProductPlan(abc.ABC):
         return self.runs * -(-self.max_tiles * self.case.blocks // self.workers)
 
     @property
+    def tokens(self) -> int:
+        """Tokens that a tile has sums of."""
+        return self.case.m
+
+    @property
+    def tile_bytes(self) -> int:
+        """Shared memory of a tile's sums of each token, warp and row."""
+        return self.tokens * self.workers * TILE_ROWS * 4
+
+    @property
     def partial_bytes(self) -> int:
-        """Shared memory of the sums of each warp: of each run, tile, warp and row."""
-        return self.runs * self.max_tiles * self.workers * TILE_ROWS * 4
+        """Shared memory of the sums of all runs and tiles."""
+        return self.runs * self.max_tiles * self.tile_bytes
 
     @property
     def square_parts(self) -> int:

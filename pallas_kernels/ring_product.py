@@ -25,10 +25,12 @@ class Product(OutputWriter, abc.ABC):
         offsets: where its areas are in shared memory.
         first_tile, tiles: registers with the first of the program's tiles, and how many it has, of each run.
         blocks: a register with its blocks of a run.
-        totals: this lane's sums of the current tile, of its upper and lower row.
+        totals: this lane's sums of the current tile, of its upper and lower row; if it has sums of several
+            tokens, of both rows for each.
     """
 
     plan_class: ClassVar[type[ProductPlan]]
+    lane_totals = 2
 
     def __init__(
         self,
@@ -142,7 +144,7 @@ class Product(OutputWriter, abc.ABC):
         """Multiplies the program's blocks of all runs."""
         ptx = self.ptx
         ptx.comment("multiply: the program's blocks as they arrive")
-        self.totals = [ptx.zero() for _ in range(2)]
+        self.totals = [ptx.zero() for _ in range(self.lane_totals)]
         for run in range(self.plan.runs):
             self._loop_run(ring, position, run)
 
@@ -218,19 +220,25 @@ class Product(OutputWriter, abc.ABC):
             index = (self.thread >> 1) + start
             none = index >= rows
             ptx.do("bra", f"fdk_no_row_{start}", when=none)
-            self._store_output(index, number, f"fdk_no_row_{start}")
+            self._store_outputs(index, number, f"fdk_no_row_{start}")
             ptx.label(f"fdk_no_row_{start}")
         if case.residual:
             self._store_squares(self.squares, self.plan.square_parts)
 
-    def _store_output(self, index: Register, number: int, after: str) -> None:
-        """Writes the output of one of the program's rows, if the weight has it."""
-        ptx, case = self.ptx, self.case
+    def _store_outputs(self, index: Register, number: int, after: str) -> None:
+        """Writes the outputs of one of the program's rows, if the weight has it; else goes on after them."""
+        ptx, case, runs = self.ptx, self.case, range(self.plan.runs)
         n = index + self.first_tile * TILE_ROWS
-        totals = [self._total(index, run) for run in range(self.plan.runs)]
+        totals = [[self._total(index, run, token) for run in runs] for token in range(case.m)]
         outside = n >= (case.n // self.plan.runs)
         outside = ptx.op("selp.b32", 1, self.odd, outside)
         ptx.do("bra", after, when=outside.ne(0))
+        for token, of_runs in enumerate(totals):
+            self._store_output(of_runs, n, number, token)
+
+    def _store_output(self, totals: list[Register], n: Register, number: int, token: int) -> None:
+        """Writes a token's output of a row, from its sums of each run."""
+        ptx, case = self.ptx, self.case
         for run, total in enumerate(totals):
             total = self.finish(total, run)
             if case.squares:
@@ -243,10 +251,10 @@ class Product(OutputWriter, abc.ABC):
         elif case.residual:
             self._store_sum(totals[0], n, self.residuals[number], self.squares)
         else:
-            self._store(totals[0], n, "y")
+            self._store(totals[0], n, "y", ptx.op("mov.u32", token) if token else None)
 
-    def _total(self, index: Register, run: int) -> Register:
-        """The sum of what the warps have stored of one of the program's rows."""
+    def _total(self, index: Register, run: int, token: int) -> Register:
+        """The sum of what the warps have stored of a token and one of the program's rows."""
         ptx = self.ptx
         # Rows r and r + 8 are neighbours among the sums.
         tile, row = index >> 4, index & 7
@@ -255,7 +263,7 @@ class Product(OutputWriter, abc.ABC):
             tile = tile + self.tiles * run
         address = (
             self.shared
-            + tile * (self.workers * 4 * TILE_ROWS)
+            + tile * self.plan.tile_bytes
             + self.odd * (4 * TILE_ROWS)
             + row * 8
             + lower * 4
@@ -266,7 +274,8 @@ class Product(OutputWriter, abc.ABC):
             if 2 * i + 1 == self.workers:
                 ptx.do("mov.f32", part, 0.0)
                 in_bounds = self.odd.eq(0)
-            source = at(address, self.offsets["partial"] + 2 * i * 4 * TILE_ROWS)
+            offset = (token * self.workers + 2 * i) * 4 * TILE_ROWS
+            source = at(address, self.offsets["partial"] + offset)
             ptx.do("ld.shared.f32", part, source, when=in_bounds)
         total = parts[0]
         for part in parts[1:]:

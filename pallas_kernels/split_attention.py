@@ -4,7 +4,8 @@ Its plain twin is the Pallas kernel in `attention`. What counts is the bytes of 
 query heads that share a key-value head: those are the rows of `mma.sync.m16n8k16`. Keys and values go from
 memory into the registers in which the tensor cores want them, without shared memory: the order of a head's
 elements in a product of queries and keys is free, as is the order of the outputs, so that every lane loads 8
-neighbours at a time. While the scores of a tile become weights, the next keys are on their way already.
+neighbours at a time. While the scores of a tile become weights, the next keys are on their way already. The
+last program of a head to be done joins the results of all, see `split_attention_join`: one launch is all.
 
 Glossary: see `attention`. A tile is 16 slots of the cache; a program has W warps, each takes every W-th tile of
 the program's range. A lane is (g, t): g = lane / 4 is a row (query head g, and g + 8 if there are more than
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import xla_call
-from pallas_kernels.attention_stages import NEVER, AttentionWriter
+from pallas_kernels.attention_stages import NEVER
 from pallas_kernels.ptx import half_kind, over_lanes
 from pallas_kernels.registers import Register, at, vector
+from pallas_kernels.split_attention_join import Joining
 from pallas_kernels.split_attention_plan import TILE, WARPS, Case
 from pallas_kernels.target import Target
 
@@ -42,30 +44,28 @@ def decode(
     """See `attention.decode`."""
     batch, dim = qkv.shape[0], case.dim
     splits = splits or case.splits(batch, target)
-    mixed_dtype = case.dtype if splits == 1 else jnp.float32
-    part = jax.ShapeDtypeStruct((batch, splits, case.heads), jnp.float32)
-    mixed, peak, total, keys, values = xla_call.ptx_call(
+    shape, single, operands = jax.ShapeDtypeStruct, jnp.float32, (keys, values, *norms)
+    parts: tuple[jax.ShapeDtypeStruct, ...] = ()
+    if splits > 1:
+        operands += (jnp.zeros(batch * case.kv_heads, jnp.int32),)
+        per_head = shape((batch, splits, case.heads), single)
+        parts = shape((batch, splits, case.heads * dim), single), per_head, per_head
+    mixed, keys, values, *_ = xla_call.ptx_call(
         source(case, splits, target),
-        (qkv, cos, sin, lengths, keys, values, *norms),
+        (qkv, cos, sin, lengths, *operands),
         (
-            jax.ShapeDtypeStruct((batch, splits, case.heads * dim), mixed_dtype),
-            part,
-            part,
-            jax.ShapeDtypeStruct(keys.shape, keys.dtype),
-            jax.ShapeDtypeStruct(values.shape, values.dtype),
+            shape((batch, case.heads * dim), case.dtype),
+            shape(keys.shape, keys.dtype),
+            shape(values.shape, values.dtype),
+            *parts,
         ),
         target,
         grid=(splits, case.kv_heads * batch),
         num_warps=WARPS,
         name="decode_attention",
-        aliases={4: 3, 5: 4},
+        aliases={4: 1, 5: 2},
     )
-    if splits == 1:
-        return mixed[:, 0], keys, values
-    weight = jnp.exp2(peak - peak.max(axis=1, keepdims=True))
-    weight /= (weight * total).sum(axis=1, keepdims=True)
-    joined = (mixed.reshape(batch, splits, case.heads, dim) * weight[..., None]).sum(axis=1)
-    return joined.reshape(batch, case.heads * dim).astype(case.dtype), keys, values
+    return mixed, keys, values
 
 
 def source(case: Case, splits: int, target: Target) -> str:
@@ -73,13 +73,15 @@ def source(case: Case, splits: int, target: Target) -> str:
     return _Kernel(case, splits, target).write()
 
 
-class _Kernel(AttentionWriter):
+class _Kernel(Joining):
     """Writes the kernel: `write` is its stages in order."""
 
     case: Case
 
     def __init__(self, case: Case, splits: int, target: Target) -> None:
-        super().__init__(case, target, "mixed", "peak", "total", "keys_out", "values_out")
+        counters = ("counters",) * (splits > 1)
+        parts = ("parts", "peak", "total") if splits > 1 else ()
+        super().__init__(case, target, *counters, "mixed", "keys_out", "values_out", *parts)
         self.splits = splits
 
     def write(self) -> str:
@@ -104,7 +106,10 @@ class _Kernel(AttentionWriter):
         ptx.comment("multiply: scores, softmax and values, a tile at a time")
         self._mix(query)
         ptx.comment("reduce: the warps' sums through shared memory")
-        self._join()
+        self.join_warps()
+        if self.splits > 1:
+            ptx.comment("reduce: the programs' sums, in the last one to be done")
+            self.join_programs()
         return ptx.text()
 
     # Locate
@@ -378,69 +383,3 @@ class _Kernel(AttentionWriter):
                 elements = (16 * block + element, 16 * block + 8 + element)
                 sums = [self.sums[half][i] for half in range(2) for i in elements]
                 self.ptx.multiply_add(half_kind(self.case.dtype), sums, a, b)
-
-    # Reduce and store
-
-    def _join(self) -> None:
-        """Joins the warps' sums, and writes the program's or, if it has all slots, the output."""
-        ptx, case = self.ptx, self.case
-        leads = self.thread_in_group.eq(0)
-        for half in range(self.case.halves):
-            total = over_lanes(ptx, "add.f32", self.totals[half], _QUAD)
-            row = self.row + 8 * half
-            is_row = row < case.group
-            pair_index = row + self.warp * case.group
-            pair_address = self.shared + pair_index * 8
-            writes = leads & is_row
-            pair = vector([self.peaks[half], total])
-            ptx.do("st.shared.v2.b32", at(pair_address, self.case.pairs_offset), pair, when=writes)
-            address = self.shared + pair_index * (4 * case.dim) + self.thread_in_group * 64
-            for i in range(0, len(self.sums[half]), 4):
-                block, part = divmod(i, 16)
-                target = at(address, 256 * block + 4 * part)
-                words = vector(self.sums[half][i : i + 4])
-                ptx.do("st.shared.v4.b32", target, words, when=is_row)
-        ptx.do("barrier.sync", 0)
-        outputs, threads = case.group * case.dim // 4, 32 * WARPS
-        for first in range(0, outputs, threads):
-            index = self.thread + first
-            if first + threads > outputs:
-                outside = index >= outputs
-                ptx.do("bra", "fdk_end", when=outside)
-            self._store(index)
-        ptx.label("fdk_end")
-
-    def _store(self, index: Register) -> None:
-        """Four elements of the output, the `index`-th."""
-        ptx, case = self.ptx, self.case
-        row = index // (case.dim // 4)
-        pair_address = self.shared + row * 8
-        address = self.shared + index * 16
-        peaks, totals, parts = [], [], []
-        for warp in range(WARPS):
-            pair, part = ptx.registers("f32", 2), ptx.registers("f32", 4)
-            source = at(pair_address, self.case.pairs_offset + 8 * case.group * warp)
-            ptx.do("ld.shared.v2.b32", vector(pair), source)
-            ptx.do("ld.shared.v4.b32", vector(part), at(address, 4 * case.group * case.dim * warp))
-            peaks.append(pair[0])
-            totals.append(pair[1])
-            parts.append(part)
-        highest, shares = self.shares(peaks)
-        total = self.dot(shares, totals)
-        values = [self.dot(shares, list(column)) for column in zip(*parts, strict=True)]
-        line = self.split + self.sequence * self.splits
-        head = row + self.kv_head * case.group
-        line = head + line * case.heads
-        column = index % (case.dim // 4)
-        size = 2 if self.splits == 1 else 4
-        output = self.operands["mixed"] + line * (case.dim * size) + column * (4 * size)
-        if self.splits == 1:
-            inverse = ptx.op("rcp.approx.f32", total)
-            values = self.pack([v * inverse for v in values])
-            ptx.do("st.global.v2.b32", at(output), vector(values))
-            return
-        ptx.do("st.global.v4.b32", at(output), vector(values))
-        leads = column.eq(0)
-        for name, result in (("peak", highest), ("total", total)):
-            address = self.operands[name] + line * 4
-            ptx.do("st.global.f32", at(address), result, when=leads)

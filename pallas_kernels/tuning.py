@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import choice, integer, matvec, mma, mosaic_matmul, wgmma
+from pallas_kernels import choice, integer, integer_tokens, matvec, mma, mosaic_matmul, wgmma
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.target import Target, current
 
@@ -48,6 +48,7 @@ _INTEGER = (
     (8, 2),
     (12, 2),
 )  # (workers, thread blocks a multiprocessor)
+_INTEGER_TOKENS = ((8, 1), (12, 1), (16, 1), (8, 2))
 # (tokens, row_groups, k_groups, stages, cluster, ring) of `wgmma` for at least so many tokens.
 _WGMMA = {
     16: ((16, 1, 4, 2, 1, False), (16, 1, 2, 2, 1, False), (16, 1, 2, 4, 2, False)),
@@ -96,6 +97,10 @@ def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
             config = matvec.Config(*values, row_warps=row_warps, programs=programs)
             if matvec.Plan.of(case, config).is_persistent:
                 yield "matvec", config
+    if case.bits == 1 and case.m in integer_tokens.TOKENS:
+        for workers, each in _INTEGER_TOKENS:
+            config = integer_tokens.Config(workers, each * target.multiprocessors)
+            yield "integer_tokens", config
     if case.m <= (2 * choice.FEW if target.has_wgmma else choice.FEW):
         for values in _ONE_TOKEN if case.m == 1 else _TOKENS:
             config = matvec.Config(*values[:3], row_warps=values[3])

@@ -49,8 +49,8 @@ class Wanted:
     def expectations(self, bias=None, **inexact):
         """What the result may be, see `oracle.expectations`."""
         found = oracle.expectations(self.x, self.matrices, bias, **inexact)
-        if self.bits == 1 and self.x.dtype != np.float32:
-            # One token's activations may be integers, each rounded by up to half a step. Of four neighbours
+        if self.bits == 1 and self.x.dtype != np.float32 and len(self.x):
+            # A few tokens' activations may be integers, each rounded by up to half a step. Of four neighbours
             # two are a quarter of what they measure: their codes are read from a higher bit.
             x = np.asarray(self.x, np.float64)
             padded = np.pad(x, ((0, 0), (0, -x.shape[1] % _UNIT))).reshape(len(x), -1, _UNIT)

@@ -10,7 +10,7 @@ from golden import DECODERS
 from planar import HALF
 
 from fdk_jax.format import codebooks, packing
-from pallas_kernels import choice, dequantise, integer, matvec, mma, wgmma
+from pallas_kernels import choice, dequantise, integer, integer_tokens, matvec, mma, wgmma
 from pallas_kernels.case import Case
 from pallas_kernels.ptx import Ptx
 from pallas_kernels.registers import at
@@ -179,6 +179,34 @@ def test_groups_and_scales_of_the_integer_kernel(
     wanted.check(_run_ptx(case, config, arrays, None))
 
 
+@pytest.mark.parametrize("m", integer_tokens.TOKENS)
+@pytest.mark.parametrize(
+    ("n", "k", "books", "group_size", "dtype", "scale_dtype", "config"),
+    [
+        (33, 600, 1, 64, "bfloat16", "bfloat16", integer_tokens.Config(2, 2)),
+        (64, 1100, 2, 64, "float16", "float32", integer_tokens.Config(7, 3)),
+        (20, 3000, 1, 64, "bfloat16", "float16", integer_tokens.Config(16, 1)),
+        (700, 6000, 1, 64, "float16", "float16", integer_tokens.Config(4, 1)),  # more than the ring
+        (16 * 50, 300, 50, 64, "bfloat16", "bfloat16", integer_tokens.Config(3, 4)),
+        (33, 1100, 1, 32, "bfloat16", "float32", integer_tokens.Config(3, 2)),
+        (64, 2048, 2, 128, "bfloat16", "bfloat16", integer_tokens.Config(5, 3)),
+        (48, 3000, 1, 256, "float16", "bfloat16", integer_tokens.Config(4, 2)),
+        (33, 8192, 1, 1024, "bfloat16", "float16", integer_tokens.Config(16, 2)),
+    ],
+)
+def test_integer_kernel_of_several_tokens(
+    rng, m, n, k, books, group_size, dtype, scale_dtype, config
+):
+    arrays, _, wanted = planar.product(
+        rng, m, n, k, 1, group_size, dtype, books, scale_dtype=scale_dtype
+    )
+    half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
+    case = Case(m, n, k, 1, group_size, books, half, arrays[2].dtype, single, single)
+    assert choice.unsupported_reason(case, config, H200) is None
+    bias = rng.normal(size=n).astype(np.float32)
+    wanted.check(_run_ptx(case, config, arrays, bias), bias)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     "codebook",
@@ -187,7 +215,12 @@ def test_groups_and_scales_of_the_integer_kernel(
 )
 @pytest.mark.parametrize(
     ("m", "config"),
-    [(1, matvec.Config(1, 8, 1, 1)), (1, integer.Config(4, 2)), (16, wgmma.Config(16, 1, 4, 2))],
+    [
+        (1, matvec.Config(1, 8, 1, 1)),
+        (1, integer.Config(4, 2)),
+        (3, integer_tokens.Config(4, 2)),
+        (16, wgmma.Config(16, 1, 4, 2)),
+    ],
     ids=str,
 )
 def test_values_of_one_bit_are_exact(rng, codebook, dtype, m, config):
@@ -311,18 +344,22 @@ def test_sums_and_norms_around_a_product(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_integer_kernel_propagates_like_a_dense_product(rng, value):
-    arrays, facts, _ = planar.product(rng, 1, 32, 1024, 1, 64, "bfloat16")
+@pytest.mark.parametrize(
+    ("m", "config"), [(1, integer.Config(2, 3)), (4, integer_tokens.Config(2, 3))], ids=str
+)
+def test_integer_kernel_propagates_like_a_dense_product(rng, value, m, config):
+    """Within its own token: the others' results are finite."""
+    arrays, facts, _ = planar.product(rng, m, 32, 1024, 1, 64, "bfloat16")
     x, packed, scales, _ = arrays
-    x = x.at[0, 700].set(value)
+    x = x.at[-1, 700].set(value)
     codebook = np.asarray([[-0.5, 0.75]], np.float32)
     interchange, _ = packing.from_planar(packed, scales, in_features=1024, **facts)
     weight = codebook[0][np.asarray(packing.unpack(interchange, 1, 1024))]
-    case = planar.case(1, 32, 1024, 1)
-    y = _run_ptx(case, integer.Config(2, 3), (x, packed, scales, codebook), None)
+    case = planar.case(m, 32, 1024, 1)
+    y = _run_ptx(case, config, (x, packed, scales, codebook), None).astype(np.float64)
     expected = np.asarray(x, np.float64) @ weight.T
-    np.testing.assert_array_equal(y.astype(np.float64), expected)
-    assert not np.isfinite(expected).any()
+    np.testing.assert_array_equal(y[-1], expected[-1])
+    assert not np.isfinite(y[-1]).any() and np.isfinite(y[:-1]).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

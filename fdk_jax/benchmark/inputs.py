@@ -17,6 +17,7 @@ from fdk_jax.benchmark.cases import KernelCase
 from fdk_jax.format import codebooks
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 
+_MOST_INTEGERS = 4  # tokens
 _ROWS = 256  # of a weight, decoded at a time by one thread
 
 
@@ -107,8 +108,8 @@ def reference(case: KernelCase, x: np.ndarray, w: np.ndarray | QuantisedTensor) 
         elif case.dense:
             # XLA's product may add up partial sums that it has rounded.
             e = dataclasses.replace(e, noise=accuracy.half_ulp(size, x.dtype))
-        elif case.bits == 1 and case.m == 1 and x.dtype != np.float32:
-            # One token's activations may be integers of 16 bits.
+        elif case.bits == 1 and case.m <= _MOST_INTEGERS and x.dtype != np.float32:
+            # The activations of few tokens may be integers of 16 bits.
             e = dataclasses.replace(e, noise=1e-4 * size)
         return [e, *(dataclasses.replace(e, value=wide @ matrix.T) for matrix in others)]
 
