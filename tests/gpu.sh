@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The kernels on an NVIDIA GPU: gpu.sh [PYTHON [PROCESSES [KEYWORDS]]].
 #
-# First tests/test_gpu.py as it stands; then again under compute-sanitizer's memcheck, in small parts of which
+# First the two files of GPU tests as they stand; then again under compute-sanitizer's memcheck, in small parts of which
 # PROCESSES run at a time, with an allocation of its own for each array. Prints both summaries; the logs are in
 # build/gpu/. Fails if a test fails, if memcheck reports an error or if a part of it has no report. KEYWORDS picks
 # tests, as pytest's -k does: all of them take more than ten minutes.
@@ -14,7 +14,7 @@ rm -rf "$logs" && mkdir -p "$logs"
 export PYTHONPATH=$PWD
 # pytest-benchmark, where it is installed, warns of xdist, and warnings are errors.
 pytest=(-m pytest -q -p no:cacheprovider -p no:benchmark -o addopts=)
-picked=(-k "${3:-}" tests/test_gpu.py)
+picked=(-k "${3:-}" tests/test_gpu.py tests/test_gpu_many.py)
 failed=0
 
 XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" "${pytest[@]}" -n "$processes" -rf "${picked[@]}" \
