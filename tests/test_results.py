@@ -40,11 +40,13 @@ def test_tables_are_those_of_the_rows(name):
     assert report.filled(text, report.rows()) == text, "run python -m fdk_jax.benchmark.report"
 
 
-def test_no_figure_outside_of_the_tables():
-    """Words about speed in the README have a row: numbers with such units stand in written tables only."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
+def test_no_figure_outside_of_the_tables(name):
+    """Words about speed and quality have a row: numbers with such units stand in written tables only."""
+    text = (ROOT / name).read_text(encoding="utf-8")
     rest = re.sub(r"<!-- report: .*?<!-- end -->", "", text, flags=re.DOTALL)
-    assert not re.findall(r"\d+(?:\.\d+)? ?(?:us|ms|GB/s|TB/s|tokens a second|tokens/s)\b", rest)
+    units = "us|ms|[GT]B/s|tokens a second|tokens/s|TFLOP/s|nats|[MG]B"
+    assert not re.findall(rf"\d+(?:\.\d+)? ?(?:{units})\b|\d%", rest)
 
 
 def test_a_table_that_nobody_knows_is_refused():

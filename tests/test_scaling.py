@@ -200,3 +200,17 @@ def test_the_fit_finds_the_curve_that_rows_lie_on(tmp_path):
     line = re.search(r"\| 8\.0 MB \|.*", found)[0]
     assert f"{loss[16]:.4f} (4.0M)" in line and f"{loss[4]:.4f} (16.0M)" in line
     assert f"{loss[1]:.4f} (64.0M)" in line
+
+
+def test_the_sentence_compares_the_best_model_of_one_bit():
+    facts = {"tokens": 39e6, "bits": 1}
+    found = [
+        facts | {"bytes": 8e6, "loss": 2.7},
+        facts | {"bytes": 2e6, "loss": 3.0},
+        facts | {"bits": 16, "bytes": 9e6, "loss": 2.9},
+        facts | {"bits": 16, "bytes": 70e6, "loss": 2.6},
+        facts | {"bits": 16, "bytes": 1e6, "loss": 4.0},
+    ]
+    told = "The best 1-bit model of 8.0 MB has a loss of 2.70 nats a token"
+    assert scaling_report.sentence(found) == f"{told}, 16 bits in 9.0 MB 2.90 (39 million tokens)."
+    assert scaling_report.sentence(found[:2]) == f"{told} (39 million tokens)."

@@ -167,7 +167,7 @@ def networks(found: Iterable[Row], network: str) -> str:
 
 
 def scaling(found: Iterable[Row], part: str) -> str:
-    """What memory buys at each width: "table", "at_equal_memory" or "fits"."""
+    """What memory buys at each width: "table", "at_equal_memory", "fits" or "sentence"."""
     from fdk_jax.quality import scaling_report
 
     here = scaling_report.chosen(found)
@@ -196,6 +196,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "read-shares": cpu_tables.read_shares,
     "prompts": cpu_tables.prompts,
     "scaling": lambda found: scaling(found, "table"),
+    "scaling-sentence": lambda found: scaling(found, "sentence"),
     "scaling-memory": lambda found: scaling(found, "at_equal_memory"),
     "scaling-variants": scaling_variants,
     "scaling-fit": lambda found: scaling(found, "fits"),

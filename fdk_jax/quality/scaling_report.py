@@ -123,6 +123,18 @@ def at_equal_memory(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def sentence(found: list[Row]) -> str:
+    """The best model of one bit, beside the float one that takes the least memory more."""
+    best = min((row for row in found if row["bits"] == 1), key=lambda row: row["loss"])
+    larger = (row for row in found if row["bits"] == 16 and row["bytes"] >= best["bytes"])
+    other = min(larger, key=lambda row: row["bytes"], default=None)
+    text = f"The best 1-bit model of {best['bytes'] / _MEGABYTE:.1f} MB"
+    text += f" has a loss of {best['loss']:.2f} nats a token"
+    if other is not None:
+        text += f", 16 bits in {other['bytes'] / _MEGABYTE:.1f} MB {other['loss']:.2f}"
+    return text + f" ({best['tokens'] / 1e6:.0f} million tokens)."
+
+
 def fits(found: list[Row]) -> str:
     """The fitted curves, and how many of a 16-bit model's bytes each width needs for the same loss."""
     curves = fit(found)
