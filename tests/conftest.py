@@ -10,8 +10,8 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-# Most programs of the tests run once: to make them faster costs XLA's compiler more than it saves. On a GPU they
-# are compiled as users' are.
+# Most programs of the tests run once: to make them faster costs XLA's compiler more than it saves. On a GPU
+# they are compiled as users' are.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(not shutil.which("nvidia-smi"))))
 
 import fuzzing
