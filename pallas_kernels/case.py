@@ -41,6 +41,7 @@ class Case:
             of the squares in so many parts.
         norm_eps: what is added to that mean.
         residual: the product is added to a residual, and leaves what the next one's norm needs.
+        devices: whose products are summed up before that, through `mailbox`es, if there are several.
     """
 
     m: int
@@ -57,6 +58,7 @@ class Case:
     squares: int = 0
     norm_eps: float = 0.0
     residual: bool = False
+    devices: int = 1
 
     @classmethod
     def of(
@@ -101,7 +103,8 @@ class Case:
         squares = ("squares",) * (self.squares > 0)
         arrays = ("x", "packed", "scales", "codebook", *bias, *squares)
         if self.residual:
-            return (*arrays, "residual", "norm_scale", "sum", "scaled", "squares_out")
+            peers = ("mailbox", "addresses") * (self.devices > 1)
+            return (*arrays, "residual", "norm_scale", *peers, "sum", "scaled", "squares_out")
         return (*arrays, "y")
 
     @property

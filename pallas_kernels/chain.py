@@ -5,6 +5,9 @@
     total' = total + down inner                       scaled' = total' * norm_scale'
     y = qkv scaled' / rms(total')
 
+With several devices each has a part of the columns of out and down, and the sums of both are over all devices:
+a program sends what it has of its rows to the same program of the others, see `mailbox`.
+
 As launches of their own each would start with an empty pipe and end with an idle one; here the producer warps
 never stop, see `ring`. What the products leave to each other goes through memory, that is, through L2.
 """
@@ -17,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import integer, ring, ring_product, stream, xla_call
+from pallas_kernels import integer, mailbox, ring, ring_product, stream, xla_call
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.ptx import Ptx
 from pallas_kernels.ring_launch import Launch
@@ -26,6 +29,7 @@ from pallas_kernels.target import Target
 
 _GATED = 1  # the index of gate and up
 _ALIKE = ("bits", "scale_dtype", "group_size")  # in all products: a slot of the ring is of any
+_PEERS = ("mailbox", "addresses")
 _RESIDUAL = (0, 2)  # the indices of the products whose outputs are added to the residual stream
 
 
@@ -47,7 +51,11 @@ class Outputs(NamedTuple):
 
 
 def cases(
-    products: Sequence[Case], eps: Sequence[float], config: ring.Config, target: Target
+    products: Sequence[Case],
+    eps: Sequence[float],
+    config: ring.Config,
+    target: Target,
+    devices: int = 1,
 ) -> list[Case]:
     """The products (output; gate and up; down; and the next qkv, or not) with what is around them.
 
@@ -56,10 +64,13 @@ def cases(
         eps: of the norms after the two sums.
         config: W and P.
         target: the GPU.
+        devices: whose products are summed up.
     """
     found: list[Case] = []
     for index, case in enumerate(products):
         around: dict[str, Any] = dict(residual=index in _RESIDUAL)
+        if index in _RESIDUAL:
+            around["devices"] = devices
         if index - 1 in _RESIDUAL:
             before = _plan(found[-1], config, index - 1)
             around |= dict(squares=config.programs * before.square_parts, norm_eps=eps[index // 2])
@@ -67,8 +78,10 @@ def cases(
     return found
 
 
-def unsupported_reason(products: Sequence[Case], config: ring.Config, target: Target) -> str | None:
-    """Why the kernel does not take a chain of products, or None."""
+def unsupported_reason(
+    products: Sequence[Case], config: ring.Config, target: Target, devices: int = 1
+) -> str | None:
+    """Why the kernel does not take a chain of products, whose sums are of so many devices, or None."""
     if (reason := ring.unsupported_target(target)) is not None:
         return reason
     if target.no_grid_barriers:
@@ -77,6 +90,8 @@ def unsupported_reason(products: Sequence[Case], config: ring.Config, target: Ta
         return (
             f"{config} has more programs than {target.multiprocessors} multiprocessors run at once"
         )
+    if devices > 1 and config.programs > mailbox.MOST_PROGRAMS:
+        return f"{config} has more programs than a mailbox counts"
     first = products[0]
     for index, case in enumerate(products):
         if any(getattr(case, name) != getattr(first, name) for name in _ALIKE):
@@ -85,6 +100,8 @@ def unsupported_reason(products: Sequence[Case], config: ring.Config, target: Ta
             return f"{case.n} x {case.k} is not of whole tiles"
         if case.x_dtype != jnp.bfloat16 or case.out_dtype != jnp.bfloat16:
             return f"{case.x_dtype} and {case.out_dtype} are not bfloat16"
+        if devices > 1 and index in _RESIDUAL and case.bias_dtype is not None:
+            return f"the bias of product {index} would be added by each of {devices} devices"
         runs = 2 if index == _GATED else 1
         if case.n // runs % 16 or (
             case.codebooks > 1 and (case.codebooks % runs or case.n // case.codebooks % 16)
@@ -97,7 +114,8 @@ def unsupported_reason(products: Sequence[Case], config: ring.Config, target: Ta
         )
         if reason is not None:
             return reason
-    launch = _launch_plan(cases(products, (0.0, 0.0), config, target), config, target)
+    around = cases(products, (0.0, 0.0), config, target, devices)
+    launch = _launch_plan(around, config, target)
     if launch.shared_bytes > target.shared_bytes:
         return (
             f"{config} needs {launch.shared_bytes} bytes of shared memory, {target.architecture} gives"
@@ -114,6 +132,7 @@ def matmul(
     norm_scales: Sequence[Array],
     config: ring.Config,
     target: Target,
+    peers: tuple[Array, Array] | None = None,
 ) -> Outputs:
     """Runs a chain.
 
@@ -125,8 +144,12 @@ def matmul(
         norm_scales: [D] of the norms after the two sums.
         config: W and P. P programs have to fit on the device at once, or they never end.
         target: the GPU.
+        peers: the mailbox and the addresses of `peer_sum`, where several devices sum up.
     """
     arrays = {"x": x, "residual": residual, "counters": jnp.zeros(len(products), jnp.int32)}
+    if peers is not None:
+        mailbox.check(peers[0], products[0].devices, products[0].n)
+        arrays |= dict(zip(_PEERS, peers, strict=True))
     for index, weight in enumerate(weights):
         names = dict(packed=weight.packed, scales=weight.scales, codebook=weight.codebook)
         if weight.bias is not None:
@@ -172,7 +195,7 @@ def outputs(
 
 def _operands(products: Sequence[Case], config: ring.Config, target: Target) -> list[str]:
     """Names of the kernel's operands and results, in order."""
-    names = ["x", "residual", "counters"]
+    names = ["x", "residual", "counters", *_PEERS * (products[0].devices > 1)]
     for index, case in enumerate(products):
         kinds = ("packed", "scales", "codebook", "bias", "norm_scale")
         names += [f"{name}{index}" for name in kinds if name in case.operands]
@@ -208,11 +231,14 @@ def _writer(products: Sequence[Case], config: ring.Config, target: Target) -> La
         dict(x=operands["y1"], residual=operands["sum0"]),
         dict(x=operands.get("scaled2"), squares=operands.get("squares_out2")),
     ]
+    peers = {name: operands[name] for name in _PEERS if name in operands}
     writers = []
     for index, case in enumerate(products):
         own = {name: operands.get(f"{name}{index}") for name in case.operands}
         found = {name: register for name, register in own.items() if register is not None} | inputs[
             index
         ]
+        if case.residual:
+            found |= peers
         writers.append(_arithmetic(case)(plan.products[index], target, ptx, found))
     return Launch(plan, writers, operands["counters"])

@@ -189,20 +189,22 @@ def residual_matmul(
 
 
 def chain_plan(
-    weights: Sequence[tuple[Arrays, dict[str, Any]]],
+    weights: Sequence[tuple[Arrays, dict[str, Any]]], devices: int = 1
 ) -> tuple[list[Case], ring.Config] | None:
     """The products of `chain_matmul` without what is around them, and its launch; None without a kernel.
 
     Args:
         weights: of each product its arrays, or their shapes and dtypes, with `x` for what it multiplies, and
             the keywords of `residual_plan`.
+        devices: over which the two sums are.
     """
     gpu = target.current()
     config = chain.config(weights[0][1]["bits"], gpu)
     if any(arrays.x.shape[0] > 1 for arrays, _ in weights):
         return None
     products = [Case.of(arrays, **weight) for arrays, weight in weights]
-    return None if chain.unsupported_reason(products, config, gpu) else (products, config)
+    reason = chain.unsupported_reason(products, config, gpu, devices)
+    return None if reason else (products, config)
 
 
 def chain_matmul(
@@ -211,6 +213,8 @@ def chain_matmul(
     weights: Sequence[tuple[Arrays, dict[str, Any]]],
     norm_scales: Sequence[Array],
     eps: Sequence[float],
+    devices: int = 1,
+    peers: tuple[Array, Array] | None = None,
 ) -> tuple[Scaled, Array | None]:
     """The products from a token's attention to the next layer's queries in one launch; see `chain`.
 
@@ -221,6 +225,8 @@ def chain_matmul(
             if there is a next layer, of its queries, keys and values; see `chain_plan`.
         norm_scales: bfloat16 [D], of the norms after the two residual sums.
         eps: Of these norms.
+        devices: over which the two sums are: each calls this with its slices of the weights.
+        peers: the mailbox and the addresses of `peer_sum.peer_sum`, if there are several.
 
     Returns:
         The residual stream with the deferred second norm; the last product or None.
@@ -230,14 +236,16 @@ def chain_matmul(
         NotImplementedError: products for which `chain_plan` has nothing.
     """
     _check_chain(x, residual, weights, norm_scales)
-    found = chain_plan(weights)
+    if (peers is None) != (devices == 1):
+        raise ValueError(f"{devices=} need peers, and one has none")
+    found = chain_plan(weights, devices)
     if found is None:
         raise NotImplementedError("no kernel runs these products one after another; run them apart")
     products, config = found
     arrays = [arrays for arrays, _ in weights]
     gpu = target.current()
-    around = chain.cases(products, eps, config, gpu)
-    *scaled, y = chain.matmul(around, arrays, x, residual, norm_scales, config, gpu)
+    around = chain.cases(products, eps, config, gpu, devices)
+    *scaled, y = chain.matmul(around, arrays, x, residual, norm_scales, config, gpu, peers)
     return Scaled(*scaled), y
 
 

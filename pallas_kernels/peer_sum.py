@@ -3,14 +3,8 @@
     sum = residual + (sum of the devices' rows);  y = scale * sum / sqrt(mean(sum**2) + eps)
 
 A collective of XLA's is a launch of its own, outside of the graph of all other launches of a decoding step, and
-takes longer than a layer's products. Here each device stores its rows into a mailbox in every device's memory,
-over the links between them, and adds what has arrived in its own: nobody asks for anything, so that the sum
-takes one way over a link.
-
-A word in a mailbox has 32 bits of values beside a number of 32 bits, and is written at once: who finds the
-number that it waits for has the values too. The number counts the launches, so that no word has to be cleared.
-Two parts of a mailbox take turns: who has started on the next launch but one has seen all others finish this
-one.
+takes longer than a layer's products. Here each device stores its rows into all `mailbox`es, and adds what has
+arrived in its own.
 """
 
 import dataclasses
@@ -19,20 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import xla_call
+from pallas_kernels import mailbox, xla_call
+from pallas_kernels.mailbox import HEAD, MOST_ROWS, WORD
 from pallas_kernels.ptx import Ptx, Writer, half_kind, over_lanes
 from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.target import Target
 
-MOST_ROWS = 64  # that a mailbox has room for
-_HEAD = (
-    128  # bytes of a row's part of the mailbox before its words: the number of the newest launch
-)
-_PARTS = 2
-_WORD = 8  # bytes: four of values, four of the launch's number
 _PIECE = 2  # words that a thread reads or writes at once
-# How often a thread looks whether a word has come, about a minute. Then it traps: the others are not there.
-_LOOKS = 1 << 26
 _MOST_FEATURES = 16384
 
 
@@ -74,20 +61,6 @@ class PeerSum:
         wanted = -(-self.pieces // 32) * 32
         return min(1024 if wanted <= 1024 else 512, wanted)
 
-    @property
-    def source_bytes(self) -> int:
-        """What one device's row takes in a mailbox."""
-        return self.features * self.dtype.itemsize // 4 * _WORD
-
-
-def mailbox_words(devices: int, features: int) -> int:
-    """Of 32 bits, that each device's mailbox has for rows of so many features, in float32 at most."""
-    return MOST_ROWS * _row_bytes(devices, features) // 4
-
-
-def _row_bytes(devices: int, features: int) -> int:
-    return _HEAD + _PARTS * devices * features * _WORD
-
 
 def unsupported_reason(case: PeerSum, target: Target) -> str | None:
     """Why there is no kernel for a sum, or None."""
@@ -109,7 +82,7 @@ def unsupported_reason(case: PeerSum, target: Target) -> str | None:
 def peer_sum(
     case: PeerSum,
     x: Array,
-    mailbox: Array,
+    box: Array,
     addresses: Array,
     target: Target,
     residual: Array | None = None,
@@ -122,7 +95,7 @@ def peer_sum(
     Args:
         case: what is added.
         x: [rows, features] of this device.
-        mailbox: uint32 [mailbox_words], zero before the first call: never copied or given up in between.
+        box: uint32 [mailbox.words], zero before the first call: never copied or given up in between.
         addresses: uint32 [2 + 2 * devices], the number of this device and zero, then the address of each
             device's mailbox, lower half first.
         target: the GPU.
@@ -135,13 +108,9 @@ def peer_sum(
     Raises:
         ValueError: a mailbox of other devices or features.
     """
-    if mailbox.size != mailbox_words(case.devices, case.features):
-        raise ValueError(
-            f"a mailbox of {mailbox.size} words is not for {case.devices} devices and"
-            f" {case.features} features"
-        )
+    mailbox.check(box, case.devices, case.features)
     row = jax.ShapeDtypeStruct((case.rows, case.features), case.out_dtype)
-    operands = [x, mailbox, addresses]
+    operands = [x, box, addresses]
     if case.normed:
         assert residual is not None and scale is not None, "a norm has a residual and a scale"
         operands += [residual, scale]
@@ -184,10 +153,9 @@ class _Kernel(Writer):
         ]
         boxes, self.number = self._boxes()
         for piece, when, pair in zip(pieces, there, words, strict=True):
-            values = vector([self._word(word) for word in pair])
             for box in boxes:
-                address = box + piece * (_PIECE * _WORD)
-                ptx.do("st.relaxed.sys.global.v2.b64", at(address), values, when=when)
+                address = box + piece * (_PIECE * WORD)
+                mailbox.send(ptx, address, pair, self.number, when=when)
         beside = []
         if case.normed:
             for piece, element, when in zip(pieces, elements, there, strict=True):
@@ -214,64 +182,31 @@ class _Kernel(Writer):
     def _boxes(self) -> tuple[list[Register], Register]:
         """Where this device's row goes in each mailbox, and this launch's number."""
         ptx, case = self.ptx, self.case
-        rank = ptx.op("ld.global.nc.b32", at(self.operands["addresses"]))
-        addresses = [
-            ptx.op("ld.global.nc.b64", at(self.operands["addresses"], 8 + 8 * i))
-            for i in range(case.devices)
-        ]
-        own = ptx.op("ld.global.nc.b64", at(self.operands["addresses"] + rank * 8, 8))
-        # A mailbox that was copied is another: the others would write where nobody reads.
-        moved = own.ne(self.operands["mailbox"])
-        ptx.do("trap", when=moved)
-        start = (self.row_index * _row_bytes(case.devices, self._room())).wide()
+        count, room = case.devices, case.features * WORD
+        rank, addresses = mailbox.open_all(
+            ptx, self.operands["mailbox"], self.operands["addresses"], count
+        )
+        start = (self.row_index * mailbox.row_bytes(count, case.features)).wide()
         self.head = self.operands["mailbox"] + start
         before = ptx.op("ld.global.b32", at(self.head))
         number = before + 1
-        part = (number & 1) * (case.devices * self._room() * _WORD)
-        self.part = part + (self.head + _HEAD)
-        offset = part + start
-        offset = rank * (self._room() * _WORD) + offset
-        return [address + offset + _HEAD for address in addresses], number
-
-    def _room(self) -> int:
-        """Words for a row of one device."""
-        return self.case.features
-
-    def _word(self, value: Register) -> Register:
-        word = self.ptx.register("b64")
-        self.ptx.do("mov.b64", word, vector([value, self.number]))
-        return word
+        part = (number & 1) * (count * room)
+        self.part = part + (self.head + HEAD)
+        offset = rank * room + (part + start)
+        return [address + offset + HEAD for address in addresses], number
 
     def _receive(self, number: int, piece: Register, when: Register) -> list[Register]:
         """Waits for the rows of all devices, and adds them."""
         ptx, case = self.ptx, self.case
-        looks = ptx.op("mov.u32", 0)
-        start = self.part + piece * (_PIECE * _WORD)
+        start = self.part + piece * (_PIECE * WORD)
         totals = [ptx.zero() for _ in range(case.piece)]
-        found = [ptx.registers("b64", _PIECE) for _ in range(case.devices)]
-        halves = [[ptx.registers("b32", 2) for _ in pair] for pair in found]
-        ptx.do("bra", f"fdk_received_{number}", when=~when)
-        ptx.label(f"fdk_receive_{number}")
-        ready = None
-        for i, (pair, parts) in enumerate(zip(found, halves, strict=True)):
-            address = at(start, i * self._room() * _WORD)
-            ptx.do("ld.relaxed.sys.global.v2.b64", vector(pair), address)
-            for word, half in zip(pair, parts, strict=True):
-                ptx.do("mov.b64", vector(half), word)
-                here = half[1].eq(self.number)
-                ready = here if ready is None else ready & here
-        assert ready is not None
-        ptx.do("bra", f"fdk_here_{number}", when=ready)
-        ptx.do("add.u32", looks, looks, 1)
-        again = looks < _LOOKS
-        ptx.do("bra", f"fdk_receive_{number}", when=again)
-        ptx.do("trap")
-        ptx.label(f"fdk_here_{number}")
-        for parts in halves:
-            values = self._unpack([half[0] for half in parts], case.dtype)
-            for total, value in zip(totals, values, strict=True):
+        ptx.do("bra", f"fdk_no_piece_{number}", when=~when)
+        room = case.features * WORD
+        places = [(start, i * room) for i in range(case.devices)]
+        for words in mailbox.receive(ptx, places, _PIECE, self.number, str(number)):
+            for total, value in zip(totals, self._unpack(words, case.dtype), strict=True):
                 ptx.do("add.f32", total, total, value)
-        ptx.label(f"fdk_received_{number}")
+        ptx.label(f"fdk_no_piece_{number}")
         return totals
 
     def _count(self) -> None:

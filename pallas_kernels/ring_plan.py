@@ -147,6 +147,8 @@ class LaunchPlan:
         sizes: dict[str, int] = {}
         for product in self.products:
             areas = {**product.areas(), "partial": product.partial_bytes, "squares": 4}
+            if product.case.devices > 1:
+                areas["peers"] = 8 * (1 + product.case.devices)
             for name, size in areas.items():
                 sizes[name] = max(sizes.get(name, 0), size)
         return sizes

@@ -8,6 +8,7 @@ import abc
 from collections.abc import Callable
 from typing import ClassVar
 
+from pallas_kernels import mailbox
 from pallas_kernels.case import TILE_ROWS
 from pallas_kernels.outputs import OutputWriter
 from pallas_kernels.ptx import LOG2_E, Ptx, Writer, over_lanes
@@ -125,9 +126,49 @@ class Product(OutputWriter, abc.ABC):
 
     def beside_x(self) -> None:
         """What else comes from the product before it."""
+        if self.case.devices > 1 and self.plan.position == 0:
+            self._open_mailboxes()
         if self.case.squares:
             self._add_squares(self.workers - 1, self.offsets["squares"])
         self._load_residuals()
+
+    def _open_mailboxes(self) -> None:
+        """One thread leaves in shared memory where this device's words go, and the launch's number."""
+        ptx, case = self.ptx, self.case
+        ptx.do("bra", "fdk_mailboxes_open", when=self.thread.ne(0))
+        rank, addresses = mailbox.open_all(
+            ptx, self.operands["mailbox"], self.operands["addresses"], case.devices
+        )
+        start = mailbox.chain_start(case.devices, case.n)
+        count = self.operands["mailbox"] + ptx.op("mov.u32", "%ctaid.x") * 4
+        number = ptx.op("ld.global.b32", at(count, start)) + 1
+        ptx.do("st.global.b32", at(count, start), number)
+        area = self.offsets["peers"]
+        ptx.do("st.shared.b32", at(self.shared, area), number)
+        own = (rank * (case.n * mailbox.WORD)).wide() + (start + 4 * mailbox.MOST_PROGRAMS)
+        for i, address in enumerate(addresses):
+            ptx.do("st.shared.b64", at(self.shared, area + 8 + 8 * i), address + own)
+        ptx.label("fdk_mailboxes_open")
+
+    def _over_devices(self, total: Register, row: Register, name: str) -> Register:
+        """The sum of all devices' results of a row: each sends its own to all, and adds them in one order."""
+        ptx, case, area = self.ptx, self.case, self.offsets["peers"]
+        number = ptx.op("ld.shared.b32", at(self.shared, area))
+        room = case.n * mailbox.WORD
+        # The two sums of a launch have a part each.
+        part = (self.plan.position // 2) * case.devices * room
+        for i in range(case.devices):
+            box = ptx.op("ld.shared.b64", at(self.shared, area + 8 + 8 * i))
+            address = box + row * mailbox.WORD
+            mailbox.send(ptx, address, [total], number, offset=part)
+        words = mailbox.chain_start(case.devices, case.n) + 4 * mailbox.MOST_PROGRAMS + part
+        here = self.operands["mailbox"] + row * mailbox.WORD
+        rows = [(here, words + i * room) for i in range(case.devices)]
+        first, *others = [own[0] for own in mailbox.receive(ptx, rows, 1, number, name)]
+        total = first.as_float()
+        for other in others:
+            total = total + other.as_float()
+        return total
 
     def _clear(self, start: int, size: int) -> None:
         """Writes zeros."""
@@ -222,6 +263,10 @@ class Product(OutputWriter, abc.ABC):
             ptx.do("bra", f"fdk_no_row_{start}", when=none)
             self._store_outputs(index, number, f"fdk_no_row_{start}")
             ptx.label(f"fdk_no_row_{start}")
+            if (
+                case.devices > 1
+            ):  # which wait for the others' words, each lane as long as its own takes
+                ptx.do("bar.warp.sync", "0xffffffff")
         if case.residual:
             self._store_squares(self.squares, self.plan.square_parts)
 
@@ -249,6 +294,8 @@ class Product(OutputWriter, abc.ABC):
         if self.plan.gated:
             self._store(self._gate(*totals), n, "y")
         elif case.residual:
+            if case.devices > 1:
+                totals[0] = self._over_devices(totals[0], n, str(number))
             self._store_sum(totals[0], n, self.residuals[number], self.squares)
         else:
             self._store(totals[0], n, "y", ptx.op("mov.u32", token) if token else None)

@@ -88,6 +88,46 @@ def check(found, weights, x, residual, scales, between=None):
         _check(found[3], scaled * _inverse(total, 1), weights[3])
 
 
+def check_devices(found, weights, xs, residual, scales):
+    """Compares what each device leaves: sums are of all of them, gate, up and the next queries its own."""
+    first, second = map(_exact, scales)
+    sums = [_exact(residual)]
+    for index, inputs in ((0, [_exact(x) for x in xs]), (2, [_exact(f["y1"]) for f in found])):
+        parts = [own[index] for own in weights]
+        joined = [
+            np.concatenate(matrices, axis=1)
+            for matrices in zip(*(part[2] for part in parts), strict=True)
+        ]
+        whole = (*parts[0][:2], joined, np.zeros(1))
+        got = found[0][f"sum{index}"]
+        _check(got, np.concatenate(inputs, axis=1), whole, add=sums[-1])
+        sums.append(_exact(got))
+    for left, own in zip(found, weights, strict=True):
+        for index, scale in ((0, first), (2, second)):
+            names = [f"{n}{index}" for n in ("sum", "scaled", "squares_out")]
+            planar.check_scaled([left[name] for name in names], scale)
+        scaled, inverse = _exact(left["scaled0"]), _inverse(sums[1], 0)
+        _check_gated(left["y1"], scaled * inverse, own[1])
+        _check(left["y3"], _exact(left["scaled2"]) * _inverse(sums[2], 1), own[3])
+
+
+def _check_gated(got, x, weight):
+    """Compares silu(gate x) * (up x)."""
+    *_, matrices, bias = weight
+    expected = []
+    for matrix in matrices:
+        gate, value = np.split(x @ matrix.T + bias, 2, axis=-1)
+        size = np.split(np.sqrt(x**2 @ (matrix**2).T), 2, axis=-1)
+        share = 1 / (1 + np.exp(-gate))
+        wanted = gate * share * value
+        # SiLU's slope is at most 1.1.
+        spread = 1.1 * size[0] * np.abs(value) + np.abs(gate * share) * size[1]
+        expected.append(
+            accuracy.Expected.of(wanted, 1e-5 * (spread + np.abs(wanted)), 2.0**-12 * spread)
+        )
+    oracle.check(got, expected)
+
+
 def _check(got, x, weight, add=0.0):
     """Compares x @ matrix.T + bias + add, for the matrix of those that a kernel may read that fits best."""
     *_, matrices, bias = weight

@@ -13,7 +13,7 @@ import planar
 import pytest
 
 import pallas_kernels
-from pallas_kernels import chain, ring, stream, xla_call
+from pallas_kernels import chain, mailbox, ring, stream, xla_call
 from pallas_kernels.case import Case
 from pallas_kernels.target import H200
 
@@ -141,6 +141,59 @@ def _check_chain(rng, shapes, bits, uniform, codebooks, config, *, bias, chance=
     assert not counters.any(), "the next launch finds counters in use"
     left = [found.get(name) for name in ("sum2", "scaled2", "squares_out2", "y3")]
     chains.check(left, weights, x, residual, scales, found)
+
+
+@pytest.mark.parametrize(
+    ("bits", "uniform", "codebooks", "config", "devices"),
+    [
+        (1, False, (1, 2, 1, 3), ring.Config(2, 3), 2),
+        (4, False, (1, 2, 1, 3), ring.Config(2, 4), 2),
+        (4, True, (1, 1, 1, 1), ring.Config(3, 1), 3),
+        (2, False, (1, 2, 1, 1), ring.Config(3, 2), 2),
+        (8, False, (1, 2, 1, 3), ring.Config(4, 3), 2),
+    ],
+)
+def test_a_chain_over_devices(rng, bits, uniform, codebooks, config, devices):
+    """Each has columns of its own of out and down; later launches find what the earlier ones have left."""
+    boxes = [np.zeros(mailbox.words(devices, 512), np.uint32) for _ in range(devices)]
+    for launch in range(2):
+        own = [chains.weights(rng, SHAPES, bits, codebooks, uniform, False) for _ in range(devices)]
+        products = [case for case, *_ in own[0]]
+        assert chain.unsupported_reason(products, config, H200, devices) is None
+        cases = chain.cases(products, chains.EPS, config, H200, devices)
+        _, residual, scales = chains.inputs(rng, 512, 512)
+        xs = [chains.inputs(rng, 512, 512)[0] for _ in range(devices)]
+        shapes = chain.outputs(cases, config, H200)
+        found = [
+            {name: np.full(a.shape, np.nan, a.dtype) for name, a in shapes.items()} for _ in own
+        ]
+        operands = []
+        for weights, x, box, left in zip(own, xs, boxes, found, strict=True):
+            counters, addresses = np.zeros(4, np.int32), np.zeros(2 + 2 * devices, np.uint32)
+            named = [x, residual, counters, box, addresses]
+            for index, (_, arrays, *_) in enumerate(weights):
+                named += [a for a in arrays[1:] if a is not None]
+                named += [scales[index // 2]] * (index in (0, 2))
+            operands.append(
+                [np.array(a) if a is not box and a is not addresses else a for a in named]
+                + list(left.values())
+            )
+        addresses = [each[3] for each in emulator.addresses(operands)]
+        for rank, each in enumerate(operands):
+            each[4][:2] = rank, 0
+            each[4][2:] = np.asarray(addresses, np.uint64).view(np.uint32)
+        emulator.run_devices(
+            chain.source(cases, config, H200),
+            operands,
+            1,
+            32 * config.warps,
+            cluster=config.programs,
+            chance=rng if launch else None,
+        )
+        for left in found[1:]:
+            for name in ("sum0", "scaled0", "squares_out0", "sum2", "scaled2", "squares_out2"):
+                assert left[name].tobytes() == found[0][name].tobytes(), "the devices differ"
+        chains.check_devices(found, own, xs, residual, scales)
 
 
 def _products(bits, hidden, inner, qkv, codebooks=(1, 2, 1, 3)):

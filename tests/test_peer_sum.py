@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import peer_sum
+from pallas_kernels import mailbox, peer_sum
 from pallas_kernels.peer_sum import PeerSum
 from pallas_kernels.target import H200, Target
 
@@ -25,7 +25,7 @@ class _Devices:
 
     def __init__(self, case: PeerSum, rng: np.random.Generator):
         self.case, self.rng = case, rng
-        words = peer_sum.mailbox_words(case.devices, case.features)
+        words = mailbox.words(case.devices, case.features)
         self.boxes = [np.zeros(words, np.uint32) for _ in range(case.devices)]
 
     def launch(self, case: PeerSum, chance=None, boxes=None):
@@ -48,7 +48,7 @@ class _Devices:
         if boxes is not None:
             boxes(operands)
         source = peer_sum.source(case, H200)
-        emulator.run_devices(source, operands, case.rows, case.threads, chance)
+        emulator.run_devices(source, operands, case.rows, case.threads, chance=chance)
         return [own[5 if case.normed else 3 :] for own in operands], xs, residual, scale
 
 

@@ -61,17 +61,19 @@ class InProducts:
         return _from_scaled(stream, norm.eps)
 
 
-@_without_arrays
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InChains(InProducts):
-    """One launch between two attentions.
+    """One launch between two attentions, on one device or several.
 
     The stream is the residual sum [1, D]; after the last layer its norm is deferred.
     """
 
+    peers: Peers | None = None
+
     def takes(self, block: Block, x: Array) -> bool:
         """Whether there is a kernel for a block and inputs like x [B, D], and one for the first product."""
-        chain = _chain_kernel(_usual(block).linears, x)
+        chain = _chain_kernel(_usual(block).linears, x, self.peers)
         return (
             _usual(block).mlp.activation == "silu"
             and chain is not None
@@ -86,7 +88,7 @@ class InChains(InProducts):
     def between(self, block: Block, stream: Array, mixed: Array) -> tuple[Any, Array | None]:
         """See `InProducts.between`."""
         usual = _usual(block)
-        chain = _chain_kernel(usual.linears, stream)
+        chain = _chain_kernel(usual.linears, stream, self.peers)
         assert chain is not None, "a plan is chosen for blocks that it takes"
         norms = usual.mlp_norm, usual.norm
         after, projected = chain(
@@ -157,7 +159,7 @@ def choose(
         kinds[graphdef, shapes] = block
     plans: Sequence[Plan] = PLANS
     if layers[0].attention.axis is not None:
-        plans = () if peers is None else (OverPeers(peers),)
+        plans = () if peers is None else (InChains(peers), OverPeers(peers))
     for plan in plans:
         if all(plan.takes(block, x) for block in kinds.values()):
             return plan
@@ -220,16 +222,21 @@ def _residual_kernel(linear: nnx.Module, x: Array) -> Callable | None:
     return functools.partial(pallas_kernels.residual_matmul, **weight, **facts)
 
 
-def _chain_kernel(linears: Sequence[nnx.Module], x: Array) -> Callable | None:
+def _chain_kernel(linears: Sequence[nnx.Module], x: Array, peers: Peers | None) -> Callable | None:
     """`pallas_kernels.chain_matmul` with the weights of layers, for inputs like x [B, K].
 
     None if no GPU kernel takes them in one launch.
     """
     found = [_planar(linear, x) for linear in linears]
     weights = [weight for weight in found if weight is not None]
-    if len(weights) < len(found) or pallas_kernels.chain_plan(weights) is None:
+    if len(weights) < len(found):
         return None
-    return functools.partial(pallas_kernels.chain_matmul, weights=weights)
+    options: dict[str, Any] = {}
+    if peers is not None:
+        options = dict(devices=peers.devices, peers=(peers.mailbox, peers.addresses))
+    if pallas_kernels.chain_plan(weights, options.get("devices", 1)) is None:
+        return None
+    return functools.partial(pallas_kernels.chain_matmul, weights=weights, **options)
 
 
 def _planar(linear: nnx.Module, x: Array) -> tuple[Arrays, dict[str, Any]] | None:

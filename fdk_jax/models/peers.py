@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from fdk_jax.models.modules import RMSNorm
 from fdk_jax.models.parallel import Parallel
 from pallas_kernels import peer_sum
+from pallas_kernels.mailbox import words as mailbox_words
 from pallas_kernels.peer_sum import PeerSum
 from pallas_kernels.target import current
 
@@ -77,7 +78,7 @@ def make(parallel: Parallel, features: int) -> Peers:
     The arrays have to live for as long as a program that takes them runs, and may not be donated.
     """
     sharding = NamedSharding(parallel.mesh, specs(parallel))
-    words, devices = peer_sum.mailbox_words(parallel.shards, features), _groups(parallel)
+    words, devices = mailbox_words(parallel.shards, features), _groups(parallel)
     shape = (devices.size * words,)
     mailbox = jax.jit(lambda: jnp.zeros(shape, jnp.uint32), out_shardings=sharding)()
     jax.block_until_ready(mailbox)

@@ -52,6 +52,11 @@ def access(machine: Machine, what: Instruction, active: np.ndarray) -> None:
         machine.registers.write(register, values, active, known)
         if "acquire" in opcode:
             machine.wait_for_news(where, values, active)
+    if "relaxed.sys" in opcode:
+        if loads:
+            machine.wait_for_words(active)
+        else:
+            machine.tell_of_words()
 
 
 @instruction(

@@ -6,6 +6,8 @@ from emulator.machine import Machine
 from emulator.source import Fault, Instruction
 from emulator.table import instruction
 
+_WARPS = 16  # where the numbers of warps' barriers begin, after those of programs
+
 
 @instruction(r"bra")
 def branch(machine: Machine, what: Instruction, active: np.ndarray) -> None:
@@ -28,10 +30,18 @@ def make_policy(machine: Machine, what: Instruction, active: np.ndarray) -> None
 @instruction(
     r"griddepcontrol\.(launch_dependents|wait)",
     r"fence(\.\S+)?",
-    r"bar\.warp\.sync",
 )
 def order(machine: Machine, what: Instruction, active: np.ndarray) -> None:
-    """Orders what is in order anyway: memory is consistent, and a warp's threads go together."""
+    """Orders what is in order anyway: memory is consistent."""
+
+
+@instruction(r"bar\.warp\.sync")
+def meet_warp(machine: Machine, what: Instruction, active: np.ndarray) -> None:
+    """Joins the threads of whole warps."""
+    for warp in machine.warps(active):
+        mine = np.zeros(machine.threads, bool)
+        mine[32 * warp : 32 * warp + 32] = active[32 * warp : 32 * warp + 32]
+        machine.meet(_WARPS + int(warp), 32, mine)
 
 
 @instruction(r"bar(rier)?\.sync")

@@ -39,21 +39,20 @@ class Machine:
         threads: int,
         cluster: int,
         chance: np.random.Generator | None,
-        in_cluster: bool = True,
+        devices: int = 1,
     ) -> None:
         """Puts the threads of an index of the grid at the first instruction.
 
-        `starts` are the operands' addresses, one or one for each program; programs that are not in a cluster
-        have the same index, each on a device of its own.
+        The programs are those of `devices`, as many of each; `starts` has the operands' addresses on each.
         """
         self._source, self._handlers, self._by_chance = source, run_by, chance is not None
         self.threads = threads * cluster
         rank, thread = np.divmod(np.arange(self.threads), threads)
         self.window = rank * WINDOW
         fixed = {"fdk_shared": _SHARED, "%tid.x": thread}
-        x = index[0] * cluster + rank if in_cluster else index[0]
-        fixed |= {"%ctaid.x": x, "%ctaid.y": index[1]}
-        own = [np.asarray(start)[rank % len(start)] for start in starts]
+        device, rank = np.divmod(rank, cluster // devices)
+        fixed |= {"%ctaid.x": index[0] * (cluster // devices) + rank, "%ctaid.y": index[1]}
+        own = [np.asarray(start)[device] for start in starts]
         fixed |= {f"${i + 1}": start for i, start in enumerate(own)}
         fixed = {k: np.full(self.threads, v).astype(np.uint64) for k, v in fixed.items()}
         has_wgmma = any(what.opcode.startswith("wgmma") for what in source.instructions)
@@ -70,6 +69,7 @@ class Machine:
         self._at_cluster = np.zeros(self.threads, bool)
         self._arrivals, self._waits = np.zeros((2, self.threads), np.int64)
         self._seen = np.full((self.threads, 2), -1)
+        self._news, self._last_look, self._looked = 0, *np.full((2, self.threads), -1)
         warps = self.threads // 32
         self.copies, self.groups, self.products, self.product_groups = (
             [[] for _ in range(warps)] for _ in range(4)
@@ -162,6 +162,18 @@ class Machine:
         found = np.stack([where, values.view(np.int64)], axis=1)
         self.polling |= active & (found == self._seen).all(axis=1)
         self._seen[active] = found[active]
+
+    def wait_for_words(self, active: np.ndarray) -> None:
+        """Lets threads that begin to look at the same words again stand still until a device stores another."""
+        again = active & (self._counter <= self._last_look)
+        self.polling |= again & (self._looked == self._news)
+        self._looked[again] = self._news
+        self._last_look[active] = self._counter[active]
+
+    def tell_of_words(self) -> None:
+        """Lets everybody look again: a device has stored a word."""
+        self._news += 1
+        self.polling[:] = False
 
     def meet(self, number: int, count: int | None, active: np.ndarray) -> None:
         """Lets threads wait at a barrier until `count` of their program, or all that still run, are there."""

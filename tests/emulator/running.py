@@ -51,6 +51,7 @@ def run_devices(
     operands: list[list[np.ndarray]],
     grid: int,
     threads: int,
+    cluster: int = 1,
     chance: np.random.Generator | None = None,
 ) -> None:
     """Runs a kernel on several devices at the same time, which reach each other's memory.
@@ -58,15 +59,17 @@ def run_devices(
     Args:
         source: see `run`.
         operands: those of each device.
-        grid: programs of each, of which one after the other runs, on all devices together.
+        grid: programs of each, or clusters of them; one after the other runs, on all devices together.
         threads: see `run`.
+        cluster: see `run`.
         chance: see `run`.
     """
     parsed, memory = parse(source), Memory()
     run_by, count = handlers(parsed), len(operands)
     starts = [list(each) for each in zip(*_addresses(operands, memory), strict=True)]
     for x in range(grid):
-        Machine(parsed, run_by, memory, starts, (x, 0), threads, count, chance, False).run()
+        together = count * cluster
+        Machine(parsed, run_by, memory, starts, (x, 0), threads, together, chance, count).run()
 
 
 def addresses(operands: list[list[np.ndarray]]) -> list[list[int]]:
