@@ -101,3 +101,14 @@ def test_the_models_suite_on_several_devices():
     assert len({case.name for case in cases}) == 3
     (row,) = runner.measure(suite, cases[2:], timing.Session(2))
     assert row["status"] == "skipped" and "64 devices" in row["reason"]
+
+
+@pytest.mark.parametrize(("bits", "count"), [(4, 1), (4, 2), (1, 2)])
+def test_the_models_suite_compares_with_float32_on_several_devices(bits, count):
+    config = models.ModelConfig(256, 256, 512, 3, 4, 2, 64, dtype="bfloat16")
+    parallel = models.Parallel(jax.make_mesh((2,), ("model",))) if count > 1 else None
+    model = models.random_model(config, bits=bits, codebook="kmeans", parallel=parallel)
+    case = suite.ModelCase("own", "cpu", bits, 2, 64, "kmeans", "exact", 5, 2, count)
+    errors = suite._errors(model, None, case)
+    for name in ("rel_rms_error", "prefill_rel_rms_error"):
+        assert 0 < errors[name] < 1.5 * errors["plain_rel_rms_error"] + 1e-3, errors

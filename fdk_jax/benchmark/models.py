@@ -34,6 +34,8 @@ from fdk_jax.models import (
     stored_bits,
 )
 from fdk_jax.models.modules import Layer, RMSNorm
+from fdk_jax.models.peers import Peers
+from fdk_jax.models.peers import specs as peers_specs
 
 __all__ = ["ModelCase", "make_cases", "measure"]
 
@@ -170,7 +172,7 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
         model, generator = _model(_without_batch(case))
         result: dict[str, Any] = _facts(case, model, generator, device)
         if case.bits != _DENSE_BITS:
-            result |= (errors := _errors(model, case))
+            result |= (errors := _errors(model, generator.programs.peers, case))
             # Roundings of activations that happen elsewhere may add up otherwise than plain ones.
             allowed = 1.5 * errors["plain_rel_rms_error"] + _TOLERANCE[case.arithmetic]
             for key in ("rel_rms_error", "prefill_rel_rms_error"):
@@ -291,7 +293,7 @@ def _make(case: ModelCase) -> Transformer:
     )
 
 
-def _errors(model: Transformer, case: ModelCase) -> dict[str, float]:
+def _errors(model: Transformer, peers: Peers | None, case: ModelCase) -> dict[str, float]:
     """Relative RMS errors after the first two layers and the last norm, against float32 dequantised weights.
 
     Of one token a sequence, by the plan that a step of this batch size has, chains included;
@@ -305,7 +307,8 @@ def _errors(model: Transformer, case: ModelCase) -> dict[str, float]:
     x = jax.random.normal(jax.random.key(1), shape, jnp.dtype(config.dtype)) * 2**-6
 
     def run(function, dtype: str | None, x: jax.Array) -> jax.Array:
-        return _on_devices(function, part, config, model.parallel, dtype, x)
+        through = peers if dtype is None else None
+        return _on_devices(function, part, config, model.parallel, through, dtype, x)
 
     wide = x.astype(jnp.float32)
     wanted = np.asarray(run(_one_token, "float32", wide[:, 0]), np.float64)
@@ -323,14 +326,15 @@ def _errors(model: Transformer, case: ModelCase) -> dict[str, float]:
 
 
 def _on_devices(
-    function: Callable[[nnx.List, jax.Array, ModelConfig], jax.Array],
+    function: Callable[[nnx.List, jax.Array, ModelConfig, Peers | None], jax.Array],
     part: nnx.List,
     config: ModelConfig,
     parallel: Parallel | None,
+    peers: Peers | None,
     dtype: str | None,
     x: jax.Array,
 ) -> jax.Array:
-    """function(layers and a norm, x, configuration of a slice) by one program on all devices.
+    """function(layers and a norm, x, configuration of a slice, peers) by one program on all devices.
 
     Weights are dequantised to `dtype`, slice by slice where they lie; None leaves them as they are.
     """
@@ -338,20 +342,24 @@ def _on_devices(
     leaves, tree = jax.tree.flatten(state)
     local = config if parallel is None else parallel.local(config)
 
-    def run(leaves: list[jax.Array], x: jax.Array) -> jax.Array:
+    def run(leaves: list[jax.Array], peers: Peers | None, x: jax.Array) -> jax.Array:
         here, own = nnx.merge(graph, jax.tree.unflatten(tree, leaves)), local
         if dtype is not None:
             own = dataclasses.replace(local, dtype=dtype)
             here = _dense(here, own, parallel)
         with jax.default_matmul_precision("highest"):
-            return function(here, x, own)
+            return function(here, x, own, peers)
 
     if parallel is not None:
         specs: Any = [leaf.sharding.spec for leaf in leaves]
         run = jax.shard_map(
-            run, mesh=parallel.mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False
+            run,
+            mesh=parallel.mesh,
+            in_specs=(specs, peers_specs(parallel), P()),
+            out_specs=P(),
+            check_vma=False,
         )
-    return jax.jit(run)(leaves, x)
+    return jax.jit(run)(leaves, peers, x)
 
 
 def _dense(part: nnx.List, config: ModelConfig, parallel: Parallel | None) -> nnx.List:
@@ -368,17 +376,20 @@ def _dense(part: nnx.List, config: ModelConfig, parallel: Parallel | None) -> nn
     return copy
 
 
-def _one_token(part: nnx.List, x: jax.Array, config: ModelConfig) -> jax.Array:
+def _one_token(part: nnx.List, x: jax.Array, config: ModelConfig, peers: Peers | None) -> jax.Array:
     """[B, D] after the last norm, of one token a sequence [B, D] with an empty cache."""
     shape = (len(x), config.num_kv_heads, 64, config.head_dim)
     caches = (jnp.zeros(shape, x.dtype),) * (len(part) - 1)
     *layers, norm = part
     empty = KVCache(caches, caches, jnp.zeros(len(x), jnp.int32))
-    return decoding.step(layers, norm, x, empty)[0]
+    return decoding.step(layers, norm, x, empty, peers)[0]
 
 
-def _whole_prompt(part: nnx.List, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """[B, T, D] after the last norm, of prompts [B, T, D]."""
+def _whole_prompt(
+    part: nnx.List, x: jax.Array, config: ModelConfig, peers: Peers | None
+) -> jax.Array:
+    """[B, T, D] after the last norm, of prompts [B, T, D], which XLA sums over devices."""
+    del peers, config
     *layers, norm = part
     length = jnp.asarray([[x.shape[1]]], jnp.int32)
     turns = decoding.turns(layers, jnp.arange(x.shape[1])[None], length, length)

@@ -1,0 +1,79 @@
+"""Several real GPUs: sums through each other's memory, and what models make of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fdk_jax import models
+from fdk_jax.benchmark import models as suite
+from fdk_jax.models import peers
+
+pytestmark = pytest.mark.skipif(
+    sum(device.platform == "gpu" for device in jax.devices()) < 2, reason="needs two GPUs"
+)
+
+
+@pytest.fixture
+def parallel():
+    return models.Parallel(jax.make_mesh((2,), ("model",), devices=jax.devices()[:2]))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_sums_are_those_of_the_values(rng, parallel, rows, dtype):
+    assert peers.unsupported_reason(parallel, 1024) is None
+    through = peers.make(parallel, 1024)
+    cut, spec = P("model"), peers.specs(parallel)
+
+    def run(through, x):
+        for _ in range(5):  # both parts of the mailbox
+            total = through.total(x)
+        return total
+
+    program = jax.jit(
+        jax.shard_map(run, mesh=parallel.mesh, in_specs=(spec, cut), out_specs=cut, check_vma=False)
+    )
+    x = jax.device_put(
+        rng.standard_normal((2 * rows, 1024)).astype(dtype), NamedSharding(parallel.mesh, cut)
+    )
+    found = np.asarray(program(through, x)).reshape(2, rows, 1024)
+    assert found[0].tobytes() == found[1].tobytes()
+    exact = np.asarray(x, np.float64).reshape(2, rows, 1024).sum(0)
+    half = float(jnp.finfo(dtype).eps) / 2
+    assert (np.abs(np.asarray(found[0], np.float64) - exact) <= 1.01 * half * np.abs(exact)).all()
+
+
+@pytest.mark.parametrize(("bits", "batch"), [(1, 1), (2, 1), (4, 1), (8, 1), (4, 7), (16, 3)])
+def test_a_step_of_each_plan_against_float32(parallel, bits, batch):
+    """By chains for one sequence of quantised weights, else by launches of their own; and by XLA's sums."""
+    config = models.ModelConfig(1024, 2048, 4096, 3, 16, 4, 128, dtype="bfloat16")
+    model = models.random_model(
+        config, bits=bits, codebook="kmeans", backend="pallas", parallel=parallel
+    )
+    case = suite.ModelCase("own", "pallas", bits, batch, 64, "kmeans", "exact", 4, 2, 2)
+    through = peers.make(parallel, config.hidden_size)
+    for way in (through, None):
+        errors = suite._errors(model, way, case)
+        limit = 1.5 * errors["plain_rel_rms_error"] + 1e-3
+        assert errors["rel_rms_error"] < limit, errors
+
+
+@pytest.mark.parametrize("bits", [1, 4, 16])
+def test_generated_tokens_are_those_of_sums_by_xla(monkeypatch, parallel, rng, bits):
+    config = models.ModelConfig(4096, 1024, 2048, 2, 8, 4, 128, dtype="bfloat16")
+    model = models.random_model(config, bits=bits, backend="pallas", parallel=parallel)
+    prompts = rng.integers(0, 4096, (1, 9)).tolist()
+    found = models.Generator(model)
+    assert found.programs.peers is not None
+    again = [found.generate(prompts, max_tokens=40).tokens for _ in range(3)]
+    assert again[0] == again[1] == again[2]
+    monkeypatch.setenv("FDK_JAX_PEER_SUMS", "0")
+    plain = models.Generator(model)
+    assert plain.programs.peers is None
+    other = plain.generate(prompts, max_tokens=40).tokens
+    # Tokens that are nearly as good as each other may change places; then all later ones do.
+    same = [a == b for a, b in zip(again[0][0], other[0], strict=True)]
+    assert all(same[:4]), same
