@@ -102,6 +102,19 @@ def test_oracle_reads_the_format(bits, k, group_size, rng):
     )
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+def test_some_rows_of_a_weight_may_be_checked(bits, rng):
+    """Those of blocks that are spread over it, with the results that they have among all."""
+    case = KernelCase("xla", 3, 64, 2000, bits, *((64, "uniform") if bits == 4 else ()))
+    x = inputs.activations(case, rng)
+    w = inputs.quantised_weight(case, rng) if bits == 4 else inputs.dense_weight(case, rng)
+    whole, part = inputs.reference(case, x, w), inputs.reference(case, x, w, 512)
+    assert part.rows.tolist() == [*range(256), *range(1024, 1280)]
+    for some, all_ in zip(part.expected, whole.expected, strict=True):
+        np.testing.assert_array_equal(some.value, all_.value[:, part.rows])
+    assert len(whole.rows) == 2000
+
+
 @pytest.mark.parametrize("bits", [16, 1, 4])
 def test_products_keep_their_size(bits, rng):
     dense = bits == 16

@@ -48,6 +48,12 @@ def _define_flags() -> None:
     flags.DEFINE_integer(
         "copies", None, "Weights that the calls rotate over; by default more than caches hold.", 1
     )
+    flags.DEFINE_integer(
+        "checked_rows",
+        None,
+        "Rows of a weight whose results are checked, about; by default all.",
+        1,
+    )
     flags.DEFINE_integer("repetitions", 20, "Samples of each case.", 1)
     flags.DEFINE_float("max_seconds", 20.0, "A case takes 10 samples at least and stops here.", 0.0)
     flags.DEFINE_integer("threads", None, "Processors to run on (Linux); by default all.", 1)
@@ -186,7 +192,7 @@ def _measure(suite: Any, cases: Sequence[Any]) -> int:
         source.require_commit(path)
     except source.NotACommit as error:
         _fail(f"--output={path}: {error}")
-    session = timing.Session(FLAGS.repetitions, FLAGS.copies, FLAGS.max_seconds)
+    session = timing.Session(FLAGS.repetitions, FLAGS.copies, FLAGS.max_seconds, FLAGS.checked_rows)
     rows: list[dict[str, Any]] = []
     try:
         with records.Writer(path) as writer:

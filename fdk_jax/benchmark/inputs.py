@@ -81,17 +81,31 @@ class Reference:
         expected: by each way of rounding a weight that kernels have, see `accuracy.compare`.
         plain: relative RMS error of the same product with a weight that was dequantised to the dtype of the
             activations and exact sums: what is lost without any kernel of ours.
+        rows: those of the weight whose results these are.
     """
 
     expected: list[accuracy.Expected]
     plain: float
+    rows: np.ndarray
 
 
-def reference(case: KernelCase, x: np.ndarray, w: np.ndarray | QuantisedTensor) -> Reference:
+def reference(
+    case: KernelCase,
+    x: np.ndarray,
+    w: np.ndarray | QuantisedTensor,
+    checked_rows: int | None = None,
+) -> Reference:
     """The product of x [m, k] and a weight [n, k], transposed, in float64.
 
     Integer activations and levels are noise: each is off by up to half a step. Levels may lean to one side by a
     fifth of a percent.
+
+    Args:
+        case: what x and w are of.
+        x: [m, k].
+        w: [n, k].
+        checked_rows: rows of the weight that are multiplied, about so many, in blocks spread over it; None for
+            all.
     """
     wide = x.astype(np.float64)
     rows = w.out_features if isinstance(w, QuantisedTensor) else w.shape[0]
@@ -113,8 +127,11 @@ def reference(case: KernelCase, x: np.ndarray, w: np.ndarray | QuantisedTensor) 
             e = dataclasses.replace(e, noise=1e-4 * size)
         return [e, *(dataclasses.replace(e, value=wide @ matrix.T) for matrix in others)]
 
+    starts = range(0, rows, _ROWS)
+    if checked_rows is not None:
+        starts = starts[:: max(1, len(starts) * _ROWS // max(_ROWS, checked_rows))]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        blocks = list(pool.map(block, range(0, rows, _ROWS)))
+        blocks = list(pool.map(block, starts))
     expected = [
         accuracy.Expected(
             *(np.concatenate(arrays, 1) for arrays in zip(*map(_arrays, parts), strict=True))
@@ -122,7 +139,9 @@ def reference(case: KernelCase, x: np.ndarray, w: np.ndarray | QuantisedTensor) 
         for parts in zip(*blocks, strict=True)
     ]
     exact, narrow = expected[0].value, expected[1 if len(expected) > 1 else 0].value
-    return Reference(expected, relative_rms_error(narrow.astype(np.float32).astype(x.dtype), exact))
+    plain = relative_rms_error(narrow.astype(np.float32).astype(x.dtype), exact)
+    chosen = [np.arange(start, min(start + _ROWS, rows)) for start in starts]
+    return Reference(expected, plain, np.concatenate(chosen))
 
 
 def _arrays(e: accuracy.Expected) -> tuple[np.ndarray, ...]:

@@ -56,8 +56,12 @@ class Workload:
         return 2 * self.case.m * self.case.k * self.case.n
 
 
-def prepare(case: KernelCase) -> Workload:
+def prepare(case: KernelCase, checked_rows: int | None = None) -> Workload:
     """Random inputs of a case on its device, with the weight in the layout of its backend.
+
+    Args:
+        case: what to make ready.
+        checked_rows: see `inputs.reference`.
 
     Raises:
         NotImplementedError: this machine or the backend cannot run the case.
@@ -68,13 +72,13 @@ def prepare(case: KernelCase) -> Workload:
     with jax.default_device(device):
         if case.dense:
             dense = inputs.dense_weight(case, rng)
-            reference = inputs.reference(case, x, dense)
+            reference = inputs.reference(case, x, dense, checked_rows)
             rows = case.m < _ROWS_BELOW
             weight: Any = jnp.asarray(dense if rows else np.ascontiguousarray(dense.T))
             step = functools.partial(_dense_product, rows=rows)
         else:
             quantised = inputs.quantised_weight(case, rng)
-            reference = inputs.reference(case, x, quantised)
+            reference = inputs.reference(case, x, quantised, checked_rows)
             weight = fdk_jax.prepare(quantised, backend=case.backend)
             step = functools.partial(
                 fdk_jax.matmul, backend=case.backend, arithmetic=case.arithmetic
@@ -105,10 +109,10 @@ def measure(case: KernelCase, session: timing.Session) -> timing.Measurement:
 
 def _ready(case: KernelCase, session: timing.Session):
     """What is known of a case before it is timed, its compiled loop (None: it is wrong), its calls."""
-    work = prepare(case)
+    work = prepare(case, session.checked_rows)
     with jax.default_device(work.device):
         result = probes.bound(work.device, work.bytes_rw, work.ops, case.dtype, case.arithmetic)
-        y, expected = _first_result(work), work.reference.expected
+        y, expected = _first_result(work)[:, work.reference.rows], work.reference.expected
         result["rel_rms_error"] = inputs.relative_rms_error(y, expected[0].value)
         result["plain_rel_rms_error"] = work.reference.plain
         outcome = accuracy.compare(y, expected)
@@ -117,6 +121,7 @@ def _ready(case: KernelCase, session: timing.Session):
         copies = session.copies or copies_for(work)
         loops, run = _long_enough(work, copies, _loops(work, copies, result["bound_us"]))
     held = {
+        "checked_rows": len(work.reference.rows),
         "working_set_bytes": copies * work.weight_bytes,
         "cache_bytes": environment.cache_bytes(work.device),
     }

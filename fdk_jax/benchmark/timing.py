@@ -24,11 +24,13 @@ class Session:
         repetitions: samples of each case.
         copies: copies of a weight; None for as many as caches cannot hold.
         max_seconds: a case whose samples have taken as long gets no more of them than ten.
+        checked_rows: rows of a weight whose results are compared with float64, about so many; None for all.
     """
 
     repetitions: int = 20
     copies: int | None = None
     max_seconds: float = 20.0
+    checked_rows: int | None = None
 
 
 def loop_program(
