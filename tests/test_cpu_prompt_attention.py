@@ -5,8 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
+from fdk_jax.benchmark import accuracy
 from fdk_jax.models import attention, platforms
 from fdk_jax.models.attention import Mask
 from fdk_jax.product import cpu_backend
@@ -68,8 +70,7 @@ def test_agrees_with_float64(rng, isa, dtype, case):
         arranged = [a.swapaxes(1, 2) if by_token else a for a in (keys, values)]
         found = jax.jit(functools.partial(run, by_token=by_token))(q, *arranged, starts)
         assert found.dtype == dtype and found.shape == q.shape
-        error = abs(np.asarray(found.astype(jnp.float32), np.float64) - wanted)
-        assert (error <= bound + ROUNDING[dtype] * abs(wanted)).all()
+        oracle.check(found, accuracy.Expected.of(wanted, bound))
 
 
 def test_threads_and_a_batch_of_its_own_change_nothing(rng):

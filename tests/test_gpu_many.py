@@ -138,3 +138,20 @@ def test_grouped(rng, bits, sizes, past, config):
         dataclasses.replace(wanted, x=np.asarray(x[here])).check(y[here], added)
         start += count
     assert not np.asarray(y[start:]).any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("row", [False, True])
+def test_a_kernel_that_is_off_fails(rng, row, dtype, monkeypatch):
+    """By half a percent everywhere, or one row of the weight by a percent."""
+    right = mosaic_matmul.matmul
+
+    def wrong(*arguments):
+        y = right(*arguments).astype(jnp.float32)
+        largest = jnp.argmax(jnp.abs(y).sum(0))
+        factor = jnp.where(jnp.arange(y.shape[1]) == largest, 1.01, 1.0) if row else 1.005
+        return (y * factor).astype(dtype)
+
+    monkeypatch.setattr(mosaic_matmul, "matmul", wrong)
+    with pytest.raises(AssertionError, match="worst element"):
+        _check(rng, 70, 264, 1544, 4, 64, dtype, Config(64, 2, 1, 6, 2))

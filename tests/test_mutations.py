@@ -14,8 +14,10 @@ import pytest
 import test_chain
 import test_cpu
 import test_cpu_decoding
+import test_cpu_prompt_attention
 import test_decode_attention
 import test_grouped
+import test_layout
 import test_matmul
 import test_pallas
 import test_ptx_values
@@ -24,7 +26,7 @@ from backends import BACKENDS, CPU_MISSING
 import fdk_jax
 import pallas_kernels
 from fdk_jax.product import cpu_backend, reference
-from pallas_kernels import integer, matvec, wgmma
+from pallas_kernels import integer, integer_tokens, matvec, mma, plain, wgmma
 
 HALF_PERCENT = 1.005
 needs_cpu = pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
@@ -145,6 +147,7 @@ PTX_KERNELS = [
     ((3, 48, 700, 32, 3, "float16", matvec.Config(1, 4, 2, 1)), (4, True)),
     ((9, 192, 300, 32, 3, "float16", wgmma.Config(16, 1, 1, 2)), (2, False)),
     ((5, 64, 1100, 16, 1, "float16", wgmma.Config(16, 1, 1, 4, ring=True)), (8, True)),
+    ((9, 33, 600, 16, 1, "bfloat16", mma.Config(16, 1, 1, 4, 4, 4)), (4, False)),
 ]
 
 
@@ -165,6 +168,63 @@ def test_ptx_of_integers(spoil, rng, monkeypatch):
         )
 
     fails(test, spoil, monkeypatch, emulator, "run", _emulated)
+
+
+@MUTATIONS
+def test_ptx_of_integers_of_several_tokens(spoil, rng, monkeypatch):
+    config = integer_tokens.Config(2, 2)
+
+    def test():
+        test_ptx_values.test_integer_kernel_of_several_tokens(
+            rng, 3, 33, 600, 1, 64, "bfloat16", "bfloat16", config
+        )
+
+    fails(test, spoil, monkeypatch, emulator, "run", _emulated)
+
+
+@MUTATIONS
+def test_ptx_of_a_stream(spoil, rng, monkeypatch):
+    config = test_chain.ring.Config(4, 2)
+
+    def test():
+        test_chain.test_a_streamed_product(rng, 4, False, 33, 512, 1, config, "bfloat16")
+
+    fails(test, spoil, monkeypatch, emulator, "run", _emulated)
+
+
+@MUTATIONS
+def test_plain(spoil, rng, monkeypatch):
+    def make(right, spoil):
+        def wrong(*args, **options):
+            y = np.asarray(right(*args, **options), np.float64)
+            return spoil(y).astype(np.float32)
+
+        return wrong
+
+    def test():
+        test_layout.test_the_plain_kernel_in_the_interpreter(rng, 2, 3, 48, 600, 24, "float32", 3)
+
+    fails(test, spoil, monkeypatch, plain, "matmul", make)
+
+
+@MUTATIONS
+@needs_cpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_prompt_attention_of_the_cpu(dtype, spoil, rng, monkeypatch):
+    def make(right, spoil):
+        def wrong(*args, **options):
+            y = right(*args, **options)
+            heads = jnp.moveaxis(y, 2, 0).reshape(y.shape[2], -1).T  # a head's outputs for a row's
+            spoilt = _product(lambda x, out_dtype: heads.astype(jnp.float32), spoil)(heads)
+            return jnp.moveaxis(spoilt.T.reshape(y.shape[2], *y.shape[:2], y.shape[3]), 0, 2)
+
+        return wrong
+
+    def test():
+        case = test_cpu_prompt_attention.CASES[1]
+        test_cpu_prompt_attention.test_agrees_with_float64(rng, None, dtype, case)
+
+    fails(test, spoil, monkeypatch, cpu_backend, "prompt_attention", make)
 
 
 @MUTATIONS
