@@ -322,7 +322,7 @@ class TileWriter(OutputWriter, abc.ABC):
     # The loop over K
 
     def loop_over_k(self, blocks: list[Block]) -> None:
-        """Multiplies all of the warp's blocks. Each makes way for the one that is so many further."""
+        """Multiplies all of the warp's blocks. Each frees its registers for the one that is so many further."""
         ptx, case, plan = self.ptx, self.case, self.plan
         ptx.comment("multiply: the warp's blocks along K")
         ptx.label("fdk_loop")

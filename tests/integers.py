@@ -18,13 +18,13 @@ _LIMITS_16 = {True: 32767, False: 8191}  # of x, by whether the values are evenl
 def expected(x, w, bias, arithmetic: str) -> list[accuracy.Expected]:
     """What x @ w.T + bias is when both factors are rounded to integers as the arithmetic says."""
     scales = np.asarray(w.scales)
-    books = np.atleast_2d(np.asarray(w.codebook).astype(scales.dtype)).astype(np.float64)
-    even = w.uniform or w.bits == 1  # two values always are
-    even = even and (arithmetic == "int8" or all(map(_is_even, books)))
-    levels = np.stack([_on_line(b) if even else _LEVELS[arithmetic](b) for b in books])
+    codebooks = np.atleast_2d(np.asarray(w.codebook).astype(scales.dtype)).astype(np.float64)
+    uniform = w.uniform or w.bits == 1  # two values always are
+    uniform = uniform and (arithmetic == "int8" or all(map(_is_uniform, codebooks)))
+    levels = np.stack([_on_line(b) if uniform else _LEVELS[arithmetic](b) for b in codebooks])
     codes = oracle.unpack(np.asarray(w.packed), w.bits, w.in_features)
     matrix = oracle.decode(codes, levels, scales, w.group_size)
-    limit = 127 if arithmetic == "int8" else _LIMITS_16[even]
+    limit = 127 if arithmetic == "int8" else _LIMITS_16[uniform]
     wide = np.asarray(x).astype(np.float64).reshape(-1, w.in_features)
     whole, steps = _activations(wide, w.group_size, limit)
     # Two values of x that fall to the other side.
@@ -48,32 +48,34 @@ def _activations(x: np.ndarray, group: int, limit: int) -> tuple[np.ndarray, np.
     return whole, steps
 
 
-def _is_even(book: np.ndarray) -> bool:
-    line = _on_line(book)
-    return np.abs(book - line).max() <= 1e-5 * abs(book[-1] - book[0])
+def _is_uniform(codebook: np.ndarray) -> bool:
+    line = _on_line(codebook)
+    return np.abs(codebook - line).max() <= 1e-5 * abs(codebook[-1] - codebook[0])
 
 
-def _on_line(book: np.ndarray) -> np.ndarray:
-    return book[0] + np.arange(len(book)) * (book[-1] - book[0]) / (len(book) - 1)
+def _on_line(codebook: np.ndarray) -> np.ndarray:
+    return codebook[0] + np.arange(len(codebook)) * (codebook[-1] - codebook[0]) / (
+        len(codebook) - 1
+    )
 
 
-def _eight_bits(book: np.ndarray) -> np.ndarray:
+def _eight_bits(codebook: np.ndarray) -> np.ndarray:
     """The range on 0..top: of 224..255 the top that rounds best, where there are few values."""
-    low, span = book.min(), np.ptp(book)
+    low, span = codebook.min(), np.ptp(codebook)
     if span == 0:
-        return book
-    tops = np.arange(224, 256) if len(book) <= 16 else np.array([255])
-    rounded = [low + np.floor((book - low) * (top / span) + 0.5) * (span / top) for top in tops]
-    return min(rounded, key=lambda levels: ((levels - book) ** 2).sum())
+        return codebook
+    tops = np.arange(224, 256) if len(codebook) <= 16 else np.array([255])
+    rounded = [low + np.floor((codebook - low) * (top / span) + 0.5) * (span / top) for top in tops]
+    return min(rounded, key=lambda levels: ((levels - codebook) ** 2).sum())
 
 
-def _sixteen_bits(book: np.ndarray) -> np.ndarray:
-    middle = (book.min() + book.max()) / 2
-    half = book.max() - middle
+def _sixteen_bits(codebook: np.ndarray) -> np.ndarray:
+    middle = (codebook.min() + codebook.max()) / 2
+    half = codebook.max() - middle
     return (
-        book
+        codebook
         if half == 0
-        else middle + np.round((book - middle) / half * _LEVELS_16) * (half / _LEVELS_16)
+        else middle + np.round((codebook - middle) / half * _LEVELS_16) * (half / _LEVELS_16)
     )
 
 

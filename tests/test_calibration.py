@@ -307,8 +307,8 @@ def test_calibrate_is_deterministic_and_leaves_the_model_alone(options, llama, t
     wanted = np.asarray(llama(tokens[0]))
     error = [oracle.relative_rms(m(tokens[0]), wanted) for m in (first, plain)]
     assert error[0] < error[1] * (1.1 if options.get("codebook") == "ternary" else 1)
-    books = {np.asarray(leaf).tobytes() for leaf in codebooks_of(first)}
-    assert len(books) == {"kind": 4, "model": 1}.get(
+    codebooks = {np.asarray(leaf).tobytes() for leaf in codebooks_of(first)}
+    assert len(codebooks) == {"kind": 4, "model": 1}.get(
         options.get("share"), 1 if "codebook" in options else 4
     )
 

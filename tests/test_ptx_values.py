@@ -181,7 +181,7 @@ def test_groups_and_scales_of_the_integer_kernel(
 
 @pytest.mark.parametrize("m", integer_tokens.TOKENS)
 @pytest.mark.parametrize(
-    ("n", "k", "books", "group_size", "dtype", "scale_dtype", "config"),
+    ("n", "k", "codebooks", "group_size", "dtype", "scale_dtype", "config"),
     [
         (33, 600, 1, 64, "bfloat16", "bfloat16", integer_tokens.Config(2, 2)),
         (64, 1100, 2, 64, "float16", "float32", integer_tokens.Config(7, 3)),
@@ -195,13 +195,13 @@ def test_groups_and_scales_of_the_integer_kernel(
     ],
 )
 def test_integer_kernel_of_several_tokens(
-    rng, m, n, k, books, group_size, dtype, scale_dtype, config
+    rng, m, n, k, codebooks, group_size, dtype, scale_dtype, config
 ):
     arrays, _, wanted = planar.product(
-        rng, m, n, k, 1, group_size, dtype, books, scale_dtype=scale_dtype
+        rng, m, n, k, 1, group_size, dtype, codebooks, scale_dtype=scale_dtype
     )
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
-    case = Case(m, n, k, 1, group_size, books, half, arrays[2].dtype, single, single)
+    case = Case(m, n, k, 1, group_size, codebooks, half, arrays[2].dtype, single, single)
     assert choice.unsupported_reason(case, config, H200) is None
     bias = rng.normal(size=n).astype(np.float32)
     wanted.check(_run_ptx(case, config, arrays, bias), bias)

@@ -16,11 +16,15 @@ def weight(
 ) -> tuple[QuantisedTensor, np.ndarray]:
     """(a weight with integers as codebook, which every dtype holds; its values in float64)."""
     codes = rng.integers(0, 2**bits, (n, k))
-    book = np.sort(rng.choice(np.arange(-100, 100), 2**bits, replace=bits == 8)).astype(np.float32)
+    codebook = np.sort(rng.choice(np.arange(-100, 100), 2**bits, replace=bits == 8)).astype(
+        np.float32
+    )
     scales = jnp.asarray(rng.random((n, -(-k // g))) * 0.1 + 0.01, dtype)
     packed = fdk_jax.packing.pack(jnp.asarray(codes, jnp.uint8), bits)
     spread = np.repeat(np.asarray(scales).astype(np.float64), g, axis=1)[:, :k]
-    return QuantisedTensor(packed, scales, jnp.asarray(book), bits, g, (n, k)), book[codes] * spread
+    return QuantisedTensor(packed, scales, jnp.asarray(codebook), bits, g, (n, k)), codebook[
+        codes
+    ] * spread
 
 
 @pytest.mark.parametrize("backend", ["xla", "cpu"])

@@ -90,10 +90,10 @@ def test_codebooks(rng):
         check(function)
     check(codebooks.uniform, 4)
     values = rng.normal(size=(7, 30)).astype(np.float32)
-    book = check(codebooks.kmeans, values, 2, importance=np.ones_like(values))
+    codebook = check(codebooks.kmeans, values, 2, importance=np.ones_like(values))
     check(codebooks.fit, values, 3)
     check(codebooks.fit_parts, [lambda: (jnp.asarray(values), None)], 3)
-    check(codebooks.refine, jnp.asarray(values), book)
+    check(codebooks.refine, jnp.asarray(values), codebook)
 
 
 def test_wrong_shapes_and_dtypes_are_seen(weight):

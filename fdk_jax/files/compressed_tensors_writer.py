@@ -25,12 +25,12 @@ def encode(w: QuantisedTensor) -> dict[str, np.ndarray] | None:
     Its codebook must be a multiple of the integers -2**(bits - 1), ... that fits the dtype of its scales to the
     last bit.
     """
-    book = np.asarray(w.codebook).reshape(-1, 2**w.bits)
+    codebook = np.asarray(w.codebook).reshape(-1, 2**w.bits)
     codes = unpack(np.asarray(w.packed), w.bits, lowest_first=False)[:, : w.in_features]
-    if (book != book[0]).any() or w.bits not in (4, 8) or w.in_features % w.group_size:
+    if (codebook != codebook[0]).any() or w.bits not in (4, 8) or w.in_features % w.group_size:
         return None
     used = np.unique(codes)
-    wanted, half = book[0][used], 2 ** (w.bits - 1)
+    wanted, half = codebook[0][used], 2 ** (w.bits - 1)
     largest = wanted[np.abs(wanted).argmax()]
     for top in (*range(half, 0, -1),) if largest else ():
         factor = np.float32(abs(largest) / top)

@@ -68,8 +68,8 @@ def encode(w: QuantisedTensor) -> tuple[int, np.ndarray] | None:
     for the caller to measure.
     """
     codes = unpack(np.asarray(w.packed), w.bits, lowest_first=False)[:, : w.in_features]
-    book = np.asarray(w.codebook).reshape(-1, 2**w.bits)
-    if (book != book[0]).any():
+    codebook = np.asarray(w.codebook).reshape(-1, 2**w.bits)
+    if (codebook != codebook[0]).any():
         return None
     used = np.unique(codes)
     for target in _TARGETS:
@@ -78,7 +78,7 @@ def encode(w: QuantisedTensor) -> tuple[int, np.ndarray] | None:
             w.group_size % kind.group_size and w.group_size < w.in_features
         ):
             continue
-        found = _matched(book[0], used, np.asarray(kind.values, np.float32))
+        found = _matched(codebook[0], used, np.asarray(kind.values, np.float32))
         if found is None:
             continue
         factor, table = found
@@ -95,12 +95,12 @@ def encode(w: QuantisedTensor) -> tuple[int, np.ndarray] | None:
 
 
 def _matched(
-    book: np.ndarray, used: np.ndarray, values: np.ndarray
+    codebook: np.ndarray, used: np.ndarray, values: np.ndarray
 ) -> tuple[np.float32, np.ndarray] | None:
-    """(factor, new code of each old one) with book[used] = factor * values[new codes]."""
-    wanted = book[used]
+    """(factor, new code of each old one) with codebook[used] = factor * values[new codes]."""
+    wanted = codebook[used]
     largest = wanted[np.abs(wanted).argmax()]
-    table = np.zeros(len(book), np.uint8)
+    table = np.zeros(len(codebook), np.uint8)
     if largest == 0:
         table[:] = np.abs(values).argmin()
         return (np.float32(1), table) if (values == 0).any() else None

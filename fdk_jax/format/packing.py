@@ -122,7 +122,7 @@ def to_planar(
     group_size: int,
     out_features: int,
     in_features: int,
-) -> tuple[UInt16[Array, "*B tiles blocks 2 8 32"], Float[Array, "*B tiles quads 64"]]:
+) -> tuple[UInt16[Array, "*B tiles blocks 2 8 32"], Float[Array, "*B tiles fours 64"]]:
     """From the interchange layout to that of the Pallas kernels; N and K are padded to whole tiles.
 
     The arguments are those of `convert`.
@@ -163,7 +163,7 @@ def to_planar(
 
 def from_planar(
     packed: UInt16[Array, "*B tiles blocks 2 8 32"],
-    scales: Float[Array, "*B tiles quads 64"],
+    scales: Float[Array, "*B tiles fours 64"],
     *,
     bits: int,
     group_size: int,
@@ -184,10 +184,10 @@ def from_planar(
     codes = _permute(codes, len(lead), (0, 8, 2, 1, 6, 4, 3, 5, 7, 9))
     codes = codes.reshape(*lead, tiles * TILE_ROWS, blocks * planes * PLANE)
 
-    quads = scales.shape[-2]
-    scales = scales.reshape(*lead, tiles, quads, 8, SCALE_GROUPS, 2)
+    fours = scales.shape[-2]
+    scales = scales.reshape(*lead, tiles, fours, 8, SCALE_GROUPS, 2)
     scales = _permute(scales, len(lead), (0, 4, 2, 1, 3))
-    scales = scales.reshape(*lead, tiles * TILE_ROWS, quads * SCALE_GROUPS)
+    scales = scales.reshape(*lead, tiles * TILE_ROWS, fours * SCALE_GROUPS)
     groups = -(-in_features // group_size)
     return (
         pack(codes[..., :out_features, :in_features], bits),

@@ -97,15 +97,15 @@ def _stacked(stack: Stack, matrices: Sequence[Sequence[QuantisedTensor]]) -> Qua
     parts = [part for row in matrices for part in row]
     first = parts[0]
     kinds = {(p.bits, p.group_size, np.dtype(p.scales.dtype)) for p in parts}
-    books = [[np.asarray(part.codebook) for part in row] for row in matrices]
-    if len(kinds) > 1 or any(not np.array_equal(row[0], b) for row in books for b in row):
+    codebooks = [[np.asarray(part.codebook) for part in row] for row in matrices]
+    if len(kinds) > 1 or any(not np.array_equal(row[0], b) for row in codebooks for b in row):
         raise NotImplementedError(
             f"{stack.experts[0][0].name}: experts that are quantised in different ways"
         )
     arrays: Any = (
         np.stack([np.concatenate([part.packed for part in row]) for row in matrices]),
         np.stack([np.concatenate([part.scales for part in row]) for row in matrices]),
-        np.stack([row[0] for row in books]),
+        np.stack([row[0] for row in codebooks]),
     )
     return QuantisedTensor(
         *arrays,
