@@ -142,6 +142,7 @@ def portable(case: Case, target: Target) -> matvec.Config | mma.Config:
         return smallest
     if case.m > FEW:
         config = mma.Config(next((t for t in (32, 48) if case.m <= t), 64), 2, 2, 4, 2, 2)
+        config = config.for_groups(case)
         return smallest if unsupported_reason(case, config, target) else config
     diagonal = case.bits < 4 and case.m == 1
     config = matvec.Config(
@@ -178,7 +179,7 @@ def fit(case: Case, config: Any, target: Target) -> Any:
         return dataclasses.replace(
             config, columns=columns, diagonal=diagonal, programs=programs, cluster=cluster
         )
-    return config
+    return config.for_groups(case) if isinstance(config, mma.Config) else config
 
 
 def unsupported_reason(case: Case, config: Any, target: Target) -> str | None:

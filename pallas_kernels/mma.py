@@ -48,6 +48,15 @@ class Config:
         """Warps a program."""
         return self.row_warps * self.teams
 
+    def for_groups(self, case: Case) -> "Config":
+        """Itself, or with one tile a warp where two would leave registers too few.
+
+        Scales of groups smaller than a plane multiply weights, in registers of their own; 16 warps have 128
+        each, and 64 tokens of one bit already take all 255.
+        """
+        full = self.warps >= 16 or (self.tokens >= 64 and case.bits == 1)
+        return dataclasses.replace(self, tiles=1) if case.group_size < PLANE and full else self
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan(SumsPlan):

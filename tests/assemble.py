@@ -46,7 +46,7 @@ ARCHITECTURES = (
 )
 # Bytes that kernels spill outside of their loops: chains of 4 bits by 24 warps of 72 registers; one of `wgmma`;
 # products whose warps have just the registers that they need.
-SPILLS = {"chain": 16, "wgmma": 56, "matvec": 8, "matvec+sum": 8, "mma": 24, "stream": 8}
+SPILLS = {"chain": 16, "wgmma": 56, "matvec": 8, "matvec+sum": 8, "mma": 32, "stream": 8}
 _TOKENS = (1, 4, 16, 32, 64, 128, 256)
 _OPERANDS = 40  # at least as many as any kernel has
 
@@ -156,6 +156,10 @@ def _sources(target: Target, quick: bool) -> Iterator[tuple[str, str, str, int]]
                         yield "split attention", name, source, split_attention.WARPS
 
 
+def _name(case) -> str:
+    return f"{case.bits} m={case.m} groups of {case.group_size} {case.x_dtype}"
+
+
 def _products(case, target, quick) -> Iterator[tuple[str, str, str, int]]:
     """The kernel that a product takes, else with all of the table's rows for it, also with a residual."""
     plan = choice.choose(case, target)
@@ -167,7 +171,7 @@ def _products(case, target, quick) -> Iterator[tuple[str, str, str, int]]:
     for kernel, config in found:
         if choice.unsupported_reason(case, config, target) is not None:
             continue
-        module, name = choice.KERNELS[kernel], f"{case.bits} m={case.m} {config}"
+        module, name = choice.KERNELS[kernel], f"{_name(case)} {config}"
         yield kernel, name, module.source(case, config, target), config.warps
         around = dataclasses.replace(case, squares=96, norm_eps=1e-5, residual=True)
         fits = case.m == 1 and config.cluster == 1 and case.x_dtype == jnp.bfloat16
