@@ -20,9 +20,9 @@ from fdk_jax.layers.trees import prepare as prepare
 from fdk_jax.layers.trees import quantise as quantise
 from fdk_jax.learning import training as training
 from fdk_jax.learning.calibration import calibrate as calibrate
-from fdk_jax.learning.calibration import calibrate_array as calibrate_array
 from fdk_jax.learning.evaluation import evaluate as evaluate
 from fdk_jax.learning.fine_tuning import trainable as trainable
+from fdk_jax.learning.fitting import calibrate_array as calibrate_array
 from fdk_jax.product import sharding as sharding
 from fdk_jax.product.dispatch import interpret_pallas as interpret_pallas
 from fdk_jax.product.dispatch import matmul as matmul

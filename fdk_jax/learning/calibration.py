@@ -7,216 +7,34 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress
 
-from fdk_jax.format import codebooks, packing
-from fdk_jax.format.orientation import to_matrix
-from fdk_jax.format.quantisation import (
-    SCALES,
-    as_matrix,
-    check_options,
-    resolve_codebook,
-    resolve_scale,
-    scaled,
-)
+from fdk_jax.format.quantisation import as_matrix
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.layers.rules import SKIP
 from fdk_jax.layers.surgery import from_flax, replace_layers
 from fdk_jax.learning import statistics
-from fdk_jax.learning.rounding import corrected, nearest, refit_scales, search_scales, spread
+from fdk_jax.learning.fitting import (
+    Format,
+    Matrix,
+    calibrate_array,
+    fit,
+    importance_matrix,
+    usable,
+)
 from fdk_jax.learning.statistics import Forward, LinearLayer, default_forward
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 SHARES = ("tensor", "kind", "model")
 IMPORTANCES = ("auto", "activations", "fisher", "none")
 ROUNDINGS = ("auto", "nearest", "corrected")
-# Fitting the codebook and searching scales take turns; the error hardly moves after the third.
-_TURNS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class _Format:
-    """What to make of each matrix."""
-
-    bits: int
-    group_size: int
-    codebook: Any
-    scale: str
-    damping: float
-    seed: int
-
-    @property
-    def kind(self) -> str:
-        """The rule of the scales that the search starts from."""
-        return resolve_scale("auto" if self.scale == "search" else self.scale, self.bits)
-
-    @property
-    def fitted(self) -> bool:
-        return isinstance(self.codebook, str) and self.codebook in ("auto", "kmeans")
-
-    def check(self) -> None:
-        if self.scale not in (*SCALES, "search"):
-            raise ValueError(f"scale={self.scale!r} is not one of {(*SCALES, 'search')}")
-        check_options(self.bits, self.group_size, self.codebook, self.kind)
-        if not self.damping > 0:
-            raise ValueError(f"damping={self.damping} must be above 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Matrix:
-    """One matrix [N, K] in its compute dtype, with what is known about its inputs."""
-
-    weight: Array
-    importance: Array | None  # float32 [N, K] or [1, K]
-    second: Array | None = None  # float32 [K, K]
-
-    def wide(self) -> Array:
-        return self.weight.astype(jnp.float32)
-
-
-def calibrate_array(
-    weight: Float[ArrayLike, " ..."],
-    bits: int = 4,
-    *,
-    group_size: int = 64,
-    codebook: Any = "kmeans",
-    scale: str = "search",
-    axes: str = "nk",
-    dtype: Any = None,
-    importance: Float[ArrayLike, " ..."] | None = None,
-    second_moment: Float[ArrayLike, "*B K K"] | None = None,
-    damping: float = 0.05,
-    seed: int = 0,
-) -> QuantisedTensor:
-    """Quantises one weight for the least weighted error, as `calibrate` does for each layer of a model.
-
-    Args:
-        weight: float [..., *shape] with one axis of `shape` for each letter of `axes`.
-        bits: 1, 2, 4 or 8.
-        group_size: weights along K that share a scale.
-        codebook: see `fdk_jax.quantise`; "kmeans", which "auto" stands for here, is fitted with the importance.
-        scale: "search" (least weighted error of each group) or a rule of `fdk_jax.quantise`.
-        axes: orientation, see `QuantisedTensor`.
-        dtype: compute dtype; None keeps that of the weight.
-        importance: non-negative, how much an error of each weight matters: [K] for each input, or the
-            shape of `weight`. None takes the diagonal of `second_moment`, or ones.
-        second_moment: float [..., K, K], the mean of x x^T over inputs x. If given, codes are rounded with
-            error correction (`fdk_jax.learning.rounding.corrected`).
-        damping: part of the mean of its diagonal that is added to the diagonal.
-        seed: of the k-means.
-
-    Returns:
-        A `QuantisedTensor` in the interchange layout.
-
-    Raises:
-        TypeError: the weight is not a float array.
-        ValueError: an argument out of range, or data that is not finite or does not fit.
-    """
-    form = _Format(bits, group_size, codebook, scale, damping, seed)
-    form.check()
-    matrix, batch, shape = as_matrix(weight, axes, dtype)
-    if not bool(jnp.isfinite(matrix).all()):
-        raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
-    given = None if importance is None else _importance_matrix(importance, matrix, axes)
-    second = None if second_moment is None else jnp.asarray(second_moment, jnp.float32)
-    k = matrix.shape[-1]
-    if second is not None and second.shape != (*batch, k, k):
-        raise ValueError(f"second_moment of shape {second.shape} must be {(*batch, k, k)}")
-    if second is not None and not bool(jnp.isfinite(second).all()):
-        raise ValueError("second_moment holds NaN or infinity")
-    parts = []
-    for index in np.ndindex(*batch):
-        here = None if second is None else second[index]
-        h = jnp.diagonal(here)[None] if given is None and here is not None else None
-        h = given[index] if given is not None else h
-        parts.append(_quantise_matrix(_Matrix(matrix[index], _usable(h), here), form))
-    stacked = [jnp.stack(a).reshape(*batch, *a[0].shape) for a in zip(*parts, strict=True)]
-    packed, scales, levels = stacked
-    uniform = bits == 1 or codebooks.is_uniform(np.asarray(levels))
-    return QuantisedTensor(packed, scales, levels, bits, group_size, shape, axes, uniform=uniform)
-
-
-def _importance_matrix(importance: ArrayLike, matrix: Array, axes: str) -> Array:
-    """float32 [..., N, K] or [..., 1, K]."""
-    importance = jnp.asarray(importance, jnp.float32)
-    k = matrix.shape[-1]
-    if importance.shape == (*matrix.shape[:-2], k):
-        out = importance[..., None, :]
-    elif importance.ndim < len(axes) or to_matrix(importance, axes)[0].shape != matrix.shape:
-        raise ValueError(
-            f"importance of shape {importance.shape} must be {(*matrix.shape[:-2], k)} or that of the weight"
-        )
-    else:
-        out = to_matrix(importance, axes)[0]
-    if not bool(jnp.all((out >= 0) & jnp.isfinite(out))):
-        raise ValueError("importance must be finite and non-negative")
-    return out
-
-
-def _usable(importance: Array | None) -> Array | None:
-    """An importance with mean 1, where dead inputs keep a little: their codes are then the nearest ones."""
-    if importance is None:
-        return None
-    mean = importance.mean()
-    scaled_ = importance / jnp.where(mean > 0, mean, 1)
-    return jnp.maximum(scaled_, jnp.float32(1e-6))
-
-
-def _fit(matrices: list[Callable[[], _Matrix]], form: _Format) -> tuple[Array, list[Array]]:
-    """One codebook float32 [2**bits] for some matrices, and the float32 scales of each."""
-    bases = [scaled(m().weight, form.group_size, form.kind)[1] for m in matrices]
-    if not form.fitted:
-        levels = jnp.asarray(resolve_codebook(form.codebook, form.bits, form.kind, form.group_size))
-        if form.scale == "search":
-            bases = [_search(m(), b, levels, form) for m, b in zip(matrices, bases, strict=True)]
-        return levels, bases
-    scales = bases
-
-    def part(i: int) -> Callable[[], tuple[Array, Array]]:
-        def values() -> tuple[Array, Array]:
-            m = matrices[i]()
-            factors = spread(scales[i], form.group_size, m.weight.shape[-1])
-            weight = jnp.square(factors) * (1.0 if m.importance is None else m.importance)
-            return m.wide() / factors, jnp.broadcast_to(weight, factors.shape)
-
-        return values
-
-    parts = [part(i) for i in range(len(matrices))]
-    for _ in range(_TURNS if form.scale == "search" else 1):
-        levels = codebooks.fit_parts(parts, 2**form.bits, seed=form.seed)
-        if form.scale == "search":
-            scales = [_search(m(), b, levels, form) for m, b in zip(matrices, bases, strict=True)]
-    return levels, scales
-
-
-def _search(m: _Matrix, base: Array, levels: Array, form: _Format) -> Array:
-    return search_scales(
-        m.wide(), base, levels, m.importance, group_size=form.group_size, dtype=m.weight.dtype
-    )
-
-
-def _quantise_matrix(m: _Matrix, form: _Format) -> tuple[Array, Array, Array]:
-    """(packed, scales, codebook) of a matrix."""
-    levels, (scales,) = _fit([lambda: m], form)
-    options: dict[str, Any] = dict(group_size=form.group_size, dtype=m.weight.dtype)
-    if m.second is None:
-        codes = nearest(m.wide(), scales, levels, **options)
-    else:
-        codes = corrected(m.wide(), scales, levels, m.second, damping=form.damping, **options)
-        if form.scale == "search":
-            scales = refit_scales(m.wide(), codes, scales, levels, m.second, **options)
-    return packing.pack(codes, form.bits), scales.astype(m.weight.dtype), levels
 
 
 def calibrate(
@@ -231,6 +49,7 @@ def calibrate(
     importance: str = "auto",
     rounding: str = "auto",
     damping: float = 0.05,
+    sweeps: int = 3,
     skip: str | None = SKIP,
     dtype: Any = None,
     forward: Forward = default_forward,
@@ -262,6 +81,7 @@ def calibrate(
             if there is data.
         damping: part of the mean of the second moments' diagonal that is added to the diagonal; more
             guards against too little data.
+        sweeps: see `calibrate_array`.
         skip: regular expression, searched in the dotted name; None skips nothing.
         dtype: compute dtype of the weights; None keeps their own.
         forward: maps (model, batch) to float arrays that depend on the layers.
@@ -283,7 +103,7 @@ def calibrate(
     Warns:
         CalibrationWarning: names the layers that have dead inputs or too little data.
     """
-    form = _Format(bits, group_size, codebook, scale, damping, seed)
+    form = Format(bits, group_size, codebook, scale, damping, sweeps, seed)
     form.check()
     importance, rounding = _resolve(importance, rounding, share, batches)
     layers = statistics.linear_layers(model, lambda name: bool(skip and re.search(skip, name)))
@@ -332,7 +152,7 @@ def _resolve(importance: str, rounding: str, share: str, batches: Any) -> tuple[
 class _Run:
     """One call of `calibrate`."""
 
-    form: _Format
+    form: Format
     batches: Any
     importance: str
     rounding: str
@@ -379,21 +199,21 @@ def _shared_codebooks(
         found = run.collect(model, names, full=False)
         importance |= {name: found[name].get("importance") for name in names}
 
-    def matrix(name: str, index: tuple[int, ...]) -> Callable[[], _Matrix]:
-        def get() -> _Matrix:
+    def matrix(name: str, index: tuple[int, ...]) -> Callable[[], Matrix]:
+        def get() -> Matrix:
             linear = layers[name]
             weight = as_matrix(linear.layer.kernel.get_value(), linear.axes, run.dtype)[0]
             h = importance[name]
-            h = None if h is None else _importance_matrix(h, weight, linear.axes)[index]
-            return _Matrix(weight[index], _usable(h))
+            h = None if h is None else importance_matrix(h, weight, linear.axes)[index]
+            return Matrix(weight[index], usable(h))
 
         return get
 
-    groups: dict[str, list[Callable[[], _Matrix]]] = {}
+    groups: dict[str, list[Callable[[], Matrix]]] = {}
     for name, linear in layers.items():
         for index in np.ndindex(*linear.lead):
             groups.setdefault(_key(name, share), []).append(matrix(name, index))
-    return {key: _fit(group, run.form)[0] for key, group in groups.items()}
+    return {key: fit(group, run.form)[0] for key, group in groups.items()}
 
 
 def _replace(model: nnx.Module, name: str, data: dict, run: _Run, levels: Array | None) -> None:
@@ -410,6 +230,7 @@ def _replace(model: nnx.Module, name: str, data: dict, run: _Run, levels: Array 
             axes=axes,
             dtype=run.dtype,
             damping=form.damping,
+            sweeps=form.sweeps,
             seed=form.seed,
             **data,
         )

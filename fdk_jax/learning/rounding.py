@@ -287,6 +287,133 @@ def refit_scales(
     return jax.lax.map(some, parts).reshape(-1, groups)[:n]
 
 
+@functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
+def descend(
+    weight: Array,
+    codes: Array,
+    scales: Array,
+    codebook: Array,
+    second: Array,
+    *,
+    group_size: int,
+    dtype: Any,
+    damping: float = 0.05,
+) -> Array:
+    """One sweep of coordinate descent: each code becomes the best one for all others as they are by then.
+
+    The output error (with damped second moments) never rises. What `corrected` leaves is not a minimum of this
+    kind: it never returns to a column.
+
+    Args:
+        weight: float32 [N, K].
+        codes: uint8 [N, K].
+        scales: float32 [N, ceil(K / G)].
+        codebook: float32 [2**bits] or [C, 2**bits].
+        second: float32 [K, K].
+        group_size: G.
+        dtype: compute dtype of the levels.
+        damping: this part of the mean of the diagonal is added to the diagonal.
+
+    Returns:
+        uint8 [N, K].
+    """
+    k = weight.shape[1]
+    levels = round_to(codebook, dtype)
+    diagonal = jnp.diagonal(second)
+    floor = damping * diagonal.mean()
+    pad = -k % _BLOCK
+    # Columns become rows, see `_corrected`. Padding is inert: no second moments but those of itself.
+    second = second + jnp.diag(jnp.broadcast_to(floor, diagonal.shape))
+    second = jnp.pad(second, ((0, pad), (0, pad)))
+    second = second + jnp.diag((jnp.arange(k + pad) >= k).astype(jnp.float32))
+    factors = jnp.pad(spread(scales, group_size, k).T, ((0, pad), (0, 0)), constant_values=1.0)
+    values = factors * jnp.pad(lookup(codes, levels).T, ((0, pad), (0, 0)))
+    columns = jnp.pad(weight.T, ((0, pad), (0, 0)))
+    codes = jnp.pad(codes.T, ((0, pad), (0, 0)))
+
+    def block(b, carry):
+        values, codes = carry
+        start = b * _BLOCK
+        rows = jax.lax.dynamic_slice_in_dim(second, start, _BLOCK)
+        inner = jax.lax.dynamic_slice_in_dim(rows, start, _BLOCK, axis=1)
+        scale = jax.lax.dynamic_slice_in_dim(factors, start, _BLOCK)
+        pull = jnp.matmul(rows, columns - values, precision=_EXACT)  # half the negative gradient
+        part = jax.lax.dynamic_slice_in_dim(values, start, _BLOCK)
+        found = jax.lax.dynamic_slice_in_dim(codes, start, _BLOCK)
+
+        def column(i, state):
+            pull, part, found = state
+            best = part[i] + pull[i] / inner[i, i]
+            code = nearest_codes((best / scale[i])[:, None], levels, jnp.float32)
+            new = scale[i] * lookup(code, levels)[:, 0]
+            pull = pull - inner[i][:, None] * (new - part[i])[None]
+            return pull, part.at[i].set(new), found.at[i].set(code[:, 0])
+
+        _, part, found = jax.lax.fori_loop(0, _BLOCK, column, (pull, part, found))
+        return (
+            jax.lax.dynamic_update_slice_in_dim(values, part, start, 0),
+            jax.lax.dynamic_update_slice_in_dim(codes, found, start, 0),
+        )
+
+    return jax.lax.fori_loop(0, (k + pad) // _BLOCK, block, (values, codes))[1][:k].T
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
+def refit_levels(
+    weight: Array,
+    codes: Array,
+    scales: Array,
+    codebook: Array,
+    second: Array,
+    *,
+    group_size: int,
+    dtype: Any,
+) -> Array:
+    """The codebook of least output error for given codes and scales: a linear system of 2**bits unknowns.
+
+    Args:
+        weight: float32 [N, K].
+        codes: uint8 [N, K].
+        scales: float32 [N, ceil(K / G)].
+        codebook: float32 [2**bits].
+        second: float32 [K, K].
+        group_size: G.
+        dtype: compute dtype of the levels.
+
+    Returns:
+        float32 [2**bits], ascending; `codebook` itself where the error would not fall.
+    """
+    factors = spread(scales, group_size, weight.shape[1])
+    every = jnp.arange(codebook.shape[0], dtype=codes.dtype)
+
+    def of_level(code: Array) -> Array:
+        """What a level adds to the weight at a value of one: [N, K]."""
+        return jnp.where(codes == code, factors, 0)
+
+    def row(code: Array) -> tuple[Array, Array]:
+        spread_out = jnp.matmul(of_level(code), second, precision=_EXACT)
+        return (
+            jax.lax.map(lambda other: jnp.sum(spread_out * of_level(other)), every),
+            jnp.sum(spread_out * weight),
+        )
+
+    system, right = jax.lax.map(row, every)
+    size = codebook.shape[0]
+    ridge = 1e-6 * jnp.trace(system) / size + jnp.finfo(jnp.float32).tiny
+    residual = right - jnp.matmul(system, codebook, precision=_EXACT)
+    damped = system + ridge * jnp.eye(size, dtype=jnp.float32)
+    new = codebook + jnp.linalg.solve(damped, residual)
+
+    def error(levels: Array) -> Array:
+        levels = round_to(levels, dtype)
+        return levels @ jnp.matmul(system, levels, precision=_EXACT) - 2 * jnp.dot(levels, right)
+
+    better = (
+        jnp.all(jnp.diff(new) > 0) & jnp.all(jnp.isfinite(new)) & (error(new) < error(codebook))
+    )
+    return jnp.where(better, new, codebook)
+
+
 def _blocks(second: Array, group_size: int) -> Array:
     """[K, K] -> [groups, G, groups, G], zeros at the end."""
     k = second.shape[0]

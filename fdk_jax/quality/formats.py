@@ -11,7 +11,7 @@ from jax import Array
 
 from fdk_jax.format import codebooks
 from fdk_jax.format.quantisation import quantise_array, resolve_codebook, resolve_scale, scaled
-from fdk_jax.learning.calibration import calibrate_array
+from fdk_jax.learning.fitting import calibrate_array
 from fdk_jax.learning.rounding import spread
 
 _GROUP = 64
@@ -30,8 +30,8 @@ class Format:
             "kmeans-quotients"), "kmeans-weights" (fitted for the error of the weights) or "mxfp4".
         scale: a rule of `fdk_jax.quantise`; "signed" (the extreme of a group is the lowest level, so a scale
             may be negative); or "search".
-        rounding: "nearest"; "weighted" (scales and fitted levels weighted by the activations) or
-            "corrected" (and rounding that makes up for errors, as GPTQ).
+        rounding: "nearest"; "weighted" (scales and fitted levels weighted by the activations); "corrected" (and
+            rounding that makes up for errors, as GPTQ); or "descended" (and sweeps of coordinate descent).
         seed: of the text for calibration.
     """
 
@@ -86,8 +86,10 @@ class Format:
             raise ValueError(f"{self.name} needs second moments")
         if self.rounding == "weighted":
             options["importance"] = jnp.diagonal(jnp.asarray(second))
-        if self.rounding == "corrected":
+        if self.rounding in ("corrected", "descended"):
             options["second_moment"] = second
+        if self.rounding == "corrected":
+            options["sweeps"] = 0
         return calibrate_array(matrix, width, **options).dequantise(jnp.float32)
 
     def _codebook(self, matrix: Array) -> Any:
@@ -175,9 +177,24 @@ def _table() -> tuple[Format, ...]:
         for bits, names in corrected.items()
         for levels in names
     ]
+    descended = {
+        4: ("kmeans", "nf4", "integers"),
+        2: ("kmeans", "normal"),
+        1: ("kmeans",),
+        3: ("kmeans", "integers"),
+    }
+    found += [
+        Format(bits, levels, "search", "descended")
+        for bits, names in descended.items()
+        for levels in names
+    ]
     found += [Format(4, levels, "absmax", "corrected") for levels in ("integers", "nf4")]
     found += [Format(bits, "kmeans", "search", "weighted") for bits in (4, 2, 1, 3)]
-    found += [Format(bits, "kmeans", "search", "corrected", seed=1) for bits in (4, 2, 1)]
+    found += [
+        Format(bits, "kmeans", "search", rounding, seed=1)
+        for rounding in ("corrected", "descended")
+        for bits in (4, 2, 1)
+    ]
     return tuple(found)
 
 

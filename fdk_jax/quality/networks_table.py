@@ -16,6 +16,7 @@ _COLUMNS = {
     ("search", "weighted"): "search, weighted",
     ("absmax", "corrected"): "absmax, corrected",
     ("search", "corrected"): "search, corrected",
+    ("search", "descended"): "search, corrected, swept",
 }
 
 
