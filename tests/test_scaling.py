@@ -214,3 +214,17 @@ def test_the_sentence_compares_the_best_model_of_one_bit():
     told = "The best 1-bit model of 8.0 MB has a loss of 2.70 nats a token"
     assert scaling_report.sentence(found) == f"{told}, 16 bits in 9.0 MB 2.90 (39 million tokens)."
     assert scaling_report.sentence(found[:2]) == f"{told} (39 million tokens)."
+
+
+def test_what_a_weight_is_worth():
+    truth = {16: 1.0, 4: 0.8, 1: 0.22}
+    rows = [
+        row(bits, weights, 1.3 + 40 * (factor * weights) ** -0.25, weights * bits // 8)
+        for bits, factor in truth.items()
+        for weights in (1_000_000, 4_000_000, 16_000_000, 64_000_000)
+    ]
+    assert scaling_report.worth(rows) == pytest.approx(truth, rel=0.02)
+    assert scaling_report.worth(rows[4:]) == {}
+    # A step beside another program is no measure of a step.
+    shared = row(1, 1_000_000, 2.0, 125_000, step=99.0) | {"shared_device": True}
+    assert "99.00" not in scaling_report.table([shared, rows[0]])

@@ -140,7 +140,8 @@ class TrainedModel(Network):
 
     def __init__(self, text: str | Path):
         plan = scaling_runs.Plan()
-        tokens = corpus.tokenise(Path(text), max(s.vocabulary for s in scaling_runs.SIZES.values()))
+        vocabulary = max(shape.vocabulary for shape in scaling_runs.SIZES.values())
+        tokens = corpus.tokenise(Path(text), vocabulary, Path(scaling_runs.FOLDER))
         data = scaling_runs.make_data(plan, Path(text).name, tokens)
         attention = best_attention(plan.batch, plan.context)
         run = scaling_runs.Run(plan, scaling_runs.SIZES["large"], 16, data, attention, None)

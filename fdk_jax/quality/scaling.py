@@ -28,7 +28,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 40_000_000, "of training", lower_bound=
 _SECONDS = flags.DEFINE_float(
     "seconds", None, "stops by then, to be gone on with by the same command"
 )
-_FOLDER = flags.DEFINE_string("folder", "/tmp/fdk_scaling", "of checkpoints and of the tokens")
+_FOLDER = flags.DEFINE_string("folder", scaling_runs.FOLDER, "of checkpoints and of the tokens")
 _DRY = flags.DEFINE_bool("dry_run", False, "a few steps of everything, and an estimate; no rows")
 _SMALL = flags.DEFINE_bool("small", False, "with short sequences and small batches, for a CPU")
 _SEED = flags.DEFINE_integer("seed", 0, "of weights and order")

@@ -68,6 +68,30 @@ def fit(found: list[Row]) -> dict[int, tuple[float, float, float]]:
     return {b: (best[1], float(np.exp(line[1])), -float(line[0])) for b, line in best[2].items()}
 
 
+def worth(found: list[Row]) -> dict[int, float]:
+    """How many weights of 16 bits one of each width replaces: f of loss = a + b (f weights)**-c.
+
+    a, b and c are the same for all widths, the weights those of the layers; least squares of the loss.
+    """
+    sizes = np.asarray([row["parameters"] for row in found], np.float64)
+    losses = np.asarray([row["loss"] for row in found], np.float64)
+    widths = [bits for bits, *_ in _by_bits(found)]
+    if len(set(sizes)) < 2 or 16 not in widths:
+        return {}
+    lower = [bits for bits in widths if bits != 16]
+    is_of = np.asarray([[row["bits"] == bits for bits in lower] for row in found], np.float64)
+    terms = np.column_stack([np.ones_like(sizes), np.log(sizes), is_of])
+    best, values = np.inf, {}
+    for a in np.linspace(0, 0.98 * losses.min(), 500):
+        over = losses - a
+        line = np.linalg.lstsq(terms * over[:, None], np.log(over) * over, rcond=None)[0]
+        error = float(np.sum(np.square(over - np.exp(terms @ line))))
+        if error < best:
+            best = error
+            values = {b: float(np.exp(v / line[1])) for b, v in zip(lower, line[2:], strict=True)}
+    return {16: 1.0} | values
+
+
 def _name(bits: int) -> str:
     return "1 bit" if bits == 1 else f"{bits} bits"
 
@@ -80,7 +104,10 @@ def _by_bits(found: list[Row]) -> list[tuple[int, list[int], list[float]]]:
 
 
 def table(found: list[Row]) -> str:
-    """Every model: what it takes, what it loses, and what its training cost beside the float one's."""
+    """Every model: what it takes, what it loses, and what its training cost beside the float one's.
+
+    Steps on a device that something else used, too (`shared_device` in a row), are left out.
+    """
     steps = {(row["size"], row["device"]): row["step_ms"] for row in found if row["bits"] == 16}
     lines = [
         "| weights of the layers | bits | MB | loss (nats a token) | bits a byte | packed loss"
@@ -88,8 +115,8 @@ def table(found: list[Row]) -> str:
         "|---" * 8 + "|",
     ]
     for row in found:
-        packed = row.get("packed_loss")
-        float_step = steps.get((row["size"], row["device"]))
+        packed, timed = row.get("packed_loss"), not row.get("shared_device")
+        float_step = steps.get((row["size"], row["device"])) if timed else None
         cells = (
             f"{row['parameters'] / 1e6:.1f}M",
             str(row["bits"]),
@@ -97,7 +124,7 @@ def table(found: list[Row]) -> str:
             f"{row['loss']:.4f}",
             f"{row['bits_per_byte']:.4f}",
             "" if packed is None else f"{packed:.4f}",
-            f"{row['step_ms']:.2f}",
+            f"{row['step_ms']:.2f}" if timed else "",
             "" if float_step is None else f"{row['step_ms'] / float_step:.2f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -144,12 +171,14 @@ def fits(found: list[Row]) -> str:
     middle = sorted(floats, key=lambda row: row["bytes"])[len(floats) // 2]
     lines = [
         "| bits | loss = a + b MB^-c: a | b | c"
-        f" | MB for the loss of 16 bits and {middle['bytes'] / _MEGABYTE:.1f} MB |",
-        "|---" * 5 + "|",
+        f" | MB for the loss of 16 bits and {middle['bytes'] / _MEGABYTE:.1f} MB | a weight is worth |",
+        "|---" * 6 + "|",
     ]
+    factors = worth(found)
     for bits, (a, b, c) in curves.items():
         size = (b / (middle["loss"] - a)) ** (1 / c)
-        lines.append(f"| {bits} | {a:.3f} | {b:.3f} | {c:.3f} | {size:.1f} |")
+        cells = f"{a:.3f} | {b:.3f} | {c:.3f} | {size:.1f} | {factors[bits]:.2f}"
+        lines.append(f"| {bits} | {cells} |")
     return "\n".join(lines)
 
 

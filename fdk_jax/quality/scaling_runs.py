@@ -27,6 +27,7 @@ from fdk_jax.quality.corpus import Tokens, tokenise
 from fdk_jax.quality.scaling_model import LanguageModel, Shape, best_attention
 
 SUITE = "scaling"
+FOLDER = "/tmp/fdk_scaling"  # of checkpoints and of the tokens, unless another is given
 # Layers of 100, 34, 8.8, 2.3 and 0.8 million weights. The embedding comes to them.
 SIZES = {
     "huge": Shape(1024, 2688, 8, 8192),
