@@ -30,6 +30,7 @@ from pallas_kernels import (
     chain,
     choice,
     dequantise,
+    peer_sum,
     ring,
     short_attention,
     split_attention,
@@ -45,8 +46,16 @@ ARCHITECTURES = (
     *("sm_100", "sm_103", "sm_110", "sm_120", "sm_121"),
 )
 # Bytes that kernels spill outside of their loops: chains of 4 bits by 24 warps of 72 registers; one of `wgmma`;
-# products whose warps have just the registers that they need.
-SPILLS = {"chain": 16, "wgmma": 56, "matvec": 8, "matvec+sum": 8, "mma": 32, "stream": 8}
+# products whose warps have just the registers that they need; sums of 16384 values over eight devices.
+SPILLS = {
+    "chain": 16,
+    "peer sum": 48,
+    "wgmma": 56,
+    "matvec": 8,
+    "matvec+sum": 8,
+    "mma": 32,
+    "stream": 8,
+}
 _TOKENS = (1, 4, 16, 32, 64, 128, 256)
 _OPERANDS = 40  # at least as many as any kernel has
 
@@ -142,6 +151,7 @@ def _sources(target: Target, quick: bool) -> Iterator[tuple[str, str, str, int]]
                 source = ring.source(case, config, target, stream.Product)
                 yield "stream", f"{bits} {uniform=}", source, config.warps
         yield from _chains(bits, uniform, target, quick)
+    yield from _peer_sums(target)
     for dim in (128,) if quick else (64, 128, 256):
         for eps in (None, 1e-6):
             for dtype in dtypes:
@@ -199,6 +209,25 @@ def _chains(bits, uniform, target, quick) -> Iterator[tuple[str, str, str, int]]
             cases = chain.cases(products, (1e-5, 1e-5), config, target)
             source = chain.source(cases, config, target)
             yield "chain", f"{bits} {uniform=} {hidden}", source, config.warps
+        # Half of each matrix on each of two devices.
+        shapes = [(hidden, hidden // 2), (inner, hidden), (hidden, inner // 2), (qkv // 2, hidden)]
+        products = [golden.case(1, n, k, bits, uniform) for n, k in shapes]
+        if chain.unsupported_reason(products, config, target, 2) is None:
+            cases = chain.cases(products, (1e-5, 1e-5), config, target, 2)
+            source = chain.source(cases, config, target)
+            yield "chain", f"{bits} {uniform=} {hidden} over 2", source, config.warps
+
+
+def _peer_sums(target: Target) -> Iterator[tuple[str, str, str, int]]:
+    for devices, rows, features, dtype in (
+        *((2, 1, 4096, "bfloat16"), (2, 64, 4096, "float32"), (4, 1, 8192, "float16")),
+        *((8, 1, 8192, "bfloat16"), (8, 1, 16384, "bfloat16")),
+    ):
+        kind = jnp.dtype(dtype)
+        for normed in (True, False):
+            case = peer_sum.PeerSum(devices, rows, features, kind, kind, normed, 1e-5 * normed)
+            name = f"{devices} {features} {dtype} {normed=}"
+            yield "peer sum", name, peer_sum.source(case, target), case.threads // 32
 
 
 def assemble(ptxas: Path, architecture: str, found: list[Kernel]) -> list[Report]:

@@ -26,6 +26,7 @@ from pallas_kernels import (
     choice,
     dequantise,
     integer,
+    peer_sum,
     ring,
     short_attention,
     split_attention,
@@ -67,6 +68,7 @@ def sources() -> Iterator[tuple[str, str]]:
                     yield f"{name} with a residual", module.source(around, config, target)
     yield from _other_groups()
     yield from _chains()
+    yield from _over_devices()
     for bits, uniform in DECODERS:
         for dtype in _HALVES:
             product = case(512, 4096, 4096, bits, uniform, dtype=dtype)
@@ -147,6 +149,26 @@ def _chains() -> Iterator[tuple[str, str]]:
                     name = f"chain {bits} {uniform=} {hidden} {inner} {count}"
                     yield name, chain.source(products, config, H200)
     assert integer.Config is ring.Config
+
+
+def _over_devices() -> Iterator[tuple[str, str]]:
+    """What sums over devices: apart, and in chains."""
+    half, single = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+    for devices, rows, features, dtype, normed in (
+        *((2, 1, 4096, half, True), (2, 64, 4096, half, True), (4, 1, 8192, half, True)),
+        *((8, 3, 16384, half, True), (2, 1, 4096, half, False), (3, 2, 6144, single, True)),
+    ):
+        facts = devices, rows, features, dtype, dtype, normed, 1e-5 * normed
+        name = f"peer sum {devices} {rows} {features} {dtype} {normed=}"
+        yield name, peer_sum.source(peer_sum.PeerSum(*facts), H200)
+    for bits, devices in ((1, 2), (2, 2), (4, 2), (8, 2), (4, 4)):
+        config = ring.Config(chain._WORKERS[bits], _MULTIPROCESSORS)
+        width, inner = 4096 // devices, 14336 // devices
+        shapes = [(4096, width), (2 * inner, 4096), (4096, inner), (6144 // devices, 4096)]
+        products = [case(1, n, k, bits) for n, k in shapes]
+        assert chain.unsupported_reason(products, config, H200, devices) is None
+        products = chain.cases(products, (1e-5, 1e-5), config, H200, devices)
+        yield f"chain {bits} over {devices} devices", chain.source(products, config, H200)
 
 
 def canonical(source: str) -> str:
