@@ -90,12 +90,6 @@ def test_the_block_equals_loops(kind, shape, rng):
     np.testing.assert_allclose(module(jnp.asarray(x)), wanted, atol=2e-5 * np.abs(wanted).max())
 
 
-def test_several_devices_are_refused():
-    with pytest.raises(NotImplementedError, match="mixture of experts"):
-        parallel = models.Parallel(jax.make_mesh((2,), ("model",)))
-        make_feed_forward(CONFIG, LayerOptions(experts=Experts(2, 1, 8)), parallel, nnx.Rngs(0))
-
-
 # --- checkpoints ------------------------------------------------------------------------------
 
 SHAPE = dict(
@@ -112,11 +106,11 @@ SHAPE = dict(
 )
 
 
-def arrays_of(family: str, rng) -> dict[str, np.ndarray]:
+def arrays_of(family: str, rng, **facts) -> dict[str, np.ndarray]:
     """Random float arrays of a checkpoint, by the names that it needs."""
     from fdk_jax.models.loading import expected
 
-    config = ModelConfig.from_hf(SHAPE | dict(model_type=family))
+    config = ModelConfig.from_hf(SHAPE | dict(model_type=family) | facts)
     return {
         name: (rng.normal(size=shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 1)).astype(
             np.float32
@@ -155,6 +149,35 @@ def test_quantised_while_loading_equals_dequantised_weights(family, rng, tmp_pat
     assert np.abs(logits(found) - wanted).max() < 2e-5 * wanted.std()
     exact = logits(models.load(folder, dtype="float32"))
     assert 1e-3 < np.abs(wanted - exact).std() / exact.std() < 1
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_devices_share_the_experts(family, bits, count, rng, tmp_path):
+    """Of 4 experts each has some, of biases of sums one device has all, and each has sinks of its heads."""
+    heads = dict(num_attention_heads=8, num_key_value_heads=4)
+    folder = write(tmp_path / "x", family, arrays_of(family, rng, **heads), **heads)
+    quantisation = models.Quantisation(bits, 16) if bits else None
+    options = dict(dtype="float32", quantisation=quantisation)
+    parallel = models.Parallel(jax.make_mesh((count,), ("model",), devices=jax.devices()[:count]))
+    one = models.load(folder, **options)
+    shared = models.load(folder, parallel=parallel, **options)
+    wanted = logits(one)
+    assert np.abs(logits(shared) - wanted).max() < 2e-5 * wanted.std()
+    weight = shared.layers[0].mlp.down
+    held = jax.tree.leaves(nnx.state(weight))[0].addressable_shards
+    assert [shard.data.shape[0] for shard in held] == [4 // count] * count
+    prompts = [[1, 5, 9, 30], [7, 2]]
+    tokens = [models.Generator(m).generate(prompts, max_tokens=8).tokens for m in (one, shared)]
+    assert tokens[0] == tokens[1]
+
+
+def test_devices_that_do_not_divide_the_experts_are_refused(rng, tmp_path):
+    heads = dict(num_attention_heads=8, num_key_value_heads=8)
+    folder = write(tmp_path / "x", "mixtral", arrays_of("mixtral", rng, **heads), **heads)
+    with pytest.raises(ValueError, match="4 experts must be divisible by the 8 devices"):
+        models.load(folder, parallel=models.Parallel(jax.make_mesh((8,), ("model",))))
 
 
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)

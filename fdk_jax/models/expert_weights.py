@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.models.experts import QuantisedStack, StackedLinear
@@ -63,24 +64,20 @@ def read_bias(stack: Stack, take: Callable[[str], HostArray]) -> np.ndarray | No
     return np.concatenate([bias[:, ::2], bias[:, 1::2]], axis=1) if stack.alternating else bias
 
 
-def set_stack(owner: nnx.Module, name: str, weight: Any, bias: Any, dtype: Any) -> None:
+def set_stack(owner: nnx.Module, name: str, weight: Any, bias: Array | None) -> None:
     """Gives a mixture of experts its stacked layer `name`.
 
     Args:
         owner: The `MixtureOfExperts`.
         name: "gate_up" or "down".
-        weight: Float [E, N, K], or a quantised tensor of as many.
+        weight: Kernels [E, K, N], or a quantised tensor of as many matrices.
         bias: [E, N] or None.
-        dtype: Of float parameters.
     """
-    bias = None if bias is None else jnp.asarray(bias).astype(dtype)
     if isinstance(weight, QuantisedTensor):
-        if jnp.dtype(dtype) == jnp.float32:  # a codebook is rounded to the dtype of its scales
-            weight = dataclasses.replace(weight, scales=jnp.asarray(weight.scales, jnp.float32))
         setattr(owner, name, nnx.data(QuantisedStack(weight, bias)))
         return
     layer: StackedLinear = getattr(owner, name)
-    layer.kernel = nnx.Param(jnp.asarray(weight).astype(dtype).swapaxes(-1, -2))
+    layer.kernel = nnx.Param(weight)
     if bias is not None:
         layer.bias = nnx.Param(bias)
 

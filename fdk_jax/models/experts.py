@@ -1,6 +1,9 @@
 """Mixtures of experts: a router, and stacked feed-forward blocks of which each token takes a few.
 
 Glossary: M tokens, D hidden size, E experts, I width of one, k that a token takes.
+
+Of several devices each has a run of the experts: it computes what they give for all tokens, and the sum over
+devices is the block's result.
 """
 
 from collections.abc import Callable
@@ -13,6 +16,7 @@ from jax import Array
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedWeight
 from fdk_jax.models.config import Experts
+from fdk_jax.models.parallel import Parallel
 from fdk_jax.product.grouped import grouped_matmul
 
 
@@ -70,6 +74,7 @@ class MixtureOfExperts(nnx.Module):
         dtype: Of the parameters.
         activation: Of the gate.
         rngs: Random weights.
+        parallel: Devices that share the experts, or None.
     """
 
     def __init__(
@@ -80,23 +85,39 @@ class MixtureOfExperts(nnx.Module):
         dtype: str,
         activation: Callable[[Array], Array],
         rngs: nnx.Rngs,
+        parallel: Parallel | None = None,
     ):
         self.router, self.experts, self.activation = router, experts, activation
+        self.axis = parallel.axis if parallel else None
         count, inner, bias = experts.count, experts.size, experts.bias
+        count //= parallel.shards if parallel else 1
         self.gate_up = StackedLinear(count, hidden, 2 * inner, dtype, bias, rngs)
         self.down = StackedLinear(count, inner, hidden, dtype, bias, rngs)
 
     def __call__(self, x: Array) -> Array:
-        """Maps x [..., D] to [..., D]."""
+        """Maps x [..., D] to [..., D], summed over devices."""
+        y = self.partial(x)
+        return y if self.axis is None else jax.lax.psum(y, self.axis)
+
+    def partial(self, x: Array) -> Array:
+        """What this device's experts give: [..., D] to [..., D]."""
         rows = x.reshape(-1, x.shape[-1])
         chosen, weights = self.choose(rows)
+        count = self.experts.count
+        if self.axis is not None:
+            count //= jax.lax.axis_size(self.axis)
+            chosen = chosen - jax.lax.axis_index(self.axis) * count
+            here = (chosen >= 0) & (chosen < count)
+            # Rows of other devices' experts come last, where no matrix is theirs.
+            chosen, weights = jnp.where(here, chosen, count), jnp.where(here, weights, 0.0)
         # Rows are sorted by expert, so that each matrix is read once.
         order = jnp.argsort(chosen.reshape(-1), stable=True)
-        sizes = jnp.bincount(chosen.reshape(-1), length=self.experts.count).astype(jnp.int32)
+        sizes = jnp.bincount(chosen.reshape(-1), length=count).astype(jnp.int32)
         y = self.gate_up(rows[order // self.experts.per_token], sizes)
         y = self.down(self.gate(y), sizes)
-        y = y[jnp.argsort(order)].reshape(*chosen.shape, -1)
-        mixed = (y.astype(jnp.float32) * weights[..., None]).sum(axis=1)
+        y = y[jnp.argsort(order)].reshape(*chosen.shape, -1).astype(jnp.float32)
+        y = jnp.where((chosen < count)[..., None], y, 0.0) if self.axis is not None else y
+        mixed = (y * weights[..., None]).sum(axis=1)
         return mixed.astype(x.dtype).reshape(x.shape)
 
     def choose(self, rows: Array) -> tuple[Array, Array]:

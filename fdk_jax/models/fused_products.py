@@ -17,6 +17,7 @@ from jax import Array
 import pallas_kernels
 from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.models.blocks import Block, blocks
+from fdk_jax.models.experts import MixtureOfExperts
 from fdk_jax.models.modules import MLP, Attention, Layer, RMSNorm
 from fdk_jax.models.peers import Peers
 from pallas_kernels import Scaled
@@ -37,10 +38,10 @@ class InProducts:
 
     def takes(self, block: Block, x: Array) -> bool:
         """Whether there are kernels for a block and inputs like x [B, D]."""
+        if not _is_swiglu(block):
+            return False
         linears = [block.layer.attention.qkv, *_usual(block).linears]
-        return _usual(block).mlp.activation == "silu" and all(
-            _residual_kernel(linear, x) is not None for linear in linears
-        )
+        return all(_residual_kernel(linear, x) is not None for linear in linears)
 
     def enter(self, x: Array, norm: RMSNorm, qkv: nnx.Module) -> tuple[Scaled, Array]:
         """The stream before the first layer, and the first layer's queries, keys and values."""
@@ -73,12 +74,10 @@ class InChains(InProducts):
 
     def takes(self, block: Block, x: Array) -> bool:
         """Whether there is a kernel for a block and inputs like x [B, D], and one for the first product."""
+        if not _is_swiglu(block):
+            return False
         chain = _chain_kernel(_usual(block).linears, x, self.peers)
-        return (
-            _usual(block).mlp.activation == "silu"
-            and chain is not None
-            and _residual_kernel(block.layer.attention.qkv, x) is not None
-        )
+        return chain is not None and _residual_kernel(block.layer.attention.qkv, x) is not None
 
     def enter(self, x: Array, norm: RMSNorm, qkv: nnx.Module) -> tuple[Array, Array]:
         """See `InProducts.enter`."""
@@ -124,7 +123,7 @@ class OverPeers:
         """See `InProducts.between`."""
         attention, mlp, inner, norm, qkv = _usual(block)
         x, rows = self.peers.add_norm(attention.out(mixed), stream[0], inner)
-        x, rows = self.peers.add_norm(mlp.down(mlp.gate(mlp.gate_up(rows))), x, norm)
+        x, rows = self.peers.add_norm(mlp.partial(rows), x, norm)
         return (x, rows), None if qkv is None else qkv(rows)
 
     def leave(self, stream: Any, norm: RMSNorm) -> Array:
@@ -170,7 +169,7 @@ class _Usual(NamedTuple):
     """The parts of a block that is what the kernels compute, apart from its weights."""
 
     attention: Attention
-    mlp: MLP
+    mlp: Any  # MLP or MixtureOfExperts; of the latter only `partial` is asked for
     mlp_norm: RMSNorm
     norm: RMSNorm
     qkv: nnx.Module | None
@@ -186,7 +185,12 @@ def _parts(block: Block) -> _Usual | None:
     """None for a block with anything that the kernels do not compute."""
     layer, norm, qkv = block
     before, inner, mlp = layer.attention_norm, layer.mlp_norm, layer.mlp
-    if before is None or inner is None or norm is None or not isinstance(mlp, MLP):
+    if (
+        before is None
+        or inner is None
+        or norm is None
+        or not isinstance(mlp, MLP | MixtureOfExperts)
+    ):
         return None
     usual = (
         layer.attention_post_norm is None
@@ -195,6 +199,11 @@ def _parts(block: Block) -> _Usual | None:
         and before.offset == inner.offset == norm.offset == 0
     )
     return _Usual(layer.attention, mlp, inner, norm, qkv) if usual else None
+
+
+def _is_swiglu(block: Block) -> bool:
+    mlp = _usual(block).mlp
+    return isinstance(mlp, MLP) and mlp.activation == "silu"
 
 
 def _usual(block: Block) -> _Usual:

@@ -290,7 +290,14 @@ class _Reader:
             quantisation = None if projection.plain else self.quantisation
             linears.append((projection, make(self._linear, projection, quantisation, take)))
         vectors = [
-            (path, make(lambda name=name: placer.vector(_float(take(name)))))
+            (
+                path,
+                make(
+                    lambda name=name, path=path: placer.vector(
+                        _float(take(name)), cut=path[-1] == "sinks"
+                    )
+                ),
+            )
             for name, (path, _) in names.layer_vectors(self.config, index).items()
         ]
 
@@ -303,7 +310,7 @@ class _Reader:
             for stack, made in stacks:
                 mlp, name = getattr(layer, stack.path[0]), stack.path[1]
                 weight, bias = made.result()
-                set_stack(mlp, name, weight, bias, placer.dtype)
+                set_stack(mlp, name, weight, bias)
 
         return finish
 
@@ -311,7 +318,8 @@ class _Reader:
         weight, q = read_stack(stack, take), self.quantisation
         if q is not None and not isinstance(weight, QuantisedTensor):
             weight = self._quantised(f"layer {index}: experts' {stack.path[-1]}", weight, q)
-        return weight, read_bias(stack, take)
+        bias = read_bias(stack, take)
+        return self.placer.stack(weight), None if bias is None else self.placer.rows(bias)
 
     def _head(self, model: Transformer, take: Take) -> Finish:
         """The final norm and the head."""
@@ -346,8 +354,8 @@ class _Reader:
         weights = [take(f"{part.name}.weight") for part in parts]
         if parts[0].bias:
             rows = [_float(take(f"{part.name}.bias")) for part in parts]
-            joined = join_rows(rows, self.placer.shards)
-            bias = self.placer.vector(joined, cut=projection.cut == "n")
+            joined = join_rows(rows, self.placer.shards if projection.cut == "n" else 1)
+            bias = self.placer.bias(joined, projection.cut)
         return self._joined(projection, weights, quantisation), bias
 
     def _joined(self, projection, weights: list, quantisation: Quantisation | None) -> Any:

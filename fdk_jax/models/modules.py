@@ -174,8 +174,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps x [..., D] to [..., D], summed over devices."""
-        y = self.down(self.gate(self.gate_up(x)))
+        y = self.partial(x)
         return y if self.axis is None else jax.lax.psum(y, self.axis)
+
+    def partial(self, x: Array) -> Array:
+        """What this device has of the sum: [..., D] to [..., D]."""
+        return self.down(self.gate(self.gate_up(x)))
 
     def gate(self, gate_up: Array) -> Array:
         """What is between the projections: [..., 2 inner] to [..., inner]."""
@@ -188,12 +192,10 @@ def make_feed_forward(
 ) -> MLP | MixtureOfExperts:
     """The block after attention, which maps [..., D] to [..., D]: the place for other kinds than `MLP`."""
     if options.experts is not None:
-        if parallel is not None:
-            raise NotImplementedError("tensor parallelism of a mixture of experts")
         experts, hidden = options.experts, config.hidden_size
         router = make_linear(hidden, experts.count, config, experts.bias, rngs)
         activation = _ACTIVATION[config.activation]
-        return MixtureOfExperts(router, experts, hidden, config.dtype, activation, rngs)
+        return MixtureOfExperts(router, experts, hidden, config.dtype, activation, rngs, parallel)
     return MLP(config, parallel, rngs)
 
 

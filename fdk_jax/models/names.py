@@ -23,8 +23,8 @@ class Part:
 class Projection:
     """A linear layer of ours: `path` in the module, the parts joined along N, and how it is cut.
 
-    `cut` says along which side several devices share it: "n" (outputs) or "k" (inputs). `plain` ones are never
-    quantised while they are read.
+    `cut` says along which side several devices share it: "n" (outputs), "k" (inputs), or "" for none. `plain`
+    ones are never quantised while they are read.
     """
 
     path: tuple[str, ...]
@@ -91,7 +91,7 @@ def layer_projections(config: ModelConfig, index: int) -> tuple[Projection, ...]
     if experts is not None:
         name, *_ = _EXPERTS.get(c.family, _STACKED)
         router = Part(f"{base}.{name}", (experts.count, c.hidden_size), experts.bias)
-        return (*attention, Projection(("mlp", "router"), (router,), "n", plain=True))
+        return (*attention, Projection(("mlp", "router"), (router,), "", plain=True))
     return (
         *attention,
         Projection(("mlp", "gate_up"), gate_up, "n"),

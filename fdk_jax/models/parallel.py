@@ -1,9 +1,10 @@
 """Tensor and data parallelism: which slice of each weight, and which sequences, a device holds.
 
-The projections into heads and into the gated block are cut along their outputs, those back along
-their inputs, so a layer needs two all-reduces of one activation and no weight ever moves. A fused
-projection is cut part by part: device d holds its share of the queries, then of the keys, then of
-the values. Along a second axis of the mesh devices may hold the same weights and share a batch.
+The projections into heads and into the gated block are cut along their outputs, those back along their
+inputs, so a layer needs two all-reduces of one activation and no weight ever moves. A fused projection is cut
+part by part: device d holds its share of the queries, then of the keys, then of the values. Of a mixture of
+experts each device holds a run of whole experts. Along a second axis of the mesh devices may hold the same
+weights and share a batch.
 """
 
 import dataclasses
@@ -91,11 +92,21 @@ class Parallel:
 
         Raises:
             ValueError: a dimension that the devices do not divide.
-            NotImplementedError: biases after a projection that is cut along its inputs.
+            NotImplementedError: norms over the heads of all devices.
         """
-        if config.output_bias or config.mlp_bias:
-            raise NotImplementedError("tensor parallelism of output_bias or mlp_bias")
-        cut = ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
+        if config.qk_norm and config.qk_norm_of == "all":
+            raise NotImplementedError(
+                "several devices with norms over all heads of the queries and keys (qk_norm_of='all')"
+            )
+        options = [config.layer(index) for index in range(config.num_layers)]
+        for experts in {one.experts for one in options if one.experts is not None}:
+            if experts.count % self.shards:
+                raise ValueError(
+                    f"{experts.count} experts must be divisible by the {self.shards} devices"
+                )
+        cut = ["num_heads", "num_kv_heads", "vocab_size"]
+        if any(one.experts is None for one in options):
+            cut.append("intermediate_size")
         for name in cut:
             if getattr(config, name) % self.shards:
                 raise ValueError(

@@ -117,7 +117,7 @@ def random_model(
             rows = sum(part.shape[0] for part in projection.parts)
             bias = None
             if projection.parts[0].bias:
-                bias = placer.vector(np.zeros(rows), cut=projection.cut == "n")
+                bias = placer.bias(np.zeros(rows), projection.cut)
             matrix = weight(projection, bits, codebook)
             set_linear(layer, projection.path, matrix, bias, dtype, arithmetic)
     set_vector(model, ("norm", "scale"), placer.vector(np.ones(config.hidden_size)))

@@ -80,6 +80,28 @@ class Placer:
         """A norm or a bias [N]: on every device, or cut along N."""
         return self._put(value, P(self._axis) if cut else P()).astype(self.dtype)
 
+    def rows(self, value: HostArray) -> Array:
+        """Rows [E, N], one for each matrix of a stack, which they lie with."""
+        return self._put(value, P(self._axis)).astype(self.dtype)
+
+    def bias(self, value: HostArray, cut: str) -> Array:
+        """A bias [N] of a projection: of one that is summed over devices the first one has all of it."""
+        if cut == "k" and self.shards > 1:
+            zeros = np.zeros((self.shards - 1) * len(value), np.asarray(value).dtype)
+            return self.vector(np.concatenate([np.asarray(value), zeros]), cut=True)
+        return self.vector(value, cut=cut == "n")
+
+    def stack(self, weight: np.ndarray | QuantisedTensor) -> Array | QuantisedTensor:
+        """Stacked matrices: float [E, N, K] as kernels [E, K, N], or quantised; cut along E."""
+        if isinstance(weight, QuantisedTensor):
+            if self.dtype == jnp.float32:  # a codebook is rounded to the dtype of its scales
+                weight = dataclasses.replace(weight, scales=weight.scales.astype(jnp.float32))
+            if self.parallel is None:
+                return weight
+            weight = jax.tree.map(np.asarray, weight)
+        placed = jax.tree.map(lambda a: self._put(a, P(self._axis)), weight)
+        return _as_stack(placed, self.dtype, self.parallel, self.layout)
+
     def embedding(self, table: HostArray) -> Array:
         """[V, D], cut along V."""
         return self._put(table, self._spec("n")).astype(self.dtype)
@@ -107,8 +129,9 @@ class Placer:
             parts = [
                 dataclasses.replace(part, scales=part.scales.astype(jnp.float32)) for part in parts
             ]
-        codebook = join_codebooks([np.asarray(p.codebook) for p in parts], rows, self.shards)
-        local = (n // self.shards, k) if cut == "n" else (n, k // self.shards)
+        shards = self.shards if cut else 1
+        codebook = join_codebooks([np.asarray(p.codebook) for p in parts], rows, shards)
+        local = (n // shards, k) if cut == "n" else (n, k // shards)
         facts = dict(
             bits=first.bits,
             group_size=first.group_size,
@@ -133,8 +156,8 @@ class Placer:
         return self.parallel.axis if self.parallel else None
 
     def _spec(self, cut: str) -> P:
-        """Of a matrix [N, K] (or its codes or scales) cut along "n" or "k"."""
-        return P(self._axis, None) if cut == "n" else P(None, self._axis)
+        """Of a matrix [N, K] (or its codes or scales) cut along "n", "k" or not at all."""
+        return {"n": P(self._axis, None), "k": P(None, self._axis), "": P(None, None)}[cut]
 
     def _put(self, value: HostArray, spec: P) -> Array:
         if self.parallel is None:
@@ -195,7 +218,7 @@ def _converted(
     if parallel is None:
         return convert(packed, scales)
     # Slices are laid end to end along the first axis, whatever another layout makes of it.
-    laid = spec if target == "interchange" else P(parallel.axis)
+    laid = spec if target == "interchange" or not any(spec) else P(parallel.axis)
     local = jax.shard_map(
         convert, mesh=parallel.mesh, in_specs=(spec, spec), out_specs=laid, check_vma=False
     )
@@ -217,6 +240,22 @@ def _as_kernel(parts: list[Array], dtype: Any, parallel: Parallel | None, spec: 
         turn, mesh=parallel.mesh, in_specs=(spec,), out_specs=turned, check_vma=False
     )
     return local(parts)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _as_stack(weight: Any, dtype: Any, parallel: Parallel | None, layout: str) -> Any:
+    """Stacked matrices as the layers have them, each device's by themselves."""
+
+    def turn(weight: Any) -> Any:
+        if isinstance(weight, QuantisedTensor):
+            return weight.to_layout(layout)
+        return weight.astype(dtype).swapaxes(-1, -2)
+
+    if parallel is None:
+        return turn(weight)
+    cut = P(parallel.axis)
+    local = jax.shard_map(turn, mesh=parallel.mesh, in_specs=(cut,), out_specs=cut, check_vma=False)
+    return local(weight)
 
 
 def set_linear(
