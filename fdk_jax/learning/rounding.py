@@ -253,13 +253,16 @@ def refit_scales(
         keeps its scales.
     """
     values = lookup(codes, round_to(codebook, dtype))
-    blocks = _blocks(second, group_size)  # [groups, G, groups, G]
+    columns = _columns(second, group_size)  # [groups, K', G]
     rows = tuple(_grouped(a, group_size) for a in (weight, values))
 
     def systems(w: Array, c: Array) -> tuple[Array, Array]:
         """[R, groups, groups] and [R, groups]: c second c^T and c second w, of each pair of groups."""
         c_of_columns, w_of_columns = (
-            jnp.einsum("gahb,rhb->rhga", blocks, a, precision=_EXACT) for a in (c, w)
+            jnp.einsum("hkb,rhb->rhk", columns, a, precision=_EXACT).reshape(
+                *a.shape[:2], *a.shape[1:]
+            )
+            for a in (c, w)
         )
         left = jnp.einsum("rga,rhga->rgh", c, c_of_columns, precision=_EXACT)
         return left, jnp.einsum("rga,rhga->rg", c, w_of_columns, precision=_EXACT)
@@ -282,7 +285,7 @@ def refit_scales(
 
     n, groups = scales.shape
     # Products of a row with each block of the second moments are in memory for so many rows at a time.
-    count = max(1, min(n, _ELEMENTS // max(1, groups * groups * blocks.shape[1])))
+    count = max(1, min(n, _ELEMENTS // max(1, groups * columns.shape[1])))
     parts = jax.tree.map(lambda a: _cut(a, count), (*rows, scales))
     return jax.lax.map(some, parts).reshape(-1, groups)[:n]
 
@@ -414,12 +417,12 @@ def refit_levels(
     return jnp.where(better, new, codebook)
 
 
-def _blocks(second: Array, group_size: int) -> Array:
-    """[K, K] -> [groups, G, groups, G], zeros at the end."""
+def _columns(second: Array, group_size: int) -> Array:
+    """[K, K] -> [groups, K', G], the columns of each group; zeros at the end, K' = groups * G."""
     k = second.shape[0]
     group_size = max(1, min(group_size, k))
     padded = jnp.pad(second, ((0, -k % group_size),) * 2)
-    return padded.reshape(len(padded) // group_size, group_size, -1, group_size)
+    return padded.reshape(len(padded), -1, group_size).transpose(1, 0, 2)
 
 
 def _cut(rows: Array, count: int) -> Array:
