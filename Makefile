@@ -24,15 +24,15 @@ test: $(VENV)/.ready-dev
 	$(call build_cpu,$(VENV))
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -n 2 -m "not slow and not long" $(TEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not long" $(TEST_FLAGS)
 
 # Single tests that take long as well, those of ARM and Android on an emulator among them: half an hour.
 test-long: test toolchains
-	$(VENV)/bin/python -m pytest -n 2 -m "long and not slow" $(TEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "long and not slow" $(TEST_FLAGS)
 
 # All cases of every test, the types and the site.
 test-all: lint docs test-long
-	$(VENV)/bin/python -m pytest -n 2 -m slow $(TEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow $(TEST_FLAGS)
 
 # Every GPU kernel for every architecture, by the assemblers of CUDA 12 and 13; then products through XLA for GPUs
 # that are not there, with JAX's plugin for CUDA, which is kept apart from the tests' packages.
@@ -46,7 +46,7 @@ architectures: $(VENV)/.ready-dev
 # The whole suite on the newest JAX, which needs Python 3.12.
 test-newest: $(NEWEST_VENV)/.ready-dev toolchains
 	$(call build_cpu,$(NEWEST_VENV))
-	$(NEWEST_VENV)/bin/python -m pytest -n 2 $(TEST_FLAGS)
+	$(NEWEST_VENV)/bin/python -m pytest -n 2 --dist worksteal $(TEST_FLAGS)
 
 # What the tests for ARM and Android need; they are skipped, with the reason, where it cannot be had.
 toolchains:

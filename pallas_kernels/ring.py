@@ -1,8 +1,8 @@
 """Persistent kernels, one thread block a multiprocessor, that never pause reading: a token, chains of products.
 
 At batch 1 memory is what there is to wait for, and it must never stand still. A program's rows of a weight are
-one range of memory. A producer warp copies that in bulk to a ring in shared memory, as far ahead as its
-capacity allows, from the first instruction on; consumer warps prepare x, once a program, and multiply. How
+one range of memory. A producer warp copies that to a ring in shared memory, as far ahead as its capacity
+allows, from the first instruction on: in bulk where the GPU can, else 16 bytes a lane at a time; consumer warps prepare x, once a program, and multiply. How
 they do that is `integer` for codes of one bit and `stream` for the others.
 
 A launch may have several products, each with the outputs of the one before it as its x. Between two of them
