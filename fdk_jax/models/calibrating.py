@@ -26,7 +26,6 @@ from fdk_jax.learning.calibration import calibrate, progress_bar
 from fdk_jax.learning.evaluation import read_tokens
 from fdk_jax.models import decoding, names
 from fdk_jax.models.loading import Quantisation, load
-from fdk_jax.models.modules import Layer
 from fdk_jax.models.tokenizer import Tokenizer
 from fdk_jax.models.transformer import Transformer
 from fdk_jax.models.weights import check_arithmetic, set_linear
@@ -149,7 +148,7 @@ def _calibrated_layers(
         yield layer
 
 
-def _after(layer: Layer, batch: Batch) -> Array:
+def _after(layer: Any, batch: Batch) -> Array:
     """The residual stream after a layer."""
     return layer.prompt(*batch)[0]
 
@@ -194,6 +193,6 @@ def _moved(tree: Any) -> Any:
     return tree if _host() is None else jax.device_put(tree, jax.local_devices()[0])
 
 
-def _moved_module(module: nnx.Module) -> nnx.Module:
+def _moved_module(module: Any) -> Any:
     graph, state = nnx.split(module)
     return nnx.merge(graph, _moved(state))
