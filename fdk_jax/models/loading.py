@@ -7,6 +7,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,7 @@ class _Reader:
         self.placer: Placer = placer
         self.arithmetic: str = arithmetic
         self.table: np.ndarray | Array | QuantisedTensor | None = None  # which a tied head shares
+        self._embedded: Future
 
     def stages(self, model: Transformer) -> Iterator[Callable[[], Finish]]:
         """What begins each stage: the embedding, each layer, the head."""
@@ -270,7 +272,7 @@ class _Reader:
                 self.table = made if quantised else table
             return made
 
-        made = self.pipeline.make(make)
+        self._embedded = made = self.pipeline.make(make)
 
         def finish() -> None:
             table = made.result()
@@ -331,6 +333,7 @@ class _Reader:
         def head() -> tuple[Any, Any] | None:
             if not self.config.tie_embeddings:
                 return self._linear(projection, quantisation, take)
+            self._embedded.result()
             if isinstance(self.table, QuantisedTensor):
                 return self.table, None
             if quantisation is None:

@@ -19,7 +19,7 @@ Finish = Callable[[], None]
 class Pipeline:
     """Reads the arrays of a stage in threads, and makes parameters of them in others.
 
-    Two stages at most are on the host: `run` begins one, and then waits for the one before it.
+    Two stages at most are on the host, and the first: `run` begins one, then waits for the one before it.
 
     Args:
         tensors: the checkpoint's arrays by name.
@@ -56,13 +56,22 @@ class Pipeline:
 
 
 def run(stages: Iterable[Callable[[], Finish]], progress: Callable[[int], None]) -> None:
-    """Begins each stage while the one before is under way, and finishes them in order."""
-    begun: collections.deque[Finish] = collections.deque()
-    count = 0
-    for begin in (*stages, None):
-        if begin is not None:
-            begun.append(begin())
-        if len(begun) > 1 or begin is None:
-            begun.popleft()()
-            progress(count)
-            count += 1
+    """Begins each stage while the one before is under way, and finishes them in order.
+
+    Only the first waits until the last: it is one large table, which one thread reads beside the others.
+    """
+    begun: collections.deque[tuple[int, Finish]] = collections.deque()
+    for number, begin in enumerate(stages):
+        begun.append((number, begin()))
+        if len(begun) > 2:
+            first = begun.popleft()
+            _finish(begun.popleft(), progress)
+            begun.appendleft(first)
+    for stage in begun:
+        _finish(stage, progress)
+
+
+def _finish(stage: tuple[int, Finish], progress: Callable[[int], None]) -> None:
+    number, finish = stage
+    finish()
+    progress(number)
