@@ -12,12 +12,15 @@ gives. The assemblers are those of the packages nvidia-cuda-nvcc-cu12 and nvidia
 import argparse
 import collections
 import dataclasses
+import itertools
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__":  # from the project's root
@@ -321,14 +324,18 @@ def main() -> int:
     if not found:
         print("no ptxas: pip install nvidia-cuda-nvcc-cu12 nvidia-cuda-nvcc")
         return 1
-    for version, ptxas in found.items():
-        print(f"ptxas {version}")
-        for architecture in flags.architectures.split(","):
-            if not knows(ptxas, architecture):
-                print(f"{architecture:8} is not known to it")
-                continue
-            lines, wrong = check(ptxas, architecture, flags.quick, flags.candidates)
-            print(*lines, *wrong, sep="\n", flush=True)
+    jobs = list(itertools.product(found, flags.architectures.split(",")))
+
+    def look(job: tuple[str, str]) -> tuple[list[str], list[str]]:
+        ptxas, architecture = found[job[0]], job[1]
+        if not knows(ptxas, architecture):
+            return [f"{architecture:8} is not known to it"], []
+        return check(ptxas, architecture, flags.quick, flags.candidates)
+
+    # Nearly all of the time is the assemblers', which are processes of their own.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (version, _), (lines, wrong) in zip(jobs, pool.map(look, jobs), strict=True):
+            print(*(f"ptxas {version} {line}" for line in lines), *wrong, sep="\n", flush=True)
             failed += wrong
     print(f"{len(failed)} faults" if failed else "everything assembles")
     return 1 if failed else 0
