@@ -279,6 +279,39 @@ def test_bulk_copies_turn_their_barrier(rng):
         assert (found == values[4:36]).all()
 
 
+def lanes_copy(count, wait=True):
+    """Each lane copies 16 bytes for its neighbour and arrives at a barrier of so many; all wait for it."""
+    looks = (
+        "again:",
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [base+0], 0;",
+        "@!done bra again;",
+    )
+    return (
+        *("mov.u32 base, fdk_shared;", "setp.eq.u32 first, thread, 0;"),
+        *(f"@first mbarrier.init.shared::cta.b64 [base+0], {count};", "bar.sync 0;"),
+        *("mad.wide.u32 p, thread, 16, $1;", "mad.lo.u32 s, thread, 16, base;"),
+        "cp.async.cg.shared.global [s+128], [p+0], 16;",
+        "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [base+0];",
+        *(looks if wait else ()),
+        *("xor.b32 other, thread, 1;", "mad.lo.u32 s, other, 16, base;"),
+        *("ld.shared.b32 v, [s+128];", *store("$2", "v")),
+    )
+
+
+def test_copies_of_lanes_turn_their_barrier(rng):
+    values = rng.integers(0, 2**32, (32, 4), np.uint32)
+    wanted = values[np.arange(32) ^ 1, 0]
+    for chance in both(8):
+        found = np.zeros(32, np.uint32)
+        run(lanes_copy(32), [values, found], chance=chance)
+        assert (found == wanted).all()
+    with pytest.raises(emulator.Fault, match="never written"):
+        for chance in both(8):  # copies are not late each time
+            run(lanes_copy(32, wait=False), [values, found], chance=chance)
+    with pytest.raises(emulator.Fault, match="deadlock"):
+        run(lanes_copy(33), [values, np.zeros(32, np.uint32)])
+
+
 def exchange(*between):
     """Each of two warps reads what the other one wrote."""
     return (
