@@ -125,11 +125,17 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
     return None
 
 
-# Microseconds a plane of a program by its tokens, for (row_groups, k_groups), with any width of codes. H200,
-# 2026-11-30, 8192 x 8192, 4 bits.
-_PLANE_US = {
-    (1, 2): ((16, 0.17), (64, 0.174), (96, 0.208), (128, 0.235), (192, 0.288), (256, 0.422)),
-    (2, 1): ((16, 0.25), (64, 0.27), (96, 0.355), (128, 0.42), (192, 0.58), (256, 0.72)),
+# Microseconds a plane of a program by its tokens, for (row_groups, k_groups): of codes that are looked up, and
+# of those of one bit. H200, 2026-11-30, 8192 x 8192, 4 bits and 1.
+_LOOKED_UP_US = {
+    (1, 2): ((16, 0.138), (64, 0.163), (96, 0.182), (128, 0.219), (192, 0.312), (256, 0.422)),
+    (2, 1): ((16, 0.213), (64, 0.281), (96, 0.332), (128, 0.413), (192, 0.571), (256, 0.7)),
+    (2, 2): ((16, 0.178), (32, 0.192), (64, 0.254), (80, 0.3)),
+}
+_SELECTED_US = {
+    (1, 2): ((16, 0.125), (64, 0.151), (96, 0.181), (128, 0.21), (192, 0.286), (256, 0.422)),
+    (2, 1): ((16, 0.172), (64, 0.231), (96, 0.307), (128, 0.366), (192, 0.5), (256, 0.675)),
+    (2, 2): ((16, 0.189), (32, 0.206), (64, 0.252)),
 }
 _MOST_X = (
     1152  # rows in all stages: at 1 bit more fit, and 6 stages of 256 took 108 us where 4 took 96
@@ -149,11 +155,18 @@ def _guesses(case: Case) -> Iterator[Config]:
     # More programs along m than the fewest pay off where the last one would be nearly empty.
     parts = range(-(-most // 256), -(-most // 256) + 3)
     tokens = {min(256, -(-case.m // (16 * part)) * 16) for part in parts}
-    sizes = itertools.product(sorted(tokens), _PLANE_US, (3, 2), (1, 2))
+    kinds = _plane_us(case)
+    sizes = itertools.product(sorted(tokens), kinds, (3, 2), (1, 2))
     for tokens, (row_groups, k_groups), w_stages, splits in sizes:
+        if tokens > kinds[row_groups, k_groups][-1][0]:
+            continue  # the compiler lacks registers for two planes of products under way
         for x_stages in (16, 12, 8, 6, 4):
             if x_stages * tokens <= _MOST_X:
                 yield Config(tokens, row_groups, k_groups, x_stages, w_stages, splits=splits)
+
+
+def _plane_us(case: Case) -> dict[tuple[int, int], tuple[tuple[int, float], ...]]:
+    return _SELECTED_US if case.bits == 1 else _LOOKED_UP_US
 
 
 def _microseconds(case: Case, config: Config, target: Target) -> float:
@@ -161,7 +174,7 @@ def _microseconds(case: Case, config: Config, target: Target) -> float:
     planes = -(-case.k // slab(case, config)) * slab(case, config) // PLANE
     programs = math.ceil(case.m / config.tokens) * math.ceil(case.n / config.rows)
     waves = math.ceil(programs * config.splits / target.multiprocessors)
-    tokens, times = zip(*_PLANE_US[config.row_groups, config.k_groups], strict=True)
+    tokens, times = zip(*_plane_us(case)[config.row_groups, config.k_groups], strict=True)
     plane_us = float(np.interp(config.tokens, tokens, times))
     sums = _SPLIT_US if config.splits > 1 else 0.0
     return waves * (_PROGRAM_US + planes / config.splits * plane_us + sums)
