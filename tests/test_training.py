@@ -9,6 +9,8 @@ import optax
 import oracle
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import fdk_jax
 from fdk_jax.learning import training
@@ -267,3 +269,58 @@ def test_gradients_of_narrow_products_are_those_of_flax(rng):
     )
     tangent = jax.jvp(lambda x: fake(x), (x,), (x,))[1]
     assert oracle.relative_rms(tangent, np.asarray(layer(x), np.float32)) < 2.0**-6
+
+
+@pytest.mark.parametrize(("bits", "codebook"), [(1, "kmeans"), (4, "kmeans"), (2, "auto")])
+def test_training_on_a_mesh_of_two_axes(bits, codebook, rng):
+    """Matrices cut along one axis and a batch along the other: the losses and weights of one device."""
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    batches = [
+        (
+            jnp.asarray(rng.standard_normal((8, 64)), jnp.float32),
+            jnp.asarray(rng.standard_normal((8, 10)), jnp.float32),
+        )
+        for _ in range(4)
+    ]
+    # Outputs of the first, heads of the second (which are inputs), and the classes of the last.
+    cuts = {"inner": P(None, "model"), "heads": P("model"), "lm_head": P(None, "model")}
+
+    def put(array, spec):
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    def train(sharded: bool):
+        model = training.quantisation_aware(Model(), bits=bits, group_size=16, codebook=codebook)
+        if sharded:
+            graph, state = nnx.split(model)
+            whole = jax.tree_util.tree_map_with_path(
+                lambda path, a: put(
+                    a,
+                    next((c for name, c in cuts.items() if name in str(path)), P())
+                    if "kernel" in str(path)
+                    else P(),
+                ),
+                state,
+            )
+            model = nnx.merge(graph, whole)
+        optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+        step = training.make_train_step(square_loss, refresh_every=2)
+        losses = []
+        for x, y in batches:
+            pair = (put(x, P("data")), put(y, P("data"))) if sharded else (x, y)
+            losses.append(float(step(model, optimizer, pair)))
+        return losses, model
+
+    one, apart = train(False)
+    several, shared = train(True)
+    assert one[0] != one[-1]
+    np.testing.assert_allclose(several, one, rtol=2e-5)
+    assert shared.inner.kernel[...].sharding.spec == cuts["inner"]
+    for a, b in zip(
+        jax.tree.leaves(nnx.state(apart, nnx.Param)),
+        jax.tree.leaves(nnx.state(shared, nnx.Param)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-3, atol=1e-4)
+    exported = training.export(shared)
+    x = batches[0][0]
+    np.testing.assert_allclose(np.asarray(exported(x)), np.asarray(shared(x)), rtol=1e-4, atol=1e-4)

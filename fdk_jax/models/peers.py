@@ -24,6 +24,8 @@ from pallas_kernels.peer_sum import PeerSum
 from pallas_kernels.target import current
 
 _SWITCH = "FDK_JAX_PEER_SUMS"
+# Of JAX's, those whose memory the other GPUs of a process reach; the pools of `cuda_async` have access lists.
+_ALLOCATOR, _ALLOCATORS = "XLA_PYTHON_CLIENT_ALLOCATOR", ("default", "bfc", "platform")
 
 
 @functools.partial(
@@ -105,6 +107,8 @@ def unsupported_reason(parallel: Parallel, features: int) -> str | None:
     devices = list(parallel.mesh.devices.flat)
     if os.environ.get(_SWITCH) == "0":
         return f"{_SWITCH}=0"
+    if (allocator := os.environ.get(_ALLOCATOR, "default").lower()) not in _ALLOCATORS:
+        return f"{_ALLOCATOR}={allocator}: whether other GPUs reach its memory is not known"
     if devices[0].platform != "gpu":
         return f"the devices are of platform {devices[0].platform!r}, not GPUs"
     if not parallel.in_one_process:

@@ -1,0 +1,59 @@
+"""Which devices sum over each other's memory, and why others do not."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from fdk_jax import models
+from fdk_jax.models import fused_products, peers
+
+
+def _parallel(shape=(2,), names=("model",), **options):
+    count = int(np.prod(shape))
+    mesh = jax.make_mesh(shape, names, devices=jax.devices("cpu")[:count])
+    return models.Parallel(mesh, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("FDK_JAX_PEER_SUMS", "0", "FDK_JAX_PEER_SUMS=0"),
+        ("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async", "cuda_async"),
+        ("XLA_PYTHON_CLIENT_ALLOCATOR", "platform", "platform 'cpu', not GPUs"),
+    ],
+)
+def test_reasons(monkeypatch, name, value, reason):
+    monkeypatch.setenv(name, value)
+    assert reason in (peers.unsupported_reason(_parallel(), 256) or "")
+
+
+def test_devices_of_a_row_of_the_mesh_sum_up():
+    parallel = _parallel((2, 4), ("data", "model"), data="data")
+    groups = peers._groups(parallel)
+    assert groups.shape == (2, 4) and (groups == parallel.mesh.devices).all()
+    assert peers.specs(parallel) == P(("data", "model"))
+    turned = _parallel((4, 2), ("model", "data"), data="data")
+    assert (peers._groups(turned) == turned.mesh.devices.T).all()
+    assert peers.specs(_parallel()) == P(("model",))
+
+
+def test_mailboxes_and_where_they_are():
+    """On CPU devices, whose memory has addresses too."""
+    parallel = _parallel((2, 2), ("data", "model"), data="data")
+    made = peers.make(parallel, 64)
+    rows = np.asarray(made.addresses).reshape(4, 6)
+    for number, shard in enumerate(made.mailbox.addressable_shards):
+        group, rank = divmod(number, 2)
+        own = rows[number].view(np.uint64)
+        assert shard.device == parallel.mesh.devices[group, rank] and own[0] == rank
+        assert own[1 + rank] == shard.data.unsafe_buffer_pointer()
+        assert not np.asarray(shard.data).any()
+    assert (rows[0, 2:] == rows[1, 2:]).all() and (rows[2, 2:] == rows[3, 2:]).all()
+
+
+def test_without_peers_several_devices_have_no_plan_of_their_own():
+    config = models.ModelConfig(256, 128, 256, 2, 4, 2, 32)
+    model = models.random_model(config, bits=4, parallel=_parallel())
+    x = jax.ShapeDtypeStruct((1, 128), "bfloat16")
+    assert fused_products.choose(model.layers, model.norm, x) is None  # type: ignore[arg-type]
