@@ -7,7 +7,7 @@ BENCH_FLAGS ?=
 TEST_FLAGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: bench test test-long test-all architectures test-newest toolchains lint docs cpu clean fuzz matrix
+.PHONY: bench test test-long test-part test-all architectures test-newest toolchains lint docs cpu clean fuzz matrix
 
 # Builds the C++ library and its Python module for the environment $(1).
 define build_cpu
@@ -29,6 +29,12 @@ test: $(VENV)/.ready-dev
 # Single tests that take long as well, those of ARM and Android on an emulator among them: half an hour.
 test-long: test toolchains
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "long and not slow" $(TEST_FLAGS)
+
+# An eighth of the slow cases, another one for each commit.
+PART ?= $(shell expr $$(git rev-list --count HEAD 2>/dev/null || echo 0) % 8)/8
+test-part: $(VENV)/.ready-dev
+	$(call build_cpu,$(VENV))
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow --part $(PART) $(TEST_FLAGS)
 
 # All cases of every test, the types and the site.
 test-all: lint docs test-long

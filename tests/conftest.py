@@ -40,12 +40,13 @@ LONG_SECONDS = 4.0
 
 
 def pytest_addoption(parser) -> None:
-    """Adds `--write-long`, which brings the list of long tests up to date with the tests that run."""
+    """Adds `--write-long`, which brings the list of long tests up to date, and `--part`: a share of them."""
     parser.addoption("--write-long", action="store_true", help=f"rewrite tests/{LONG.name}")
+    parser.addoption("--part", help="K/N: only the K-th of N parts of the tests, from 0 on")
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """Marks tests by what they need, and all but some cases of those with many as slow."""
+def pytest_collection_modifyitems(config, items) -> None:
+    """Marks tests by what they need, and all but some cases of those with many as slow; picks a part."""
     cases = collections.defaultdict(list)
     long = set(_long_tests())
     for item in items:
@@ -61,6 +62,11 @@ def pytest_collection_modifyitems(items) -> None:
         alike.sort(key=lambda item: zlib.crc32(item.name.encode()))
         for item in alike[QUICK_CASES:]:
             item.add_marker(pytest.mark.slow)
+    if part := config.getoption("--part"):
+        number, count = map(int, part.split("/"))
+        if not 0 <= number < count:
+            raise pytest.UsageError(f"--part={part}: K must be from 0 to N - 1")
+        items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == number]
 
 
 def pytest_runtest_setup() -> None:
