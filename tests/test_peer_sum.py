@@ -139,4 +139,4 @@ def test_what_there_is_no_kernel_for(changes, reason):
     assert peer_sum.unsupported_reason(case, H200) is None
     other = dataclasses.replace(case, **changes)
     assert reason in (peer_sum.unsupported_reason(other, H200) or "")
-    assert "not known" in (peer_sum.unsupported_reason(case, Target(None, 1, 0, "other")) or "")
+    assert "not known" in (peer_sum.unsupported_reason(case, Target(None, 132, 0, "other")) or "")
