@@ -7,6 +7,7 @@ A table stands between `<!-- report: NAME -->` and `<!-- end -->`. Each shows th
 """
 
 import argparse
+import json
 import re
 import statistics
 import sys
@@ -105,6 +106,28 @@ def portable(found: Iterable[Row]) -> str:
     return "\n\n".join(texts) or "(No rows yet.)"
 
 
+def tuned(folder: Path = source.ROOT / "pallas_kernels") -> str:
+    """Microseconds by the tuning search of the kernels that older GPUs take, from the table that ships."""
+    found = json.loads((folder / "tuned.json").read_text(encoding="utf-8"))
+    found = [
+        r
+        for r in found
+        if _PRETENDS in r["device"]
+        and (r["n"], r["k"], r.get("uniform", False)) == (8192, 8192, False)
+    ]
+    tokens = sorted({r["m"] for r in found})
+    lines = []
+    for bits in sorted({r["bits"] for r in found}, reverse=True):
+        times = {r["m"]: r for r in found if r["bits"] == bits}
+        cells = [str(bits)]
+        for m in tokens:
+            row = times.get(m)
+            text = "" if row is None or row["us"] is None else f"{row['us']:.1f}"
+            cells.append(text + "*" * bool(text and row and row["kernel"] == "dequantise"))
+        lines.append(cells)
+    return table.markdown(["bits", *(f"m = {m}" for m in tokens)], lines)
+
+
 def _products(found: Iterable[Row]) -> list[Row]:
     return [r for r in found if r["suite"] == "kernels" and r.get("k") and r["dtype"] == "bfloat16"]
 
@@ -188,6 +211,7 @@ def scaling_variants(found: Iterable[Row]) -> str:
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels": kernels,
     "portable": portable,
+    "tuned": lambda _: tuned(),
     "kernels-spread": lambda found: kernels(found, spread=True),
     "models": models,
     "quality": quality,
