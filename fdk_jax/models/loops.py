@@ -158,8 +158,11 @@ def decode(
 
     def step(_, carry: _Carry) -> _Carry:
         cache, at, out = carry
-        logits, cache = model.decode(at.token, cache)
-        chosen = options.choose(logits, at.step, method, parallel)
+        if method.greedy:
+            chosen, cache = model.decode_best(at.token, cache)
+        else:
+            logits, cache = model.decode(at.token, cache)
+            chosen = options.choose(logits, at.step, method, parallel)
         token = jnp.where(at.done, at.token, chosen)
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, at.step - begin))
         return cache, Progress(token, at.done | options.is_stop(token), at.step + 1), out

@@ -31,7 +31,7 @@ _ALLOCATOR, _ALLOCATORS = "XLA_PYTHON_CLIENT_ALLOCATOR", ("default", "bfc", "pla
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["mailbox", "addresses"],
-    meta_fields=["devices"],
+    meta_fields=["devices", "features"],
 )
 @dataclasses.dataclass(frozen=True)
 class Peers:
@@ -41,15 +41,31 @@ class Peers:
         mailbox: uint32, of each device its own, which the others write to.
         addresses: uint32, of each device its number and where the mailboxes are.
         devices: that are summed over.
+        features: of the rows that are summed up.
     """
 
     mailbox: Array
     addresses: Array
     devices: int
+    features: int
 
-    def takes(self, x: Array) -> bool:
+    def takes(self, x: Array | jax.ShapeDtypeStruct) -> bool:
         """Whether rows like x [B, D] can be summed."""
-        return x.ndim == 2 and peer_sum.unsupported_reason(self._case(x), current()) is None
+        fits = x.ndim == 2 and x.shape[1] == self.features
+        return fits and peer_sum.unsupported_reason(self._case(x), current()) is None
+
+    def gather(self, x: Array, rank: Array) -> Array | None:
+        """Few columns [B, C] of all devices side by side: float32 [B, devices * C]; None if they do not fit.
+
+        `rank` is this device's number.
+        """
+        rows, columns = x.shape
+        row = jax.ShapeDtypeStruct((rows, self.features), jnp.float32)
+        if self.devices * columns > self.features or not self.takes(row):
+            return None
+        own = jnp.zeros(row.shape, row.dtype)
+        own = jax.lax.dynamic_update_slice(own, x.astype(row.dtype), (0, columns * rank))
+        return self.total(own)[:, : self.devices * columns]
 
     def total(self, x: Array) -> Array:
         """The sum of all devices' x [B, D]."""
@@ -64,7 +80,7 @@ class Peers:
         )
         return found[0], found[1]
 
-    def _case(self, x: Array) -> PeerSum:
+    def _case(self, x: Array | jax.ShapeDtypeStruct) -> PeerSum:
         rows, features = x.shape
         return PeerSum(self.devices, rows, features, x.dtype, x.dtype, normed=False)
 
@@ -92,7 +108,7 @@ def make(parallel: Parallel, features: int) -> Peers:
         group, rank = divmod(number, parallel.shards)
         own[:] = rank, *(found[device] for device in devices[group])
     placed = jax.device_put(addresses.view(np.uint32).reshape(-1), sharding)
-    return Peers(mailbox, placed, parallel.shards)
+    return Peers(mailbox, placed, parallel.shards, features)
 
 
 def _groups(parallel: Parallel) -> np.ndarray:

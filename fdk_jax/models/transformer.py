@@ -153,9 +153,35 @@ class Transformer(nnx.Module):
 
     def decode(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Reads one token a sequence: int [B] -> (logits float32 [B, V], the longer cache)."""
+        x, cache = self._step(tokens, cache)
+        return self._head(x), cache
+
+    def decode_best(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """Reads one token a sequence: int [B] -> (the tokens with the best logits int32 [B], the longer cache).
+
+        Of several devices each looks through its own part of the vocabulary.
+        """
+        x, cache = self._step(tokens, cache)
+        logits = self._own_logits(x)
+        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if self.parallel is None:
+            return best, cache
+        value = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
+        rank = jax.lax.axis_index(self.parallel.axis)
+        # Float32 holds the numbers of all tokens.
+        pair = jnp.stack([value, (best + rank * logits.shape[-1]).astype(jnp.float32)], axis=1)
+        pairs = None if self.peers is None else self.peers.gather(pair, rank)
+        if pairs is None:
+            pairs = jax.lax.all_gather(pair, self.parallel.axis, axis=1, tiled=True)
+        values, found = pairs[:, ::2], pairs[:, 1::2]
+        first = jnp.argmax(values, axis=1)  # of those that are alike, as in a row of all
+        return jnp.take_along_axis(found, first[:, None], axis=1)[:, 0].astype(jnp.int32), cache
+
+    def _step(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """The stream [B, D] after the last norm, and the longer cache."""
         x = self.embed(tokens)
         x, keys, values = decoding.step(self.layers, self.norm, x, cache, self.peers)
-        return self._head(x), KVCache(keys, values, cache.lengths + 1, cache.ends)
+        return x, KVCache(keys, values, cache.lengths + 1, cache.ends)
 
     def _run(
         self,
@@ -204,6 +230,14 @@ class Transformer(nnx.Module):
         return platforms.take_rows(table, tokens)
 
     def _head(self, x: Array) -> Array:
+        logits = self._own_logits(x)
+        if self.parallel is None:
+            return logits
+        axis = logits.ndim - 1
+        return jax.lax.all_gather(logits, self.parallel.axis, axis=axis, tiled=True)
+
+    def _own_logits(self, x: Array) -> Array:
+        """Those of this device's part of the vocabulary: [..., D] to float32 [..., V]."""
         head, cap = self.lm_head, self.config.logit_soft_cap
         if head is None:
             logits = platforms.linear_of_rows(x, self.embedding[...])
@@ -215,10 +249,7 @@ class Transformer(nnx.Module):
             logits = logits / self.config.logit_divisor
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)
-        if self.parallel is None:
-            return logits
-        axis = logits.ndim - 1
-        return jax.lax.all_gather(logits, self.parallel.axis, axis=axis, tiled=True)
+        return logits
 
 
 def shapes(config: ModelConfig, parallel: Parallel | None = None) -> Transformer:
