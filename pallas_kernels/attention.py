@@ -21,11 +21,6 @@ _BLOCK = 64  # keys a loop step reads
 _SPLIT = 512  # cache slots from which on another program pays (H200, 2026-11-23)
 
 
-_SHORT = (
-    1024  # cache slots up to which all programs of `short_attention` are done before others join
-)
-
-
 def supported(
     dtype: jax.typing.DTypeLike,
     cache_shape: tuple[int, ...],
@@ -92,7 +87,7 @@ def decode(
         arrays = qkv, cos, sin, lengths, keys, values, norms or ()
         shape = heads, kv_heads, dim, capacity, keys.dtype, eps
         short = short_attention.Case(*shape)
-        if window is None and capacity < _SHORT and short.supported(batch, gpu):
+        if window is None and capacity < short_attention.SLOTS and short.supported(batch, gpu):
             return short_attention.decode(short, *arrays, gpu)
         split = split_attention.Case(*shape, window)
         if split.supported(gpu):

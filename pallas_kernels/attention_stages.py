@@ -63,9 +63,16 @@ class AttentionWriter(Writer):
     sequence: Register
     length: Register
 
-    def __init__(self, case: AttentionCase, target: Target, *results: str) -> None:
-        self.case, self.ptx, self.row_bytes = case, Ptx(target), case.row_bytes
-        self.operands = self.ptx.operands(*case.operands(*results))
+    def __init__(
+        self,
+        case: AttentionCase,
+        target: Target,
+        *results: str,
+        ptx: Ptx | None = None,
+        operands: dict[str, Register] | None = None,
+    ) -> None:
+        self.case, self.ptx, self.row_bytes = case, ptx or Ptx(target), case.row_bytes
+        self.operands = operands or self.ptx.operands(*case.operands(*results))
 
     def load_length(self) -> None:
         """Loads the number of tokens in the cache. A full cache loses its last token."""

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import integer, mailbox, ring, ring_product, stream, xla_call
+from pallas_kernels import mailbox, ring, ring_arithmetic, xla_call
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.ptx import Ptx
 from pallas_kernels.ring_launch import Launch
@@ -31,14 +31,6 @@ _GATED = 1  # the index of gate and up
 _ALIKE = ("bits", "scale_dtype", "group_size")  # in all products: a slot of the ring is of any
 _PEERS = ("mailbox", "addresses")
 _RESIDUAL = (0, 2)  # the indices of the products whose outputs are added to the residual stream
-
-
-_WORKERS = {1: 22, 2: 16, 4: 24, 8: 24}  # by bits; on an H100
-
-
-def config(bits: int, target: Target) -> ring.Config:
-    """W and P for a GPU, of which each multiprocessor has a program."""
-    return ring.Config(_WORKERS[bits], target.multiprocessors)
 
 
 class Outputs(NamedTuple):
@@ -107,11 +99,7 @@ def unsupported_reason(
             case.codebooks > 1 and (case.codebooks % runs or case.n // case.codebooks % 16)
         ):
             return f"{case.codebooks} codebooks and {runs} runs of {case.n} rows are not of whole tiles"
-        reason = (
-            integer.unsupported_product(case, config.workers)
-            if case.bits == 1
-            else stream.unsupported_product(case, config.workers, config.programs)
-        )
+        reason = ring_arithmetic.unsupported_product(case, config.workers, config.programs)
         if reason is not None:
             return reason
     around = cases(products, (0.0, 0.0), config, target, devices)
@@ -202,12 +190,8 @@ def _operands(products: Sequence[Case], config: ring.Config, target: Target) -> 
     return [*names, *outputs(products, config, target)]
 
 
-def _arithmetic(case: Case) -> type[ring_product.Product]:
-    return integer.Product if case.bits == 1 else stream.Product
-
-
 def _plan(case: Case, config: ring.Config, index: int) -> ProductPlan:
-    return _arithmetic(case).plan_class(
+    return ring_arithmetic.of(case, config.workers).plan_class(
         case=case,
         workers=config.workers,
         programs=config.programs,
@@ -240,5 +224,6 @@ def _writer(products: Sequence[Case], config: ring.Config, target: Target) -> La
         ]
         if case.residual:
             found |= peers
-        writers.append(_arithmetic(case)(plan.products[index], target, ptx, found))
+        arithmetic = ring_arithmetic.of(case, config.workers)
+        writers.append(arithmetic(plan.products[index], target, ptx, found))
     return Launch(plan, writers, operands["counters"])

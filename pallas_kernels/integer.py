@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import decoding, ring, ring_product
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
+from pallas_kernels.outputs import Load
 from pallas_kernels.ptx import over_lanes
 from pallas_kernels.registers import Memory, Register, at, vector, wide
 from pallas_kernels.ring_plan import CODES, ProductPlan, unsupported_groups
@@ -33,7 +34,8 @@ from pallas_kernels.target import Target
 PLANES = 4  # of which an operand has codes
 LEAST_GROUP = PLANE // 2  # the least group
 MULTIPLY = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
-_X = 1024  # bytes of a block of x
+_CHUNK = 512  # x that a warp makes integers of at a time: two fours of planes
+_X = 1024  # bytes of these
 INTEGERS = 1024  # bytes of the integers of four planes of x: 8 words a lane
 _CODEBOOK_BYTES = 8  # bytes of a codebook's first value and the step to the second
 _LARGEST = 32512.0  # of the integers: its high byte, rounded, is 127
@@ -91,13 +93,22 @@ class Plan(ProductPlan):
         """Shared memory of a plane's scale of x and sums of x."""
         return 8 * self.parts
 
+    @property
+    def fours(self) -> int:
+        """Fours of planes of a block."""
+        return self.case.planes // PLANES
+
+    @property
+    def chunks(self) -> int:
+        """Parts of a token's x that a warp makes integers of at a time."""
+        return self.case.blocks * self.case.span // _CHUNK
+
     def areas(self) -> dict[str, int]:
         """Integers, scales and sums of x, and codebooks."""
-        case = self.case
         return {
-            "integers": case.blocks * 2 * INTEGERS,
-            "plane_sums": case.blocks * 2 * PLANES * self.sums_bytes,
-            self.codebooks_name: case.codebooks * _CODEBOOK_BYTES,
+            "integers": self.chunks * 2 * INTEGERS,
+            "plane_sums": self.chunks * 2 * PLANES * self.sums_bytes,
+            self.codebooks_name: self.case.codebooks * _CODEBOOK_BYTES,
         }
 
 
@@ -122,31 +133,46 @@ class Product(ring_product.Product):
         """Makes integers of x, a block a warp at a time."""
         ptx, case = self.ptx, self.case
         self.infinite = ptx.register("pred")
-        # Planes 0 and 1 of four have the even bytes of an operand, planes 2 and 3 the odd ones.
-        self.upper = (self.row & 2).ne(0)
-        self.bytes = ptx.op("selp.b32", "0xFF00FF00", "0x00FF00FF", self.upper)
+        self._locate_bytes()
         address = (
-            self.operands["x"] + self.warp * _X + self.row * (2 * PLANE) + self.thread_in_group * 16
+            self._row("x") + self.warp * _X + self.row * (2 * PLANE) + self.thread_in_group * 16
         )
-        rows = case.blocks * case.m  # of x, 512 each: those of a token follow each other
+        rows = self.plan.chunks * case.m  # of x, 512 each: those of a token follow each other
         rounds = -(-rows // self.workers)
         for first in range(0, rounds, 3):
             here = range(first, min(first + 3, rounds))
             blocks = [self.warp + i * self.workers for i in here]
             in_bounds = [b < rows for b in blocks]
             pairs = [ptx.registers("b32", 8) for _ in here]
+            loads = []
             for i, registers, guard in zip(here, pairs, in_bounds, strict=True):
                 for half in range(2):
                     source = at(address, i * self.workers * _X + half * PLANE)
-                    part = vector(registers[4 * half : 4 * half + 4])
-                    ptx.do(f"{self.load_opcode}.v4.b32", part, source, when=guard)
+                    loads.append(Load(registers[4 * half : 4 * half + 4], source, guard))
+                    self._load(loads[-1])
             if not first:
                 meanwhile()
+            self._settle(loads)
             for i, registers, block, guard in zip(here, pairs, blocks, in_bounds, strict=True):
                 ptx.do("bra", f"fdk_no_x_{i}", when=~guard)
                 halves = (decoding.unpack(ptx, pair, case.x_dtype) for pair in registers)
                 self._prepare_block([x for half in halves for x in half], block, f"{i}")
                 ptx.label(f"fdk_no_x_{i}")
+
+    def _locate_bytes(self) -> None:
+        """Which bytes of an operand are of the plane that the lane's row counts.
+
+        Planes 0 and 1 of four have the even bytes, planes 2 and 3 the odd ones.
+        """
+        self.upper = (self.row & 2).ne(0)
+        self.bytes = self.ptx.op("selp.b32", "0xFF00FF00", "0x00FF00FF", self.upper)
+
+    # How the two integers of a register of B lie there, each twice: their high bytes, their low ones.
+    selectors = "0x5511", "0x4400"
+
+    def paired(self, x: list[Register]) -> list[tuple[Register, Register]]:
+        """The lane's x in pairs, one for each register of B: the second of two pairs are a quarter."""
+        return list(zip(x[::2], x[1::2], strict=True))
 
     def load_codebooks(self) -> Callable[[], None]:
         """Loads of each codebook the first value and the step to the second one."""
@@ -176,18 +202,17 @@ class Product(ring_product.Product):
         ptx, parts = self.ptx, self.plan.parts
         scale, inverses = self._scale_of(x, name)
         high, low, sums = [], [], [ptx.op("mov.u32", 0) for _ in range(2 * parts)]
-        for i in range(8):
+        for i, pair in enumerate(self.paired(x)):
             part = i * parts // 8
             values = [
-                ptx.op("fma.rn.f32", value, inverses[i % 2], _MAGIC, kind="b32")
-                for value in x[2 * i : 2 * i + 2]
+                ptx.op("fma.rn.f32", value, inverses[i % 2], _MAGIC, kind="b32") for value in pair
             ]
             for value in values:
                 sums[2 * part + i % 2] = sums[2 * part + i % 2] + value
             # A byte of two integers, each twice.
-            both = ptx.op("prmt.b32", *values, "0x5511")
+            both = ptx.op("prmt.b32", *values, self.selectors[0])
             high.append(self._of_plane(both))
-            both = ptx.op("prmt.b32", *values, "0x4400")
+            both = ptx.op("prmt.b32", *values, self.selectors[1])
             both = both ^ "0x80808080"
             low.append(self._of_plane(both))
         self._store_integers(block, high, low)
@@ -264,14 +289,20 @@ class Product(ring_product.Product):
         codes = (self.warp * CODES).low()
         self.codes = codes + self.lane * 16
         self.scales = self._scale_addresses()
-        # The lane's columns are those of a plane; the codes of planes 1 and 3 stand four bits higher.
-        self.higher = (self.thread_in_group & 1).ne(0)
-        self.unit = ptx.op("selp.f32", 1 / 16, 1.0, self.higher)
+        self._locate_sums()
         self.zero = ptx.op("mov.u32", 0)
         address = self.shared + self.warp * (4 * TILE_ROWS) + self.row * 8
         self.partial = address + self.thread_in_group * 4
         self.keeps = self.thread_in_group < 2
         self.first, *self.steps = ptx.registers("f32", 3)
+
+    def _locate_sums(self) -> None:
+        """Which of the two sums the lane's columns are in, those of a plane.
+
+        The codes of planes 1 and 3 stand four bits higher.
+        """
+        self.higher = (self.thread_in_group & 1).ne(0)
+        self.unit = self.ptx.op("selp.f32", 1 / 16, 1.0, self.higher)
 
     def _scale_addresses(self) -> Register:
         """Where in a slot the scales of this lane's plane of the first four are."""
@@ -312,10 +343,11 @@ class Product(ring_product.Product):
     def load_x(self, block: Register) -> None:
         """The integers of both fours of planes of x, their scales and sums."""
         ptx, sums_bytes = self.ptx, self.plan.sums_bytes
-        integers = self.integers + block * (2 * INTEGERS)
-        sums = self.plane_sums + block * (2 * PLANES * sums_bytes)
+        fours = self.plan.fours
+        integers = self.integers + block * (fours * INTEGERS)
+        sums = self.plane_sums + block * (fours * PLANES * sums_bytes)
         self.x = []
-        for half in range(2):
+        for half in range(fours):
             plane_sums = ptx.registers("b32", sums_bytes // 4)
             address = at(sums, self.offsets["plane_sums"] + half * PLANES * sums_bytes)
             width, values = wide(plane_sums)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import chain, choice, gather, matvec, ring, target
+from pallas_kernels import chain, choice, gather, matvec, ring, ring_arithmetic, target
 from pallas_kernels.case import Arrays, Case
 
 
@@ -199,10 +199,10 @@ def chain_plan(
         devices: over which the two sums are.
     """
     gpu = target.current()
-    config = chain.config(weights[0][1]["bits"], gpu)
     if any(arrays.x.shape[0] > 1 for arrays, _ in weights):
         return None
     products = [Case.of(arrays, **weight) for arrays, weight in weights]
+    config = ring_arithmetic.config(products, gpu)
     reason = chain.unsupported_reason(products, config, gpu, devices)
     return None if reason else (products, config)
 

@@ -4,11 +4,22 @@ A norm needs the mean square of all of a sum, which no program of the launch tha
 with a residual leaves the squares in parts, and the next one divides its results by the root of their mean.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from pallas_kernels import decoding
 from pallas_kernels.case import Case
 from pallas_kernels.ptx import Ptx, Writer, load_float, over_lanes, store_float
-from pallas_kernels.registers import Register, at
+from pallas_kernels.registers import Memory, Register, at, wide
 from pallas_kernels.target import Target
+
+
+class Load(NamedTuple):
+    """A load of an input: its registers, from where, and under which predicate."""
+
+    registers: list[Register]
+    source: Memory
+    when: Register | None = None
 
 
 class OutputWriter(Writer):
@@ -31,18 +42,33 @@ class OutputWriter(Writer):
         """Names of the kernel's operands and results, in order."""
         return self.case.operands
 
+    def _row(self, name: str) -> Register:
+        """The address of an input that another product may have left."""
+        return self.operands[name]
+
+    def _load(self, load: Load) -> None:
+        """Starts to load a part of such an input."""
+        width, registers = wide(load.registers)
+        kind = "f32" if load.registers[0].kind == "f32" else "b32"
+        self.ptx.do(f"{self.load_opcode}{width}.{kind}", registers, load.source, when=load.when)
+
+    def _settle(self, loads: Sequence[Load]) -> None:
+        """What is to be done before what was loaded is used: nothing, if it was there."""
+
     def _add_squares(self, warp: int, offset: int) -> None:
         """Adds the squares that the launch before this one has left: a warp does, into shared memory."""
         ptx, count = self.ptx, self.case.squares
         is_owner = self.warp.eq(warp)
         ptx.do("bra", "fdk_no_squares", when=~is_owner)
-        total = ptx.zero()
-        address = self.operands["squares"] + self.lane * 4
+        total, loads = ptx.zero(), []
+        address = self._row("squares") + self.lane * 4
         parts = ptx.registers("f32", -(-count // 32))
         for i, part in enumerate(parts):
             ptx.do("mov.f32", part, 0.0)
             in_bounds = self.lane < min(count - 32 * i, 32)
-            ptx.do(f"{self.load_opcode}.f32", part, at(address, 128 * i), when=in_bounds)
+            loads.append(Load([part], at(address, 128 * i), in_bounds))
+            self._load(loads[-1])
+        self._settle(loads)
         for part in parts:
             ptx.do("add.f32", total, total, part)
         total = over_lanes(ptx, "add.f32", total)
@@ -82,6 +108,10 @@ class OutputWriter(Writer):
         ptx.do("fma.rn.f32", squares, total, total, squares)
         scaled = total * scale
         self._store(scaled, row, "scaled")
+        self._keep_sum(total, row)
+
+    def _keep_sum(self, total: Register, row: Register) -> None:
+        """Stores the residual stream after a product."""
         self._store(total, row, "sum")
 
     def _store(
@@ -100,8 +130,16 @@ class OutputWriter(Writer):
         ptx = self.ptx
         total = over_lanes(ptx, "add.f32", total)
         part = self.warp + ptx.op("mov.u32", "%ctaid.x") * warps
-        address = self.operands["squares_out"] + part * 4
-        first = self.lane.eq(0)
-        writer = ptx.op("selp.b32", self.warp, warps, first)
-        in_bounds = writer < warps
+        self._store_part(part, total, warps)
+
+    def _store_part(self, part: Register, total: Register, warps: int) -> None:
+        """The first lanes of the warps with outputs store a sum of squares."""
+        ptx, address = self.ptx, self.operands["squares_out"] + part * 4
+        in_bounds = self._stores_part(warps)
         ptx.do("st.global.f32", at(address), total, when=in_bounds)
+
+    def _stores_part(self, warps: int) -> Register:
+        """Whether this is the first lane of a warp with outputs."""
+        first = self.lane.eq(0)
+        writer = self.ptx.op("selp.b32", self.warp, warps, first)
+        return writer < warps

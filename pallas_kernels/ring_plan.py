@@ -136,10 +136,16 @@ class LaunchPlan:
     Attributes:
         products: with the same W, P and bytes of a slot.
         capacity: shared memory that a program may have.
+        others: areas of what else the launch computes, or needs more of: names and bytes.
+        rounds: how often it runs the products one after another.
+        signals: barriers at which the producer waits for a product's outputs.
     """
 
     products: tuple[ProductPlan, ...]
     capacity: int
+    others: tuple[tuple[str, int], ...] = ()
+    rounds: int = 1
+    signals: int = 1
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
@@ -151,6 +157,8 @@ class LaunchPlan:
                 areas["peers"] = 8 * (1 + product.case.devices)
             for name, size in areas.items():
                 sizes[name] = max(sizes.get(name, 0), size)
+        for name, size in self.others:
+            sizes[name] = max(sizes.get(name, 0), size)
         return sizes
 
     @functools.cached_property
@@ -171,8 +179,9 @@ class LaunchPlan:
     def slots(self) -> int:
         """As many as the capacity holds, at most what a program fills; two at least."""
         slot_bytes = self.products[0].slot_bytes + BARRIERS
-        free = (self.capacity - self.ring_start - BARRIER) // slot_bytes
-        return max(2, min(free, sum(product.slots for product in self.products)))
+        free = (self.capacity - self.ring_start - BARRIER * self.signals) // slot_bytes
+        filled = self.rounds * sum(product.slots for product in self.products)
+        return max(2, min(free, filled))
 
     @property
     def barriers(self) -> int:
@@ -181,10 +190,10 @@ class LaunchPlan:
 
     @property
     def signalled(self) -> int:
-        """Where the barrier is at which the producer waits for a product's outputs."""
+        """Where the first barrier is at which the producer waits for a product's outputs."""
         return self.barriers + self.slots * BARRIERS
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
-        return self.signalled + BARRIER
+        return self.signalled + self.signals * BARRIER

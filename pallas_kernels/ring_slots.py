@@ -33,7 +33,9 @@ class Ring:
         """Makes the barriers: a slot is full when its bytes are there, empty when each warp has arrived."""
         ptx, fillers = self.ptx, 1 if self.bulk else 32
         first = None if self.bulk else self.is_first_lane
-        ptx.do("mbarrier.init.shared::cta.b64", at(shared, self.plan.signalled), 1, when=first)
+        for signal in range(self.plan.signals):
+            barrier = at(shared, self.plan.signalled + signal * BARRIER)
+            ptx.do("mbarrier.init.shared::cta.b64", barrier, 1, when=first)
         for slot in range(self.plan.slots):
             full = at(shared, self.plan.barriers + slot * BARRIERS)
             empty = at(shared, self.plan.barriers + slot * BARRIERS + BARRIER)

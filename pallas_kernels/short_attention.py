@@ -7,9 +7,13 @@ the same keys, which is cheap as long as all programs run at once.
 
 Glossary: see `attention`. W warps take every W-th slot of a block of the cache; a lane has E = D / 32
 neighbours of a head, and the lane 16 away has RoPE's other halves of the pairs.
+
+`Head` writes the stages, for a launch of its own here and as a part of a launch of whole layers in `layers`.
 """
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +25,9 @@ from pallas_kernels.ptx import over_lanes, store_float
 from pallas_kernels.registers import Register, at, vector, wide
 from pallas_kernels.target import Target
 
+SLOTS = 1024  # of a cache, below which all programs of such a launch are done before others join
 _WARPS = 8
 _BLOCK = 64  # slots that a program reads at a time
-_SLOTS = _BLOCK // _WARPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,30 +85,58 @@ def source(case: Case, target: Target) -> str:
     return _Kernel(case, target).write()
 
 
-class _Kernel(AttentionWriter):
-    """Writes the kernel: `write` is its stages in order."""
+def shared_bytes(case: Case, warps: int) -> int:
+    """Shared memory of the warps' sums."""
+    return warps * 4 * (case.dim + 2)
+
+
+class _Token(NamedTuple):
+    """Registers of the new token: query and key, with the other halves of the lane's pairs each, and value."""
+
+    heads: list[list[list[Register]]]
+    value: list[Register]
+
+
+class _Beside(NamedTuple):
+    """Registers of what comes with it: cosines and sines, and scales of norms like `heads`."""
+
+    cos: list[Register]
+    sin: list[Register]
+    norms: list[list[list[Register]]]
+
+
+class Head(AttentionWriter):
+    """Writes the stages of a program's head.
+
+    Attributes:
+        warps: W.
+        offset: where in shared memory the warps' sums are.
+        head, kv_head: registers with the program's query head and the key-value head that it reads.
+    """
 
     case: Case
+    warps = _WARPS
+    offset = 0
 
-    def __init__(self, case: Case, target: Target) -> None:
-        super().__init__(case, target, "mixed", "keys_out", "values_out")
+    def locate(self, head: Register, sequence: Register) -> None:
+        """Registers for the head and the sequence that the program has."""
+        self.head, self.sequence = head, sequence
+        self.kv_head = head // (self.case.heads // self.case.kv_heads)
 
-    def write(self) -> str:
-        ptx, case = self.ptx, self.case
-        ptx.share(_WARPS * 4 * (case.dim + 2))
-        ptx.comment("locate and load: the head, and the first keys and values")
-        self._locate_lane()
-        self.head, self.sequence = (ptx.op("mov.u32", f"%ctaid.{axis}") for axis in "xy")
-        self.kv_head = self.head // (case.heads // case.kv_heads)
-        addresses = [self._cache(name, self.warp) for name in ("keys", "values")]
-        block = [self._load_slots(address) for address in addresses]
-        ptx.comment("token: norms, RoPE, its key and value into the cache")
-        query = self._new_token()
-        ptx.comment("multiply: scores, softmax and values, a block of the cache at a time")
-        self._mix(addresses, block, query)
-        ptx.comment("reduce and store: the warps' sums through shared memory")
-        self._join()
-        return ptx.text()
+    @functools.cached_property
+    def lanes(self) -> tuple[Register, Register]:
+        """This lane, and the one with the other halves of its pairs."""
+        return self.lane, self.lane ^ 16
+
+    def load_cache(self) -> None:
+        """Asks for the first keys and values, which the new token does not change."""
+        self.addresses = [self._cache(name, self.warp) for name in ("keys", "values")]
+        self.block = [self._load_slots(address) for address in self.addresses]
+
+    def mix(self, query: list[Register]) -> None:
+        """Adds the tokens before the new one to the warp's sums."""
+        self.ptx.comment("multiply: scores, softmax and values, a block of the cache at a time")
+        self._mix(self.addresses, self.block, query)
 
     # Addresses and loads
 
@@ -130,21 +162,26 @@ class _Kernel(AttentionWriter):
     ) -> list[list[Register]]:
         """The warp's slots of a block, or those of them that are there."""
         return [
-            self._load(address, i * _WARPS * self.row_bytes, in_bounds[i] if in_bounds else None)
-            for i in range(_SLOTS)
+            self._load(
+                address, i * self.warps * self.row_bytes, in_bounds[i] if in_bounds else None
+            )
+            for i in range(_BLOCK // self.warps)
         ]
 
     # The new token
 
-    def _new_token(self) -> list[Register]:
+    def load_beside(self) -> _Beside:
+        """Loads what does not depend on the token: angles, norms, and how long the cache is."""
+        cos, sin = (self._load_angles(name) for name in ("cos", "sin"))
+        names = ("q_norm", "k_norm") if self.case.norm_eps is not None else ()
+        norms = [self._load_norm(name, self.lanes) for name in names]
+        self.load_length()
+        return _Beside(cos, sin, norms)
+
+    def start(self, token: _Token, beside: _Beside) -> list[Register]:
         """Keeps the new key and value, begins this warp's sums, and returns the query."""
         ptx, case = self.ptx, self.case
-        lanes = self.lane, self.lane ^ 16
-        heads, value = self._load_token(lanes)
-        cos, sin = (self._load_angles(name) for name in ("cos", "sin"))
-        norms = [self._load_norm(name, lanes) for name in self.operands if name.endswith("_norm")]
-        self.load_length()
-
+        (heads, value), (cos, sin, norms) = token, beside
         values = [[self.unpack(words) for words in head] for head in heads]
         if norms:
             values = [self._norm(*pair) for pair in zip(values, norms, strict=True)]
@@ -171,18 +208,25 @@ class _Kernel(AttentionWriter):
         )
         return query
 
-    def _load_token(
-        self, lanes: tuple[Register, Register]
-    ) -> tuple[list[list[list[Register]]], list[Register]]:
-        """Query and key, each with the other halves of the lane's pairs, and the value."""
-        case, row = self.case, self.row_bytes
-        features = case.heads + 2 * case.kv_heads
-        token = (self.sequence * (features * row)).wide() + self.operands["qkv"]
+    def load_token(self) -> _Token:
+        """Loads the new token's query, key and value."""
+        case, row, lanes = self.case, self.row_bytes, self.lanes
+        token = self._token_row()
         heads = [token + head * row for head in (self.head, self.kv_head)]
         addresses = [[head + lane * (2 * self.case.each) for lane in lanes] for head in heads]
-        query = [self._load(address) for address in addresses[0]]
-        key = [self._load(address, case.heads * row) for address in addresses[1]]
-        return [query, key], self._load(addresses[1][0], (case.heads + case.kv_heads) * row)
+        query = [self._load_part(address) for address in addresses[0]]
+        key = [self._load_part(address, case.heads * row) for address in addresses[1]]
+        value = self._load_part(addresses[1][0], (case.heads + case.kv_heads) * row)
+        return _Token([query, key], value)
+
+    def _token_row(self) -> Register:
+        """The address of the token's queries, keys and values."""
+        features = self.case.heads + 2 * self.case.kv_heads
+        return (self.sequence * (features * self.row_bytes)).wide() + self.operands["qkv"]
+
+    def _load_part(self, address: Register, offset: int = 0) -> list[Register]:
+        """Words of a lane's neighbours in the token's row."""
+        return self._load(address, offset)
 
     def _load_angles(self, name: str) -> list[Register]:
         """Cosines or sines of the lane's pairs."""
@@ -222,7 +266,7 @@ class _Kernel(AttentionWriter):
         """A warp of the first of the heads that share them writes the new key and value into the cache."""
         ptx, case = self.ptx, self.case
         rank = self.head - self.kv_head * (case.heads // case.kv_heads)
-        rank = self.warp + rank * _WARPS
+        rank = self.warp + rank * self.warps
         keeps = rank.eq(1)
         for name, words in (("keys_out", key), ("values_out", value)):
             address = self._cache(name, self.length)
@@ -256,7 +300,7 @@ class _Kernel(AttentionWriter):
 
     def _are_in_bounds(self, slot: Register) -> list[Register]:
         """Which of the warp's slots of a block hold a token."""
-        slots = [slot + i * _WARPS for i in range(_SLOTS)]
+        slots = [slot + i * self.warps for i in range(_BLOCK // self.warps)]
         return [slot < self.length for slot in slots]
 
     def _add(self, keys, values, in_bounds: list[Register], query: list[Register]) -> None:
@@ -279,34 +323,65 @@ class _Kernel(AttentionWriter):
 
     # The end
 
-    def _join(self) -> None:
-        """Joins the warps' sums and writes the head's output."""
-        ptx, case, row = self.ptx, self.case, 4 * self.case.dim
+    def store_sums(self) -> None:
+        """Stores the warp's sums where `join_sums` reads them, once all warps have."""
+        ptx, row = self.ptx, 4 * self.case.dim
         address = self.shared + self.warp * row + self.lane * (4 * self.case.each)
         for i in range(0, self.case.each, 4):
             width, part = wide(self.sums[i : i + 4])
-            ptx.do(f"st.shared{width}.b32", at(address, 4 * i), part)
+            ptx.do(f"st.shared{width}.b32", at(address, self.offset + 4 * i), part)
         address = self.shared + self.warp * 8
         first = self.lane.eq(0)
         pair = vector([self.peak, self.total])
-        ptx.do("st.shared.v2.b32", at(address, _WARPS * row), pair, when=first)
-        ptx.do("barrier.sync", 0)
+        ptx.do("st.shared.v2.b32", at(address, self.offset + self.warps * row), pair, when=first)
+
+    def join_sums(self) -> None:
+        """Joins the warps' sums and writes the head's output."""
+        ptx, case, row = self.ptx, self.case, 4 * self.case.dim
         outside = self.thread >= case.dim
         ptx.do("bra", "fdk_end", when=outside)
         address = self.shared + self.thread * 4
         peaks, totals, sums = [], [], []
-        for warp in range(_WARPS):
+        for warp in range(self.warps):
             pair = ptx.registers("f32", 2)
-            source = at(self.shared, _WARPS * row + 8 * warp)
+            source = at(self.shared, self.offset + self.warps * row + 8 * warp)
             ptx.do("ld.shared.v2.b32", vector(pair), source)
             peaks.append(pair[0])
             totals.append(pair[1])
-            sums.append(ptx.op("ld.shared.f32", at(address, warp * row)))
+            sums.append(ptx.op("ld.shared.f32", at(address, self.offset + warp * row)))
         _, shares = self.shares(peaks)
         total, value = self.dot(shares, totals), self.dot(shares, sums)
         inverse = ptx.op("rcp.approx.f32", total)
         value = value * inverse
-        row = self.head + self.sequence * case.heads
-        output = self.operands["mixed"] + row * self.row_bytes + self.thread * 2
-        store_float(ptx, output, value, case.dtype)
+        self._store_output(value)
         ptx.label("fdk_end")
+
+    def _store_output(self, value: Register) -> None:
+        """Stores the thread's element of the head's output."""
+        row = self.head + self.sequence * self.case.heads
+        output = self.operands["mixed"] + row * self.row_bytes + self.thread * 2
+        store_float(self.ptx, output, value, self.case.dtype)
+
+
+class _Kernel(Head):
+    """Writes the kernel: `write` is its stages in order."""
+
+    def __init__(self, case: Case, target: Target) -> None:
+        super().__init__(case, target, "mixed", "keys_out", "values_out")
+
+    def write(self) -> str:
+        ptx, case = self.ptx, self.case
+        ptx.share(shared_bytes(case, _WARPS))
+        ptx.comment("locate and load: the head, and the first keys and values")
+        self._locate_lane()
+        self.locate(*(ptx.op("mov.u32", f"%ctaid.{axis}") for axis in "xy"))
+        self.load_cache()
+        ptx.comment("token: norms, RoPE, its key and value into the cache")
+        token = self.load_token()
+        beside = self.load_beside()
+        self.mix(self.start(token, beside))
+        ptx.comment("reduce and store: the warps' sums through shared memory")
+        self.store_sums()
+        ptx.do("barrier.sync", 0)
+        self.join_sums()
+        return ptx.text()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import decoding, ring_product
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
+from pallas_kernels.outputs import Load
 from pallas_kernels.registers import Register, at, vector, wide
 from pallas_kernels.ring_plan import CODES, ProductPlan, unsupported_groups
 
@@ -159,7 +160,7 @@ class Product(ring_product.Product):
         """Copies x."""
         ptx, threads = self.ptx, 32 * self.workers
         count = self.case.blocks * self.case.span // 8
-        address = self.operands["x"] + self.thread * 16
+        address = self._row("x") + self.thread * 16
         target = self.shared + self.thread * 16
         starts = range(0, count, threads)
         for first in range(0, len(starts), _AT_ONCE):
@@ -167,16 +168,12 @@ class Product(ring_product.Product):
             for start in starts[first : first + _AT_ONCE]:
                 in_bounds = self.thread < min(count - start, threads)
                 words = ptx.registers("b32", 4)
-                ptx.do(
-                    f"{self.load_opcode}.v4.b32",
-                    vector(words),
-                    at(address, 16 * start),
-                    when=in_bounds,
-                )
-                loads.append((start, words, in_bounds))
+                loads.append(Load(words, at(address, 16 * start), in_bounds))
+                self._load(loads[-1])
             if not first:
                 meanwhile()
-            for start, words, in_bounds in loads:
+            self._settle(loads)
+            for start, (words, _, in_bounds) in zip(starts[first:], loads, strict=False):
                 stored = at(target, self.offsets["x"] + 16 * start)
                 ptx.do("st.shared.v4.b32", stored, vector(words), when=in_bounds)
 

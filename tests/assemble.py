@@ -33,8 +33,10 @@ from pallas_kernels import (
     chain,
     choice,
     dequantise,
+    layers,
     peer_sum,
     ring,
+    ring_arithmetic,
     short_attention,
     split_attention,
     stream,
@@ -49,7 +51,8 @@ ARCHITECTURES = (
     *("sm_100", "sm_103", "sm_110", "sm_120", "sm_121"),
 )
 # Bytes that kernels spill outside of their loops: chains of 4 bits by 24 warps of 72 registers; one of `wgmma`;
-# products whose warps have just the registers that they need; sums of 16384 values over eight devices.
+# layers, whose attention has as many warps as the products; products whose warps have just the registers that
+# they need; sums of 16384 values over eight devices.
 SPILLS = {
     "chain": 16,
     "peer sum": 48,
@@ -58,9 +61,9 @@ SPILLS = {
     "matvec+sum": 8,
     "mma": 32,
     "stream": 8,
+    "layers": 288,
 }
 _TOKENS = (1, 4, 16, 32, 64, 128, 256)
-_OPERANDS = 40  # at least as many as any kernel has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +129,9 @@ def kernels(
         if source in seen or ("wgmma." in source and architecture == "sm_90"):
             continue
         seen.add(source)
+        operands = max(int(number) for number in re.findall(r"\$(\d+)", source))
         entry = xla_call.entry(
-            source, f"k{len(seen)}", target, operands=_OPERANDS, threads=32 * warps
+            source, f"k{len(seen)}", target, operands=operands, threads=32 * warps
         )
         if architecture == "sm_90":
             entry = entry.replace(".target sm_90a", ".target sm_90")
@@ -207,11 +211,15 @@ def _chains(bits, uniform, target, quick) -> Iterator[tuple[str, str, str, int]]
     for hidden, inner, qkv in ((4096, 14336, 6144), (3072, 8192, 5120))[: 1 if quick else 2]:
         shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (qkv, hidden)]
         products = [golden.case(1, n, k, bits, uniform) for n, k in shapes]
-        config = chain.config(bits, target)
+        config = ring_arithmetic.config(products, target)
         if chain.unsupported_reason(products, config, target) is None:
             cases = chain.cases(products, (1e-5, 1e-5), config, target)
             source = chain.source(cases, config, target)
             yield "chain", f"{bits} {uniform=} {hidden}", source, config.warps
+        for norms in (False,) if quick else (False, True):
+            plan = golden.plan_of_layers(bits, uniform, hidden, inner, qkv, norms, target)
+            if layers.unsupported_reason(plan) is None:
+                yield "layers", f"{bits} {uniform=} {hidden}", layers.source(plan), config.warps
         # Half of each matrix on each of two devices.
         shapes = [(hidden, hidden // 2), (inner, hidden), (hidden, inner // 2), (qkv // 2, hidden)]
         products = [golden.case(1, n, k, bits, uniform) for n, k in shapes]

@@ -48,8 +48,9 @@ def _product(weights, index, x, reading, inverse=1.0):
     return x @ weights[index][2][reading].T * inverse + weights[index][3]
 
 
-def _inverse(total, index):
-    return 1 / np.sqrt(np.mean(total**2) + EPS[index])
+def inverse_norm(total, eps):
+    """One over the root of a row's mean square."""
+    return 1 / np.sqrt(np.mean(total**2) + eps)
 
 
 def check(found, weights, x, residual, scales, between=None):
@@ -64,7 +65,7 @@ def check(found, weights, x, residual, scales, between=None):
     def error(reading):
         """By the norm: all is read in one way, as the kernels do."""
         total = rounded(_exact(residual) + _product(weights, 0, _exact(x), reading))
-        scaled, inverse = rounded(total * first), _inverse(total, 0)
+        scaled, inverse = rounded(total * first), inverse_norm(total, EPS[0])
         gate, value = np.split(_product(weights, 1, scaled, reading, inverse), 2, axis=-1)
         inner = rounded(gate / (1 + np.exp(-gate)) * value)
         wanted = total + _product(weights, 2, inner, reading)
@@ -76,16 +77,17 @@ def check(found, weights, x, residual, scales, between=None):
         # percent too much is still found: what bfloat16 rounds has a norm of 0.2 to 0.3%.
         assert min(map(error, range(len(weights[0][2])))) < 4.5e-3
     else:  # what the kernel left in between: each product is compared from what it was given
-        _check(between["sum0"], _exact(x), weights[0], add=_exact(residual))
+        check_product(between["sum0"], _exact(x), weights[0], add=_exact(residual))
         total, scaled = _exact(between["sum0"]), _exact(between["scaled0"])
         planar.check_scaled([between[f"{n}0"] for n in ("sum", "scaled", "squares_out")], first)
         inner = _exact(between["y1"])
-        _check(found[0], inner, weights[2], add=total)
+        check_gated(inner, scaled * inverse_norm(total, EPS[0]), weights[1])
+        check_product(found[0], inner, weights[2], add=total)
     planar.check_scaled(found[:3], second)
     total, scaled, _ = map(_exact, found[:3])
     assert (found[3] is None) == (len(weights) < 4)
     if len(weights) > 3:
-        _check(found[3], scaled * _inverse(total, 1), weights[3])
+        check_product(found[3], scaled * inverse_norm(total, EPS[1]), weights[3])
 
 
 def check_devices(found, weights, xs, residual, scales):
@@ -100,43 +102,47 @@ def check_devices(found, weights, xs, residual, scales):
         ]
         whole = (*parts[0][:2], joined, np.zeros(1))
         got = found[0][f"sum{index}"]
-        _check(got, np.concatenate(inputs, axis=1), whole, add=sums[-1])
+        check_product(got, np.concatenate(inputs, axis=1), whole, add=sums[-1])
         sums.append(_exact(got))
     for left, own in zip(found, weights, strict=True):
         for index, scale in ((0, first), (2, second)):
             names = [f"{n}{index}" for n in ("sum", "scaled", "squares_out")]
             planar.check_scaled([left[name] for name in names], scale)
-        scaled, inverse = _exact(left["scaled0"]), _inverse(sums[1], 0)
-        _check_gated(left["y1"], scaled * inverse, own[1])
-        _check(left["y3"], _exact(left["scaled2"]) * _inverse(sums[2], 1), own[3])
+        scaled, inverse = _exact(left["scaled0"]), inverse_norm(sums[1], EPS[0])
+        check_gated(left["y1"], scaled * inverse, own[1])
+        check_product(left["y3"], _exact(left["scaled2"]) * inverse_norm(sums[2], EPS[1]), own[3])
 
 
-def _check_gated(got, x, weight):
-    """Compares silu(gate x) * (up x)."""
-    *_, matrices, bias = weight
-    expected = []
-    for matrix in matrices:
-        gate, value = np.split(x @ matrix.T + bias, 2, axis=-1)
-        size = np.split(np.sqrt(x**2 @ (matrix**2).T), 2, axis=-1)
-        share = 1 / (1 + np.exp(-gate))
-        wanted = gate * share * value
-        # SiLU's slope is at most 1.1.
-        spread = 1.1 * size[0] * np.abs(value) + np.abs(gate * share) * size[1]
-        expected.append(
-            accuracy.Expected.of(wanted, 1e-5 * (spread + np.abs(wanted)), 2.0**-12 * spread)
-        )
-    oracle.check(got, expected)
-
-
-def _check(got, x, weight, add=0.0):
+def check_product(got, x, weight, add=0.0):
     """Compares x @ matrix.T + bias + add, for the matrix of those that a kernel may read that fits best."""
-    *_, matrices, bias = weight
+    oracle.check(got, [e.then(add=add) for e in _expectations(x, weight)])
+
+
+def check_gated(got, x, weight):
+    """Compares the SiLU of the first half of x @ matrix.T + bias times the second half."""
     expected = []
+    for both in _expectations(x, weight):
+        parts = (np.split(a, 2, axis=-1) for a in (both.value, both.slack, both.noise))
+        (gate, up), slacks, noises = parts
+        silu = gate / (1 + np.exp(-gate))
+        # The slope of SiLU is 1.1 at most; its powers and quotients are approximate.
+        slack = 1.1 * slacks[0] * np.abs(up) + slacks[1] * np.abs(silu) + 1e-6 * np.abs(silu * up)
+        noise = np.hypot(1.1 * noises[0] * up, noises[1] * silu)
+        expected.append(accuracy.Expected.of(silu * up, slack, noise))
+    oracle.check(jnp.asarray(got, HALF), expected)
+
+
+def _expectations(x, weight):
+    """What x @ matrix.T + bias may be, for each matrix that a kernel may read."""
+    case, _, matrices, bias = weight
+    found = []
     for matrix in matrices:
-        value, size = x @ matrix.T + bias + add, np.sqrt(x**2 @ (matrix**2).T)
-        slack = 1e-5 * (size + np.abs(value))
-        expected.append(accuracy.Expected.of(value, slack, 2.0**-12 * size))
-    oracle.check(got, expected)
+        value, size = x @ matrix.T + bias, np.sqrt(x**2 @ (matrix**2).T)
+        integers = case.bits == 1 or (case.bits == 2 and case.uniform)
+        noise, slack = planar.of_integers(x, matrix) if integers else (2.0**-12 * size, 0.0)
+        slack = slack + 1e-5 * (size + np.abs(value))
+        found.append(accuracy.Expected.of(value, slack, noise))
+    return found
 
 
 def _norm_of_error(got, value, x, matrix):

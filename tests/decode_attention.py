@@ -52,7 +52,7 @@ def check(found, arguments, norms, eps=1e-6):
         return np.concatenate([pairs.real, pairs.imag], -1)
 
     q, k = turned(q), turned(k)
-    wanted, size = np.zeros((2, batch, heads, dim))
+    wanted, size, shared = np.zeros((3, batch, heads, dim))
     for b, length in enumerate(lengths):
         for h in range(heads):
             kv = h // (heads // kv_heads)
@@ -65,6 +65,10 @@ def check(found, arguments, norms, eps=1e-6):
             weights /= weights.sum()
             wanted[b, h] = weights @ all_v
             size[b, h] = np.sqrt(weights**2 @ all_v**2)
+            # The new key is rounded: all elements of the head share what that makes of its score.
+            step = 0.0 if dtype == np.float32 else accuracy.half_ulp(k[b, kv], dtype) * q[b, h]
+            score = accuracy.SIGMAS * np.sqrt(np.sum(np.square(step)) / 3 / dim)
+            shared[b, h] = score * weights[-1] * np.abs(all_v[-1] - wanted[b, h])
         # What a norm leaves may be rounded before it is turned.
         pairs = np.tile(np.hypot(k[b, :, :half], k[b, :, half:]), 2)
         noise = (
@@ -78,7 +82,7 @@ def check(found, arguments, norms, eps=1e-6):
         np.testing.assert_array_equal(new_values[b][:, kept], values[b][:, kept])
     # Queries, the new key and the weights of the values may be rounded to the dtype.
     noise = 0.0 if dtype == np.float32 else accuracy.half_ulp(1.0, dtype) * size
-    slack = 1e-5 * (size + np.abs(wanted))
+    slack = 1e-5 * (size + np.abs(wanted)) + shared
     # A row a head, so that one head's mean error shows.
     wanted, slack, noise = (
         np.broadcast_to(a, wanted.shape).reshape(-1, dim) for a in (wanted, slack, noise)

@@ -26,8 +26,10 @@ from pallas_kernels import (
     choice,
     dequantise,
     integer,
+    layers,
     peer_sum,
     ring,
+    ring_arithmetic,
     short_attention,
     split_attention,
     stream,
@@ -69,6 +71,7 @@ def sources() -> Iterator[tuple[str, str]]:
     yield from _other_groups()
     yield from _chains()
     yield from _over_devices()
+    yield from _layers()
     for bits, uniform in DECODERS:
         for dtype in _HALVES:
             product = case(512, 4096, 4096, bits, uniform, dtype=dtype)
@@ -133,13 +136,13 @@ def _chains() -> Iterator[tuple[str, str]]:
     for bits, group_size, scales in CHAIN_GROUPS:
         shapes = [(4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096)]
         kind = dict(group_size=group_size, scale_dtype=jnp.dtype(scales))
-        config = ring.Config(chain._WORKERS[bits], _MULTIPROCESSORS)
+        config = ring.Config(ring_arithmetic.WORKERS[bits], _MULTIPROCESSORS)
         products = [case(1, n, k, bits, **kind) for n, k in shapes]
         assert chain.unsupported_reason(products, config, H200) is None
         products = chain.cases(products, (1e-5, 1e-5), config, H200)
         yield f"chain {bits} {group_size} {scales}", chain.source(products, config, H200)
     for bits, uniform in DECODERS:
-        config = ring.Config(chain._WORKERS[bits], _MULTIPROCESSORS)
+        config = ring.Config(ring_arithmetic.WORKERS[bits], _MULTIPROCESSORS)
         for hidden, inner, qkv in ((3072, 8192, 5120), (4096, 14336, 6144), (6144, 21504, 8192)):
             shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (qkv, hidden)]
             for count in (3, 4):
@@ -162,13 +165,32 @@ def _over_devices() -> Iterator[tuple[str, str]]:
         name = f"peer sum {devices} {rows} {features} {dtype} {normed=}"
         yield name, peer_sum.source(peer_sum.PeerSum(*facts), H200)
     for bits, devices in ((1, 2), (2, 2), (4, 2), (8, 2), (4, 4)):
-        config = ring.Config(chain._WORKERS[bits], _MULTIPROCESSORS)
+        config = ring.Config(ring_arithmetic.WORKERS[bits], _MULTIPROCESSORS)
         width, inner = 4096 // devices, 14336 // devices
         shapes = [(4096, width), (2 * inner, 4096), (4096, inner), (6144 // devices, 4096)]
         products = [case(1, n, k, bits) for n, k in shapes]
         assert chain.unsupported_reason(products, config, H200, devices) is None
         products = chain.cases(products, (1e-5, 1e-5), config, H200, devices)
         yield f"chain {bits} over {devices} devices", chain.source(products, config, H200)
+
+
+def plan_of_layers(bits, uniform, hidden, inner, qkv, norms, target) -> layers.Plan:
+    """As many layers as a launch has, with heads of 128 and 8 key-value heads."""
+    heads, half = qkv // 128 - 16, jnp.dtype(jnp.bfloat16)
+    shapes = [(qkv, hidden), (hidden, 128 * heads), (2 * inner, hidden), (hidden, inner)]
+    attention = short_attention.Case(heads, 8, 128, 128, half, 1e-6 if norms else None)
+    products = tuple(case(1, n, k, bits, uniform) for n, k in shapes)
+    config = ring_arithmetic.config(products, target)
+    plan = layers.Plan(products, attention, (1e-6, 1e-6), 1, config, target)
+    return dataclasses.replace(plan, layers=layers.most_layers(plan))
+
+
+def _layers() -> Iterator[tuple[str, str]]:
+    for bits, uniform in (*DECODERS, (2, True)):
+        for hidden, inner, qkv, norms in ((3072, 8192, 5120, False), (4096, 12288, 6144, True)):
+            plan = plan_of_layers(bits, uniform, hidden, inner, qkv, norms, H200)
+            if layers.unsupported_reason(plan) is None:
+                yield f"layers {bits} {uniform=} {hidden}", layers.source(plan)
 
 
 def canonical(source: str) -> str:

@@ -50,19 +50,25 @@ class Wanted:
         """What the result may be, see `oracle.expectations`."""
         found = oracle.expectations(self.x, self.matrices, bias, **inexact)
         if self.bits == 1 and self.x.dtype != np.float32 and len(self.x):
-            # A few tokens' activations may be integers, each rounded by up to half a step. Of four neighbours
-            # two are a quarter of what they measure: their codes are read from a higher bit.
-            x = np.asarray(self.x, np.float64)
-            padded = np.pad(x, ((0, 0), (0, -x.shape[1] % _UNIT))).reshape(len(x), -1, _UNIT)
-            steps = np.repeat(np.abs(padded).max(-1), _UNIT, -1)[:, : x.shape[1]] / _LARGEST
-            steps[:, np.arange(x.shape[1]) % 4 > 1] *= 4
             matrix = self.matrices[0]
-            noise = np.sqrt(steps**2 @ (matrix**2).T / 12)
-            # Where both values have the same sign, columns share a part of it, which no mean takes out.
-            shared = np.sqrt((steps**2).sum(1) / 12)[:, None] * np.abs(matrix.mean(1))
-            slack = accuracy.SIGMAS * shared
+            noise, slack = of_integers(np.asarray(self.x, np.float64), matrix)
             found += oracle.expectations(self.x, [matrix], bias, noise=noise, slack=slack)[:1]
         return found
+
+
+def of_integers(x, matrix):
+    """Noise and slack of x [M, K] times matrix [N, K] transposed where activations become integers.
+
+    Each is rounded by up to half a step. Of four neighbours two are a quarter of what they measure: their codes
+    are read from a higher bit.
+    """
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % _UNIT))).reshape(len(x), -1, _UNIT)
+    steps = np.repeat(np.abs(padded).max(-1), _UNIT, -1)[:, : x.shape[1]] / _LARGEST
+    steps[:, np.arange(x.shape[1]) % 4 > 1] *= 4
+    noise = np.sqrt(steps**2 @ (matrix**2).T / 12)
+    # Where both values have the same sign, columns share a part of it, which no mean takes out.
+    shared = np.sqrt((steps**2).sum(1) / 12)[:, None] * np.abs(matrix.mean(1))
+    return noise, accuracy.SIGMAS * shared
 
 
 def product(

@@ -21,12 +21,14 @@ from fdk_jax.benchmark import (
     plots,
     probes,
     records,
+    repeating,
     runner,
     table,
     timing,
 )
 from fdk_jax.benchmark import models as models_suite
 from fdk_jax.benchmark.cases import KernelCase
+from fdk_jax.models import Generator, ModelConfig, random_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(backends=["xla"], m=[1], k=[64], n=["k"], bits=[4])
@@ -226,6 +228,17 @@ def test_names_that_are_like_those_of_shapes_are_refused(name, message):
     (case,) = models_suite.make_cases(models=[name], backends=["xla"], bits=[1], batches=[1])
     with pytest.raises(NotImplementedError, match=message):
         models_suite._config(case)
+
+
+def test_a_text_that_repeats_itself_is_guessed():
+    config = ModelConfig(64, 128, 192, 2, 4, 2, 32)
+    model = random_model(config, bits=4, head_bits=4)
+    generator = Generator(repeating.without_context(model))
+    prompt = repeating.prompt(generator, [3, 5], 24)
+    plain = generator.generate([prompt], max_tokens=24)
+    guessed = generator.generate([prompt], max_tokens=24, speculate=5)
+    assert plain.tokens == guessed.tokens == [prompt[2:-2]]
+    assert plain.model_steps == 23 and guessed.model_steps <= 6
 
 
 def test_figures_of_any_rows(tmp_path):

@@ -13,7 +13,7 @@ import planar
 import pytest
 
 import pallas_kernels
-from pallas_kernels import chain, mailbox, ring, stream, xla_call
+from pallas_kernels import chain, mailbox, ring, ring_arithmetic, stream, xla_call
 from pallas_kernels.case import Case
 from pallas_kernels.target import H200
 
@@ -208,8 +208,9 @@ def _products(bits, hidden, inner, qkv, codebooks=(1, 2, 1, 3)):
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs the CUDA toolkit's ptxas")
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_chains_assemble(tmp_path, bits):
-    config = chain.config(bits, H200)
-    cases = chain.cases(_products(bits, 4096, 14336, 6144), (1e-5, 1e-5), config, H200)
+    products = _products(bits, 4096, 14336, 6144)
+    config = ring_arithmetic.config(products, H200)
+    cases = chain.cases(products, (1e-5, 1e-5), config, H200)
     count = 3 + sum(len(c.operands) for c in cases)  # at least
     source = chain.source(cases, config, H200)
     file = tmp_path / "chain.ptx"

@@ -3,6 +3,7 @@
 `tests/gpu.sh` runs them as they are, and again under compute-sanitizer, each array an allocation of its own.
 """
 
+import dataclasses
 import functools
 import gc
 import os
@@ -11,6 +12,7 @@ import chains
 import decode_attention
 import jax
 import jax.numpy as jnp
+import layered
 import numpy as np
 import oracle
 import planar
@@ -21,9 +23,9 @@ import fdk_jax
 import pallas_kernels
 from fdk_jax import models
 from fdk_jax.format import packing
-from fdk_jax.models import fused_products
+from fdk_jax.models import fused_layers, fused_products
 from fdk_jax.models.config import ModelConfig
-from pallas_kernels import attention, chain, choice, integer, matvec, wgmma
+from pallas_kernels import attention, chain, choice, integer, layers, matvec, ring_arithmetic, wgmma
 from pallas_kernels.case import Case
 from pallas_kernels.target import current
 
@@ -181,7 +183,8 @@ def _check_chain(rng, bits, uniform, hidden, inner, count, width=512, **kind):
     shapes = [(hidden, width), (2 * inner, hidden), (hidden, inner), (1536, hidden)][:count]
     weights = chains.weights(rng, shapes, bits, (1, 2, 1, 3), uniform, bias=True, **kind)
     cases = [case for case, *_ in weights]
-    if (reason := chain.unsupported_reason(cases, chain.config(bits, TARGET), TARGET)) is not None:
+    config = ring_arithmetic.config(cases, TARGET)
+    if (reason := chain.unsupported_reason(cases, config, TARGET)) is not None:
         pytest.skip(reason)
     x, residual, scales = chains.inputs(rng, width, hidden)
     facts = dict(bits=bits, group_size=weights[0][0].group_size, uniform=uniform)
@@ -203,10 +206,55 @@ def _check_chain(rng, bits, uniform, hidden, inner, count, width=512, **kind):
         np.testing.assert_array_equal(bits_of, np.broadcast_to(bits_of[:1], bits_of.shape))
 
 
+@pytest.mark.parametrize(
+    ("bits", "kind"),
+    [
+        (1, dict(group_size=128, hidden=2048, inner=6144, heads=16, kv_heads=8)),
+        (1, dict(hidden=6144, inner=5632, heads=48, kv_heads=8, normed=False, capacity=960)),
+        (2, dict(codebooks=(4, 1, 2, 1), hidden=4096, inner=12288, heads=32, kv_heads=8)),
+        (2, dict(group_size=128, scales="float16", bias=True)),
+        (4, dict(uniform=True, hidden=3072, inner=8192, heads=24, kv_heads=8, normed=False)),
+        (4, dict(codebooks=(4, 1, 2, 1), hidden=4096, inner=14336, heads=32, kv_heads=8)),
+        (4, dict(group_size=32, dim=64, heads=8, kv_heads=1, bias=True, length=0)),
+        (8, dict(hidden=2048, inner=2048, heads=16, kv_heads=4, length=300, capacity=512)),
+        (8, dict(uniform=True, group_size=32, length=63)),
+    ],
+)
+def test_layers(rng, bits, kind):
+    """Each part of a layer, element by element; and several, again and again, to the bit as one by one."""
+    made = layered.make(rng, bits, None, target=TARGET, **kind)
+    plan, arrays, _, x = made
+    found = jax.jit(lambda arrays, x: layers.launch(plan, arrays, **x))(arrays, x)
+    layered.check(*made, layered.found_in(plan, *found))
+    several = 3
+    plan, arrays, _, x = layered.make(rng, bits, None, target=TARGET, count=several, **kind)
+    alone = dataclasses.replace(plan, layers=1)
+
+    @jax.jit
+    def repeated(arrays, x):
+        def run(_, __):
+            return None, layers.run(plan, arrays, **x)
+
+        return jax.lax.scan(run, None, length=200)[1]
+
+    @jax.jit
+    def one_by_one(arrays, x):
+        keys, values = [], []
+        for layer in arrays:
+            x["stream"], k, v = layers.run(alone, [layer], **x)
+            keys, values = [*keys, *k], [*values, *v]
+        return x["stream"], tuple(keys), tuple(values)
+
+    found, wanted = repeated(arrays, x), one_by_one(arrays, x)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        bits_of = (np.asarray(c).view(f"u{c.dtype.itemsize}") for c in (a, b))
+        np.testing.assert_array_equal(*np.broadcast_arrays(*bits_of))
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("options", [{}, dict(output_bias=True, qkv_bias=True, mlp_bias=True)])
 def test_a_models_step_in_fewer_launches(bits, options, monkeypatch):
-    """In chains, with sums and norms in the products, and with every operation by itself."""
+    """In one launch, in chains, with sums and norms in the products, and with every operation by itself."""
     config = ModelConfig(512, 512, 1024, 3, 4, 2, 128, **options)
     model = models.random_model(config, bits=bits, codebook="kmeans", backend="pallas")
     tokens = jnp.asarray([[3, 1, 4, 1, 5]])
@@ -220,7 +268,11 @@ def test_a_models_step_in_fewer_launches(bits, options, monkeypatch):
     x = jnp.zeros((1, 512), config.dtype)
     plan = chains if TARGET.has_bulk_copies else products
     assert fused_products.choose(model.layers, model.norm, x) is plan
+    whole = fused_layers.choose(model.layers, model.norm, x, cache)
+    assert (whole is not None) == (TARGET.has_bulk_copies and bits == 1)
     found = [step()]
+    monkeypatch.setattr(fused_layers, "choose", lambda *arguments: None)
+    found.append(step())
     monkeypatch.setattr(fused_products, "PLANS", (products,))
     found.append(step())
     monkeypatch.setattr(fused_products, "PLANS", ())

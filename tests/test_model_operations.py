@@ -11,10 +11,10 @@ from model_data import relative
 
 from fdk_jax import models
 from fdk_jax.benchmark import accuracy
-from fdk_jax.models import attention, platforms
+from fdk_jax.models import attention, fused_layers, platforms
 from fdk_jax.models.cache import append
 from fdk_jax.models.config import ModelConfig
-from pallas_kernels import chain, dense, norm
+from pallas_kernels import dense, norm, ring_arithmetic
 from pallas_kernels.target import H200, using
 
 
@@ -89,7 +89,8 @@ def test_a_decoding_step_lowers_for_cuda_with_one_copy_of_a_layer(batch, launche
 @ONLY_WITH_A_GPU
 @pytest.mark.parametrize("bits", [1, 4])
 def test_a_decoding_step_of_chains_is_two_launches_a_layer(bits, monkeypatch):
-    monkeypatch.setattr(chain, "_WORKERS", {bits: 8})
+    monkeypatch.setattr(ring_arithmetic, "WORKERS", {bits: 8})
+    monkeypatch.setattr(fused_layers, "choose", lambda *arguments: None)
     config = ModelConfig(1024, 512, 1024, 7, 4, 2, 128)
     graph, state = nnx.split(models.random_model(config, bits=bits, backend="pallas"))
     arrays = (jnp.zeros((1, config.num_kv_heads, 64, config.head_dim), config.dtype),) * 7

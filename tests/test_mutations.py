@@ -9,6 +9,7 @@ import decode_attention
 import emulator
 import jax
 import jax.numpy as jnp
+import layered
 import numpy as np
 import pytest
 import test_chain
@@ -26,7 +27,7 @@ from backends import BACKENDS, CPU_MISSING
 import fdk_jax
 import pallas_kernels
 from fdk_jax.product import cpu_backend, reference
-from pallas_kernels import integer, integer_tokens, matvec, mma, plain, wgmma
+from pallas_kernels import integer, integer_tokens, matvec, mma, plain, ring, wgmma
 
 HALF_PERCENT = 1.005
 needs_cpu = pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
@@ -249,6 +250,20 @@ def test_ptx_of_chains(bits, spoil, rng, monkeypatch):
         test_chain.test_values_of_a_chain(rng, bits, False, (1, 1, 1, 1), config, 4, False)
 
     fails(test, spoil, monkeypatch, emulator, "run", _emulated)
+
+
+@pytest.mark.parametrize(("bits", "uniform"), [(1, False), (2, True), (4, False)])
+def test_ptx_of_layers(bits, uniform, rng):
+    """Each part of a layer, spoilt in each way, after one run."""
+    made = layered.make(rng, bits, ring.Config(4, 4), uniform=uniform)
+    plan, arrays, _, x = made
+    found, *caches = layered.run(plan, arrays, x)
+    layered.check(*made, (found, *caches))
+    for part in ("qkv", "mixed", "sum_scaled", "inner", "scaled", "total"):
+        for spoil in (too_large, too_small, one_row):
+            wrong = spoil(found[part].astype(np.float64)).astype(found[part].dtype)
+            with pytest.raises(AssertionError, match="worst element"):
+                layered.check(*made, (found | {part: wrong}, *caches))
 
 
 @MUTATIONS

@@ -14,7 +14,7 @@ from golden import DECODERS
 
 import fdk_jax
 import pallas_kernels
-from pallas_kernels import chain, choice, dequantise, matvec, target
+from pallas_kernels import chain, choice, dequantise, matvec, ring_arithmetic, target
 from pallas_kernels.case import Case
 from pallas_kernels.target import H200, SHARED_BYTES, Target, using
 
@@ -69,7 +69,7 @@ def test_programs_follow_the_multiprocessors():
     for gpu in (H200, slice_, dataclasses.replace(H200, multiprocessors=114)):
         plan = choice.choose(_case(1, 1, n=8192, k=8192), gpu)
         assert plan.config.programs % gpu.multiprocessors == 0
-        assert chain.config(4, gpu).programs == gpu.multiprocessors
+        assert ring_arithmetic.config([_case(1, 4)], gpu).programs == gpu.multiprocessors
 
 
 def test_what_a_kernel_asks_of_a_gpu_is_said():
@@ -78,7 +78,7 @@ def test_what_a_kernel_asks_of_a_gpu_is_said():
     wgmma = choice.KERNELS["wgmma"].Config()
     products = [_case(1, 4)] * 3
     assert "sm_80 has no bulk copies" in chain.unsupported_reason(
-        products, chain.config(4, SM80), SM80
+        products, ring_arithmetic.config(products, SM80), SM80
     )
     for gpu in (SM89, Target.parse("sm_100"), Target.parse("sm_120")):
         reason = choice.unsupported_reason(_case(64, 4), wgmma, gpu)
@@ -197,7 +197,7 @@ def test_programs_wait_for_each_other_only_where_all_run(
     gpu = Target.of(_device("9.0", kind, cores=132, shared=232448))
     assert reason in gpu.no_grid_barriers and bool(reason) == bool(gpu.no_grid_barriers)
     products = [_case(1, 4, n=n, k=k) for n, k in ((1024, 1024), (4096, 1024), (1024, 2048))]
-    refused = chain.unsupported_reason(products, chain.config(4, gpu), gpu)
+    refused = chain.unsupported_reason(products, ring_arithmetic.config(products, gpu), gpu)
     assert (refused is None) == (reason == "")
     assert reason in (refused or "")
 

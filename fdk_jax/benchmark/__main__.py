@@ -70,12 +70,18 @@ def _define_flags() -> None:
     )
     flags.DEFINE_list("batch", ["1", "4", "16", "64", "256"], "Models suite: sequences at once.")
     flags.DEFINE_list("prompt", ["2"], "Models suite: tokens of a prompt.")
+    flags.DEFINE_list(
+        "speculate", ["0"], "Models suite: tokens guessed a step, in a text that repeats itself."
+    )
     flags.DEFINE_integer("steps", 30, "Models suite: tokens generated after it.", 1)
 
     flags.DEFINE_list("devices", ["1"], "Models suite: devices that share a model.")
 
     for name in ("m", "k", "group_size", "batch", "prompt", "devices"):
         flags.register_validator(name, _all(_is_size), "must list positive integers")
+    flags.register_validator(
+        "speculate", _all(lambda v: v == "0" or _is_size(v)), "must list integers of at least 0"
+    )
     flags.register_validator(
         "n", _all(lambda v: v == "k" or _is_size(v)), 'must list positive integers or "k"'
     )
@@ -147,6 +153,7 @@ def _load_suite() -> tuple[Any, list[Any]]:
             prompts=_integers("prompt"),
             steps=FLAGS.steps,
             devices=_integers("devices"),
+            speculates=_integers("speculate"),
         )
     return suite, suite.make_cases(
         backends=FLAGS.backend,

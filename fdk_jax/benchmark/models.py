@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import fdk_jax
-from fdk_jax.benchmark import environment, inputs, probes, records, timing
+from fdk_jax.benchmark import environment, inputs, probes, records, repeating, timing
+from fdk_jax.benchmark.shapes import Shape
 from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.models import (
     Generator,
@@ -25,10 +25,8 @@ from fdk_jax.models import (
     Quantisation,
     Transformer,
     cache_bucket,
-    custom_llama,
     decoding,
     load,
-    qwen3,
     random_model,
     read_config,
     stored_bits,
@@ -39,9 +37,6 @@ from fdk_jax.models.peers import specs as peers_specs
 
 __all__ = ["ModelCase", "make_cases", "measure"]
 
-# Models with random weights; after a name bits of the head ("-head1") or of it and the embedding ("-tables1").
-_SHAPES = {"custom-llama-": custom_llama, "qwen3-": qwen3}
-_SUFFIX = re.compile(r"-(head|tables)(\w*)$")
 _DENSE_BITS = 16
 _PROMPT = 2  # tokens of a prompt that a case's name leaves out
 # Relative RMS of two layers beyond that of plain bfloat16: activations in integers through eight products.
@@ -65,6 +60,7 @@ class ModelCase:
         prompt: tokens of each prompt.
         steps: tokens decoded after it.
         devices: that share every matrix.
+        speculate: tokens that are guessed a step, in a text that repeats itself; see `repeating`.
     """
 
     model: str
@@ -77,6 +73,7 @@ class ModelCase:
     prompt: int
     steps: int
     devices: int = 1
+    speculate: int = 0
 
     @property
     def name(self) -> str:
@@ -91,6 +88,8 @@ class ModelCase:
             parts.append(f"prompt{self.prompt}")
         if self.devices != 1:
             parts.append(f"devices{self.devices}")
+        if self.speculate:
+            parts.append(f"speculate{self.speculate}")
         return "-".join(parts)
 
     def fields(self) -> dict[str, Any]:
@@ -111,6 +110,7 @@ def make_cases(
     prompts: Sequence[int] = (_PROMPT,),
     steps: int = 30,
     devices: Sequence[int] = (1,),
+    speculates: Sequence[int] = (0,),
 ) -> list[ModelCase]:
     """Every combination once; the batch sizes of one model follow each other.
 
@@ -125,6 +125,7 @@ def make_cases(
         prompts: tokens of a prompt.
         steps: tokens after it.
         devices: counts of devices that share a model.
+        speculates: tokens guessed a step.
     """
     cases = []
     for model, b, count in itertools.product(models, bits, devices):
@@ -132,8 +133,8 @@ def make_cases(
             kinds: list[tuple] = [("xla", None, None, "exact")]
         else:
             kinds = list(itertools.product(backends, group_sizes, codebooks, arithmetics))
-        sizes = itertools.product(kinds, batches, prompts)
-        for (backend, group_size, codebook, arithmetic), batch, prompt in sizes:
+        sizes = itertools.product(kinds, batches, prompts, speculates)
+        for (backend, group_size, codebook, arithmetic), batch, prompt, speculate in sizes:
             cases.append(
                 ModelCase(
                     model=model,
@@ -146,6 +147,7 @@ def make_cases(
                     prompt=prompt,
                     steps=steps,
                     devices=count,
+                    speculate=speculate,
                 )
             )
     return list(dict.fromkeys(cases))
@@ -163,8 +165,11 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
     token, `first_token_us`: reading the prompts and choosing a token for each.
 
     Raises:
-        NotImplementedError: this machine lacks the backend, the devices or the memory.
+        NotImplementedError: this machine lacks the backend, the devices or the memory; or there are guesses for
+            several sequences.
     """
+    if case.speculate and case.batch > 1:
+        raise NotImplementedError(f"guesses are for one sequence, not for {case.batch}")
     device = environment.device_for(case.backend)
     environment.devices_for(case.backend, case.devices)
     with jax.default_device(device):
@@ -181,11 +186,17 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
                     return result | {"status": "failed", "reason": reason}
         rng = np.random.default_rng(case.batch)
         prompts = rng.integers(0, generator.config.vocab_size, (case.batch, case.prompt)).tolist()
+        if case.speculate:
+            generator = Generator(repeating.without_context(model), backend=case.backend)
+            prompts = [repeating.prompt(generator, prompts[0], case.steps)]
         first_token: list[float] = []
+        model_steps = 0
 
         def run() -> float:
-            out = generator.generate(prompts, max_tokens=case.steps + 1)
+            nonlocal model_steps
+            out = generator.generate(prompts, max_tokens=case.steps + 1, speculate=case.speculate)
             first_token.append(out.prefill_seconds)
+            model_steps = out.model_steps
             return out.decode_seconds / out.decode_steps
 
         seconds = yield run
@@ -197,46 +208,16 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
         "first_token_stderr_us": first["stderr_us"],
         "first_token_samples_us": first["samples_us"],
         "peak_bytes": generator.peak_bytes(),
+        "model_steps": model_steps,
     }
 
 
 def _without_batch(case: ModelCase) -> ModelCase:
-    return dataclasses.replace(case, batch=1, prompt=1, steps=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    """A model of random weights, as its name says it; tables without bits are not quantised."""
-
-    config: ModelConfig
-    head_bits: int | None
-    embedding_bits: int | None
-
-    @classmethod
-    def of(cls, case: ModelCase) -> "_Shape | None":
-        """None for the folder of a checkpoint.
-
-        Raises:
-            NotImplementedError: a name that is like those of the shapes, but none of them.
-        """
-        for prefix, make in _SHAPES.items():
-            if not case.model.startswith(prefix):
-                continue
-            size, found = case.model.removeprefix(prefix), _SUFFIX.search(case.model)
-            kind, bits = found.groups() if found else ("", None)
-            if bits is not None and bits not in ("1", "2", "4", "8"):
-                raise NotImplementedError(f"{case.model}: {kind} have 1, 2, 4 or 8 bits")
-            try:
-                config = make(_SUFFIX.sub("", size))
-            except ValueError as error:
-                raise NotImplementedError(f"{case.model}: {error}") from None
-            head = None if bits is None else int(bits)
-            return cls(config, head, head if kind == "tables" else None)
-        return None
+    return dataclasses.replace(case, batch=1, prompt=1, steps=1, speculate=0)
 
 
 def _config(case: ModelCase) -> ModelConfig:
-    shape = _Shape.of(case)
+    shape = Shape.of(case.model)
     return read_config(case.model) if shape is None else shape.config
 
 
@@ -264,7 +245,7 @@ def _model(case: ModelCase) -> tuple[Transformer, Generator]:
 
 def _make(case: ModelCase) -> Transformer:
     quantised = case.bits != _DENSE_BITS
-    if (shape := _Shape.of(case)) is not None:
+    if (shape := Shape.of(case.model)) is not None:
         options: dict[str, Any] = dict(
             head_bits=shape.head_bits, embedding_bits=shape.embedding_bits
         )
@@ -452,7 +433,8 @@ def _check_memory(case: ModelCase, device: jax.Device) -> None:
     tables = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
     weight = case.bits / 8 + width / (case.group_size or 1) if case.group_size else width
     need = tables * width + (config.num_parameters - tables) * weight
-    slots = cache_bucket(case.prompt + case.steps + 1)
+    tokens = case.prompt + case.steps + 1
+    slots = cache_bucket(2 * tokens + case.speculate if case.speculate else tokens)
     need += case.batch * (slots * _cache_bytes(config) + 3 * 4 * config.vocab_size)
     need /= case.devices
     limit = environment.memory_bytes(device)

@@ -161,6 +161,8 @@ def models(found: Iterable[Row]) -> str:
             name = r["model"].removeprefix("custom-llama-")
             if r.get("devices", 1) > 1:
                 name += f" on {r['devices']}"
+            if guesses := r.get("speculate"):
+                name += f", {guesses} guesses a step, all right"
             width = f"{(high - low) / statistics.median(r['samples_us']):.1%}"
             lines.append(
                 [name, str(r["bits"]), str(r["m"]), f"{r['tokens_per_s']:.0f}", share, width]

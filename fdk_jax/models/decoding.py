@@ -1,7 +1,7 @@
 """One token a sequence through all layers, by a plan that is chosen once for the whole model.
 
 The unit of a plan is a `Block`: what lies between the attentions of two neighbouring layers. Attention
-itself is the same in every plan.
+itself is the same in every plan. Where a GPU runs whole layers in one launch, `fused_layers` does.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 from jax import Array
 
-from fdk_jax.models import fused_products
+from fdk_jax.models import fused_layers, fused_products
 from fdk_jax.models.blocks import Block, blocks
 from fdk_jax.models.cache import KVCache
 from fdk_jax.models.modules import Layer, RMSNorm, add_and_norm, normed
@@ -66,6 +66,10 @@ def step(
     turned = turns(layers, cache.lengths, longer, ends)
     arrays = x, turned, cache.lengths, cache.keys, cache.values
     apart = functools.partial(_run, _Apart(), layers, norm)
+    whole = fused_layers.choose(layers, norm, x, cache)
+    if whole is not None:
+        fused = functools.partial(whole.run, layers, norm)
+        return jax.lax.platform_dependent(*arrays, cuda=fused, default=apart)
     plan = fused_products.choose(layers, norm, x, peers)
     if plan is None:
         return apart(*arrays)

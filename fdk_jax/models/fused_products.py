@@ -45,7 +45,7 @@ class InProducts:
 
     def enter(self, x: Array, norm: RMSNorm, qkv: nnx.Module) -> tuple[Scaled, Array]:
         """The stream before the first layer, and the first layer's queries, keys and values."""
-        stream = _to_scaled(x, norm.scale[...])
+        stream = to_scaled(x, norm.scale[...])
         return stream, _product(qkv, x)(stream, eps=norm.eps)
 
     def between(self, block: Block, stream: Scaled, mixed: Array) -> tuple[Scaled, Array | None]:
@@ -59,7 +59,7 @@ class InProducts:
 
     def leave(self, stream: Scaled, norm: RMSNorm) -> Array:
         """The normed stream after the last layer, [1, D]."""
-        return _from_scaled(stream, norm.eps)
+        return from_scaled(stream, norm.eps)
 
 
 @jax.tree_util.register_dataclass
@@ -151,7 +151,7 @@ def choose(
     """
     kinds: dict[Any, Block] = {}
     for block in blocks(layers, norm):
-        if _parts(block) is None:
+        if parts(block) is None:
             return None
         graphdef, state = nnx.split(tuple(block))
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state))
@@ -181,7 +181,7 @@ class _Usual(NamedTuple):
         return linears if self.qkv is None else [*linears, self.qkv]
 
 
-def _parts(block: Block) -> _Usual | None:
+def parts(block: Block) -> _Usual | None:
     """None for a block with anything that the kernels do not compute."""
     layer, norm, qkv = block
     before, inner, mlp = layer.attention_norm, layer.mlp_norm, layer.mlp
@@ -207,9 +207,9 @@ def _is_swiglu(block: Block) -> bool:
 
 
 def _usual(block: Block) -> _Usual:
-    parts = _parts(block)
-    assert parts is not None, "a plan is chosen for blocks that it takes"
-    return parts
+    found = parts(block)
+    assert found is not None, "a plan is chosen for blocks that it takes"
+    return found
 
 
 def _product(linear: nnx.Module, x: Array) -> Callable:
@@ -223,7 +223,7 @@ def _residual_kernel(linear: nnx.Module, x: Array) -> Callable | None:
 
     None if no GPU kernel takes the norm before this product, and the residual sum after it, with it.
     """
-    found = _planar(linear, x)
+    found = planar(linear, x)
     if found is None or pallas_kernels.residual_plan(found[0], **found[1]) is None:
         return None
     arrays, facts = found
@@ -236,7 +236,7 @@ def _chain_kernel(linears: Sequence[nnx.Module], x: Array, peers: Peers | None) 
 
     None if no GPU kernel takes them in one launch.
     """
-    found = [_planar(linear, x) for linear in linears]
+    found = [planar(linear, x) for linear in linears]
     weights = [weight for weight in found if weight is not None]
     if len(weights) < len(found):
         return None
@@ -248,7 +248,7 @@ def _chain_kernel(linears: Sequence[nnx.Module], x: Array, peers: Peers | None) 
     return functools.partial(pallas_kernels.chain_matmul, weights=weights, **options)
 
 
-def _planar(linear: nnx.Module, x: Array) -> tuple[Arrays, dict[str, Any]] | None:
+def planar(linear: nnx.Module, x: Array) -> tuple[Arrays, dict[str, Any]] | None:
     """The weight of a layer as `residual_plan` takes it, for inputs like x [B, K]; None if it is another's."""
     if not isinstance(linear, QuantisedLinear) or linear.axis is not None:
         return None
@@ -262,13 +262,13 @@ def _planar(linear: nnx.Module, x: Array) -> tuple[Arrays, dict[str, Any]] | Non
     return arrays, facts | {"uniform": w.uniform}
 
 
-def _to_scaled(x: Array, scale: Array) -> Scaled:
+def to_scaled(x: Array, scale: Array) -> Scaled:
     """A residual stream [1, D] with a deferred norm."""
     squares = jnp.square(x.astype(jnp.float32)).sum(axis=1)
     return Scaled(x, x * scale[None, :], squares)
 
 
-def _from_scaled(x: Scaled, eps: float) -> Array:
+def from_scaled(x: Scaled, eps: float) -> Array:
     """The norm of a sum, [1, D]."""
     mean = x.squares.sum() / x.total.shape[1]
     return (x.scaled.astype(jnp.float32) * jax.lax.rsqrt(mean + eps)).astype(x.scaled.dtype)

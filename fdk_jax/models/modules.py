@@ -114,10 +114,6 @@ class Attention(nnx.Module):
         Returns:
             ([B, H * d], keys, values), the cache one token longer.
         """
-        norms, plain, order = None, True, rope.order(self.rope, self.config.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            norms = (self.q_norm.scale[...], self.k_norm.scale[...])
-            plain = self.q_norm.offset == 0 and self.config.qk_norm_of == "head"
         return platforms.token_attention(
             qkv,
             cos,
@@ -126,12 +122,33 @@ class Attention(nnx.Module):
             keys,
             values,
             heads_of=self._heads,
-            norms=norms,
+            norms=self.head_norms,
             norm_eps=self.config.norm_eps,
             mask=self.mask,
             sinks=self._sinks,
-            fusible=plain and order is None and not (self.rope and self.rope.query_growth),
+            fusible=self.has_usual_heads,
         )
+
+    @property
+    def head_norms(self) -> tuple[Array, Array] | None:
+        """Scales of the norms of queries and keys, if there are any."""
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return self.q_norm.scale[...], self.k_norm.scale[...]
+
+    @property
+    def has_usual_heads(self) -> bool:
+        """Whether nothing but norms of each head and RoPE of its halves is between projection and scores."""
+        plain = True
+        if self.q_norm is not None:
+            plain = self.q_norm.offset == 0 and self.config.qk_norm_of == "head"
+        order = rope.order(self.rope, self.config.head_dim)
+        return plain and order is None and not (self.rope and self.rope.query_growth)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its scores are those of all earlier tokens, without caps or sinks."""
+        return self.mask == Mask(None, None) and self.sinks is None
 
     def output(self, mixed: Array) -> Array:
         """The output projection: [..., H * d] to [..., D], summed over devices."""

@@ -18,9 +18,9 @@ def addresses(machine: Machine, operand: Address, active: np.ndarray) -> np.ndar
 
 
 @instruction(
-    r"ld(\.acquire\.gpu|\.relaxed\.sys)?\.global(\.nc)?" + _HINTS + _VALUES,
+    r"ld(\.acquire\.gpu|\.relaxed\.(sys|gpu))?\.global(\.nc)?" + _HINTS + _VALUES,
     r"ld\.shared(::cluster|::cta)?" + _VALUES,
-    r"st(\.relaxed\.sys)?\.(global|shared|shared::cta)" + _HINTS + _VALUES,
+    r"st(\.relaxed\.(sys|gpu))?\.(global|shared|shared::cta)" + _HINTS + _VALUES,
 )
 def access(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     """Loads registers from memory, or stores them; a vector is aligned as a whole."""
@@ -43,6 +43,8 @@ def access(machine: Machine, what: Instruction, active: np.ndarray) -> None:
             known = machine.registers.known(register)
             values = machine.registers.peek(register, active)[active]
             memory.store(here, size, values, None if known is None else known[active])
+            if "relaxed.gpu" in opcode:
+                machine.tell_news()
             continue
         values, known = np.zeros(machine.threads, np.uint64), None
         values[active], defined = memory.load(here, size, constant=".nc" in opcode)

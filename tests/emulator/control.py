@@ -44,6 +44,12 @@ def meet_warp(machine: Machine, what: Instruction, active: np.ndarray) -> None:
         machine.meet(_WARPS + int(warp), 32, mine)
 
 
+@instruction(r"nanosleep\.u32")
+def sleep(machine: Machine, what: Instruction, active: np.ndarray) -> None:
+    """Stands still until something in memory changes."""
+    machine.polling |= active
+
+
 @instruction(r"bar(rier)?\.sync")
 def meet(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     """A barrier of a program, by its number; or of so many of its threads, whole warps."""

@@ -101,7 +101,7 @@ _SIMPLE: dict[str, Operation] = {
     "sub": np.subtract,
 }
 _PATTERNS: list[tuple[str, Callable[[re.Match], Operation]]] = [
-    (r"(?:and|or|xor|not)\.b(?:32|64)", lambda m: _SIMPLE[m[0][: m[0].index(".")]]),
+    (r"(?:and|or|xor|not)\.b(?:16|32|64)", lambda m: _SIMPLE[m[0][: m[0].index(".")]]),
     (r"(and|or|xor|not|mov)\.pred", lambda m: _SIMPLE[m[1]]),
     (r"(mov)\.[busf](?:16|32|64)", lambda m: _SIMPLE[m[1]]),
     (r"(add|sub)\.[us](?:32|64)", lambda m: _SIMPLE[m[1]]),

@@ -12,6 +12,7 @@ from emulator.table import Handler
 
 WINDOW = 1 << 20  # from one program's shared memory in a cluster to the next one's
 _SHARED = 1024  # where a program's shared memory begins
+_LOOKS = 3  # how often threads look again when nothing else happens
 _TURN = 300  # instructions that a warp runs at most before another's turn
 
 
@@ -76,7 +77,7 @@ class Machine:
         )
         self.barriers: dict[int, Any] = {}
         self.bulk: list[Callable[[], None]] = []
-        self._warp, self._turn = 0, 0
+        self._warp, self._turn, self._looks = 0, 0, _LOOKS
 
     def run(self) -> None:
         """Runs the threads until all are through."""
@@ -89,7 +90,12 @@ class Machine:
                 self._deliver()
             elif not self._running().any():
                 return
-            elif not any(self._release(number) for number in list(self._at)):
+            elif any(self._release(number) for number in list(self._at)):
+                continue
+            elif self.polling.any() and self._looks:  # what they wait for may be there already
+                self._looks -= 1
+                self.polling[:] = False
+            else:
                 raise Fault("a deadlock: all threads wait, and nobody is left to wake them")
 
     def _deliver(self) -> None:
@@ -156,6 +162,10 @@ class Machine:
         """Refuses addresses that are no multiples of a size."""
         if (addresses % size).any():
             raise Fault(f"misaligned: {size} bytes at {addresses[addresses % size != 0][:4]}")
+
+    def tell_news(self) -> None:
+        """Lets those look again that stand still: something in memory has changed."""
+        self.polling[:], self._looks = False, _LOOKS
 
     def wait_for_news(self, where: np.ndarray, values: np.ndarray, active: np.ndarray) -> None:
         """Lets threads that have found the same as the last time stand still until somebody adds to it."""

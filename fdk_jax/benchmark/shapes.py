@@ -1,0 +1,41 @@
+"""Models with random weights for the models suite, by their names."""
+
+import dataclasses
+import re
+
+from fdk_jax.models import ModelConfig, custom_llama, qwen3
+
+# After a name bits of the head ("-head1") or of it and the embedding ("-tables1").
+_SHAPES = {"custom-llama-": custom_llama, "qwen3-": qwen3}
+_SUFFIX = re.compile(r"-(head|tables)(\w*)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model of random weights, as its name says it; tables without bits are not quantised."""
+
+    config: ModelConfig
+    head_bits: int | None
+    embedding_bits: int | None
+
+    @classmethod
+    def of(cls, model: str) -> "Shape | None":
+        """None for the folder of a checkpoint.
+
+        Raises:
+            NotImplementedError: a name that is like those of the shapes, but none of them.
+        """
+        for prefix, make in _SHAPES.items():
+            if not model.startswith(prefix):
+                continue
+            size, found = model.removeprefix(prefix), _SUFFIX.search(model)
+            kind, bits = found.groups() if found else ("", None)
+            if bits is not None and bits not in ("1", "2", "4", "8"):
+                raise NotImplementedError(f"{model}: {kind} have 1, 2, 4 or 8 bits")
+            try:
+                config = make(_SUFFIX.sub("", size))
+            except ValueError as error:
+                raise NotImplementedError(f"{model}: {error}") from None
+            head = None if bits is None else int(bits)
+            return cls(config, head, head if kind == "tables" else None)
+        return None

@@ -1,0 +1,140 @@
+"""The plan of a decoding step that has many layers in one launch on a GPU, see `pallas_kernels.layers`.
+
+For one sequence on one device, quantised weights in the planar layout, layers that are all alike, and caches
+that are short enough for a program a head.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from fdk_jax.models import fused_products
+from fdk_jax.models.blocks import blocks
+from fdk_jax.models.cache import KVCache
+from fdk_jax.models.modules import Layer, RMSNorm
+from pallas_kernels import layers as kernels
+from pallas_kernels import ring_arithmetic, short_attention, stream, target
+from pallas_kernels.case import Case
+from pallas_kernels.ring_plan import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class InLayers:
+    """As few launches as can have all layers.
+
+    Attributes:
+        plan: of a launch of one layer.
+        most: layers of a launch.
+    """
+
+    plan: kernels.Plan
+    most: int
+
+    def run(
+        self,
+        layers: Sequence[Layer],
+        norm: RMSNorm,
+        x: Array,
+        turns: Sequence[tuple[Array, Array]],
+        lengths: Array,
+        keys: Sequence[Array],
+        values: Sequence[Array],
+    ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+        """All layers and the norm after them; see `decoding.step`."""
+        arrays = [
+            _arrays(layer, after, x, *cache)
+            for layer, after, *cache in zip(layers, _norms(layers, norm), keys, values, strict=True)
+        ]
+        stream = fused_products.to_scaled(x, _there(layers[0].attention_norm).scale[...])
+        parts = self.plan.square_parts(kernels.DOWN)
+        stream = (*stream[:2], jnp.pad(stream.squares, (0, parts - stream.squares.size)))
+        launches, new_keys, new_values = -(-len(layers) // self.most), (), ()
+        for launch in range(launches):
+            part = arrays[launch * len(layers) // launches : (launch + 1) * len(layers) // launches]
+            plan = dataclasses.replace(self.plan, layers=len(part))
+            stream, k, v = kernels.run(plan, part, stream, *turns[0], lengths)
+            new_keys, new_values = (*new_keys, *k), (*new_values, *v)
+        return (
+            fused_products.from_scaled(fused_products.Scaled(*stream), norm.eps),
+            new_keys,
+            new_values,
+        )
+
+
+def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array, cache: KVCache) -> InLayers | None:
+    """The plan for layers, inputs like x [B, D] and a cache, or None."""
+    if len(x) > 1 or not _are_alike(layers, norm):
+        return None
+    first, attention = layers[0], layers[0].attention
+    usual = attention.has_usual_heads and attention.is_plain
+    products = _products(first, x)
+    if not usual or products is None:
+        return None
+    _, kv_heads, capacity, dim = cache.keys[0].shape
+    eps = None if attention.head_norms is None else attention.config.norm_eps
+    heads = attention.config.num_heads
+    token = short_attention.Case(heads, kv_heads, dim, capacity, x.dtype, eps)
+    if capacity >= short_attention.SLOTS:
+        return None
+    cases = tuple(Case.of(arrays, **facts) for arrays, facts in products)
+    gpu = target.current()
+    both = _there(first.attention_norm).eps, _there(first.mlp_norm).eps
+    config = ring_arithmetic.config(cases, gpu)
+    plan = kernels.Plan(cases, token, both, 1, config, gpu)
+    if not _pays(cases, config) or kernels.unsupported_reason(plan) is not None:
+        return None
+    return InLayers(plan, kernels.most_layers(plan))
+
+
+def _pays(cases: Sequence[Case], config: Config) -> bool:
+    """Whether a launch of layers is faster than chains: where products are sums of integers.
+
+    H200, 2026-11-30, a layer with its attention: 31B at 1 bit 33.5 for 35.9 us, 12B at 4 bits 50.7 for 49.5.
+    """
+    return all(ring_arithmetic.of(case, config.workers) is not stream.Product for case in cases)
+
+
+def _are_alike(layers: Sequence[Layer], norm: RMSNorm) -> bool:
+    """Whether the layers are all of one kind, and one that the kernel computes."""
+    parts = [fused_products.parts(block) for block in blocks(layers, norm)]
+    if any(part is None for part in parts):
+        return False
+    kinds = set()
+    for layer, after in zip(layers, _norms(layers, norm), strict=True):
+        graphdef, state = nnx.split(layer)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state))
+        kinds.add((graphdef, shapes, after.eps))
+    return len(kinds) == 1
+
+
+def _norms(layers: Sequence[Layer], norm: RMSNorm) -> list[RMSNorm]:
+    """The norm after each layer."""
+    return [*(_there(layer.attention_norm) for layer in list(layers)[1:]), norm]
+
+
+def _there(norm: RMSNorm | None) -> RMSNorm:
+    """A norm of a layer that `fused_products.parts` knows: it has one."""
+    assert norm is not None, "a plan is chosen for layers that it takes"
+    return norm
+
+
+def _products(layer: Layer, x: Array) -> list[tuple[Any, dict[str, Any]]] | None:
+    """The layer's weights as kernels take them, for inputs like x [1, D]; None if they are others'."""
+    linears = layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down
+    found = [fused_products.planar(linear, x) for linear in linears]
+    weights = [weight for weight in found if weight is not None]
+    return weights if len(weights) == len(found) else None
+
+
+def _arrays(layer: Layer, after: RMSNorm, x: Array, keys: Array, values: Array) -> kernels.Layer:
+    """The layer's arrays as the kernel takes them."""
+    products = _products(layer, x)
+    assert products is not None, "a plan is chosen for layers that it takes"
+    weights = tuple(arrays for arrays, _ in products)
+    scales = _there(layer.mlp_norm).scale[...], after.scale[...]
+    return kernels.Layer(weights, scales, layer.attention.head_norms or (), keys, values)

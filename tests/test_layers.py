@@ -1,0 +1,157 @@
+"""Whole layers in one launch, without a GPU: each part against float64, many against one by one."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import emulator
+import jax
+import jax.numpy as jnp
+import layered
+import numpy as np
+import pytest
+from flax import nnx
+
+from fdk_jax import models
+from fdk_jax.models.config import ModelConfig
+from pallas_kernels import layers, liveness, ring
+from pallas_kernels.target import H200, using
+
+
+@pytest.mark.parametrize(
+    ("bits", "config", "kind"),
+    [
+        (1, ring.Config(5, 5), dict(group_size=128)),
+        (1, ring.Config(4, 4), dict(codebooks=(2, 1, 2, 1), normed=False, bias=True)),
+        (2, ring.Config(9, 4), dict(codebooks=(4, 1, 2, 1), scales="float16")),
+        (2, ring.Config(5, 4), dict(uniform=True, codebooks=(4, 1, 2, 1), bias=True)),
+        (2, ring.Config(4, 5), dict(uniform=True, group_size=32, scales="float32", normed=False)),
+        (4, ring.Config(4, 6), dict(uniform=True, bias=True, length=70, capacity=128)),
+        (4, ring.Config(2, 8), dict(dim=64, heads=8, kv_heads=1, length=0)),
+        (8, ring.Config(4, 5), dict(group_size=32, normed=False, length=63)),
+    ],
+)
+@pytest.mark.parametrize("by_chance", [False, True])
+def test_values_of_a_layer(rng, bits, config, kind, by_chance):
+    made = layered.make(rng, bits, config, **kind)
+    plan, arrays, _, x = made
+    layered.check(*made, layered.run(plan, arrays, x, rng if by_chance else None))
+
+
+@pytest.mark.parametrize(
+    ("bits", "config", "kind"),
+    [
+        (1, ring.Config(4, 4), dict(group_size=128)),
+        (2, ring.Config(4, 5), dict(codebooks=(4, 1, 2, 1), bias=True, normed=False)),
+    ],
+)
+def test_layers_are_those_of_a_launch_each(rng, bits, config, kind):
+    """To the bit, with warps in any order: nothing of a layer is overwritten before all have read it."""
+    plan, arrays, _, x = layered.make(rng, bits, config, count=2, **kind)
+    found = layered.run(plan, arrays, x, rng)
+    for ours, alone in zip(found, layered.one_by_one(plan, arrays, x), strict=True):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+def _plan(**changes: Any) -> layers.Plan:
+    plan, *_ = layered.make(np.random.default_rng(0), 4, ring.Config(4, 6))
+    return dataclasses.replace(plan, **changes)
+
+
+def _other_product(place: int, **changes: Any) -> Callable[[layers.Plan], layers.Plan]:
+    def change(plan: layers.Plan) -> layers.Plan:
+        products = list(plan.products)
+        products[place] = dataclasses.replace(products[place], **changes)
+        return dataclasses.replace(plan, products=tuple(products))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_other_product(layers.OUT, bits=2), "several kinds"),
+        (_other_product(layers.DOWN, group_size=128), "several sizes"),
+        (_other_product(layers.DOWN, k=1024), "do not follow one another"),
+        (lambda plan: dataclasses.replace(plan, layers=40), "operands are more"),
+        (
+            lambda plan: dataclasses.replace(plan, config=ring.Config(4, 3)),
+            "4 heads are more than 3",
+        ),
+        (lambda plan: dataclasses.replace(plan, config=ring.Config(2, 6)), "threads"),
+        (
+            lambda plan: dataclasses.replace(
+                plan, attention=dataclasses.replace(plan.attention, dim=96)
+            ),
+            "has no kernel",
+        ),
+        (
+            lambda plan: dataclasses.replace(
+                plan, target=dataclasses.replace(H200, no_grid_barriers="it is shared")
+            ),
+            "it is shared",
+        ),
+    ],
+)
+def test_what_no_launch_takes(change, reason):
+    plan = _plan()
+    assert layers.unsupported_reason(plan) is None
+    assert reason in str(layers.unsupported_reason(change(plan)))
+
+
+def test_as_many_layers_as_a_launch_has_parameters_for():
+    plan = _plan()
+    most = layers.most_layers(plan)
+    assert layers.unsupported_reason(dataclasses.replace(plan, layers=most)) is None
+    assert "operands" in str(layers.unsupported_reason(dataclasses.replace(plan, layers=most + 1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "capacity", "launches"),
+    [
+        ({}, 64, 2),
+        (dict(qkv_bias=True, qk_norm=True), 960, 2),
+        (dict(qkv_bias=True, qk_norm=True, output_bias=True, mlp_bias=True), 64, 2),
+        ({}, 1024, 0),  # split among programs, by a kernel of its own
+        (dict(post_norms=True), 64, 0),
+    ],
+)
+def test_a_decoding_step_is_a_launch_for_many_layers(options, capacity, launches):
+    config = ModelConfig(256, 512, 512, 28, 4, 2, 128, **options)
+    model = jax.eval_shape(lambda: models.random_model(config, bits=1, backend="pallas"))
+    graph, state = nnx.split(model)
+    cache = (jax.ShapeDtypeStruct((1, 2, capacity, 128), jnp.bfloat16),) * 28
+    cache = models.KVCache(cache, cache, jax.ShapeDtypeStruct((1,), jnp.int32))
+    program = jax.jit(lambda s, t, c: nnx.merge(graph, s).decode(t, c))
+    with using(H200):
+        traced = program.trace(state, jax.ShapeDtypeStruct((1,), jnp.int32), cache)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count('name = "fdk_layers"') == launches
+    assert (text.count('name = "decode_attention"') == 0) == (launches > 0)
+
+
+_LOOP = """{
+.reg .b32 b32_<3>;
+.reg .pred pred_<2>;
+mov.u32 b32_0, 0;
+fdk_loop:
+// define
+setp.eq.u32 pred_0, b32_0, 3;
+@pred_0 mov.u32 b32_1, 7;
+@pred_0 st.global.b32 [$1+0], b32_1;
+add.u32 b32_0, b32_0, 1;
+setp.lt.u32 pred_1, b32_0, 5;
+@pred_1 bra fdk_loop;
+}"""
+
+
+def test_registers_are_defined_where_a_loop_would_keep_them():
+    """What is written under a predicate gets a value before; what a loop carries or surely writes does not."""
+    found = liveness.define(_LOOP, "fdk_loop")
+    assert found == _LOOP.replace("// define", "// define\nmov.b32 b32_1, 0;")
+    result = np.zeros(1, np.int32)
+    emulator.run(found, [result], (1, 1), 32)
+    assert result[0] == 7
+    with pytest.raises(ValueError, match="before the first mark"):
+        liveness.define(_LOOP.replace("// define\n", ""), "fdk_loop")
