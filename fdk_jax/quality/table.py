@@ -93,6 +93,7 @@ def post_training(model: nnx.Module, data: Data, bits: int) -> dict[str, Callabl
         return lambda: quantise(model, bits, codebook=name, **options)
 
     ways = {name: plain(name) for name in ("uniform", *special, "normal", "kmeans")}
+    # Error correction alone: what the sweeps after it add is shown on real networks.
     calibrated: dict[str, dict[str, Any]] = {
         "weighted": dict(rounding="nearest"),
         "corrected": {},
@@ -104,7 +105,9 @@ def post_training(model: nnx.Module, data: Data, bits: int) -> dict[str, Callabl
             "sequential": dict(layers_at_a_time=1),
         }
     for name, more in calibrated.items():
-        ways[name] = functools.partial(calibrate, model, bits, calibration, **options, **more)
+        ways[name] = functools.partial(
+            calibrate, model, bits, calibration, sweeps=0, **options, **more
+        )
     return ways
 
 
@@ -118,7 +121,9 @@ def _eight_levels(model: nnx.Module, data: Data) -> nnx.Module:
     layers = linear_layers(model, lambda name: name == "lm_head")
     levels = codebooks.fit_parts([quotients(linear) for linear in layers.values()], 8)
     calibration = [jnp.asarray(batch) for batch in data.calibration]
-    return calibrate(model, 4, calibration, codebook=levels, group_size=_GROUP, dtype=_DTYPE)
+    return calibrate(
+        model, 4, calibration, codebook=levels, group_size=_GROUP, dtype=_DTYPE, sweeps=0
+    )
 
 
 def train_through(
