@@ -70,6 +70,11 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         help="fit the weights to this text (or .npy, .bin of tokens): slower to load, and far better",
     )
     weights.add_argument(
+        "--rotate",
+        action="store_true",
+        help="with --calibrate: fold rotations into the weights first, which helps at 2 and 1 bits",
+    )
+    weights.add_argument(
         "--requantise",
         type=int,
         choices=(4, 8, 16),
@@ -87,6 +92,8 @@ def check_weights(args: argparse.Namespace) -> None:
     for name in ("head_bits", "calibrate"):
         if getattr(args, name) is not None and args.bits is None:
             raise ValueError(f"--{name} needs --bits")
+    if args.rotate and args.calibrate is None:
+        raise ValueError("--rotate needs --calibrate")
 
 
 def load(
@@ -114,7 +121,12 @@ def load(
                 raise ValueError("--calibrate needs one device")
             rows = calibrating.token_windows(args.calibrate, tokenizer)
             model = calibrating.load_calibrated(
-                args.model, quantisation, rows, progress=False if console.quiet else None, **options
+                args.model,
+                quantisation,
+                rows,
+                progress=False if console.quiet else None,
+                rotate=args.rotate,
+                **options,
             )
         else:
             with rich.progress.Progress(console=console, transient=True) as bar:

@@ -49,7 +49,9 @@ def _evaluate(args: argparse.Namespace, console: rich.console.Console) -> str:
     model = arguments.load(args, tokenizer, console, backend=args.backend)
     reference = None
     if args.bits is not None:
-        plain = argparse.Namespace(**vars(args) | dict(bits=None, calibrate=None, head_bits=None))
+        plain = argparse.Namespace(
+            **vars(args) | dict(bits=None, calibrate=None, head_bits=None, rotate=False)
+        )
         reference = arguments.load(plain, tokenizer, console, backend=args.backend)
     with warnings.catch_warnings():  # a few tokens are enough to measure with
         warnings.simplefilter("ignore", CalibrationWarning)

@@ -60,8 +60,13 @@ def test_a_calibrated_checkpoint_is_nearer_to_the_float_one(text):
     widths = [one.weight.get_value().bits for one in quantised(fitted)]
     assert widths.count(2) == 4 * float_model.config.num_layers and widths.count(8) == 1
     expected = float_model(tokens)
-    errors = [float(jnp.square(m(tokens) - expected).mean()) for m in (plain, fitted)]
+    turned = calibrating.load_calibrated(
+        CHATTY, plan, rows, dtype="float32", backend="xla", rotate=True
+    )
+    models_ = (plain, fitted, turned)
+    errors = [float(jnp.square(m(tokens) - expected).mean()) for m in models_]
     assert 0 < errors[1] < 0.7 * errors[0]
+    assert 0 < errors[2] < 0.7 * errors[0]
 
 
 @pytest.mark.slow
@@ -89,6 +94,7 @@ def test_commands_end_to_end(text, capfd):
     ("arguments", "words"),
     [
         (["--calibrate", "x"], "--calibrate needs --bits"),
+        (["--bits", "2", "--rotate"], "--rotate needs --calibrate"),
         (["--bits", "4", "--text", "missing.txt"], "missing.txt"),
     ],
 )

@@ -17,5 +17,6 @@ from fdk_jax.models.loading import stored_bits as stored_bits
 from fdk_jax.models.parallel import Parallel as Parallel
 from fdk_jax.models.random_weights import random_model as random_model
 from fdk_jax.models.request import cache_bucket as cache_bucket
+from fdk_jax.models.rotating import rotated as rotated
 from fdk_jax.models.sampling import Sampling as Sampling
 from fdk_jax.models.transformer import Transformer as Transformer

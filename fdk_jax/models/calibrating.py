@@ -26,6 +26,7 @@ from fdk_jax.learning.calibration import calibrate, progress_bar
 from fdk_jax.learning.evaluation import read_tokens
 from fdk_jax.models import decoding, names
 from fdk_jax.models.loading import Quantisation, load
+from fdk_jax.models.rotating import Rotation, rotate_ends, rotate_layer
 from fdk_jax.models.tokenizer import Tokenizer
 from fdk_jax.models.transformer import Transformer
 from fdk_jax.models.weights import check_arithmetic, set_linear
@@ -75,6 +76,7 @@ def load_calibrated(
     backend: str | None = None,
     arithmetic: str = "exact",
     progress: bool | None = None,
+    rotate: bool = False,
 ) -> Transformer:
     """Loads a model and quantises it by `fdk_jax.calibrate`: codebooks, scales and codes fitted to a text.
 
@@ -91,6 +93,9 @@ def load_calibrated(
         backend: See `load`.
         arithmetic: See `load`.
         progress: See `fdk_jax.calibrate`.
+        rotate: Turns the residual stream and the heads' values by rotations folded into the weights first, which
+            helps at 2 and 1 bits (docs/quality.md); a head that is tied to the embedding becomes a matrix of
+            its own. See `fdk_jax.models.rotated`.
 
     Returns:
         The model, ready for `fdk_jax.models.Generator`.
@@ -112,8 +117,12 @@ def load_calibrated(
         codebook=q.codebook,
         scale="search" if q.scale == "auto" else q.scale,
     )
+    rotation = Rotation.of(model.config) if rotate else None
+    if rotation is not None:
+        rotate_ends(model, rotation)
+    layers = _calibrated_layers(model, windows, q.bits, rotation, options)
     with progress_bar(progress, model.config.num_layers) as advance:
-        for index, layer in enumerate(_calibrated_layers(model, windows, q.bits, options)):
+        for index, layer in enumerate(layers):
             for _, one in nnx.iter_modules(layer):
                 if isinstance(one, QuantisedLinear) and arithmetic != "exact":
                     one.arithmetic, one.backend = arithmetic, "cpu"
@@ -129,7 +138,11 @@ def load_calibrated(
 
 
 def _calibrated_layers(
-    model: Transformer, windows: Sequence[np.ndarray] | np.ndarray, bits: int, options: dict
+    model: Transformer,
+    windows: Sequence[np.ndarray] | np.ndarray,
+    bits: int,
+    rotation: Rotation | None,
+    options: dict,
 ) -> Iterator[nnx.Module]:
     """The layers of a float model, quantised on the default device one after another."""
     graph, state = nnx.split(model)
@@ -141,6 +154,8 @@ def _calibrated_layers(
         turns.append(decoding.turns(model.layers, jnp.arange(rows.shape[1])[None], length, length))
     for index, layer in enumerate(model.layers):
         layer = _moved_module(layer)
+        if rotation is not None:
+            rotate_layer(layer, rotation)
         inputs = [(x, *turn[index]) for x, turn in zip(streams, turns, strict=True)]
         with _named(f"layers.{index}"):
             calibrate(layer, bits, inputs, in_place=True, progress=False, forward=_after, **options)
