@@ -93,7 +93,7 @@ def load_calibrated(
         backend: See `load`.
         arithmetic: See `load`.
         progress: See `fdk_jax.calibrate`.
-        rotate: Turns the residual stream and the heads' values by rotations folded into the weights first, which
+        rotate: Folds rotations of the residual stream and of the heads' values into the weights first, which
             helps at 2 and 1 bits (docs/quality.md); a head that is tied to the embedding becomes a matrix of
             its own. See `fdk_jax.models.rotated`.
 

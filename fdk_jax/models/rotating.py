@@ -1,10 +1,10 @@
 """Rotations folded into a model's weights: the same function, whose weights and activations have no outliers.
 
 What flows between the layers is turned by an orthogonal matrix, and each head's values by another; the matrices
-before them turn it, those after them turn it back. A norm of root mean squares does not notice, once its scale is part
-of the matrix after it. Low-bit levels fit what is left better: every weight is a mean over many (QuIP, arXiv
-2307.13304; QuaRot, arXiv 2404.00456). What the last projection of a feed-forward block reads is not turned: the
-activation function before it does not let a rotation through.
+before them turn it, those after them turn it back. A norm of root mean squares does not notice, once its scale
+is part of the matrix after it. Low-bit levels fit what is left better: every weight is a mean over many (QuIP,
+arXiv 2307.13304; QuaRot, arXiv 2404.00456). What the last projection of a feed-forward block reads is not
+turned: the activation function before it does not let a rotation through.
 """
 
 import dataclasses
