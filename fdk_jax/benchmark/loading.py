@@ -109,7 +109,8 @@ def measure(folder: Path, backend: str | None, devices: int) -> str:
             jax.make_mesh((devices,), ("model",), devices=jax.devices()[:devices])
         )
     size = sum(path.stat().st_size for path in folder.iterdir())
-    jax.block_until_ready(jnp.zeros(1) + 1)
+    for device in jax.devices()[:devices]:  # each is started before
+        jax.block_until_ready(jax.device_put(jnp.zeros(1), device) + 1)
     before, start = _peak(), time.perf_counter()
     model = models.load(folder, backend=backend, parallel=parallel)
     jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
