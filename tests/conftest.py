@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config, items) -> None:
     cases = collections.defaultdict(list)
     long = set(_long_tests())
     for item in items:
-        if item.path.name.startswith("test_gpu"):
+        if "gpu" in item.path.stem.split("_"):
             item.add_marker(pytest.mark.gpu)
         if item.nodeid.removeprefix("tests/") in long or "toolchain" in item.fixturenames:
             item.add_marker(pytest.mark.long)

@@ -2,7 +2,7 @@
 
 usage: busy_core.py [--k 4096] [--bits 4] [--rounds 9] [--output FILE.jsonl]
 
-Mean time a call over stretches of 0.2 s, so that the scheduler's time slices average out, with one
+Mean time a call over intervals of 0.2 s, so that the scheduler's time slices average out, with one
 thread and with all of them in turns: first with idle processors, then with the last one shared with
 a process that never sleeps. Work is handed out in pieces to whoever takes part, and nobody waits for
 a thread that has not started. The bound assumes that the shared processor gives half of its time; an

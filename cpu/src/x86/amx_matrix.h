@@ -31,11 +31,11 @@ inline constexpr int64_t kMatrixRegisters = 8;
 inline constexpr int64_t kMatrixBytes = kMatrixRows * 64;
 
 // Blocks [begin, end) of a plan, the first one at the register `index`.
-struct Stretch {
+struct BlockRange {
   size_t begin, end;
   int64_t index;
 
-  // Packed bytes of tile `tile` that are decoded after this stretch: its next blocks, or the first
+  // Packed bytes of tile `tile` that are decoded after this range: its next blocks, or the first
   // ones of the tile `next`.
   const uint8_t *after(const Plan &plan, int64_t tile, int64_t next) const {
     if (end == plan.blocks.size()) return plan.tile_packed(next);
@@ -44,7 +44,7 @@ struct Stretch {
 };
 
 // scratch: totals [kMatrixTiles][tokens][16] float32; weights [kMatrixTiles][register]; sums [4];
-// scales [kMatrixTiles][block of a stretch][16] float32.
+// scales [kMatrixTiles][block of a range][16] float32.
 template <typename A>
 struct MatrixScratch {
   float *totals;
@@ -70,8 +70,8 @@ struct MatrixScratch {
 // The blocks of [begin, ...) that fit: a tile's weights decoded, and its scales (times the step of
 // integer levels).
 template <typename A>
-size_t decode_stretch(const Plan &plan, const A &tables, const Finish<A> &finish, size_t begin,
-                      int64_t tile, char *weights, float *scales) {
+size_t decode_range(const Plan &plan, const A &tables, const Finish<A> &finish, size_t begin,
+                    int64_t tile, char *weights, float *scales) {
   const A arithmetic = tables;  // a copy, which no store can change: it stays in registers
   auto *target = reinterpret_cast<__m512i *>(weights);
   int64_t vectors = 0;
@@ -119,7 +119,7 @@ inline void add_block(const MatrixFactor *factors, __m512 scales, int64_t rows, 
   }
 }
 
-// Two tiles by up to 32 tokens: what multiply_stretch() works on.
+// Two tiles by up to 32 tokens: what multiply_range() works on.
 struct MatrixWork {
   int64_t token, tokens;  // the first one, and how many
   const char *weights;    // of the first tile
@@ -130,17 +130,17 @@ struct MatrixWork {
   const uint8_t *ahead[2];  // packed bytes to ask memory for meanwhile, or null
 };
 
-// A stretch of two tiles by up to 32 tokens; kSecond: more than 16 of them.
+// A range of blocks of two tiles by up to 32 tokens; kSecond: more than 16 of them.
 template <typename A, bool kSecond>
-void multiply_stretch(const Plan &plan, const MatrixPrepared<A> &layout, const void *prepared,
-                      int64_t codebook, const Stretch &stretch, const MatrixWork &work) {
+void multiply_range(const Plan &plan, const MatrixPrepared<A> &layout, const void *prepared,
+                    int64_t codebook, const BlockRange &block_range, const MatrixWork &work) {
   // Adds up the sums of tokens `group` by tile `i` that the block before `end` left, if there is
   // one.
   const auto add_before = [&](size_t end, int64_t group, int64_t i) {
-    if (end == stretch.begin) return;
+    if (end == block_range.begin) return;
     const size_t b = end - 1;
     const __m512 scales = _mm512_load_ps(work.scales + i * MatrixScratch<A>::kTileScales +
-                                         static_cast<int64_t>(b - stretch.begin) * kTileRows);
+                                         static_cast<int64_t>(b - block_range.begin) * kTileRows);
     add_block<A>(layout.factors(prepared, codebook, b, work.token + group * kMatrixRows), scales,
                  std::min(work.tokens - group * kMatrixRows, kMatrixRows),
                  work.sums + (2 * group + i) * kMatrixBytes,
@@ -148,7 +148,7 @@ void multiply_stretch(const Plan &plan, const MatrixPrepared<A> &layout, const v
   };
   // Steps that one register of a tile was decoded from.
   constexpr int64_t lines = std::max<int64_t>(kMatrixRows / A::kVectors, 1);
-  const char *words = layout.words(prepared, work.token, stretch.index);
+  const char *words = layout.words(prepared, work.token, block_range.index);
   const char *second_words = words + (kSecond ? layout.registers * kMatrixBytes : 0);
   const char *weights = work.weights;
   const char *second_weights = weights + MatrixScratch<A>::kTileBytes;
@@ -165,7 +165,7 @@ void multiply_stretch(const Plan &plan, const MatrixPrepared<A> &layout, const v
     second_weights += kMatrixBytes;
   };
   stores_before_tile_loads();
-  for (size_t b = stretch.begin; b < stretch.end; ++b) {
+  for (size_t b = block_range.begin; b < block_range.end; ++b) {
     _tile_zero(0);
     _tile_zero(1);
     if constexpr (kSecond) {
@@ -207,7 +207,7 @@ void multiply_stretch(const Plan &plan, const MatrixPrepared<A> &layout, const v
     next_register();
   }
   for (int64_t group = 0; group < (kSecond ? 2 : 1); ++group)
-    for (int64_t i = 0; i < 2; ++i) add_before(stretch.end, group, i);
+    for (int64_t i = 0; i < 2; ++i) add_before(block_range.end, group, i);
 }
 
 // `tiles` tiles from `tile` on, at most kMatrixTiles, for all tokens of the range.
@@ -227,7 +227,7 @@ void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &fi
   }
   const int64_t last_tile = tile + tiles - 1;
   const auto next = [&](int64_t i) { return std::min(tile + tiles + i, range.tile_end - 1); };
-  Stretch stretch{0, 0, 0};
+  BlockRange block_range{0, 0, 0};
   const auto multiply = [&](int64_t t, int64_t i) {
     MatrixWork work{range.token_begin + t,
                     std::min(tokens - t, 2 * kMatrixRows),
@@ -238,24 +238,24 @@ void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &fi
                     total_stride,
                     {nullptr, nullptr}};
     for (int64_t j = 0; j < 2 && t == 0; ++j)
-      work.ahead[j] = stretch.after(plan, std::min(tile + i + j, last_tile), next(i + j));
+      work.ahead[j] = block_range.after(plan, std::min(tile + i + j, last_tile), next(i + j));
     if (work.tokens > kMatrixRows)
-      multiply_stretch<A, true>(plan, layout, prepared, range.codebook, stretch, work);
-    else multiply_stretch<A, false>(plan, layout, prepared, range.codebook, stretch, work);
+      multiply_range<A, true>(plan, layout, prepared, range.codebook, block_range, work);
+    else multiply_range<A, false>(plan, layout, prepared, range.codebook, block_range, work);
   };
-  for (; stretch.begin < plan.blocks.size(); stretch.begin = stretch.end) {
+  for (; block_range.begin < plan.blocks.size(); block_range.begin = block_range.end) {
     // The first tokens meet two tiles while what was decoded of them lies in the L1 cache.
     for (int64_t i = 0; i < tiles; i += 2) {
       for (int64_t j = i; j < std::min(i + 2, tiles); ++j)
-        stretch.end = decode_stretch(plan, arithmetic, finish, stretch.begin, tile + j,
-                                     own.weights + j * MatrixScratch<A>::kTileBytes,
-                                     own.scales + j * MatrixScratch<A>::kTileScales);
+        block_range.end = decode_range(plan, arithmetic, finish, block_range.begin, tile + j,
+                                       own.weights + j * MatrixScratch<A>::kTileBytes,
+                                       own.scales + j * MatrixScratch<A>::kTileScales);
       multiply(0, i);
     }
     for (int64_t t = 2 * kMatrixRows; t < tokens; t += 2 * kMatrixRows)
       for (int64_t i = 0; i < tiles; i += 2) multiply(t, i);
-    for (size_t b = stretch.begin; b < stretch.end; ++b)
-      stretch.index += block_registers<A>(plan.blocks[b]);
+    for (size_t b = block_range.begin; b < block_range.end; ++b)
+      block_range.index += block_registers<A>(plan.blocks[b]);
   }
   // The rows of y lie far apart: each is asked for some stores ahead.
   constexpr int64_t rows_ahead = 16;

@@ -30,7 +30,7 @@ __m512i widened_sum(__m512i v) {
 }
 
 // Sums of int32 that do not wrap: each lane keeps its sum modulo 2**32 and the sum of its upper
-// halves, which together give the sum of a stretch. Few instructions a cache line and four streams
+// halves, which together give the sum of a range. Few instructions a cache line and four streams
 // at once keep as many reads in flight as the machine takes: the probe is to be what bounds every
 // kernel (Emerald Rapids, one thread, 2026-11: 15.0 GB/s with one stream, 16.9 with four, 17.2 with
 // four in pages of 2 MiB; five instructions a line instead of three: 15.6).
