@@ -78,3 +78,42 @@ def test_the_best_token_of_all_parts_of_the_vocabulary(monkeypatch, rng):
     table = model.embedding.get_value()
     model.embedding.set_value(jax.device_put(np.ones(table.shape, table.dtype), table.sharding))
     assert models.Generator(model).generate(prompts, max_tokens=3).tokens == [[0] * 3] * 3
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_several_devices_take_no_plan_that_knows_one_only(monkeypatch, bits):
+    """With a GPU that has every kernel: what is lowered for it sums over devices."""
+    from fdk_jax.models import fused_layers
+    from fdk_jax.models.cache import KVCache
+    from pallas_kernels.target import H200, using
+
+    config = models.ModelConfig(256, 1024, 2048, 2, 8, 4, 128, dtype="bfloat16")
+    parallel = _parallel()
+    local = parallel.local(config)
+    with using(H200):
+        for shared in (None, parallel):
+            model = models.random_model(config, bits=bits, backend="pallas", parallel=shared)
+            shape = (1, (local if shared else config).num_kv_heads, 128, 128)
+            arrays = (jax.ShapeDtypeStruct(shape, "bfloat16"),) * 2
+            cache = KVCache(arrays, arrays, jax.ShapeDtypeStruct((1,), "int32"))  # type: ignore[arg-type]
+            x = jax.ShapeDtypeStruct((1, 1024), "bfloat16")
+            layers = fused_layers.choose(model.layers, model.norm, _Rows(x), cache)  # type: ignore[arg-type]
+            plan = fused_products.choose(model.layers, model.norm, x)  # type: ignore[arg-type]
+            if shared is None:
+                assert (layers is not None) == (bits == 1)
+                assert isinstance(plan, fused_products.InChains)
+            else:
+                assert layers is None and plan is None
+                through = peers.make(parallel, 1024)
+                plan = fused_products.choose(model.layers, model.norm, x, through)  # type: ignore[arg-type]
+                assert isinstance(plan, fused_products.InChains) and plan.peers is through
+
+
+class _Rows:
+    """A shape that has a length."""
+
+    def __init__(self, like):
+        self.shape, self.dtype = like.shape, like.dtype
+
+    def __len__(self):
+        return self.shape[0]

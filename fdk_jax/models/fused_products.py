@@ -38,7 +38,7 @@ class InProducts:
 
     def takes(self, block: Block, x: Array) -> bool:
         """Whether there are kernels for a block and inputs like x [B, D]."""
-        if not _is_swiglu(block):
+        if not is_swiglu(block):
             return False
         linears = [block.layer.attention.qkv, *_usual(block).linears]
         return all(_residual_kernel(linear, x) is not None for linear in linears)
@@ -74,7 +74,7 @@ class InChains(InProducts):
 
     def takes(self, block: Block, x: Array) -> bool:
         """Whether there is a kernel for a block and inputs like x [B, D], and one for the first product."""
-        if not _is_swiglu(block):
+        if not is_swiglu(block):
             return False
         chain = _chain_kernel(_usual(block).linears, x, self.peers)
         return chain is not None and _residual_kernel(block.layer.attention.qkv, x) is not None
@@ -201,9 +201,10 @@ def parts(block: Block) -> _Usual | None:
     return _Usual(layer.attention, mlp, inner, norm, qkv) if usual else None
 
 
-def _is_swiglu(block: Block) -> bool:
-    mlp = _usual(block).mlp
-    return isinstance(mlp, MLP) and mlp.activation == "silu"
+def is_swiglu(block: Block) -> bool:
+    """Whether a block is what `parts` takes, and has gate and up with SiLU between them."""
+    found = parts(block)
+    return found is not None and isinstance(found.mlp, MLP) and found.mlp.activation == "silu"
 
 
 def _usual(block: Block) -> _Usual:
