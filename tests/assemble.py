@@ -55,6 +55,7 @@ ARCHITECTURES = (
 # they need; sums of 16384 values over eight devices.
 SPILLS = {
     "chain": 16,
+    "integer+sum": 4,
     "peer sum": 48,
     "wgmma": 56,
     "matvec": 8,
