@@ -154,7 +154,7 @@ def test_a_kernel_that_is_off_fails(rng, row, dtype, monkeypatch):
         y = right(*arguments).astype(jnp.float32)
         largest = jnp.argmax(jnp.abs(y).sum(0))
         factor = jnp.where(jnp.arange(y.shape[1]) == largest, 1.01, 1.0) if row else 1.005
-        return (y * factor).astype(dtype)
+        return (y * jnp.broadcast_to(factor, y.shape)).astype(dtype)
 
     monkeypatch.setattr(mosaic_matmul, "matmul", wrong)
     with pytest.raises(AssertionError, match="worst element"):
