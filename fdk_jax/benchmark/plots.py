@@ -74,8 +74,10 @@ def _where(device: str, threads: int | None) -> str:
 def _speed_up(rows: Rows):
     """Time of the fastest unquantised product over the time of each, by the number of tokens."""
     panels = _groups(rows, "device", "threads", "k", "n")
-    figure, axes = _grid(len(panels))
-    for ax, ((device, threads, k, n), panel) in zip(axes, panels.items(), strict=False):
+    # Where a GPU runs the kernels of another there is no unquantised product to compare with.
+    compared = {at: panel for at, panel in panels.items() if any(r["bits"] >= 16 for r in panel)}
+    figure, axes = _grid(max(1, len(compared)))
+    for ax, ((device, threads, k, n), panel) in zip(axes, compared.items(), strict=False):
         lines = _groups(panel, "bits", "backend", "codebook", "dtype", "group_size", "arithmetic")
         for (bits, backend, codebook, dtype, group, arithmetic), line in lines.items():
             points = sorted((r["m"], s) for r in line if (s := table.speed_up(r, panel)))
@@ -90,15 +92,25 @@ def _speed_up(rows: Rows):
             )  # fmt: skip
         ax.axhline(1, color="black", linewidth=0.8)
         ax.set(xscale="log", yscale="log", xlabel="tokens m", ylabel="speed-up over dense")
-        ticks = sorted({r["m"] for r in panel})
+        ticks = _apart({r["m"] for r in panel})
         ax.set_xticks(ticks, [str(t) for t in ticks], minor=False)
         ax.set_xticks([], minor=True)
         ax.yaxis.set_major_formatter("{x:g}x")
+        ax.yaxis.set_minor_formatter("{x:g}x")
         ax.set_title(f"{_where(device, threads)}: k = {k}, n = {n}", fontsize=9)
         ax.grid(alpha=0.3, which="both")
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=6)
     return figure
+
+
+def _apart(numbers: set[int]) -> list[int]:
+    """Those whose names do not overlap on a logarithmic axis, ascending."""
+    kept: list[int] = []
+    for number in sorted(numbers):
+        if not kept or number >= 1.3 * kept[-1]:
+            kept.append(number)
+    return kept
 
 
 def _roofline(rows: Rows):
