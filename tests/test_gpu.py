@@ -163,7 +163,7 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, codebooks):
     planar.check_residual(outputs, after, [e.then(factor=inverse) for e in wanted.expectations()])
 
 
-@pytest.mark.parametrize(("bits", "uniform"), DECODERS)
+@pytest.mark.parametrize(("bits", "uniform"), [*DECODERS, (2, True)])
 @pytest.mark.parametrize(
     ("hidden", "inner", "count"),
     [(512, 1024, 4), (3072, 5632, 4), (512, 12800, 4), (1024, 512, 3)],

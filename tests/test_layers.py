@@ -118,10 +118,23 @@ def test_as_many_layers_as_a_launch_has_parameters_for():
     ],
 )
 def test_a_decoding_step_is_a_launch_for_many_layers(options, capacity, launches):
-    config = ModelConfig(256, 512, 512, 28, 4, 2, 128, **options)
-    model = jax.eval_shape(lambda: models.random_model(config, bits=1, backend="pallas"))
+    _check_launches(ModelConfig(256, 512, 512, 28, 4, 2, 128, **options), capacity, launches)
+
+
+@pytest.mark.parametrize(
+    ("bits", "codebook", "launches"),
+    [(1, "kmeans", 1), (2, "uniform", 1), (2, "kmeans", 0), (4, "uniform", 0)],
+)
+def test_layers_are_in_one_launch_where_products_are_sums_of_integers(bits, codebook, launches):
+    config = ModelConfig(256, 512, 512, 3, 4, 2, 128)
+    _check_launches(config, 64, launches, bits=bits, codebook=codebook)
+
+
+def _check_launches(config, capacity, launches, bits=1, **kind):
+    kind |= dict(bits=bits, backend="pallas")
+    model = jax.eval_shape(lambda: models.random_model(config, **kind))
     graph, state = nnx.split(model)
-    cache = (jax.ShapeDtypeStruct((1, 2, capacity, 128), jnp.bfloat16),) * 28
+    cache = (jax.ShapeDtypeStruct((1, 2, capacity, 128), jnp.bfloat16),) * config.num_layers
     cache = models.KVCache(cache, cache, jax.ShapeDtypeStruct((1,), jnp.int32))
     program = jax.jit(lambda s, t, c: nnx.merge(graph, s).decode(t, c))
     with using(H200):
