@@ -213,6 +213,8 @@ def _check_chain(rng, bits, uniform, hidden, inner, count, width=512, **kind):
         (1, dict(hidden=6144, inner=5632, heads=48, kv_heads=8, normed=False, capacity=960)),
         (2, dict(codebooks=(4, 1, 2, 1), hidden=4096, inner=12288, heads=32, kv_heads=8)),
         (2, dict(group_size=128, scales="float16", bias=True)),
+        (2, dict(uniform=True, hidden=4096, inner=12288, heads=32, kv_heads=8)),
+        (2, dict(uniform=True, group_size=32, bias=True)),
         (4, dict(uniform=True, hidden=3072, inner=8192, heads=24, kv_heads=8, normed=False)),
         (4, dict(codebooks=(4, 1, 2, 1), hidden=4096, inner=14336, heads=32, kv_heads=8)),
         (4, dict(group_size=32, dim=64, heads=8, kv_heads=1, bias=True, length=0)),
@@ -220,8 +222,11 @@ def _check_chain(rng, bits, uniform, hidden, inner, count, width=512, **kind):
         (8, dict(uniform=True, group_size=32, length=63)),
     ],
 )
-def test_layers(rng, bits, kind):
+def test_layers(rng, bits, kind, monkeypatch):
     """Each part of a layer, element by element; and several, again and again, to the bit as one by one."""
+    monkeypatch.setenv(ring_arithmetic.LAYERS, "1")
+    if not TARGET.has_bulk_copies or TARGET.no_grid_barriers:
+        pytest.skip(f"layers are not one launch on {TARGET}")
     made = layered.make(rng, bits, None, target=TARGET, **kind)
     plan, arrays, _, x = made
     found = jax.jit(lambda arrays, x: layers.launch(plan, arrays, **x))(arrays, x)
@@ -255,6 +260,7 @@ def test_layers(rng, bits, kind):
 @pytest.mark.parametrize("options", [{}, dict(output_bias=True, qkv_bias=True, mlp_bias=True)])
 def test_a_models_step_in_fewer_launches(bits, options, monkeypatch):
     """In one launch, in chains, with sums and norms in the products, and with every operation by itself."""
+    monkeypatch.setenv(ring_arithmetic.LAYERS, "1")
     config = ModelConfig(512, 512, 1024, 3, 4, 2, 128, **options)
     model = models.random_model(config, bits=bits, codebook="kmeans", backend="pallas")
     tokens = jnp.asarray([[3, 1, 4, 1, 5]])

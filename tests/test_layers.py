@@ -14,8 +14,13 @@ from flax import nnx
 
 from fdk_jax import models
 from fdk_jax.models.config import ModelConfig
-from pallas_kernels import layers, liveness, ring
+from pallas_kernels import layers, liveness, ring, ring_arithmetic
 from pallas_kernels.target import H200, using
+
+
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch):
+    monkeypatch.setenv(ring_arithmetic.LAYERS, "1")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +124,15 @@ def test_as_many_layers_as_a_launch_has_parameters_for():
 )
 def test_a_decoding_step_is_a_launch_for_many_layers(options, capacity, launches):
     _check_launches(ModelConfig(256, 512, 512, 28, 4, 2, 128, **options), capacity, launches)
+
+
+def test_layers_are_in_one_launch_only_where_that_is_switched_on(monkeypatch):
+    config = ModelConfig(256, 512, 512, 3, 4, 2, 128)
+    monkeypatch.delenv(ring_arithmetic.LAYERS)
+    _check_launches(config, 64, 0)
+    monkeypatch.setenv(ring_arithmetic.LAYERS, "yes")
+    with pytest.raises(ValueError, match="FDK_JAX_LAYERS='yes' must be 0 or 1"):
+        _check_launches(config, 64, 0)
 
 
 @pytest.mark.parametrize(

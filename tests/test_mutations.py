@@ -27,7 +27,16 @@ from backends import BACKENDS, CPU_MISSING
 import fdk_jax
 import pallas_kernels
 from fdk_jax.product import cpu_backend, reference
-from pallas_kernels import integer, integer_tokens, matvec, mma, plain, ring, wgmma
+from pallas_kernels import (
+    integer,
+    integer_tokens,
+    matvec,
+    mma,
+    plain,
+    ring,
+    ring_arithmetic,
+    wgmma,
+)
 
 HALF_PERCENT = 1.005
 needs_cpu = pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
@@ -247,14 +256,17 @@ def test_ptx_of_chains(bits, spoil, rng, monkeypatch):
     config = test_chain.ring.Config(2, 3)
 
     def test():
-        test_chain.test_values_of_a_chain(rng, bits, False, (1, 1, 1, 1), config, 4, False)
+        test_chain.test_values_of_a_chain(
+            rng, bits, False, (1, 1, 1, 1), config, 4, False, monkeypatch
+        )
 
     fails(test, spoil, monkeypatch, emulator, "run", _emulated)
 
 
 @pytest.mark.parametrize(("bits", "uniform"), [(1, False), (2, True), (4, False)])
-def test_ptx_of_layers(bits, uniform, rng):
+def test_ptx_of_layers(bits, uniform, rng, monkeypatch):
     """Each part of a layer, spoilt in each way, after one run."""
+    monkeypatch.setenv(ring_arithmetic.LAYERS, "1")
     made = layered.make(rng, bits, ring.Config(4, 4), uniform=uniform)
     plan, arrays, _, x = made
     found, *caches = layered.run(plan, arrays, x)

@@ -68,7 +68,7 @@ class InLayers:
 
 def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array, cache: KVCache) -> InLayers | None:
     """The plan for layers, inputs like x [B, D] and a cache, or None."""
-    if len(x) > 1 or not _are_alike(layers, norm):
+    if not ring_arithmetic.has_layers() or len(x) > 1 or not _are_alike(layers, norm):
         return None
     first, attention = layers[0], layers[0].attention
     usual = attention.has_usual_heads and attention.is_plain
