@@ -61,7 +61,7 @@ SPILLS = {
     "wgmma": 184,
     "matvec": 32,
     "matvec+sum": 8,
-    "mma": 40,
+    "mma": 48,
     "stream": 8,
     "layers": 288,
 }
