@@ -30,6 +30,7 @@ from pallas_kernels.target import Target
 _GATED = 1  # the index of gate and up
 _ALIKE = ("bits", "scale_dtype", "group_size")  # in all products: a slot of the ring is of any
 _PEERS = ("mailbox", "addresses")
+OVER_DEVICES = (4,)  # bits whose chains over several GPUs were seen to be right on GPUs
 _RESIDUAL = (0, 2)  # the indices of the products whose outputs are added to the residual stream
 
 
@@ -82,6 +83,8 @@ def unsupported_reason(
         return (
             f"{config} has more programs than {target.multiprocessors} multiprocessors run at once"
         )
+    if devices > 1 and products[0].bits not in OVER_DEVICES:
+        return f"chains of {products[0].bits} bits over several GPUs have not been tried on GPUs"
     if devices > 1 and config.programs > mailbox.MOST_PROGRAMS:
         return f"{config} has more programs than a mailbox counts"
     first = products[0]

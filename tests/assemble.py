@@ -225,7 +225,7 @@ def _chains(bits, uniform, target, quick) -> Iterator[tuple[str, str, str, int]]
         # Half of each matrix on each of two devices.
         shapes = [(hidden, hidden // 2), (inner, hidden), (hidden, inner // 2), (qkv // 2, hidden)]
         products = [golden.case(1, n, k, bits, uniform) for n, k in shapes]
-        if chain.unsupported_reason(products, config, target, 2) is None:
+        if chain.unsupported_reason(products, config, target) is None:
             cases = chain.cases(products, (1e-5, 1e-5), config, target, 2)
             source = chain.source(cases, config, target)
             yield "chain", f"{bits} {uniform=} {hidden} over 2", source, config.warps

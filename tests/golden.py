@@ -170,7 +170,6 @@ def _over_devices() -> Iterator[tuple[str, str]]:
         width, inner = 4096 // devices, 14336 // devices
         shapes = [(4096, width), (2 * inner, 4096), (4096, inner), (6144 // devices, 4096)]
         products = [case(1, n, k, bits) for n, k in shapes]
-        assert chain.unsupported_reason(products, config, H200, devices) is None
         products = chain.cases(products, (1e-5, 1e-5), config, H200, devices)
         yield f"chain {bits} over {devices} devices", chain.source(products, config, H200)
 

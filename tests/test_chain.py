@@ -155,8 +155,9 @@ def _check_chain(rng, shapes, bits, uniform, codebooks, config, *, bias, chance=
         (8, False, (1, 2, 1, 3), ring.Config(4, 3), 2),
     ],
 )
-def test_a_chain_over_devices(rng, bits, uniform, codebooks, config, devices):
+def test_a_chain_over_devices(rng, monkeypatch, bits, uniform, codebooks, config, devices):
     """Each has columns of its own of out and down; later launches find what the earlier ones have left."""
+    monkeypatch.setattr(chain, "OVER_DEVICES", (1, 2, 4, 8))
     boxes = [np.zeros(mailbox.words(devices, 512), np.uint32) for _ in range(devices)]
     for launch in range(2):
         own = [chains.weights(rng, SHAPES, bits, codebooks, uniform, False) for _ in range(devices)]
@@ -259,6 +260,15 @@ def test_there_is_no_chain_without_a_gpu_at_hand(rng):
     x, residual, scales = chains.inputs(rng, 512, 512)
     with pytest.raises(NotImplementedError, match="run them apart"):
         pallas_kernels.chain_matmul(x, residual, found, scales, chains.EPS)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_chains_over_gpus_that_were_not_tried_are_refused(bits):
+    products, config = _products(bits, 1024, 2048, 1536), ring.Config(16, 132)
+    assert chain.unsupported_reason(products, config, H200) is None
+    reason = chain.unsupported_reason(products, config, H200, 2)
+    assert f"{bits} bits over several GPUs have not been tried" in (reason or "")
+    assert chain.unsupported_reason(_products(4, 1024, 2048, 1536), config, H200, 2) is None
 
 
 def test_bad_chains_are_refused(rng):

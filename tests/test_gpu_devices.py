@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from fdk_jax import models
 from fdk_jax.benchmark import models as suite
 from fdk_jax.models import peers
+from pallas_kernels import chain
 
 pytestmark = pytest.mark.skipif(
     sum(device.platform == "gpu" for device in jax.devices()) < 2, reason="needs two GPUs"
@@ -47,8 +48,9 @@ def test_sums_are_those_of_the_values(rng, parallel, rows, dtype):
 
 
 @pytest.mark.parametrize(("bits", "batch"), [(1, 1), (2, 1), (4, 1), (8, 1), (4, 7), (16, 3)])
-def test_a_step_of_each_plan_against_float32(parallel, bits, batch):
+def test_a_step_of_each_plan_against_float32(monkeypatch, parallel, bits, batch):
     """By chains for one sequence of quantised weights, else by launches of their own; and by XLA's sums."""
+    monkeypatch.setattr(chain, "OVER_DEVICES", (1, 2, 4, 8))
     config = models.ModelConfig(1024, 2048, 4096, 3, 16, 4, 128, dtype="bfloat16")
     model = models.random_model(
         config, bits=bits, codebook="kmeans", backend="pallas", parallel=parallel

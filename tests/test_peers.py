@@ -19,6 +19,7 @@ def _parallel(shape=(2,), names=("model",), **options):
     ("name", "value", "reason"),
     [
         ("FDK_JAX_PEER_SUMS", "0", "FDK_JAX_PEER_SUMS=0"),
+        ("FDK_JAX_PEER_SUMS", "1", "platform 'cpu', not GPUs"),
         ("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async", "cuda_async"),
         ("XLA_PYTHON_CLIENT_ALLOCATOR", "platform", "platform 'cpu', not GPUs"),
     ],
@@ -26,6 +27,13 @@ def _parallel(shape=(2,), names=("model",), **options):
 def test_reasons(monkeypatch, name, value, reason):
     monkeypatch.setenv(name, value)
     assert reason in (peers.unsupported_reason(_parallel(), 256) or "")
+
+
+def test_more_gpus_than_were_tried_are_asked_for(monkeypatch):
+    parallel = _parallel((4,))
+    assert "4 GPUs have not been tried" in (peers.unsupported_reason(parallel, 256) or "")
+    monkeypatch.setenv("FDK_JAX_PEER_SUMS", "1")
+    assert "not GPUs" in (peers.unsupported_reason(parallel, 256) or "")
 
 
 def test_devices_of_a_row_of_the_mesh_sum_up():
@@ -59,22 +67,11 @@ def test_without_peers_several_devices_have_no_plan_of_their_own():
     assert fused_products.choose(model.layers, model.norm, x) is None  # type: ignore[arg-type]
 
 
-def test_the_best_token_of_all_parts_of_the_vocabulary(monkeypatch, rng):
-    """Gathered through mailboxes, with XLA's sum in the place of the kernel; of equal logits the first."""
-    monkeypatch.setattr(peers.Peers, "takes", lambda self, x: True)
-    monkeypatch.setattr(peers.Peers, "total", lambda self, x: jax.lax.psum(x, "model"))
+def test_the_best_token_of_all_parts_of_the_vocabulary(rng):
+    """Of logits that are alike the first, as on one device: a table of equal rows has no others."""
     config = models.ModelConfig(256, 128, 256, 2, 8, 4, 32, tie_embeddings=True)
-    parallel = _parallel((4,))
-    model = models.random_model(config, parallel=parallel)
+    model = models.random_model(config, parallel=_parallel((4,)))
     prompts = rng.integers(0, 256, (3, 5)).tolist()
-    plain = models.Generator(model)
-    through = models.Generator(model)
-    through.programs.peers = peers.make(parallel, config.hidden_size)
-    wanted = plain.generate(prompts, max_tokens=12).tokens
-    assert through.generate(prompts, max_tokens=12).tokens == wanted
-    decode = next(p for name, p in through.programs.items() if name[0] == "decode")
-    assert "all-gather(" not in decode.as_text()
-    # A table of equal rows has equal logits.
     table = model.embedding.get_value()
     model.embedding.set_value(jax.device_put(np.ones(table.shape, table.dtype), table.sharding))
     assert models.Generator(model).generate(prompts, max_tokens=3).tokens == [[0] * 3] * 3
@@ -82,9 +79,13 @@ def test_the_best_token_of_all_parts_of_the_vocabulary(monkeypatch, rng):
 
 @pytest.mark.parametrize("bits", [1, 4])
 def test_several_devices_take_no_plan_that_knows_one_only(monkeypatch, bits):
-    """With a GPU that has every kernel: what is lowered for it sums over devices."""
+    """With a GPU that has every kernel: each plan adds what all devices have.
+
+    Layers in one launch were taken for two GPUs once: each then had the sums of its own part.
+    """
     from fdk_jax.models import fused_layers
     from fdk_jax.models.cache import KVCache
+    from pallas_kernels import chain
     from pallas_kernels.target import H200, using
 
     config = models.ModelConfig(256, 1024, 2048, 2, 8, 4, 128, dtype="bfloat16")
@@ -106,7 +107,9 @@ def test_several_devices_take_no_plan_that_knows_one_only(monkeypatch, bits):
                 assert layers is None and plan is None
                 through = peers.make(parallel, 1024)
                 plan = fused_products.choose(model.layers, model.norm, x, through)  # type: ignore[arg-type]
-                assert isinstance(plan, fused_products.InChains) and plan.peers is through
+                seen = bits in chain.OVER_DEVICES
+                kind = fused_products.InChains if seen else fused_products.OverPeers
+                assert isinstance(plan, kind) and plan.peers is through
 
 
 class _Rows:

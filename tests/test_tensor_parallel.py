@@ -1,5 +1,6 @@
 """Models on several devices: the same logits, no weight gathered, refusals."""
 
+import dataclasses
 import re
 
 import jax
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 from model_data import relative, wide_config, write_folder
 
+import fdk_jax
 from fdk_jax import models
 from fdk_jax.benchmark import models as suite
 from fdk_jax.benchmark import runner, timing
+from fdk_jax.models.weights import Placer
 
 
 @pytest.mark.parametrize(
@@ -111,3 +114,31 @@ def test_the_models_suite_compares_with_float32_on_several_devices(bits, count):
     errors = suite._errors(model, None, case)
     for name in ("rel_rms_error", "prefill_rel_rms_error"):
         assert 0 < errors[name] < 1.5 * errors[f"plain_{name}"] + 1e-3, errors
+
+
+@pytest.mark.parametrize(("bits", "cut"), [(4, "n"), (4, "k"), (1, "n"), (1, "k"), (8, "k")])
+@pytest.mark.parametrize("backend", ["pallas", "cpu", "xla"])
+def test_each_devices_slice_in_the_layout_of_the_kernels(rng, bits, cut, backend):
+    """Parts joined along the outputs, of which each device has its share of all; or its inputs."""
+    parallel = models.Parallel(jax.make_mesh((2,), ("model",), devices=jax.devices()[:2]))
+    rows, k = (64, 32, 32) if cut == "n" else (48,), 2048
+    parts = [
+        jax.tree.map(np.asarray, fdk_jax.quantise(rng.normal(size=(n, k)).astype(np.float32), bits))
+        for n in rows
+    ]
+    placed = Placer(parallel, "float32", backend).quantised(parts, cut)
+    whole = [np.asarray(part.dequantise("float32")) for part in parts]
+    for device in range(2):
+        arrays = [
+            np.asarray(array.addressable_shards[device].data)
+            for array in (placed.packed, placed.scales, placed.codebook)
+        ]
+        packed, scales, codebook = (jax.numpy.asarray(a) for a in arrays)
+        own = dataclasses.replace(placed, packed=packed, scales=scales, codebook=codebook)
+        if cut == "n":
+            wanted = np.concatenate(
+                [w[device * len(w) // 2 : (device + 1) * len(w) // 2] for w in whole]
+            )
+        else:
+            wanted = whole[0][:, device * k // 2 : (device + 1) * k // 2]
+        np.testing.assert_array_equal(np.asarray(own.dequantise("float32")), wanted)

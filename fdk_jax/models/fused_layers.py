@@ -103,7 +103,7 @@ def _are_alike(layers: Sequence[Layer], norm: RMSNorm) -> bool:
     """Whether the layers are all of one kind, and one that the kernel computes, on one device."""
     if layers[0].attention.axis is not None:
         return False
-    if not all(fused_products.is_swiglu(block) for block in blocks(layers, norm)):
+    if any(fused_products.parts(block) is None for block in blocks(layers, norm)):
         return False
     kinds = set()
     for layer, after in zip(layers, _norms(layers, norm), strict=True):

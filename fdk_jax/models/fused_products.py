@@ -17,7 +17,6 @@ from jax import Array
 import pallas_kernels
 from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.models.blocks import Block, blocks
-from fdk_jax.models.experts import MixtureOfExperts
 from fdk_jax.models.modules import MLP, Attention, Layer, RMSNorm
 from fdk_jax.models.peers import Peers
 from pallas_kernels import Scaled
@@ -38,8 +37,6 @@ class InProducts:
 
     def takes(self, block: Block, x: Array) -> bool:
         """Whether there are kernels for a block and inputs like x [B, D]."""
-        if not is_swiglu(block):
-            return False
         linears = [block.layer.attention.qkv, *_usual(block).linears]
         return all(_residual_kernel(linear, x) is not None for linear in linears)
 
@@ -74,8 +71,6 @@ class InChains(InProducts):
 
     def takes(self, block: Block, x: Array) -> bool:
         """Whether there is a kernel for a block and inputs like x [B, D], and one for the first product."""
-        if not is_swiglu(block):
-            return False
         chain = _chain_kernel(_usual(block).linears, x, self.peers)
         return chain is not None and _residual_kernel(block.layer.attention.qkv, x) is not None
 
@@ -169,7 +164,7 @@ class _Usual(NamedTuple):
     """The parts of a block that is what the kernels compute, apart from its weights."""
 
     attention: Attention
-    mlp: Any  # MLP or MixtureOfExperts; of the latter only `partial` is asked for
+    mlp: MLP
     mlp_norm: RMSNorm
     norm: RMSNorm
     qkv: nnx.Module | None
@@ -185,26 +180,16 @@ def parts(block: Block) -> _Usual | None:
     """None for a block with anything that the kernels do not compute."""
     layer, norm, qkv = block
     before, inner, mlp = layer.attention_norm, layer.mlp_norm, layer.mlp
-    if (
-        before is None
-        or inner is None
-        or norm is None
-        or not isinstance(mlp, MLP | MixtureOfExperts)
-    ):
+    if before is None or inner is None or norm is None or not isinstance(mlp, MLP):
         return None
     usual = (
         layer.attention_post_norm is None
         and layer.mlp_post_norm is None
+        and mlp.activation == "silu"
         and layer.scale == 1
         and before.offset == inner.offset == norm.offset == 0
     )
     return _Usual(layer.attention, mlp, inner, norm, qkv) if usual else None
-
-
-def is_swiglu(block: Block) -> bool:
-    """Whether a block is what `parts` takes, and has gate and up with SiLU between them."""
-    found = parts(block)
-    return found is not None and isinstance(found.mlp, MLP) and found.mlp.activation == "silu"
 
 
 def _usual(block: Block) -> _Usual:

@@ -1,6 +1,6 @@
 """Sums over the devices of a model through each other's memory: see `pallas_kernels.peer_sum`.
 
-FDK_JAX_PEER_SUMS=0 leaves all sums to XLA's collectives.
+FDK_JAX_PEER_SUMS=0 leaves all sums to XLA's collectives, FDK_JAX_PEER_SUMS=1 takes more GPUs than were tried.
 """
 
 import ctypes
@@ -24,6 +24,7 @@ from pallas_kernels.peer_sum import PeerSum
 from pallas_kernels.target import current
 
 _SWITCH = "FDK_JAX_PEER_SUMS"
+_MOST = 2  # GPUs whose sums were seen to be right
 # Of JAX's, those whose memory the other GPUs of a process reach; the pools of `cuda_async` have access lists.
 _ALLOCATOR, _ALLOCATORS = "XLA_PYTHON_CLIENT_ALLOCATOR", ("default", "bfc", "platform")
 
@@ -53,19 +54,6 @@ class Peers:
         """Whether rows like x [B, D] can be summed."""
         fits = x.ndim == 2 and x.shape[1] == self.features
         return fits and peer_sum.unsupported_reason(self._case(x), current()) is None
-
-    def gather(self, x: Array, rank: Array) -> Array | None:
-        """Few columns [B, C] of all devices side by side: float32 [B, devices * C]; None if they do not fit.
-
-        `rank` is this device's number.
-        """
-        rows, columns = x.shape
-        row = jax.ShapeDtypeStruct((rows, self.features), jnp.float32)
-        if self.devices * columns > self.features or not self.takes(row):
-            return None
-        own = jnp.zeros(row.shape, row.dtype)
-        own = jax.lax.dynamic_update_slice(own, x.astype(row.dtype), (0, columns * rank))
-        return self.total(own)[:, : self.devices * columns]
 
     def total(self, x: Array) -> Array:
         """The sum of all devices' x [B, D]."""
@@ -123,6 +111,8 @@ def unsupported_reason(parallel: Parallel, features: int) -> str | None:
     devices = list(parallel.mesh.devices.flat)
     if os.environ.get(_SWITCH) == "0":
         return f"{_SWITCH}=0"
+    if parallel.shards > _MOST and os.environ.get(_SWITCH) != "1":
+        return f"sums over {parallel.shards} GPUs have not been tried; {_SWITCH}=1 does so"
     if (allocator := os.environ.get(_ALLOCATOR, "default").lower()) not in _ALLOCATORS:
         return f"{_ALLOCATOR}={allocator}: whether other GPUs reach its memory is not known"
     if devices[0].platform != "gpu":

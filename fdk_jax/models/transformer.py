@@ -170,9 +170,7 @@ class Transformer(nnx.Module):
         rank = jax.lax.axis_index(self.parallel.axis)
         # Float32 holds the numbers of all tokens.
         pair = jnp.stack([value, (best + rank * logits.shape[-1]).astype(jnp.float32)], axis=1)
-        pairs = None if self.peers is None else self.peers.gather(pair, rank)
-        if pairs is None:
-            pairs = jax.lax.all_gather(pair, self.parallel.axis, axis=1, tiled=True)
+        pairs = jax.lax.all_gather(pair, self.parallel.axis, axis=1, tiled=True)
         values, found = pairs[:, ::2], pairs[:, 1::2]
         first = jnp.argmax(values, axis=1)  # of those that are alike, as in a row of all
         return jnp.take_along_axis(found, first[:, None], axis=1)[:, 0].astype(jnp.int32), cache
