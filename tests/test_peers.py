@@ -91,6 +91,7 @@ def test_several_devices_take_no_plan_that_knows_one_only(monkeypatch, bits):
     config = models.ModelConfig(256, 1024, 2048, 2, 8, 4, 128, dtype="bfloat16")
     parallel = _parallel()
     local = parallel.local(config)
+    monkeypatch.setenv("FDK_JAX_LAYERS", "1")
     with using(H200):
         for shared in (None, parallel):
             model = models.random_model(config, bits=bits, backend="pallas", parallel=shared)
