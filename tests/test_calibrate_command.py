@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def quantised(model) -> list[QuantisedLinear]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::fdk_jax.learning.statistics.CalibrationWarning")
-def test_a_calibrated_checkpoint_is_nearer_to_the_float_one(text):
+def test_a_calibrated_checkpoint_is_nearer_to_the_float_one(text, monkeypatch):
     rows = calibrating.token_windows(text, Tokenizer(CHATTY), context=32, tokens=256)
     tokens = jnp.asarray(rows[:2])
     plan = models.Quantisation(2, 16, head_bits=8)
@@ -60,9 +61,14 @@ def test_a_calibrated_checkpoint_is_nearer_to_the_float_one(text):
     widths = [one.weight.get_value().bits for one in quantised(fitted)]
     assert widths.count(2) == 4 * float_model.config.num_layers and widths.count(8) == 1
     expected = float_model(tokens)
+    # The float model waits on another device, as it does beside a GPU; nothing of it stays there.
+    host = jax.local_devices(backend="cpu")[-1]
+    monkeypatch.setattr(calibrating, "_host", lambda: host)
     turned = calibrating.load_calibrated(
         CHATTY, plan, rows, dtype="float32", backend="xla", rotate=True
     )
+    where = {one for leaf in jax.tree.leaves(nnx.state(turned)) for one in leaf.devices()}
+    assert where == {jax.local_devices()[0]} != {host}
     models_ = (plain, fitted, turned)
     errors = [float(jnp.square(m(tokens) - expected).mean()) for m in models_]
     assert 0 < errors[1] < 0.7 * errors[0]
