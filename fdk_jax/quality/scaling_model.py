@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from fdk_jax.layers.linear import QuantisedWeight
+
 _HEAD = 64
 _THETA = 10_000.0
 _EPSILON = 1e-6
@@ -161,3 +163,15 @@ def best_attention(batch: int, length: int) -> str:
     except Exception:  # whatever a library that is missing or too old says
         return "xla"
     return "cudnn" if max(errors) < 0.03 else "xla"
+
+
+def stored_bytes(model: nnx.Module) -> int:
+    """Bytes of a model in memory: packed weights, scales and codebooks; matrices in float count as bfloat16.
+
+    Vectors, those of norms, are counted as they are.
+    """
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, QuantisedWeight)))
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        value = variable.get_value()
+        total += 2 * value.size if path[-1] in ("kernel", "embedding") else value.nbytes
+    return total

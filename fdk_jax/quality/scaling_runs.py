@@ -24,7 +24,7 @@ from fdk_jax.learning import training
 from fdk_jax.learning.losses import next_token_losses
 from fdk_jax.product.choice import default_backend
 from fdk_jax.quality.corpus import Tokens, tokenise
-from fdk_jax.quality.scaling_model import LanguageModel, Shape, best_attention
+from fdk_jax.quality.scaling_model import LanguageModel, Shape, best_attention, stored_bytes
 
 SUITE = "scaling"
 FOLDER = "/tmp/fdk_scaling"  # of checkpoints and of the tokens, unless another is given
@@ -197,18 +197,6 @@ def _mean_loss(graph: Any, state: Any, test: Array) -> Array:
 def mean_loss(model: nnx.Module, test: Array) -> float:
     """Of held-out windows [batches, batch, context], in nats a token."""
     return float(_mean_loss(*nnx.split(model), test))
-
-
-def stored_bytes(model: nnx.Module) -> int:
-    """Bytes of a model in memory: packed weights, scales and codebooks; matrices in float count as bfloat16.
-
-    Vectors, those of norms, are counted as they are.
-    """
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, QuantisedWeight)))
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        value = variable.get_value()
-        total += 2 * value.size if path[-1] in ("kernel", "embedding") else value.nbytes
-    return total
 
 
 class Run:
