@@ -1,5 +1,6 @@
 """GPU programs without Pallas' Triton lowering, the day that it goes or by the switch: lowered, not run."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from backends import for_a_gpu
 
 import fdk_jax
 import pallas_kernels
@@ -44,12 +46,13 @@ def test_what_only_triton_runs_is_left_to_xla(rng):
         assert "custom_call @__gpu" not in text
         told = fdk_jax.explain(x, w, platform="cuda")
         assert told.backend == "xla" and "no Triton lowering" in told.reason
+        arrays = (x, w.packed, w.scales, w.codebook)
+        facts = dict(bits=4, group_size=64, out_features=64, uniform=w.uniform)
+        product = functools.partial(pallas_kernels.matmul, **facts)
         with pytest.raises(NotImplementedError, match="no Triton lowering"):
-            arrays = (x, w.packed, w.scales, w.codebook)
-            facts = dict(bits=4, group_size=64, out_features=64, uniform=w.uniform)
-            pallas_kernels.matmul(*arrays, **facts)
-    with using(H200):
-        assert "xla.gpu.triton" in _lower(fdk_jax.matmul, x, w)
+            product(*arrays)
+    with using(H200), for_a_gpu():
+        assert "xla.gpu.triton" in _lower(product, *arrays)
 
 
 def test_a_models_step_lowers_without_triton():
