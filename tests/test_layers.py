@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import layered
 import numpy as np
 import pytest
+from backends import ONLY_WITH_A_GPU
 from flax import nnx
 
 from fdk_jax import models
@@ -122,10 +123,12 @@ def test_as_many_layers_as_a_launch_has_parameters_for():
         (dict(post_norms=True), 64, 0),
     ],
 )
+@ONLY_WITH_A_GPU
 def test_a_decoding_step_is_a_launch_for_many_layers(options, capacity, launches):
     _check_launches(ModelConfig(256, 512, 512, 28, 4, 2, 128, **options), capacity, launches)
 
 
+@ONLY_WITH_A_GPU
 def test_layers_are_in_one_launch_only_where_that_is_switched_on(monkeypatch):
     config = ModelConfig(256, 512, 512, 3, 4, 2, 128)
     monkeypatch.delenv(ring_arithmetic.LAYERS)
@@ -139,6 +142,7 @@ def test_layers_are_in_one_launch_only_where_that_is_switched_on(monkeypatch):
     ("bits", "codebook", "launches"),
     [(1, "kmeans", 1), (2, "uniform", 1), (2, "kmeans", 0), (4, "uniform", 0)],
 )
+@ONLY_WITH_A_GPU
 def test_layers_are_in_one_launch_where_products_are_sums_of_integers(bits, codebook, launches):
     config = ModelConfig(256, 512, 512, 3, 4, 2, 128)
     _check_launches(config, 64, launches, bits=bits, codebook=codebook)
