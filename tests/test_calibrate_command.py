@@ -1,5 +1,6 @@
 """`--calibrate` of the commands, `evaluate`, and what they stand on."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 from fdk_jax import evaluate_command, generate, models
+from fdk_jax.benchmark import calibrating as calibrating_benchmark
 from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.models import calibrating
 from fdk_jax.models.tokenizer import Tokenizer
@@ -107,3 +109,19 @@ def test_commands_end_to_end(text, capfd):
 def test_errors_of_evaluate(arguments, words, capsys):
     status = evaluate_command.main(["--model", str(CHATTY), "--text", os.devnull, *arguments])
     assert status == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_row_of_a_calibration(tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        calibrating_benchmark.custom_llama("1B"), vocab_size=320, hidden_size=64, intermediate_size=128,
+        num_layers=2, num_heads=1, num_kv_heads=1,
+    )  # fmt: skip
+    monkeypatch.setattr(calibrating_benchmark, "custom_llama", lambda name: config)
+    row = calibrating_benchmark.measure(tmp_path, "1B", 4, layers=1, tokens=1024, rotate=False)
+    assert (row["layers"], row["layers_of_model"], row["tokens"]) == (1, 2, 1024)
+    weights = (1 + 2 + 1) * 64 * 64 + 3 * 64 * 128
+    assert row["parameters"] == weights + 320 * 64
+    # The embedding and three norms as they are; codes, scales of groups of 64, codebooks of four matrices.
+    assert row["model_bytes"] == 2 * 320 * 64 + 3 * 2 * 64 + weights // 2 + weights // 32 + 4 * 64
+    assert row["seconds"] > 0 and not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """The scaling table: its text, runs that are stopped and go on, packed losses, the fit."""
 
+import dataclasses
 import gzip
 import re
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from fdk_jax.benchmark import records
-from fdk_jax.quality import corpus, scaling_report, scaling_runs
+from fdk_jax.quality import corpus, scaling_report, scaling_runs, step_times
 from fdk_jax.quality.scaling_model import LanguageModel, Shape, best_attention
 from fdk_jax.quality.scaling_runs import Plan, Run
 
@@ -228,3 +229,16 @@ def test_what_a_weight_is_worth():
     # A step beside another program is no measure of a step.
     shared = row(1, 1_000_000, 2.0, 125_000, step=99.0) | {"shared_device": True}
     assert "99.00" not in scaling_report.table([shared, rows[0]])
+
+
+@pytest.mark.slow
+def test_steps_are_timed_beside_the_float_step(monkeypatch):
+    monkeypatch.setitem(scaling_runs.SIZES, "toy", SHAPE)
+    plan = dataclasses.replace(PLAN, chunk=2, refresh_every=2)
+    rows = step_times.measure(plan, "toy", 3)
+    assert [row["bits"] for row in rows] == [16, 4, 2, 1]
+    for row in rows:
+        assert len(row["samples_us"]) == len(row["float_samples_us"]) == 3
+        ratios = sorted(np.divide(row["samples_us"], row["float_samples_us"]))
+        assert row["of_float"] == pytest.approx(ratios[1], rel=1e-3)
+    assert rows[0]["of_float"] == 1

@@ -28,6 +28,7 @@ from fdk_jax.models.exporting import export
 from fdk_jax.product.choice import default_backend
 
 _GROUP = 64
+_DRAWN = 2**21 - 9  # random values of a matrix: odd, so that its rows differ
 
 
 def write(folder: Path, config: ModelConfig, bits: int, rng: np.random.Generator) -> None:
@@ -68,9 +69,9 @@ def write(folder: Path, config: ModelConfig, bits: int, rng: np.random.Generator
 
 
 def _matrix(rng, n: int, k: int) -> np.ndarray:
-    """bfloat16 [n, k]; one random row for all, which takes no time."""
-    row = (rng.standard_normal(k) * k**-0.5).astype(jnp.bfloat16)
-    return np.tile(row, (n, 1))
+    """bfloat16 [n, k]; repeats itself after some million values, which takes little time."""
+    values = rng.standard_normal(min(n * k, _DRAWN), np.float32) * np.float32(k**-0.5)
+    return np.resize(values.astype(jnp.bfloat16), (n, k))
 
 
 def _ends(config: ModelConfig, rng) -> dict[str, np.ndarray]:
@@ -111,17 +112,17 @@ def measure(folder: Path, backend: str | None, devices: int) -> str:
     size = sum(path.stat().st_size for path in folder.iterdir())
     for device in jax.devices()[:devices]:  # each is started before
         jax.block_until_ready(jax.device_put(jnp.zeros(1), device) + 1)
-    before, start = _peak(), time.perf_counter()
+    before, start = peak_host_bytes(), time.perf_counter()
     model = models.load(folder, backend=backend, parallel=parallel)
     jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
-    seconds, held = time.perf_counter() - start, _peak() - before
+    seconds, held = time.perf_counter() - start, peak_host_bytes() - before
     return (
         f"{folder.name} on {devices}: {size / 1e9:.2f} GB in {seconds:.2f} s, {size / seconds / 1e9:.2f} GB/s,"
         f" {held / 1e9:.2f} GB more of host memory at the peak"
     )
 
 
-def _peak() -> int:
+def peak_host_bytes() -> int:
     """The most bytes that this process has held (Linux)."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])

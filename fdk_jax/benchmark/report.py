@@ -191,6 +191,54 @@ def networks(found: Iterable[Row], network: str) -> str:
     return networks_table.markdown(found, network)
 
 
+def networks_published(found: Iterable[Row]) -> str:
+    """Error correction beside a published GPTQ."""
+    from fdk_jax.quality import networks_table
+
+    return networks_table.published(found)
+
+
+def calibration(found: Iterable[Row]) -> str:
+    """How long `load_calibrated` takes."""
+    rows = [row for row in found if row["suite"] == "calibration"]
+    lines = [
+        "| model | weights | bits | seconds | GB at most on the device | of them the model | on the host |",
+        "|---" * 7 + "|",
+    ]
+    for row in rows:
+        turned = " rotated" * row["name"].endswith("rotated")
+        cells = (
+            row["model"].removeprefix("custom-llama-") + turned,
+            f"{row['parameters'] / 1e9:.2f} billion",
+            str(row["bits"]),
+            f"{row['seconds']:.0f}",
+            f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else "",
+            f"{row['model_bytes'] / 1e9:.1f}",
+            f"{row['host_peak_bytes'] / 1e9:.1f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    if not rows:
+        return "(No rows yet.)"
+    return "\n".join([*lines, "", f"({rows[0]['device']}, {table.commits(rows)})"])
+
+
+def training_steps(found: Iterable[Row]) -> str:
+    """A step of training through the quantisation beside the float step, sample by sample."""
+    rows = [row for row in found if row["suite"] == "training"]
+    lines = ["| weights of the layers | bits | ms a step | of float |", "|---" * 4 + "|"]
+    for row in rows:
+        cells = (
+            f"{row['parameters'] / 1e6:.1f}M",
+            str(row["bits"]),
+            f"{row['median_us'] / 1000:.2f}",
+            f"{row['of_float']:.3f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    if not rows:
+        return "(No rows yet.)"
+    return "\n".join([*lines, "", f"({rows[0]['device']}, {table.commits(rows)})"])
+
+
 def scaling(found: Iterable[Row], part: str) -> str:
     """What memory buys at each width: "table", "at_equal_memory", "fits" or "sentence"."""
     from fdk_jax.quality import scaling_report
@@ -230,6 +278,10 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "networks-minilm": lambda found: networks(found, "minilm"),
     "networks-trained": lambda found: networks(found, "trained"),
     "networks-smollm2": lambda found: networks(found, "smollm2"),
+    "networks-smollm2-rotated": lambda found: networks(found, "smollm2-rotated"),
+    "networks-published": networks_published,
+    "calibration": calibration,
+    "training-steps": training_steps,
 }
 
 

@@ -264,17 +264,19 @@ def custom_llama(size: str) -> ModelConfig:
 
     Args:
         size: "4B", "12B" or "31B": equal memory at 16, 4 and 1 bits; "1B", the shape of Llama 3.2 1B, for
-            machines without an accelerator; or "70B", that of Llama 3.1 70B, for several.
+            machines without an accelerator; or "8B" and "70B", those of Llama 3.1 8B and 70B.
     """
     shapes = {"4B": (3072, 24, 24), "12B": (4096, 48, 32), "31B": (6144, 60, 48)}
     if size == "1B":
         return ModelConfig(
             128256, 2048, 8192, 16, 32, 8, 64, 500000.0, max_context=8192, tie_embeddings=True
         )
+    if size == "8B":
+        return ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 500000.0, max_context=8192)
     if size == "70B":
         return ModelConfig(128256, 8192, 28672, 80, 64, 8, 128, 500000.0, max_context=8192)
     if size not in shapes:
-        raise ValueError(f"{size=} is not one of {['1B', *shapes, '70B']}")
+        raise ValueError(f"{size=} is not one of {['1B', '8B', *shapes, '70B']}")
     hidden, layers, heads = shapes[size]
     return ModelConfig(
         vocab_size=128256,

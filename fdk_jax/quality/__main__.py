@@ -24,7 +24,7 @@ _SMALL = flags.DEFINE_bool("small", False, "the model of the tests: two minutes 
 _NETWORK = flags.DEFINE_enum(
     "network",
     None,
-    ["smollm2", "minilm", "trained"],
+    ["smollm2", "smollm2-rotated", "minilm", "trained", "trained-1"],
     "a network of a package instead of the one that is trained; or a larger one, trained on --text",
 )
 _TEXT = flags.DEFINE_string("text", None, "file or folder of prose, for --network")

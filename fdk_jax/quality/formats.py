@@ -16,6 +16,7 @@ from fdk_jax.learning.rounding import spread
 
 _GROUP = 64
 _MX_GROUP = 32
+_PUBLISHED_GROUP = 128  # of the GPTQ checkpoints that people share
 _DTYPE = jnp.bfloat16
 
 
@@ -27,12 +28,15 @@ class Format:
         bits: 8, 4, 3 (8 levels, held in codes of 4 bits here), 2 or 1.
         levels: "uniform" (no zero among them), "symmetric" (one level fewer, with a zero), "integers"
             (-8..7 at 4 bits), a codebook of `fdk_jax.quantise`, "kmeans" (fitted to the quotients, there
-            "kmeans-quotients"), "kmeans-weights" (fitted for the error of the weights) or "mxfp4".
+            "kmeans-quotients"), "kmeans-weights" (fitted for the error of the weights), "mxfp4" or "published"
+            (those of `published_gptq`).
         scale: a rule of `fdk_jax.quantise`; "signed" (the extreme of a group is the lowest level, so a scale
             may be negative); or "search".
         rounding: "nearest"; "weighted" (scales and fitted levels weighted by the activations); "corrected" (and
-            rounding that makes up for errors, as GPTQ); or "descended" (and sweeps of coordinate descent).
+            rounding that makes up for errors, as GPTQ); "descended" (and sweeps of coordinate descent); or
+            "gptq" (of auto-gptq, see `published_gptq`).
         seed: of the text for calibration.
+        group_size: weights along K that share a scale.
     """
 
     bits: int
@@ -40,12 +44,16 @@ class Format:
     scale: str = "absmax"
     rounding: str = "nearest"
     seed: int = 0
+    group_size: int = _GROUP
 
     @property
     def name(self) -> str:
         """Unique."""
         parts = [str(self.bits), self.levels, self.scale, self.rounding]
-        return " ".join(parts + [f"seed {self.seed}"] * (self.seed > 0))
+        parts += [f"seed {self.seed}"] * (self.seed > 0)
+        return " ".join(
+            parts + [f"group {self.group_size}"] * (self.group_size == _PUBLISHED_GROUP)
+        )
 
     @property
     def needs_data(self) -> bool:
@@ -55,8 +63,12 @@ class Format:
     def bytes_per_weight(self, shape: tuple[int, ...]) -> float:
         """Codes, scales and the codebook of a matrix over its weights."""
         if self.levels == "mxfp4":
-            return self.bits / 8 + 1 / _MX_GROUP
-        return self.bits / 8 + _DTYPE.dtype.itemsize / _GROUP + 4 * 2**self.bits / math.prod(shape)
+            return self.bits / 8 + 1 / self.group_size
+        scales = _DTYPE.dtype.itemsize / self.group_size
+        if self.levels == "published":
+            zero_points = self.bits / 8 / self.group_size
+            return self.bits / 8 + scales + zero_points
+        return self.bits / 8 + scales + 4 * 2**self.bits / math.prod(shape)
 
     def apply(self, matrix: Array, second: Array | None = None) -> Array:
         """The quantised matrix.
@@ -71,13 +83,25 @@ class Format:
         matrix = matrix.astype(_DTYPE)
         if self.levels == "mxfp4":
             return _mxfp4(matrix)
+        if self.rounding == "gptq":
+            from fdk_jax.quality import published_gptq  # which needs torch
+
+            return published_gptq.quantised(
+                matrix,
+                second,
+                bits=self.bits,
+                group_size=self.group_size,
+                search=self.scale == "search",
+            )
         if self.scale == "signed":
             signs = _signs(matrix)
             made = dataclasses.replace(self, scale="absmax").apply(matrix * signs, second)
             return made * signs.astype(made.dtype)
         fixed = isinstance(levels := self._codebook(matrix), np.ndarray)
         width = 4 if self.bits == 3 else self.bits
-        options: dict[str, Any] = dict(group_size=_GROUP, scale=self.scale, codebook=levels)
+        options: dict[str, Any] = dict(
+            group_size=self.group_size, scale=self.scale, codebook=levels
+        )
         if not self.needs_data and self.scale != "search":
             if not fixed and self.levels == "kmeans":
                 options["codebook"] = "kmeans-quotients"
@@ -149,7 +173,11 @@ def _table() -> tuple[Format, ...]:
         8: ("uniform", "symmetric", "integers", "normal", "kmeans"),
         3: ("uniform", "symmetric", "integers", "normal", "kmeans-weights"),
     }  # fmt: skip
-    found = [Format(bits, levels) for bits, names in plain.items() for levels in names]
+    found = [
+        Format(bits, levels, group_size=_MX_GROUP if levels == "mxfp4" else _GROUP)
+        for bits, names in plain.items()
+        for levels in names
+    ]
     found += [
         Format(2, levels, "absmean")
         for levels in ("uniform", "symmetric", "normal", "kmeans", "kmeans-weights")
@@ -194,6 +222,17 @@ def _table() -> tuple[Format, ...]:
         Format(bits, "kmeans", "search", rounding, seed=1)
         for rounding in ("corrected", "descended")
         for bits in (4, 2, 1)
+    ]
+    # Beside a published GPTQ, with its groups.
+    found += [
+        Format(4, levels, "search", rounding, group_size=_PUBLISHED_GROUP)
+        for levels, rounding in (
+            ("integers", "corrected"), ("integers", "descended"), ("nf4", "descended"), ("kmeans", "descended"),
+        )
+    ]  # fmt: skip
+    found += [
+        Format(4, "published", scale, "gptq", group_size=_PUBLISHED_GROUP)
+        for scale in ("absmax", "search")
     ]
     return tuple(found)
 

@@ -65,7 +65,7 @@ def rows(
         yield {
             "name": title,
             "bits": form.bits,
-            "group_size": 32 if form.levels == "mxfp4" else 64,
+            "group_size": form.group_size,
             "codebook": form.levels,
             "scale": form.scale,
             "rounding": form.rounding,

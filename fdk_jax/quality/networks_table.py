@@ -18,6 +18,8 @@ _COLUMNS = {
     ("search", "corrected"): "search, corrected",
     ("search", "descended"): "search, corrected, swept",
 }
+_PUBLISHED_GROUP = 128
+_PUBLISHED = {"absmax": "`sym`, `actorder`", "search": "`sym`, `actorder`, `mse`"}
 
 
 def markdown(found: Iterable[Row], network: str) -> str:
@@ -25,11 +27,12 @@ def markdown(found: Iterable[Row], network: str) -> str:
 
     Args:
         found: rows of `fdk_jax.quality.measure`.
-        network: "smollm2" or "trained": perplexity (divergence in nats a token); "minilm": thousandths of
-            dissimilarity.
+        network: of `fdk_jax.quality.networks.NETWORKS`. Language models: perplexity (divergence in nats a
+            token); "minilm": thousandths of dissimilarity.
     """
     here = [r for r in found if r["suite"] == "networks" and r["network"] == network]
     formats = [r for r in here if r["bits"] < 16 and not r["calibration_seed"]]
+    formats = [r for r in formats if r["group_size"] != _PUBLISHED_GROUP]
     if not formats:
         return "(No rows yet.)"
     cells = {(r["bits"], r["codebook"], r["scale"], r["rounding"]): r for r in formats}
@@ -44,6 +47,28 @@ def markdown(found: Iterable[Row], network: str) -> str:
         texts = [_cell(r) if r else "" for r in rows]
         lines.append(f"| {bits} | {levels} | {size:.3f} | {' | '.join(texts)} |")
     return "\n".join([*lines, "", _caption(here, formats)])
+
+
+def published(found: Iterable[Row]) -> str:
+    """Error correction and a published GPTQ, in groups of 128: a line for each of both, a column a network."""
+    rows = [r for r in found if r["suite"] == "networks" and r["group_size"] == _PUBLISHED_GROUP]
+    if not rows:
+        return "(No rows yet.)"
+    networks = list(dict.fromkeys(r["network"] for r in rows))
+    lines = [
+        f"| levels | | bytes a weight | {' | '.join(networks)} |",
+        "|---" * (len(networks) + 3) + "|",
+    ]
+    cells = {(r["codebook"], r["scale"], r["rounding"], r["network"]): r for r in rows}
+    for levels, scale, rounding in dict.fromkeys(key[:3] for key in cells):
+        here = [cells.get((levels, scale, rounding, n)) for n in networks]
+        size = next(r["bytes_per_weight"] for r in here if r)
+        what = _PUBLISHED[scale] if levels == "published" else _COLUMNS[scale, rounding]
+        name = "auto-gptq's integers" if levels == "published" else levels
+        texts = [_cell(r) if r else "" for r in here]
+        lines.append(f"| {name} | {what} | {size:.3f} | {' | '.join(texts)} |")
+    commits = sorted({str(r["commit"])[:7] for r in rows})
+    return "\n".join([*lines, "", f"(commit{'s' * (len(commits) > 1)} {', '.join(commits)})"])
 
 
 def _cell(row: Row) -> str:

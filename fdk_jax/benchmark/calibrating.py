@@ -1,0 +1,112 @@
+"""How long `load_calibrated` takes, and what it holds of the device and of the host.
+
+    python -m fdk_jax.benchmark.calibrating FOLDER --model 1B --bits 4 --out rows.jsonl
+
+writes a model of random weights in bfloat16 into FOLDER (on a memory disk, such as /dev/shm, to leave the
+disk out) and calibrates it on random tokens, which take as long as any others. One row a process: a peak is the
+process's.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fdk_jax import compilation_cache, models
+from fdk_jax.benchmark import environment, loading, records
+from fdk_jax.models import calibrating
+from fdk_jax.models.config import custom_llama
+
+SUITE = "calibration"
+_CONTEXT = 512
+
+
+def measure(
+    folder: Path, name: str, bits: int, *, layers: int | None, tokens: int, rotate: bool
+) -> dict[str, Any]:
+    """The facts of a row.
+
+    Args:
+        folder: where the float model is written, and removed again.
+        name: of `fdk_jax.models.custom_llama`.
+        bits: of the quantised model.
+        layers: of the model, if not all.
+        tokens: of the text, in windows of 512.
+        rotate: see `load_calibrated`.
+    """
+    config = custom_llama(name)
+    whole = config.num_layers
+    config = dataclasses.replace(config, num_layers=layers or whole)
+    place = folder / f"calibrating-{name}-{config.num_layers}"
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        loading.write(place, config, 16, np.random.default_rng(0))
+        stored = sum(path.stat().st_size for path in place.iterdir())
+        rows = np.random.default_rng(1).integers(
+            0, config.vocab_size, (max(1, tokens // _CONTEXT), _CONTEXT)
+        )
+        start = time.perf_counter()
+        with (
+            warnings.catch_warnings()
+        ):  # the text has fewer tokens than the widest layers have inputs
+            warnings.simplefilter("ignore")
+            model = calibrating.load_calibrated(
+                place,
+                models.Quantisation(bits),
+                rows.astype(np.int32),
+                rotate=rotate,
+                progress=False,
+            )
+        jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+        seconds = time.perf_counter() - start
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "suite": SUITE, "name": f"{name} {bits}" + " rotated" * rotate, "bits": bits, "group_size": 64,
+        "codebook": "kmeans", "dtype": "bfloat16", "model": f"custom-llama-{name}", "layers": config.num_layers,
+        "layers_of_model": whole, "parameters": config.num_parameters, "tokens": int(rows.size),
+        "seconds": seconds, "stored_bytes": stored, "peak_bytes": memory.get("peak_bytes_in_use"),
+        "model_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))),
+        "host_peak_bytes": loading.peak_host_bytes(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measures one model and appends its row."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", default="1B", help="1B, 8B, ...: see models.custom_llama")
+    parser.add_argument("--bits", type=int, default=4, choices=(1, 2, 4, 8))
+    parser.add_argument("--layers", type=int, help="the first ones only")
+    parser.add_argument("--tokens", type=int, default=16384, help="of the text")
+    parser.add_argument("--rotate", action="store_true", help="turn the weights first")
+    parser.add_argument("--out", type=Path, default=Path("results/calibration.jsonl"))
+    arguments = parser.parse_args()
+    compilation_cache.keep()
+    found = measure(
+        arguments.folder,
+        arguments.model,
+        arguments.bits,
+        layers=arguments.layers,
+        tokens=arguments.tokens,
+        rotate=arguments.rotate,
+    )
+    row = records.make_row(environment.facts(jax.devices()[0]), found)
+    with records.Writer(arguments.out) as writer:
+        writer.write(row)
+    print(
+        f"{row['name']}, {row['layers']} layers: {row['seconds']:.1f} s, device peak"
+        f" {(row['peak_bytes'] or 0) / 1e9:.2f} GB, host peak {row['host_peak_bytes'] / 1e9:.2f} GB"
+    )
+
+
+if __name__ == "__main__":
+    main()
