@@ -205,7 +205,7 @@ def _plan(case: Case, config: ring.Config, index: int) -> ProductPlan:
 
 def _launch_plan(products: Sequence[Case], config: ring.Config, target: Target) -> LaunchPlan:
     plans = (_plan(case, config, index) for index, case in enumerate(products))
-    return LaunchPlan(tuple(plans), target.shared_bytes)
+    return LaunchPlan(tuple(plans), target.shared_bytes, signals=len(products) - 1)
 
 
 def _writer(products: Sequence[Case], config: ring.Config, target: Target) -> Launch:

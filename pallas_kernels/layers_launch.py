@@ -9,7 +9,7 @@ from pallas_kernels.layers_parts import HeadPart, Part
 from pallas_kernels.ptx import Ptx
 from pallas_kernels.registers import Register, at
 from pallas_kernels.ring_launch import AHEAD, Launch
-from pallas_kernels.ring_plan import BARRIER, LaunchPlan
+from pallas_kernels.ring_plan import LaunchPlan
 from pallas_kernels.ring_slots import Position
 
 POINTER = 8  # bytes of an address
@@ -158,7 +158,11 @@ class LayersLaunch(Launch):
                 weight_range = product.weight_range(run)
                 if not run:
                     self._copy(product, weight_range, position, f"{number}_ahead", AHEAD)
+                    # Where nothing is left to copy, the consumers could be through the next layer before this
+                    # looks, and the barrier in the phase that it waits for again.
+                    ptx.do("bra", f"fdk_all_ahead_{number}", when=weight_range[2].eq(0))
                     self._wait_for_outputs(number, layer, parity)
+                    ptx.label(f"fdk_all_ahead_{number}")
                 self._copy(product, weight_range, position, f"{number}_{run}")
         self.records.advance()
         ptx.do("add.u32", layer, layer, 1)
@@ -175,10 +179,6 @@ class LayersLaunch(Launch):
         before = parity ^ 1
         self.ring.wait(self._signalled(len(self.products) - 1), before, "signalled_0")
         self.ptx.label("fdk_copy_first")
-
-    def _signalled(self, number: int):
-        """The barrier at which a product's outputs are signalled to the producer warp, once a layer."""
-        return at(self.shared, self.plan.signalled + number * BARRIER)
 
     # The consumer warps
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels.ptx import Writer
-from pallas_kernels.registers import Register, at
+from pallas_kernels.registers import Memory, Register, at
 from pallas_kernels.ring_plan import BARRIER, CODES, LaunchPlan
 from pallas_kernels.ring_product import Product
 from pallas_kernels.ring_slots import Position, Ring
@@ -84,6 +84,10 @@ class Launch(Writer):
         self._sync_consumers()
         first.constants()
 
+    def _signalled(self, number: int) -> Memory:
+        """The barrier at which the outputs of a product are signalled to the producer warp."""
+        return at(self.shared, self.plan.signalled + number * BARRIER)
+
     # The producer warp
 
     def _copy_others(self, position: Position) -> None:
@@ -95,8 +99,8 @@ class Launch(Writer):
                 weight_range = product.weight_range(run)
                 if number and not run:
                     self._copy(product, weight_range, position, f"{number}_ahead", AHEAD)
-                    signalled = at(self.shared, self.plan.signalled)
-                    self.ring.wait(signalled, (number - 1) % 2, f"signalled_{number}")
+                    # Each barrier is used once: however late the producer looks, its first phase is over.
+                    self.ring.wait(self._signalled(number - 1), 0, f"signalled_{number}")
                 self._copy(product, weight_range, position, f"{number}_{run}")
 
     def _copy(
@@ -201,8 +205,8 @@ class Launch(Writer):
         first = self._first_thread()
         counter = at(self.counters, 4 * number)
         self.ptx.do("red.release.gpu.global.add.u32", counter, 1, when=first)
-        signalled = at(self.shared, self.plan.signalled)
-        self.ptx.do("mbarrier.arrive.shared::cta.b64", "_", signalled, when=first)
+        signal = self._signalled(number)
+        self.ptx.do("mbarrier.arrive.shared::cta.b64", "_", signal, when=first)
 
     def _wait_for_programs(self, number: int) -> None:
         """Waits until the outputs of all programs are in memory."""

@@ -138,7 +138,7 @@ class LaunchPlan:
         capacity: shared memory that a program may have.
         others: areas of what else the launch computes, or needs more of: names and bytes.
         rounds: how often it runs the products one after another.
-        signals: barriers at which the producer waits for a product's outputs.
+        signals: barriers at which the producer waits for outputs, one for each product that another follows.
     """
 
     products: tuple[ProductPlan, ...]

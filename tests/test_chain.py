@@ -108,6 +108,26 @@ def test_a_chain_with_warps_in_any_order(rng, bits, codebooks, config, shapes):
     _check_chain(rng, shapes, bits, False, codebooks, config, bias=False, chance=rng)
 
 
+class _LateProducers(np.random.Generator):
+    """Chance that lets a producer warp, the last of its program, run only where no consumer can."""
+
+    warps: int
+
+    def choice(self, ready):  # pyright: ignore[reportIncompatibleMethodOverride]
+        consumers = ready[ready % self.warps != self.warps - 1]
+        return super().choice(consumers if consumers.size else ready)
+
+
+def test_a_chain_whose_producers_are_late(rng):
+    """A producer that waits for a product's outputs finds them, also when the product after it is through.
+
+    Of that one a program has no more slots than are copied before the wait: its consumers wait for no more.
+    """
+    config, late = ring.Config(4, 5), _LateProducers(np.random.PCG64(1))
+    late.warps = config.warps
+    _check_chain(rng, SHAPES, 1, False, (1, 2, 1, 3), config, bias=False, chance=late)
+
+
 @pytest.mark.parametrize(
     ("bits", "group_size", "scales"),
     [(1, 128, "float16"), (2, 128, "float16"), (4, 32, "float32"), (8, 16, "bfloat16")],
