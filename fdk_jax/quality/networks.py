@@ -150,7 +150,7 @@ class TrainedModel(Network):
         tokens = corpus.tokenise(Path(text), vocabulary, Path(scaling_runs.FOLDER))
         data = scaling_runs.make_data(plan, Path(text).name, tokens)
         attention = best_attention(plan.batch, plan.context)
-        place = Path(scaling_runs.FOLDER) / f"network-{data.text.split()[-1]}{plan.variant}"
+        place = Path(scaling_runs.FOLDER) / f"network-{seed}-{data.text.split()[-1]}"
         run = scaling_runs.Run(plan, scaling_runs.SIZES["large"], 16, data, attention, place)
         while run.done < plan.chunks:
             run.advance()
