@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 
 import fdk_jax
 import pallas_kernels
+from fdk_jax import usage
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.product import cpu_backend
 from pallas_kernels import target
@@ -207,8 +208,9 @@ def _dequantised(w: QuantisedTensor) -> np.ndarray:
     return levels[codes] * np.repeat(scales.astype(np.float64), w.group_size, axis=-1)[:, :_K]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; 1 when a check failed."""
+    usage.Parser(prog="fdk-jax doctor", description=__doc__).parse_args(argv)
     print("fdk_jax doctor")
     print("\nversions")
     for name, version in versions().items():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import rich.console
 
-from fdk_jax import arguments, compilation_cache
+from fdk_jax import arguments, compilation_cache, usage
 from fdk_jax.learning.evaluation import evaluate
 from fdk_jax.learning.statistics import CalibrationWarning
 from fdk_jax.models import calibrating
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fdk-jax evaluate", description=__doc__)
+    parser = usage.Parser(prog="fdk-jax evaluate", description=__doc__)
     arguments.add_model(parser)
     parser.add_argument(
         "--text", required=True, metavar="FILE", help="text, or .npy or .bin of tokens"

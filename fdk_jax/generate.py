@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import rich.console
 
-from fdk_jax import arguments, compilation_cache, models
+from fdk_jax import arguments, compilation_cache, models, usage
 from fdk_jax.models import speculation
 from fdk_jax.models.hub import find_checkpoint
 from fdk_jax.models.tokenizer import TextStream, Tokenizer
@@ -50,7 +50,7 @@ def _use_utf8() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fdk_jax.generate", description=__doc__)
+    parser = usage.Parser(prog="python -m fdk_jax.generate", description=__doc__)
     arguments.add_model(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="repeat it for a batch")

@@ -12,12 +12,13 @@ import itertools
 import json
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -230,28 +231,53 @@ def _write(rows: list[dict], path: Path) -> None:
     os.replace(file.name, path)
 
 
-def main() -> None:
+def _numbers(text: str, separator: str = ",") -> list[int]:
+    if not re.fullmatch(rf"[1-9]\d*({separator}[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text} is no list of numbers from 1 on")
+    return [int(part) for part in text.split(separator)]
+
+
+def _shapes(text: str) -> list[list[int]]:
+    shapes = [_numbers(shape, "x") for shape in text.split(",")]
+    if any(len(shape) != 2 for shape in shapes):
+        raise argparse.ArgumentTypeError(f"{text} has shapes that are not NxK")
+    return shapes
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+
+
+def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--shapes", default="4096x4096,8192x8192", help="NxK, comma-separated")
-    parser.add_argument("--bits", default="1,2,4,8")
-    parser.add_argument("--m", default="1,16,32,64,256")
+    parser = _Parser(prog="fdk-jax tune", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--shapes", type=_shapes, default="4096x4096,8192x8192", help="NxK, comma-separated"
+    )
+    parser.add_argument("--bits", type=_numbers, default="1,2,4,8")
+    parser.add_argument("--m", type=_numbers, default="1,16,32,64,256", help="numbers of tokens")
     parser.add_argument("--codebook", default="any,uniform", help="of these, comma-separated")
     parser.add_argument("--group_size", type=int, default=64)
     parser.add_argument("--output", type=Path, default=choice.cache_file())
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; then it writes")
-    flags = parser.parse_args()
-    kinds = flags.shapes.split(","), flags.bits.split(","), flags.codebook.split(",")
-    if not {*kinds[2]} <= {"any", "uniform"}:
+    flags = parser.parse_args(argv)
+    codebooks = flags.codebook.split(",")
+    if not {*codebooks} <= {"any", "uniform"}:
         parser.error(f"--codebook {flags.codebook}: list any, uniform or both")
+    if not {*flags.bits} <= {1, 2, 4, 8}:
+        parser.error(f"--bits {','.join(map(str, flags.bits))}: list some of 1, 2, 4 and 8")
+    if flags.group_size < 1:
+        parser.error(f"--group_size {flags.group_size}: at least 1")
     if jax.default_backend() != "gpu":
         raise SystemExit("tuning needs an NVIDIA GPU that JAX sees")
     half, start = jnp.dtype(jnp.bfloat16), time.perf_counter()
-    for shape, bits, codebook in itertools.product(*kinds):
-        n, k = map(int, shape.split("x"))
-        weight = n, k, int(bits), flags.group_size, 1
+    for (n, k), bits, codebook in itertools.product(flags.shapes, flags.bits, codebooks):
+        weight = n, k, bits, flags.group_size, 1
         uniform = codebook == "uniform"
-        cases = [Case(int(m), *weight, half, half, None, half, uniform) for m in flags.m.split(",")]
+        cases = [Case(m, *weight, half, half, None, half, uniform) for m in flags.m]
         if uniform and not cases[0].computes_values:  # the same kernels as with any codebook
             continue
         if time.perf_counter() - start < flags.budget:

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from fdk_jax import generate, models
+from fdk_jax import command, doctor, evaluate_command, generate, models, usage
+from fdk_jax.benchmark import adopt, report
 from fdk_jax.models.hub import find_checkpoint
 from fdk_jax.models.tokenizer import Tokenizer
+from pallas_kernels import tuning
 
 DATA = Path(__file__).parent / "data" / "models"
 CHATTY = DATA / "llama3"
@@ -124,6 +126,32 @@ def test_command_errors_are_one_line(capsys, folder, change, arguments, words):
     status, _, err = run(capsys, str(folder), "--prompt", "fox", "--quiet", *arguments)
     assert status == 2
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "words"),
+    [
+        (generate.main, ["--nonsense"], "--model"),
+        (evaluate_command.main, ["--model", "x"], "--text"),
+        (doctor.main, ["--nonsense"], "--nonsense"),
+        (tuning.main, ["--bits", "3"], "--bits 3: list some of 1, 2, 4 and 8"),
+        (tuning.main, ["--shapes", "64"], "64 has shapes that are not NxK"),
+        (tuning.main, ["--m", "0"], "0 is no list of numbers from 1 on"),
+        (report.main, ["x"], "unrecognized arguments: x"),
+        (adopt.main, ["x"], "results/TO.jsonl"),
+        (usage.flags_parser("bench.py"), ["--nonsense"], "Unknown command line flag 'nonsense'"),
+        (command.main, ["nonsense"], "no command 'nonsense'"),
+    ],
+)
+def test_arguments_that_no_command_takes_are_one_line(capsys, main, arguments, words):
+    takes_a_program = "flags_parser" in main.__qualname__
+    try:
+        status = main(["bench.py", *arguments] if takes_a_program else arguments)
+    except SystemExit as end:
+        status = end.code
+    out, err = capsys.readouterr()
+    assert status == 2 and not out
+    assert words in err and ": error: " in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])

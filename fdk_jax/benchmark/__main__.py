@@ -12,12 +12,13 @@ import importlib
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
+
+from fdk_jax import usage
 
 FLAGS = flags.FLAGS
 
@@ -110,15 +111,7 @@ def _is_expression(value: str) -> bool:
 
 
 def _fail(message: object) -> NoReturn:
-    print(f"bench.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _parse(argv: Sequence[str]) -> list[str]:
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        _fail(" ".join(str(error).split()))
+    usage.fail("bench.py", message)
 
 
 def _integers(name: str) -> list[int]:
@@ -260,4 +253,4 @@ if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `bench.py --list | head` ends quietly.
     _define_flags()
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=usage.flags_parser("bench.py"))

@@ -7,13 +7,13 @@ finds the commit in the history, and refuses rows whose source is in no commit, 
 samples.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fdk_jax import usage
 from fdk_jax.benchmark import records, source
 
 
@@ -78,7 +78,7 @@ def _identity(row: Mapping[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = usage.Parser(
         prog="python -m fdk_jax.benchmark.adopt",
         description="Takes rows that were measured elsewhere into results/, with the commit of their source.",
     )

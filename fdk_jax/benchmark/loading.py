@@ -7,7 +7,6 @@ once as compressed-tensors (integers) or bfloat16 (16 bits) and once prepared fo
 processes of their own, one after another: the first compiles the conversions, the others find them in a cache.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -21,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from fdk_jax import compilation_cache, models
+from fdk_jax import compilation_cache, models, usage
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig, custom_llama
 from fdk_jax.models.exporting import export
@@ -130,7 +129,7 @@ def peak_host_bytes() -> int:
 
 def main() -> None:
     """Writes the folders that are not there, and loads each of them twice."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = usage.Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="4B", help="1B, 4B, 12B, ...: see models.custom_llama")
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8, 16))

@@ -6,7 +6,6 @@
 A table stands between `<!-- report: NAME -->` and `<!-- end -->`. Each shows the commits of its rows.
 """
 
-import argparse
 import json
 import re
 import statistics
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fdk_jax import usage
 from fdk_jax.benchmark import cpu_tables, records, source, table
 
 FILES = (
@@ -302,7 +302,7 @@ def filled(text: str, found: list[Row]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = usage.Parser(
         prog="python -m fdk_jax.benchmark.report", description="Writes the tables."
     )
     parser.add_argument(

@@ -14,10 +14,12 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
+from fdk_jax import usage
 from fdk_jax.benchmark import environment, records
 from fdk_jax.quality import curves, language_model, table
 from fdk_jax.quality.measure import measure as measure_network
 
+_PROGRAM = "fdk-jax quality"
 _OUT = flags.DEFINE_string("out", "results/quality.jsonl", "JSONL file of the rows")
 _FIGURE = flags.DEFINE_string("figure", "results/quality.svg", "figure of the training curves")
 _SMALL = flags.DEFINE_bool("small", False, "the model of the tests: two minutes instead of ten")
@@ -70,11 +72,11 @@ def measure(path: Path, recipe: language_model.Recipe) -> None:
 def main(argv: list[str]) -> None:
     """Measures (unless --from_rows) and prints."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+        usage.fail(_PROGRAM, f"unexpected arguments: {argv[1:]}")
     path = Path(_OUT.value)
     if _NETWORK.value:
         if not _TEXT.value or not Path(_TEXT.value).exists():
-            raise app.UsageError(f"--network needs a text that exists, got --text={_TEXT.value}")
+            usage.fail(_PROGRAM, f"--network needs a text that exists, got --text={_TEXT.value}")
         measure_network(_NETWORK.value, Path(_TEXT.value), path, _note, _INCLUDE.value)
         return
     if not _FROM.value:
@@ -93,4 +95,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=usage.flags_parser(_PROGRAM))

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from fdk_jax import compilation_cache
+from fdk_jax import compilation_cache, usage
 from fdk_jax.quality import scaling_report, scaling_runs
 from fdk_jax.quality.scaling_runs import SIZES, Plan
 
+_PROGRAM = "fdk_jax.quality.scaling"
 _TEXT = flags.DEFINE_string("text", None, "a text, see fdk_jax.quality.corpus")
 _OUT = flags.DEFINE_multi_string("out", ["results/scaling.jsonl"], "JSONL file of the rows")
 _FIGURE = flags.DEFINE_string("figure", "results/scaling.svg", "figure of --report")
@@ -45,16 +46,16 @@ _EMBEDDING = flags.DEFINE_enum(
 def main(argv: list[str]) -> None:
     """Trains what is missing, or reports."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+        usage.fail(_PROGRAM, f"unexpected arguments: {argv[1:]}")
     if _REPORT.value:
         print(scaling_report.report([Path(p) for p in _OUT.value], Path(_FIGURE.value)))
         return
     if not _TEXT.value or not Path(_TEXT.value).exists():
-        raise app.UsageError(f"a text that exists is needed, got --text={_TEXT.value}")
+        usage.fail(_PROGRAM, f"a text that exists is needed, got --text={_TEXT.value}")
     unknown = set(_SIZES.value) - set(SIZES) | set(_BITS.value) - {"16", "8", "4", "2", "1"}
     if unknown:
-        raise app.UsageError(
-            f"{sorted(unknown)} are no sizes ({', '.join(SIZES)}) or bits (16 to 1)"
+        usage.fail(
+            _PROGRAM, f"{sorted(unknown)} are no sizes ({', '.join(SIZES)}) or bits (16 to 1)"
         )
     start = time.monotonic()
 
@@ -88,4 +89,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=usage.flags_parser(_PROGRAM))
