@@ -16,6 +16,7 @@ import rich.console
 
 from fdk_jax import arguments, compilation_cache, models, usage
 from fdk_jax.models import speculation
+from fdk_jax.models.chat_template import read_text
 from fdk_jax.models.hub import find_checkpoint
 from fdk_jax.models.tokenizer import TextStream, Tokenizer
 from fdk_jax.product import cpu_backend
@@ -274,13 +275,15 @@ def _template_options(args: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = item.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--template_option {item!r} must be KEY=VALUE")
+        if name in ("self", "messages", "template"):
+            raise ValueError(f"--template_option {item!r}: {name} is not a variable to be set")
         try:
             options[name] = json.loads(value)
         except ValueError:
             options[name] = value
     if args.chat_template is not None:
         path = Path(args.chat_template)
-        options["template"] = path.read_text("utf-8") if path.is_file() else args.chat_template
+        options["template"] = read_text(path) if path.is_file() else args.chat_template
     return options
 
 

@@ -40,7 +40,7 @@ def wide_config(**options) -> ModelConfig:
 
 def write_folder(folder: Path, config: ModelConfig) -> Path:
     """A checkpoint with random weights."""
-    from fdk_jax.models.loading import expected
+    from fdk_jax.models.stages import expected
 
     rng = np.random.default_rng(3)
     folder.mkdir()

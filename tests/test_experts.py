@@ -108,7 +108,7 @@ SHAPE = dict(
 
 def arrays_of(family: str, rng, **facts) -> dict[str, np.ndarray]:
     """Random float arrays of a checkpoint, by the names that it needs."""
-    from fdk_jax.models.loading import expected
+    from fdk_jax.models.stages import expected
 
     config = ModelConfig.from_hf(SHAPE | dict(model_type=family) | facts)
     return {

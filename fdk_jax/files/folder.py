@@ -75,7 +75,7 @@ def read(folder: Path) -> Checkpoint:
         _check_plain(folder, stored)
         return Checkpoint(folder, "safetensors", config, stored)
     method = facts.get("quant_method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
             f"{folder}: quant_method={method!r} is not supported; one of {sorted(METHODS)} is"
         )
@@ -83,6 +83,11 @@ def read(folder: Path) -> Checkpoint:
     try:
         tensors = weights(facts, stored, notes)
         _check_plain(folder, {n: s for n, s in tensors.items() if not s.quantised})
+        if not any(one.quantised for one in tensors.values()):
+            raise ValueError(
+                "config.json says that weights are quantised, and none is: without that entry they are"
+                " read as floats"
+            )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         text = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"{folder}: {name}: {text}") from None
@@ -96,7 +101,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is not a JSON object.
     """
-    path = folder / "config.json"
+    path, adapter = folder / "config.json", folder / "adapter_config.json"
+    if not path.exists() and adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise FileNotFoundError(
+            f"{folder} holds an adapter of {base}, not a model: merge it into the model first (peft's"
+            " merge_and_unload) and save that"
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; a Hugging Face checkpoint folder with config.json, *.safetensors and"

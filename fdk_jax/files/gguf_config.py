@@ -93,6 +93,8 @@ _OWN_KEYS: dict[str, dict[str, str]] = {
         "expert_feed_forward_length": "moe_intermediate_size",
     },
 }
+# What every file says, of each layer or of all.
+_COUNTS = ("block_count", "embedding_length", "attention.head_count", "feed_forward_length")
 # Understood, and said by other keys or checked below.
 _CHECKED = ("attention.value_length", "rope.dimension_count", "vocab_size", "rope.scaling.")
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -159,21 +161,15 @@ def config(
         raise ValueError(
             f"GGUF metadata {[f'{arch}.{key}' for key in sorted(unknown)]} is not supported"
         )
-    missing = [
-        key
-        for key in (
-            "block_count",
-            "embedding_length",
-            "attention.head_count",
-            "feed_forward_length",
-        )
-        if key not in own
-    ]
+    missing = [key for key in _COUNTS if key not in own]
     if missing:
         raise ValueError(f"the GGUF file lacks the metadata {[f'{arch}.{key}' for key in missing]}")
     for key in keys:
         if isinstance(own.get(key), list):
             own[key] = _same_in_all_layers(f"{arch}.{key}", own[key])
+    for key in (*_COUNTS, "rope.dimension_count"):
+        if key in own and (type(own[key]) is not int or own[key] < 1):
+            raise ValueError(f"GGUF metadata {arch}.{key}={own[key]!r} must be a positive integer")
     out = {"model_type": FAMILIES[arch], **_DEFAULTS.get(arch, {})}
     out |= {name: _number(own[key]) for key, name in keys.items() if key in own}
     out.setdefault("num_key_value_heads", out["num_attention_heads"])

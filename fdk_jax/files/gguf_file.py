@@ -242,6 +242,8 @@ def _stored(
     if one.number in gguf_types.FLOATS:
         minus = 1 if arch in gguf_config.NORMS_PLUS_ONE and "norm" in one.name else 0
         return Stored(shape, one.name_of_type, lambda: _float(one, rows, minus, expert))
+    if len(shape) < 2:
+        raise ValueError(f"{one.name} is a vector of {one.name_of_type}, not of floats")
     exact = one.exact
     if exact is None and requantise == 8:
         exact = gguf_types.WIDENED.get(one.number)

@@ -64,7 +64,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.is_file():
-        paths = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        paths = [folder / name for name in _indexed(index)]
     elif single.is_file():
         paths = [single]
     else:
@@ -77,6 +77,22 @@ def weight_files(folder: str | Path) -> list[Path]:
     if missing:
         raise FileNotFoundError(f"{index.name} names files that do not exist: {missing}")
     return paths
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        ValueError: it has no map from names of arrays to names of files in its folder.
+    """
+    names = read_json(index).get("weight_map")
+    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    outside = any(Path(name).is_absolute() or ".." in Path(name).parts for name in names)
+    if not names or outside:
+        raise ValueError(
+            f"{index} needs a weight_map from names of arrays to names of files in its folder"
+        )
+    return names
 
 
 def read_file(path: Path) -> dict[str, Stored]:

@@ -45,7 +45,7 @@ class ChatTemplates:
         if single.is_file():
             files["default"] = single
         if files:
-            return cls({name: _read_text(path) for name, path in files.items()})
+            return cls({name: read_text(path) for name, path in files.items()})
         value = read_json(folder / "chat_template.json", optional=True).get("chat_template")
         return cls.from_value(tokenizer_config.get("chat_template") if value is None else value)
 
@@ -185,7 +185,12 @@ def _normalised(message: Message) -> dict[str, Any]:
     return {"thinking": reasoning, **found, "reasoning_content": reasoning}
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A template's source.
+
+    Raises:
+        ValueError: the file is no text.
+    """
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

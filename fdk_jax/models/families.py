@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fdk_jax.models import family_layers
+from fdk_jax.models import config_types, family_layers
 from fdk_jax.models.config import LayerOptions, ModelConfig, Rope
 from fdk_jax.models.family_layers import Keys, Layers
 
@@ -312,7 +312,9 @@ FAMILIES: dict[str, Family] = {
 
 def model_config(config: Mapping[str, Any], dtype: str | None = None) -> ModelConfig:
     """See `ModelConfig.from_hf`."""
+    config_types.check(config)
     config = _text_part(config)
+    config_types.check(config)
     family = config.get("model_type")
     if family not in FAMILIES:
         known = sorted([*FAMILIES, *_TEXT_PARTS])

@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import functools
-import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,10 +23,11 @@ from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedWeight
 from fdk_jax.models import names, prepared
 from fdk_jax.models.config import ModelConfig
-from fdk_jax.models.expert_weights import read_bias, read_stack, set_stack, stack_arrays
+from fdk_jax.models.expert_weights import read_bias, read_stack, set_stack
 from fdk_jax.models.hub import find_checkpoint
 from fdk_jax.models.parallel import Parallel
 from fdk_jax.models.pipeline import MAKERS, Finish, Pipeline, Take, run
+from fdk_jax.models.stages import check_names, stages
 from fdk_jax.models.transformer import Transformer, shapes
 from fdk_jax.models.weights import (
     Placer,
@@ -149,6 +149,7 @@ def load(
     with Pipeline(checkpoint.tensors, makers) as pipeline:
         reader = _Reader(config, pipeline, quantisation, placer, arithmetic)
         run(reader.stages(model), finished)
+    reader.check_finite()
     for note in checkpoint.all_notes():
         warnings.warn(f"{path}: {note}", stacklevel=2)
     return model
@@ -178,68 +179,6 @@ def stored_bits(path: str | Path) -> int | None:
     return None
 
 
-def check_names(config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
-    """Compares what a checkpoint holds with what the model needs.
-
-    Raises:
-        ValueError: lists every missing, unexpected and mis-shaped name.
-    """
-    wanted = expected(config)
-    found = {name: one for name, one in tensors.items() if not names.ignored(name, config)}
-    wrong = [
-        f"{name} is {list(found[name].shape)}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and not _fits(found[name], shape)
-    ]
-    problems = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
-        "mis-shaped": wrong,
-    }
-    lines = []
-    for kind, listed in problems.items():
-        if listed:
-            more = f", and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-            lines.append(f"{len(listed)} {kind}: {', '.join(listed[:_SHOWN])}{more}")
-    if lines:
-        raise ValueError("the checkpoint does not fit its config.json: " + "; ".join(lines))
-
-
-def _fits(found: Stored, wanted: tuple[int, ...]) -> bool:
-    """Stacked matrices are [E, K, N] of floats and [E, N, K] where they are quantised."""
-    if found.quantised and len(wanted) == 3:
-        wanted = (wanted[0], wanted[2], wanted[1])
-    return found.shape == wanted
-
-
-def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight that a checkpoint of this model has."""
-    return dict(itertools.chain.from_iterable(stage.items() for stage in _stages(config)))
-
-
-def _stages(config: ModelConfig) -> list[dict[str, tuple[int, ...]]]:
-    """Names and shapes of what is read at a time: the embedding, each layer, the head."""
-    stages: list[dict[str, tuple[int, ...]]] = [
-        {names.EMBEDDING: (config.vocab_size, config.hidden_size)}
-    ]
-    for index in range(config.num_layers):
-        vectors = names.layer_vectors(config, index).items()
-        layer: dict[str, tuple[int, ...]] = {name: (size,) for name, (_, size) in vectors}
-        for stack in names.layer_stacks(config, index):
-            layer |= stack_arrays(stack)
-        for projection in names.layer_projections(config, index):
-            for part in projection.parts:
-                layer[f"{part.name}.weight"] = part.shape
-                if part.bias:
-                    layer[f"{part.name}.bias"] = part.shape[:1]
-        stages.append(layer)
-    last: dict[str, tuple[int, ...]] = {names.FINAL_NORM: (config.hidden_size,)}
-    if not config.tie_embeddings:
-        (head,) = names.head(config).parts
-        last[f"{head.name}.weight"] = head.shape
-    return [*stages, last]
-
-
 class _Reader:
     """Fills a model from a checkpoint: each method begins a stage, and gives what finishes it."""
 
@@ -251,15 +190,41 @@ class _Reader:
         self.arithmetic: str = arithmetic
         self.table: np.ndarray | Array | QuantisedTensor | None = None  # which a tied head shares
         self._embedded: Future
+        self._flags: list[tuple[list[str], Array]] = []  # whether floats are finite
 
     def stages(self, model: Transformer) -> Iterator[Callable[[], Finish]]:
         """What begins each stage: the embedding, each layer, the head."""
-        wanted = _stages(self.config)
+        wanted = stages(self.config)
         yield lambda: self._embedding(model, self.pipeline.read(wanted[0]))
         for index, layer in enumerate(model.layers):
             take = functools.partial(self.pipeline.read, wanted[1 + index])
             yield functools.partial(self._layer, layer, index, take)
         yield lambda: self._head(model, self.pipeline.read(wanted[-1]))
+
+    def check_finite(self) -> None:
+        """Refuses a model whose floats are not all finite, once it is read.
+
+        Raises:
+            ValueError: with the names.
+        """
+        flags = jax.device_get([flags for _, flags in self._flags])
+        bad = [
+            name
+            for (names, _), finite in zip(self._flags, flags, strict=True)
+            for name, right in zip(names, finite, strict=True)
+            if not right
+        ]
+        if bad:
+            raise ValueError(
+                f"{', '.join(bad[:_SHOWN])} hold NaN or infinity in {self.placer.dtype}: the file is"
+                " damaged, or needs another dtype"
+            )
+
+    def _watch(self, made: Mapping[str, Any]) -> None:
+        """Looks later at whether these are finite; scales of quantised weights were looked at before."""
+        floats = {name: one for name, one in made.items() if isinstance(one, Array)}
+        if floats:
+            self._flags.append(([*floats], _finite(list(floats.values()))))
 
     def _embedding(self, model: Transformer, take: Take) -> Finish:
         def make() -> QuantisedTensor | Array:
@@ -276,6 +241,7 @@ class _Reader:
 
         def finish() -> None:
             table = made.result()
+            self._watch({names.EMBEDDING: table})
             quantised = isinstance(table, QuantisedTensor)
             model.embedding = QuantisedWeight(table) if quantised else nnx.Param(table)
 
@@ -293,6 +259,7 @@ class _Reader:
             linears.append((projection, make(self._linear, projection, quantisation, take)))
         vectors = [
             (
+                name,
                 path,
                 make(
                     lambda name=name, path=path: placer.vector(
@@ -304,15 +271,22 @@ class _Reader:
         ]
 
         def finish() -> None:
-            for path, vector in vectors:
-                set_vector(layer, path, vector.result())
+            floats: dict[str, Any] = {}
+            for name, path, vector in vectors:
+                floats[name] = vector.result()
+                set_vector(layer, path, floats[name])
             for projection, linear in linears:
                 weight, bias = linear.result()
+                first = projection.parts[0].name
+                floats |= {f"{first}.weight": weight, f"{first}.bias": bias}
                 self._place(layer, projection, weight, bias)
             for stack, made in stacks:
                 mlp, name = getattr(layer, stack.path[0]), stack.path[1]
                 weight, bias = made.result()
+                floats |= {f"layer {index}: experts' {name}": weight}
+                floats |= {f"layer {index}: experts' {name} bias": bias}
                 set_stack(mlp, name, weight, bias)
+            self._watch(floats)
 
         return finish
 
@@ -344,10 +318,13 @@ class _Reader:
 
         def finish() -> None:
             set_vector(model, ("norm", "scale"), norm.result())
+            floats: dict[str, Any] = {names.FINAL_NORM: norm.result()}
             if (found := made.result()) is not None:
+                floats[f"{projection.parts[0].name}.weight"] = found[0]
                 self._place(model, projection, *found)
                 if self.config.tie_embeddings and isinstance(self.table, QuantisedTensor):
                     share_table(model)
+            self._watch(floats)
 
         return finish
 
@@ -386,6 +363,12 @@ class _Reader:
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+
+@jax.jit
+def _finite(arrays: list[Array]) -> Array:
+    """For each array whether all of it is finite."""
+    return jnp.stack([jnp.isfinite(array).all() for array in arrays])
 
 
 def _as_floats(stored: Stored) -> Stored:

@@ -30,6 +30,8 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k} must be at least 1; None takes all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be an integer of 64 bits")
 
     @property
     def method(self) -> "Method":

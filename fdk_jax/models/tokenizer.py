@@ -212,7 +212,7 @@ def _read_folder(folder: Path) -> TokenizerParts:
         "added_tokens_decoder" not in facts
     ):  # an older folder: its special tokens are in another file
         facts |= read_json(folder / "special_tokens_map.json", optional=True)
-    special = {name: _text(facts.get(name)) for name in _NAMED}
+    special = {name: _text(folder, name, facts.get(name)) for name in _NAMED}
     return TokenizerParts(
         backend=_read_backend(folder),
         special={name: text for name, text in special.items() if text},
@@ -260,19 +260,31 @@ def _converted(folder: Path) -> Any:
         raise ValueError(f"transformers cannot read {words} of {folder}: {error}") from error
 
 
-def _text(token: str | Mapping[str, Any] | None) -> str:
-    """A special token is written as text, or as an object with its content."""
-    if isinstance(token, Mapping):
-        return token.get("content", "")
-    return token or ""
+def _text(folder: Path, name: str, token: Any) -> str:
+    """A special token is written as text, or as an object with its content.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{folder}: the tokenizer's configuration has {name}={token!r}, no text")
+    return text or ""
 
 
 def _stop_tokens(folder: Path) -> list[int]:
     stops: list[int] = []
     for name in ("generation_config.json", "config.json"):
         facts = read_json(folder / name, optional=True)
-        ends = facts.get("eos_token_id", (facts.get("text_config") or {}).get("eos_token_id"))
-        stops += ends if isinstance(ends, list) else [] if ends is None else [ends]
+        inner = facts.get("text_config")
+        inner = inner if isinstance(inner, Mapping) else {}
+        ends = facts.get("eos_token_id", inner.get("eos_token_id"))
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if any(type(end) is not int for end in ends):
+            raise ValueError(
+                f"{folder / name} has eos_token_id={ends!r}; numbers of tokens are needed"
+            )
+        stops += ends
     return stops
 
 
