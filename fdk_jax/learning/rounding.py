@@ -24,8 +24,14 @@ _MULTIPLES = np.round(np.arange(0.4, 1.6001, 0.025), 3)
 _STRIDES = np.arange(1, 13) / 12
 _REFITS = 2
 _BLOCK = 128
-_ELEMENTS = 2**24  # weights whose search is in memory at a time
+# Values of float32 that a search or a system may have in memory at a time. A GPU needs large pieces to be busy.
+_ELEMENTS = {"gpu": 2**27}
+_FEW_ELEMENTS = 2**24
 _EXACT = jax.lax.Precision.HIGHEST
+
+
+def _elements() -> int:
+    return _ELEMENTS.get(jax.default_backend(), _FEW_ELEMENTS)
 
 
 def _grouped(matrix: Array, group_size: int) -> Array:
@@ -68,7 +74,7 @@ def search_scales(
     rows = codebook.reshape(-1, codebook.shape[-1])
     step = weight.shape[0] // rows.shape[0]
     # Rows that share a codebook, in pieces that fit into memory.
-    piece = max(1, min(step, _ELEMENTS // max(1, weight.shape[1])))
+    piece = max(1, min(step, _elements() // max(1, weight.shape[1])))
     parts = []
     for start in range(0, weight.shape[0], step):
         for low in range(start, start + step, piece):
@@ -254,18 +260,16 @@ def refit_scales(
     """
     values = lookup(codes, round_to(codebook, dtype))
     columns = _columns(second, group_size)  # [groups, K', G]
+    padded = columns.transpose(1, 0, 2).reshape(columns.shape[1], -1)
     rows = tuple(_grouped(a, group_size) for a in (weight, values))
 
     def systems(w: Array, c: Array) -> tuple[Array, Array]:
-        """[R, groups, groups] and [R, groups]: c second c^T and c second w, of each pair of groups."""
-        c_of_columns, w_of_columns = (
-            jnp.einsum("hkb,rhb->rhk", columns, a, precision=_EXACT).reshape(
-                *a.shape[:2], *a.shape[1:]
-            )
-            for a in (c, w)
-        )
-        left = jnp.einsum("rga,rhga->rgh", c, c_of_columns, precision=_EXACT)
-        return left, jnp.einsum("rga,rhga->rg", c, w_of_columns, precision=_EXACT)
+        """[R, groups, groups] and [R, groups]: c second c^T of each pair of groups, c second w of each group."""
+        of_columns = jnp.einsum("hkb,rhb->rhk", columns, c, precision=_EXACT)
+        of_columns = of_columns.reshape(*c.shape[:2], *c.shape[1:])
+        left = jnp.einsum("rga,rhga->rgh", c, of_columns, precision=_EXACT)
+        pulled = jnp.matmul(w.reshape(len(w), -1), padded, precision=_EXACT)
+        return left, jnp.sum(c * pulled.reshape(c.shape), axis=-1)
 
     def some(part: tuple[Array, Array, Array]) -> Array:
         w, c, old = part
@@ -274,7 +278,9 @@ def refit_scales(
         ridge = 1e-4 * jnp.trace(system, axis1=1, axis2=2) / size + jnp.finfo(jnp.float32).tiny
         damped = system + ridge[:, None, None] * jnp.eye(size, dtype=jnp.float32)[None]
         residual = right - jnp.einsum("rgh,rh->rg", system, old, precision=_EXACT)
-        new = round_to(old + jnp.linalg.solve(damped, residual[..., None])[..., 0], dtype)
+        root = jnp.linalg.cholesky(damped)  # NaN where it has none: then the row keeps its scales
+        step = jax.scipy.linalg.cho_solve((root, True), residual[..., None])[..., 0]
+        new = round_to(old + step, dtype)
         new = jnp.where((new > 0) & jnp.isfinite(new), new, old)
 
         def error(scales: Array) -> Array:
@@ -285,7 +291,7 @@ def refit_scales(
 
     n, groups = scales.shape
     # Products of a row with each block of the second moments are in memory for so many rows at a time.
-    count = max(1, min(n, _ELEMENTS // max(1, groups * columns.shape[1])))
+    count = max(1, min(n, _elements() // max(1, groups * columns.shape[1])))
     parts = jax.tree.map(lambda a: _cut(a, count), (*rows, scales))
     return jax.lax.map(some, parts).reshape(-1, groups)[:n]
 
