@@ -1,6 +1,7 @@
 """Quantisation-aware training: the numbers of quantise, straight-through gradients, what it recovers."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -269,6 +270,36 @@ def test_gradients_of_narrow_products_are_those_of_flax(rng):
     )
     tangent = jax.jvp(lambda x: fake(x), (x,), (x,))[1]
     assert oracle.relative_rms(tangent, np.asarray(layer(x), np.float32)) < 2.0**-6
+
+
+def test_training_with_rematerialisation(rng):
+    """`jax.checkpoint` around the model: the losses and weights of the same steps without it."""
+
+    def rematerialised(model, batch):
+        graph, state = nnx.split(model)
+        return jax.checkpoint(lambda s, b: square_loss(nnx.merge(graph, s), b))(state, batch)
+
+    batch = (
+        jnp.asarray(rng.standard_normal((8, 64)), jnp.float32),
+        jnp.asarray(rng.standard_normal((8, 10)), jnp.float32),
+    )
+
+    def train(loss):
+        model = training.quantisation_aware(Model(), bits=1, group_size=16, codebook="kmeans")
+        optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+        step = training.make_train_step(loss, refresh_every=2)
+        losses = [float(step(model, optimizer, batch)) for _ in range(4)]
+        return losses, jax.tree.leaves(nnx.state(model, nnx.Param))
+
+    model = training.quantisation_aware(Model(), bits=1, group_size=16, codebook="kmeans")
+    graph, state = nnx.split(model)
+    text = str(jax.make_jaxpr(lambda s: rematerialised(nnx.merge(graph, s), batch))(state))
+    assert re.search(r"\b(checkpoint|remat2?)\[", text)
+    plain, saved = train(square_loss), train(rematerialised)
+    assert plain[0][0] > plain[0][-1]
+    np.testing.assert_allclose(saved[0], plain[0], rtol=1e-5)
+    for a, b in zip(saved[1], plain[1], strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("bits", "codebook"), [(1, "kmeans"), (4, "kmeans"), (2, "auto")])

@@ -264,7 +264,7 @@ def refit_scales(
     rows = tuple(_grouped(a, group_size) for a in (weight, values))
 
     def systems(w: Array, c: Array) -> tuple[Array, Array]:
-        """[R, groups, groups] and [R, groups]: c second c^T of each pair of groups, c second w of each group."""
+        """[R, groups, groups] and [R, groups]: c second c^T of pairs of groups, c second w of groups."""
         of_columns = jnp.einsum("hkb,rhb->rhk", columns, c, precision=_EXACT)
         of_columns = of_columns.reshape(*c.shape[:2], *c.shape[1:])
         left = jnp.einsum("rga,rhga->rgh", c, of_columns, precision=_EXACT)
