@@ -93,6 +93,7 @@ class Decoder:
         bits: 1, 2, 4 or 8.
         group_size: weights a scale, see `mosaic_matmul.unsupported_reason`.
         half: bfloat16 or float16, of the values.
+        integers: whether these are rounded to integers of 8 bits, of two planes.
         scales: "bf16", "f16" or "f32", of the scales in memory; they are rounded to `half`.
     """
 
@@ -100,12 +101,15 @@ class Decoder:
     group_size: int
     half: str
     scales: str
+    integers: bool = False
 
     @classmethod
     def of(cls, case: Case) -> "Decoder":
         """The decoder of a case."""
         single = case.scale_dtype == jnp.float32
         kind = "f32" if single else half_kind(case.scale_dtype)
+        if case.x_dtype == jnp.int8:
+            return cls(case.bits, case.group_size, "f16", kind, True)
         return cls(case.bits, case.group_size, half_kind(case.x_dtype), kind)
 
     @property
@@ -151,23 +155,35 @@ class Decoder:
     def plane(
         self, codes: ir.Value, scales: ir.Value, table: ir.Value, group: U32, plane: U32
     ) -> mgpu.FragmentedArray:
-        """The weights of a plane for the warpgroup's 64 rows, [64, 64].
+        """The weights of a plane for the warpgroup's 64 rows, [64, 64]; of integers those of two, [64, 128].
 
         Args:
             codes: uint16 [4, blocks, 8, 64] in shared memory, swizzled: a tile for each warp.
             scales: [4, fours, 64] in shared memory.
             table: what `set_up` has filled.
             group: the group of the first four with which the slab starts.
-            plane: which one of the slab.
+            plane: which one of the slab, or which two.
         """
-        scale = self._scales(scales, group, plane)
-        values = (self._select if self.bits == 1 else self._looked_up)(codes, table, scale, plane)
+        decode = self._select if self.bits == 1 else self._looked_up
+        planes = [plane * 2, plane * 2 + 1] if self.integers else [plane]
+        values = []
+        for one in planes:
+            values += decode(codes, table, self._scales(scales, group, one), one)
         element = ir.BF16Type.get() if self.half == "bf16" else ir.F16Type.get()
-        vector = ir.VectorType.get((2,), element)
-        layout = mgpu.WGMMA_LAYOUT
-        registers = np.empty(layout.registers_shape((64, 64)), dtype=object)
+        count, layout, signed = 2, mgpu.WGMMA_LAYOUT, None
+        if self.integers:
+            # The lower bytes of four halves: what two chunks have of a row.
+            pairs = zip(values[::2], values[1::2], strict=True)
+            values = [
+                [op("prmt.b32 $0, $1, $2, 0x6420;", *two) for two in zip(*chunks, strict=True)]
+                for chunks in pairs
+            ]
+            element, count = ir.IntegerType.get_signless(8), 4
+            layout, signed = mgpu.WGMMA_LAYOUT_8BIT, True
+        vector = ir.VectorType.get((count,), element)
+        registers = np.empty(layout.registers_shape((64, 64 * len(planes))), dtype=object)
         registers.flat[:] = [llvm.bitcast(vector, value.value) for two in values for value in two]
-        a = mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        a = mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
         # Otherwise the compiler decodes later, when the products of the plane before have been waited for.
         return fragmented_array.optimization_barrier(a)
 
@@ -230,6 +246,9 @@ class Decoder:
         return [pack(value, value, self.half) for value in values]
 
     def _multiply(self, a: U32, b: U32) -> U32:
+        if self.integers:
+            # Between 1024 and 2048 halves are integers: 1536 + i has i in its lower byte.
+            return op("fma.rn.f16x2 $0, $1, $2, $3;", a, b, U32(0x66006600))
         return op(f"mul.rn.{self.half}x2 $0, $1, $2;", a, b)
 
     def _select(self, codes, table, scales, plane: U32) -> list[list[U32]]:

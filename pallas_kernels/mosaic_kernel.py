@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_sums, mosaic_tiles, mosaic_values
-from pallas_kernels.case import PLANE, Arrays, Case
+from pallas_kernels.case import Arrays, Case
 from pallas_kernels.mosaic_decoding import Decoder
-from pallas_kernels.mosaic_matmul import GROUP_ROWS, Config, scale_fours, slab
+from pallas_kernels.mosaic_matmul import GROUP_ROWS, Config, columns, scale_fours, slab
 from pallas_kernels.mosaic_values import U32
 
 _TILES = GROUP_ROWS // 16
@@ -60,7 +60,13 @@ class _Tile(NamedTuple):
 
 # A function of its own in the program: products of equal shapes are lowered and compiled once.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def matmul(case: Case, config: Config, arrays: Arrays, group_sizes: Array | None = None) -> Array:
+def matmul(
+    case: Case,
+    config: Config,
+    arrays: Arrays,
+    group_sizes: Array | None = None,
+    factors: tuple[Array, Array] | None = None,
+) -> Array:
     """X [M, K] times the transpose of a planar weight: [M, N].
 
     Args:
@@ -68,6 +74,8 @@ def matmul(case: Case, config: Config, arrays: Arrays, group_sizes: Array | None
         config: launch configuration.
         arrays: x and the weight; with `group_sizes` stacked weights and biases.
         group_sizes: int32 [E], consecutive rows for each matrix; or None.
+        factors: of integers (x is int8): float32 [M, filled up to whole programs] of rows of x and [N] of the
+            weight, see `mosaic_integers`.
     """
     programs_n = -(-case.n // config.rows)
     tiles_m, lead = -(-case.m // config.tokens), ()
@@ -76,7 +84,9 @@ def matmul(case: Case, config: Config, arrays: Arrays, group_sizes: Array | None
         lead = group_sizes.shape
         tiles_m = case.m // config.tokens + min(*lead, case.m) + 1
     kernel = plgpu.kernel(
-        functools.partial(_kernel, case, config, lead, arrays.bias is not None),
+        functools.partial(
+            _kernel, case, config, lead, arrays.bias is not None, factors is not None
+        ),
         out_type=jax.ShapeDtypeStruct((case.m, case.n), case.out_dtype),
         scratch_types=_scratch(case, config),
         grid=(tiles_m, -(-programs_n // config.cluster)),
@@ -95,21 +105,26 @@ def matmul(case: Case, config: Config, arrays: Arrays, group_sizes: Array | None
     packed = arrays.packed.reshape(*lead, case.tiles, case.blocks, 8, 64)
     operands = (arrays.x, packed, arrays.scales, arrays.codebook.reshape(-1))
     operands += () if arrays.bias is None else (arrays.bias.reshape(-1),)
+    operands += factors or ()
     return kernel(*operands, *(() if group_sizes is None else (group_sizes,)))
 
 
 def _scratch(case: Case, config: Config) -> dict[str, Any]:
     swizzle = plgpu.SwizzleTransform(128)
     tiles = _TILES * config.row_groups
-    x_shape = config.x_stages, config.tokens, PLANE
+    x_shape = config.x_stages, config.tokens, columns(case)
     # The same bytes: `wgmma` reads tiles of 8 rows, copies of any number of rows know none.
-    views = _x_transforms(), (swizzle,)
+    views = [
+        plgpu.SMEM(x_shape, case.x_dtype, transforms=t) for t in (_x_transforms(case), (swizzle,))
+    ]
+    if case.x_dtype != case.out_dtype:  # outputs take the place of x
+        views.append(plgpu.SMEM((*x_shape[:2], GROUP_ROWS), case.out_dtype, transforms=(swizzle,)))
     users = config.row_groups  # warpgroups that read a plane of x
     free = plgpu.Barrier
     if config.splits == 1:
         free = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
     return dict(
-        x_smem=plgpu.RefUnion(*(plgpu.SMEM(x_shape, case.x_dtype, transforms=t) for t in views)),
+        x_smem=plgpu.RefUnion(*views),
         w_smem=plgpu.SMEM(
             (config.w_stages, tiles, slab(case, config) // case.span, 8, 64),
             jnp.uint16,
@@ -126,8 +141,11 @@ def _scratch(case: Case, config: Config) -> dict[str, Any]:
     )
 
 
-def _kernel(case: Case, config: Config, lead, has_bias: bool, x, w, s, codebook, *refs, **scratch):
+def _kernel(
+    case: Case, config: Config, lead, has_bias, has_factors, x, w, s, codebook, *refs, **scratch
+):
     bias, y = refs[:1] if has_bias else (), refs[-1]
+    factors = refs[-3:-1] if has_factors else ()
     slabs = -(-case.k // slab(case, config))
     split = jax.lax.axis_index("cluster") if config.splits > 1 else 0
     per_split = -(-slabs // config.splits)
@@ -148,7 +166,7 @@ def _kernel(case: Case, config: Config, lead, has_bias: bool, x, w, s, codebook,
         @pl.when(warpgroup < config.warpgroups)
         def _():
             plgpu.set_max_registers(_registers(config.warpgroups), action="increase")
-            _consume(case, config, bias, codebook, y, tile, warpgroup, **scratch)
+            _consume(case, config, bias, factors, codebook, y, tile, warpgroup, **scratch)
 
     if not lead:
         run(_Tile(visit * config.tokens, None, program, None, *part))
@@ -211,9 +229,9 @@ def _produce(
     **_,
 ):
     """Copies codes and scales a slab at a time, and the planes of x that belong to them."""
-    _, x_smem = x_smem
-    size, tiles = slab(case, config), config.rows // 16
-    planes, blocks, fours = size // PLANE, size // case.span, scale_fours(case, config)
+    _, x_smem, *_ = x_smem
+    size, tiles, width = slab(case, config), config.rows // 16, columns(case)
+    planes, blocks, fours = size // width, size // case.span, scale_fours(case, config)
     collective = "cluster" if config.cluster > 1 else None
 
     slabs = tile.slabs
@@ -237,9 +255,9 @@ def _produce(
             pl.when(index >= config.x_stages)(
                 functools.partial(plgpu.barrier_wait, x_free.at[slot])
             )
-            column = (here * planes + plane) * PLANE
+            column = (here * planes + plane) * width
             plgpu.copy_gmem_to_smem(
-                x.at[pl.ds(tile.m, config.tokens), pl.ds(column, PLANE)],
+                x.at[pl.ds(tile.m, config.tokens), pl.ds(column, width)],
                 x_smem.at[slot],
                 x_full.at[slot],
                 collective_axes=collective,
@@ -266,6 +284,7 @@ def _consume(
     case,
     config,
     bias,
+    factors,
     codebook,
     y,
     tile,
@@ -281,8 +300,9 @@ def _consume(
     w_free,
 ):
     """Decodes a plane while the products of the one before are under way."""
-    x_smem, x_flat = x_smem
-    size, planes, decoder = slab(case, config), slab(case, config) // PLANE, Decoder.of(case)
+    x_smem, *_, x_flat = x_smem
+    size, width, decoder = slab(case, config), columns(case), Decoder.of(case)
+    planes = size // width
     slabs, step = tile.slabs, config.k_groups
     row_group = jax.lax.rem(warpgroup, config.row_groups)
     k_group = warpgroup // config.row_groups
@@ -299,7 +319,9 @@ def _consume(
         codebook_index += tile.group * case.codebooks
     set_up(codebook, table, jnp.int32(codebook_index))
 
-    a_type = plgpu.ShapeDtypeStruct((GROUP_ROWS, PLANE), case.x_dtype, layout=plgpu.Layout.WGMMA)
+    integers = case.x_dtype == jnp.int8
+    layout = plgpu.Layout.WGMMA_8BIT if integers else plgpu.Layout.WGMMA
+    a_type = plgpu.ShapeDtypeStruct((GROUP_ROWS, width), case.x_dtype, layout=layout)
     refs = plgpu.RefType((plgpu.SwizzleTransform(128),)), plgpu.RefType(), plgpu.RefType()
 
     @_inline(arg_types=(*refs, _SCALAR, _SCALAR), return_type=a_type)
@@ -340,12 +362,13 @@ def _consume(
         plgpu.barrier_arrive(x_free.at[jax.lax.rem(last, config.x_stages)])
         return acc[...]
 
-    total = pl.run_scoped(body, plgpu.ACC((GROUP_ROWS, config.tokens), jnp.float32))
+    sum_dtype = jnp.int32 if integers else jnp.float32
+    total = pl.run_scoped(body, plgpu.ACC((GROUP_ROWS, config.tokens), sum_dtype))
     first_row = _first_row(config, tile.program, row_group)
     if config.k_groups == config.splits == 1:
-        _write(case, config, total, bias, y, tile, first_row, x_flat, row_group)
+        _write(case, config, total, bias, factors, y, tile, first_row, x_flat, row_group)
         return
-    whole, split = plgpu.RefType(_x_transforms()), jnp.int32(0)
+    whole, split = plgpu.RefType(_x_transforms(case)), jnp.int32(0)
     tokens = config.tokens
     if config.splits > 1:
         tokens = mosaic_sums.own_tokens(tokens)
@@ -370,29 +393,37 @@ def _consume(
     @pl.when(k_group == 0)
     def _():
         slot = 2 * (config.warpgroups - config.row_groups) + row_group
-        _write(case, config, total, bias, y, tile, first_row, x_flat, slot, sync=False)
+        _write(case, config, total, bias, (), y, tile, first_row, x_flat, slot, sync=False)
 
 
-def _x_transforms():
-    return plgpu.TilingTransform((8, PLANE)), plgpu.SwizzleTransform(128)
+def _x_transforms(case):
+    return plgpu.TilingTransform((8, columns(case))), plgpu.SwizzleTransform(128)
 
 
-def _write(case, config, total, bias, y, tile, first_row, x_flat, slot, sync=True):
+def _write(case, config, total, bias, factors, y, tile, first_row, x_flat, slot, sync=True):
     """Adds the bias, rounds, transposes [rows, tokens] in shared memory, and copies it out."""
     tokens = total.shape[1]
     part = x_flat.at[slot, pl.ds(0, tokens)]
     target = plgpu.RefType((plgpu.SwizzleTransform(128),))
     biases = (plgpu.RefType(),) * len(bias)
+    scaling = (_SCALAR, plgpu.RefType(), plgpu.RefType()) if factors else ()
 
-    @_inline(arg_types=(target, plgpu.Layout.WGMMA, _SCALAR, _SCALAR, *biases))
-    def transpose(_, target, total, first_row, group, *bias):
+    @_inline(arg_types=(target, plgpu.Layout.WGMMA, _SCALAR, _SCALAR, *biases, *scaling))
+    def transpose(_, target, total, first_row, group, *others):
         if sync:
             mosaic_values.sync_warpgroups(128 * config.warpgroups)
-        rows = (U32(value.registers.item()) for value in (first_row, group))
-        mosaic_sums.store_transposed(target, total, case, *rows, bias=bias[0] if bias else None)
+        first_row, group = (U32(value.registers.item()) for value in (first_row, group))
+        values = mosaic_sums.values_of(total)
+        if factors:
+            first_token, *by_row = others[-3:]
+            first_token = U32(first_token.registers.item())
+            values = mosaic_sums.scale(values, case, first_row, first_token, *by_row)
+        added = others[0] if bias else None
+        mosaic_sums.store_transposed(target, values, case, first_row, group, bias=added)
 
     group = jnp.int32(0 if tile.group is None else tile.group)
-    transpose(part, total, jnp.int32(first_row), group, *bias)
+    scaling = (jnp.int32(tile.m), *factors) if factors else ()
+    transpose(part, total, jnp.int32(first_row), group, *bias, *scaling)
     plgpu.commit_smem()
     if tile.rows is not None:
         _copy_rows(tokens, part, y, tile.m, tile.rows, first_row)

@@ -53,13 +53,18 @@ class Config:
 ANY = Config(tokens=0)  # in the tuned table: what `guess` says
 
 
+def columns(case: Case) -> int:
+    """Columns of K whose x is a line of 128 bytes, and whose products are asked for at once."""
+    return 128 // jnp.dtype(case.x_dtype).itemsize
+
+
 def slab(case: Case, config: Config) -> int:
-    """Columns of K whose codes and scales are copied at once: two planes at least for each warpgroup.
+    """Columns of K whose codes and scales are copied at once: two lines of x at least for each warpgroup.
 
     What the products under way read from registers must not be written: a loop over slabs decodes into the
-    registers of the other plane.
+    registers of the other line.
     """
-    return max(256, case.span, 2 * PLANE * config.k_groups)
+    return max(256, case.span, 2 * columns(case) * config.k_groups)
 
 
 def scale_fours(case: Case, config: Config) -> int:
@@ -75,7 +80,7 @@ def sum_stages(config: Config) -> int:
 
 def shared_bytes(case: Case, config: Config) -> int:
     """Shared memory of a program, without its barriers."""
-    x = config.x_stages * config.tokens * PLANE * 2
+    x = config.x_stages * config.tokens * 128
     scale_bytes = 4 * jnp.dtype(case.scale_dtype).itemsize
     codes = slab(case, config) * case.bits // 8
     w = config.rows * (codes + scale_fours(case, config) * scale_bytes)

@@ -28,8 +28,8 @@ from pallas_kernels.mosaic_values import (
 from pallas_kernels.ptx import half_kind
 
 
-def _floats(total: mgpu.FragmentedArray) -> list[ir.Value]:
-    """This thread's float32 values of [64, T]: for 8 tokens each, two of row g, two of row g + 8."""
+def values_of(total: mgpu.FragmentedArray) -> list[ir.Value]:
+    """This thread's values of [64, T]: for 8 tokens each, two of row g, two of row g + 8."""
     registers = total.registers.flat
     return [llvm.extractelement(register, U32(i).value) for register in registers for i in range(2)]
 
@@ -63,7 +63,7 @@ def add_over_k(
         program: of the two of a cluster that share K, each of which ends with `own_tokens`: every thread of
             the cluster has to come to two `sync_cluster`. None if programs share nothing.
     """
-    values = _floats(total)
+    values = values_of(total)
     size = 512 * len(values)  # bytes of a warpgroup's sums
     start = address(shared) + thread() % 128 * 16
     threads = 128 * row_groups * k_groups
@@ -138,17 +138,43 @@ def _load_sums(pointer: U32, count: int, flag: U32) -> list[ir.Value]:
     return values
 
 
+def scale(
+    sums: list[ir.Value],
+    case: Case,
+    first_row: U32,
+    first_token: U32,
+    token_factors: ir.Value,
+    row_factors: ir.Value,
+) -> list[ir.Value]:
+    """Sums of integers (`values_of`) times the float32 factors of their rows of x and of the weight."""
+    warp, g, c = lane_of(thread())
+    of_rows = []
+    for h in range(2):
+        row = minimum(first_row + warp * 16 + g + 8 * h, U32(case.n - 1))
+        pointer = utils.getelementptr(utils.memref_ptr(row_factors), [row.value], f32())
+        of_rows.append(llvm.load(f32(), pointer))
+    scaled, of_tokens = [], []
+    for i, value in enumerate(sums):
+        if i % 4 == 0:  # two tokens of row g, the same two of row g + 8
+            token = first_token + (2 * c + 2 * i)
+            pointer = utils.getelementptr(utils.memref_ptr(token_factors), [token.value], f32())
+            pair = llvm.load(ir.VectorType.get((2,), f32()), pointer)
+            of_tokens = [llvm.extractelement(pair, U32(e).value) for e in range(2)]
+        value = arith.mulf(arith.sitofp(f32(), value), of_rows[i // 2 % 2])
+        scaled.append(arith.mulf(value, of_tokens[i % 2]))
+    return scaled
+
+
 def store_transposed(
     target: ir.Value,
-    total: mgpu.FragmentedArray,
+    values: list[ir.Value],
     case: Case,
     first_row: U32,
     group: U32,
     bias: ir.Value | None = None,
 ) -> None:
-    """Stores [64, T] float32 sums, plus a group's bias, as [T, 64] swizzled halves in shared memory."""
+    """Stores [64, T] sums (`values_of`), plus a group's bias, as [T, 64] swizzled halves in shared memory."""
     warp, g, _ = lane_of(thread())
-    values = _floats(total)
     if bias is not None:
         base, kind = utils.memref_ptr(bias), ir.MemRefType(bias.type).element_type
         added = []
@@ -158,7 +184,7 @@ def store_transposed(
             one = llvm.load(kind, utils.getelementptr(base, [row.value], kind))
             added.append(one if kind == f32() else arith.extf(f32(), one))
         values = [arith.addf(value, added[i // 2 % 2]) for i, value in enumerate(values)]
-    half = half_kind(case.x_dtype)
+    half = half_kind(case.out_dtype)
     pairs = [pack(*two, half) for two in zip(values[::2], values[1::2], strict=True)]
     # Lane 8 i + j has the address of line j of the i-th of four 8 by 8 matrices: token j, 8 rows of a weight.
     matrix, line = thread() % 32 // 8, thread() % 8

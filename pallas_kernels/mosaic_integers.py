@@ -1,0 +1,102 @@
+"""Products of many rows of x with 8-bit integers on both sides, by the Mosaic GPU kernel: see `mosaic_kernel`.
+
+    x[m, k] = X[m, k] a[m]          w[n, k] = W[n, k] b[n]          y[m, n] = a[m] b[n] (X W^T)[m, n]
+
+X and W are integers from -127 to 127, a and b float32. A row of x is divided by its largest magnitude; the
+values of a row of the weight, scales included, by the largest that the row could have. The sums are exact
+(int32), so that what is lost is the rounding of x and of w, each by half a step of its row at most.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import mosaic_matmul
+from pallas_kernels.case import Arrays, Case
+from pallas_kernels.mosaic_matmul import Config
+from pallas_kernels.target import Target
+
+_LARGEST = 127
+_RUN = 16  # columns of K that change places among themselves
+
+
+def integer_case(case: Case) -> Case:
+    """The product as the kernel sees it: x of integers, scales relative to their row."""
+    return dataclasses.replace(
+        case, x_dtype=jnp.dtype(jnp.int8), scale_dtype=jnp.dtype(jnp.float16)
+    )
+
+
+def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:
+    """Why the kernel does not take a case, whose x is of halves, or None."""
+    if case.k % _RUN:
+        return f"k={case.k} is no multiple of {_RUN}"
+    if config.k_groups * config.splits * config.cluster > 1:
+        return "programs and warpgroups do not share K or x"
+    if (reason := mosaic_matmul.unsupported_reason(case, config, target)) is not None:
+        return reason
+    needed = mosaic_matmul.shared_bytes(integer_case(case), config)
+    return f"{config} needs {needed} bytes" if needed > target.shared_bytes else None
+
+
+def guess(case: Case, target: Target) -> Config | None:
+    """The configuration that should be fastest, by a count of programs and lines of x; None if none runs."""
+    most = -(-case.m // 16) * 16
+    parts = range(-(-most // 256), -(-most // 256) + 3)
+    tokens = {min(256, -(-case.m // (16 * part)) * 16) for part in parts}
+    configs = (Config(t, 2, 1, s, 2) for t, s in itertools.product(sorted(tokens), (6, 4, 3)))
+    found = [c for c in configs if not unsupported_reason(case, c, target)]
+
+    def microseconds(config: Config) -> float:
+        programs = math.ceil(case.m / config.tokens) * math.ceil(case.n / config.rows)
+        lines = math.ceil(case.k / mosaic_matmul.columns(integer_case(case)))
+        line_us = max(0.3, 0.6 * config.tokens / 256)
+        return math.ceil(programs / target.multiprocessors) * (6 + lines * line_us)
+
+    return min(found, key=lambda c: (microseconds(c), -c.x_stages), default=None)
+
+
+def matmul(case: Case, config: Config, arrays: Arrays) -> Array:
+    """X [M, K] of halves times the transpose of a planar weight, both rounded to integers: [M, N]."""
+    from pallas_kernels import mosaic_kernel  # Mosaic GPU does not load on every platform
+
+    x, rows = integers(arrays.x)
+    rows = jnp.pad(rows, (0, -case.m % config.tokens))
+    scales, codebook, columns = relative(case, arrays.scales, arrays.codebook)
+    arrays = arrays._replace(x=x, scales=scales, codebook=codebook)
+    return mosaic_kernel.matmul(integer_case(case), config, arrays, factors=(rows, columns))
+
+
+@jax.jit
+def integers(x: Array) -> tuple[Array, Array]:
+    """Integers of x [M, K] in the order in which a lane decodes weights, and the factors of its rows [M].
+
+    A row that is not finite has a factor that is not, and so have its results.
+    """
+    m, k = x.shape
+    values = x.astype(jnp.float32)
+    largest = jnp.abs(values).max(axis=1)
+    factors = jnp.where(largest == 0, 1.0, largest / _LARGEST)
+    rounded = jnp.round(values / factors[:, None]).astype(jnp.int8)
+    # A lane has columns 2 c, 2 c + 1, 8 + 2 c and 9 + 2 c of 16, where the operand has 4 c to 4 c + 3.
+    runs = rounded.reshape(m, k // _RUN, 2, 4, 2)
+    return runs.swapaxes(2, 3).reshape(m, k), factors
+
+
+def relative(case: Case, scales: Array, codebook: Array) -> tuple[Array, Array, Array]:
+    """Scales times 127 over the largest of their row, codebooks over their largest value, rows' factors."""
+    books = codebook.reshape(case.codebooks, -1)
+    peaks = jnp.abs(books).max(axis=1)
+    peaks = jnp.where(peaks == 0, 1.0, peaks)
+    # Of a tile and four groups: row g, group, and whether it is row g + 8; see `fdk_jax.format.packing`.
+    values = scales.astype(jnp.float32).reshape(case.tiles, -1, 8, 4, 2)
+    largest = jnp.abs(values).max(axis=(1, 3))
+    largest = jnp.where(largest == 0, 1.0, largest)
+    by_row = values * (_LARGEST / largest)[:, None, :, None, :]
+    factors = (largest / _LARGEST).swapaxes(1, 2).reshape(-1)[: case.n]
+    factors = factors * jnp.repeat(peaks, case.n // case.codebooks)
+    return by_row.astype(jnp.float16).reshape(scales.shape), books / peaks[:, None], factors
