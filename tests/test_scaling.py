@@ -217,6 +217,23 @@ def test_the_sentence_compares_the_best_model_of_one_bit():
     assert scaling_report.sentence(found[:2]) == f"{told} (39 million tokens)."
 
 
+def test_the_law_finds_what_rows_were_made_of():
+    kept = {16: 1 - np.exp(-16 / 3), 4: 1 - np.exp(-4.25 / 3), 1: 1 - np.exp(-1.25 / 3)}
+    rows = [
+        row(bits, weights, 1.5 + 40 * (weights * part) ** -0.3, weights)
+        for bits, part in kept.items()
+        for weights in (1_000_000, 4_000_000, 16_000_000)
+    ]
+    assert scaling_report.law(rows) == pytest.approx((1.5, 0.3, 3.0), rel=0.03)
+    text = scaling_report.exponents(rows)
+    assert "| | alpha | gamma | a weight of 4 bits is worth | a weight of 1 bit is worth |" in text
+    assert re.search(
+        r"\| these models \| 0\.(29|30|31) \| [23]\.\d\d \| 0\.7[567] \| 0\.3[345] \|", text
+    )
+    assert "| 1-Bit-Wonder, k-means | 0.63 | 3.32 | 0.73 | 0.32 |" in text
+    assert scaling_report.law(rows[:3]) is None
+
+
 def test_what_a_weight_is_worth():
     truth = {16: 1.0, 4: 0.8, 1: 0.22}
     rows = [

@@ -240,7 +240,7 @@ def training_steps(found: Iterable[Row]) -> str:
 
 
 def scaling(found: Iterable[Row], part: str) -> str:
-    """What memory buys at each width: "table", "at_equal_memory", "fits" or "sentence"."""
+    """What memory buys at each width: "table", "at_equal_memory", "fits", "exponents" or "sentence"."""
     from fdk_jax.quality import scaling_report
 
     here = scaling_report.chosen(found)
@@ -274,6 +274,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "scaling-memory": lambda found: scaling(found, "at_equal_memory"),
     "scaling-variants": scaling_variants,
     "scaling-fit": lambda found: scaling(found, "fits"),
+    "scaling-exponents": lambda found: scaling(found, "exponents"),
     "quality-variants": lambda found: quality(found, variants=True),
     "networks-minilm": lambda found: networks(found, "minilm"),
     "networks-trained": lambda found: networks(found, "trained"),

@@ -92,6 +92,59 @@ def worth(found: list[Row]) -> dict[int, float]:
     return {16: 1.0} | values
 
 
+# Fitted by Maskey et al., 1-Bit Wonder (arXiv 2602.15563): (alpha, gamma) of the law below.
+_PUBLISHED = {"1-Bit-Wonder, k-means": (0.63, 3.32), "1-Bit-Wonder, uniform": (0.55, 3.71)}
+_SCALE_BITS = 16 / 64  # of a weight's share in the scale of its group
+
+
+def law(found: list[Row]) -> tuple[float, float, float] | None:
+    """(a, alpha, gamma) of loss = a + b (N (1 - exp(-P / gamma)))**-alpha, or None for too few rows.
+
+    N are the weights of the layers, P their bits with those of their scales; least squares of the loss. The
+    form is that of Kumar et al. (arXiv 2411.04330), for one number of tokens.
+    """
+    sizes = np.asarray([row["parameters"] for row in found], np.float64)
+    losses = np.asarray([row["loss"] for row in found], np.float64)
+    bits = np.asarray([_with_scales(row["bits"]) for row in found])
+    if len(set(sizes)) < 2 or len(set(bits)) < 2:
+        return None
+    best, values = np.inf, (0.0, 0.0, 0.0)
+    for gamma in np.geomspace(1, 10, 100):
+        x = np.log(sizes * _kept(bits, gamma))
+        for a in np.linspace(0, 0.98 * losses.min(), 80):
+            over = losses - a
+            line = np.polyfit(x, np.log(over), 1, w=over)
+            error = float(np.sum(np.square(over - np.exp(np.polyval(line, x)))))
+            if error < best:
+                best, values = error, (float(a), -float(line[0]), float(gamma))
+    return values
+
+
+def _with_scales(bits: int) -> float:
+    return bits + _SCALE_BITS if bits < 16 else 16.0
+
+
+def _kept(bits: Any, gamma: float) -> Any:
+    """The part of its weights that a model of these bits is worth."""
+    return 1 - np.exp(-bits / gamma)
+
+
+def exponents(found: list[Row]) -> str:
+    """The law fitted to these rows beside those that were published."""
+    fitted = law(found)
+    if fitted is None:
+        return "(Not enough rows for a fit.)"
+    widths = [bits for bits, *_ in _by_bits(found) if bits < 16]
+    lines = [
+        f"| | alpha | gamma | {' | '.join(f'a weight of {_name(b)} is worth' for b in widths)} |",
+        "|---" * (len(widths) + 3) + "|",
+    ]
+    for name, (alpha, gamma) in ({"these models": fitted[1:]} | _PUBLISHED).items():
+        parts = (f"{_kept(_with_scales(b), gamma) / _kept(16.0, gamma):.2f}" for b in widths)
+        lines.append(f"| {name} | {alpha:.2f} | {gamma:.2f} | {' | '.join(parts)} |")
+    return "\n".join(lines)
+
+
 def _name(bits: int) -> str:
     return "1 bit" if bits == 1 else f"{bits} bits"
 
@@ -217,4 +270,5 @@ def report(paths: list[Path], figure: Path) -> str:
     rows = records.read(paths)
     found = chosen(rows)
     draw(found, figure)
-    return "\n\n".join([table(found), at_equal_memory(found), fits(found), variants(rows)])
+    parts = (table(found), at_equal_memory(found), fits(found), exponents(found), variants(rows))
+    return "\n\n".join(parts)
