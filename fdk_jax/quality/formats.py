@@ -34,7 +34,7 @@ class Format:
             may be negative); or "search".
         rounding: "nearest"; "weighted" (scales and fitted levels weighted by the activations); "corrected" (and
             rounding that makes up for errors, as GPTQ); "descended" (and sweeps of coordinate descent); or
-            "gptq" (of auto-gptq, see `published_gptq`).
+            "gptq" (of auto-gptq, see `published_gptq`); or "trained" (a network's `trained`, not `apply`).
         seed: of the text for calibration.
         group_size: weights along K that share a scale.
     """
@@ -58,7 +58,7 @@ class Format:
     @property
     def needs_data(self) -> bool:
         """Whether it is fitted to activations."""
-        return self.rounding != "nearest"
+        return self.rounding not in ("nearest", "trained")
 
     def bytes_per_weight(self, shape: tuple[int, ...]) -> float:
         """Codes, scales and the codebook of a matrix over its weights."""
@@ -223,6 +223,7 @@ def _table() -> tuple[Format, ...]:
         for rounding in ("corrected", "descended")
         for bits in (4, 2, 1)
     ]
+    found += [Format(bits, "kmeans-weights", "auto", "trained") for bits in (4, 2, 1)]
     # Beside a published GPTQ, with its groups.
     found += [
         Format(4, levels, "search", rounding, group_size=_PUBLISHED_GROUP)

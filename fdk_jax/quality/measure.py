@@ -55,11 +55,17 @@ def rows(
         yield {"name": reference, "bits": 16, "bytes_per_weight": 2.0} | _facts(network, scores)
     matrices = network.matrices()
     for form in FORMATS:
+        trained = form.rounding == "trained"
         if (title := f"{name} {form.name}") in done or not re.search(include, form.name):
+            continue
+        if trained and not network.trainable:
             continue
         note(title)
         moments = network.moments(form.seed) if form.needs_data else {}
-        made = {key: form.apply(m, moments.get(key)) for key, m in matrices.items()}
+        if trained:
+            made = network.trained(form.bits)
+        else:
+            made = {key: form.apply(m, moments.get(key)) for key, m in matrices.items()}
         scores = [network.score(network.with_matrices(made), seed) for seed in SEEDS]
         size = sum(form.bytes_per_weight(m.shape) * m.size for m in matrices.values())
         yield {

@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax import Array
 
 from fdk_jax import models
+from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.layers.rules import SKIP
-from fdk_jax.learning import statistics
+from fdk_jax.learning import statistics, training
 from fdk_jax.learning.losses import next_token_losses
 from fdk_jax.models.tokenizer import Tokenizer
 from fdk_jax.quality import corpus, encoder, prose, scaling_runs
@@ -25,6 +27,7 @@ from fdk_jax.quality.scaling_model import best_attention
 SEEDS = (0, 1)
 _CONTEXT = 512
 _TEST_WINDOWS, _CALIBRATION_WINDOWS = 2, 16
+_TUNING_STEPS, _TUNING_RATE = 300, 3e-4
 _TEST_SENTENCES, _CALIBRATION_SENTENCES = 256, 512
 
 
@@ -35,10 +38,12 @@ class Network:
         model: an nnx model.
         layers: its linear layers by name.
         measures: names of what `score` returns; the first says what the network is for.
+        trainable: whether there is `trained`.
         text: name and digest of what it is measured on.
     """
 
     measures: tuple[str, ...] = ()
+    trainable = False
 
     def __init__(self, model: nnx.Module, text: str):
         self.text = text
@@ -85,6 +90,10 @@ class Network:
 
     def score(self, model: nnx.Module, seed: int) -> tuple[float, ...]:
         """The measures of a network like this one on the test text of a seed."""
+        raise NotImplementedError
+
+    def trained(self, bits: int) -> dict[str, Array]:
+        """`matrices()` after training through their quantisation with fitted codebooks."""
         raise NotImplementedError
 
     def _is_kernel(self, path: tuple, _: Any) -> bool:
@@ -143,9 +152,10 @@ class TrainedModel(Network):
     """
 
     measures = LanguageModel.measures
+    trainable = True
 
     def __init__(self, text: str | Path, seed: int = 0):
-        plan = scaling_runs.Plan(seed=seed)
+        self._plan = plan = scaling_runs.Plan(seed=seed)
         vocabulary = max(shape.vocabulary for shape in scaling_runs.SIZES.values())
         tokens = corpus.tokenise(Path(text), vocabulary, Path(scaling_runs.FOLDER))
         data = scaling_runs.make_data(plan, Path(text).name, tokens)
@@ -156,6 +166,7 @@ class TrainedModel(Network):
             run.advance()
         run.save()
         super().__init__(run.model, data.text)
+        self._master = run.model
         self._train, self._test = data.train, data.test
         self._expected: dict[int, list[Array]] = {}
 
@@ -168,6 +179,38 @@ class TrainedModel(Network):
         if seed not in self._expected:
             self._expected[seed] = [_log_probabilities(self.model, row) for row in rows]
         return _compared(model, rows, self._expected[seed])
+
+    def trained(self, bits: int) -> dict[str, Array]:
+        """After 300 steps on the training text from the float weights; embedding and norms stay as they are."""
+        options: dict[str, Any] = dict(group_size=scaling_runs.GROUP, codebook="kmeans")
+        model = training.quantisation_aware(
+            nnx.clone(self._master), bits, dtype=jnp.bfloat16, **options
+        )
+        rate = optax.warmup_cosine_decay_schedule(0.0, _TUNING_RATE, 15, _TUNING_STEPS)
+        parts = {"kernels": optax.adamw(rate, b2=0.95), "rest": optax.set_to_zero()}
+        optimizer = nnx.Optimizer(
+            model, optax.multi_transform(parts, _kernels_or_rest), wrt=nnx.Param
+        )
+        step = training.make_train_step(scaling_runs.loss, refresh_every=self._plan.refresh_every)
+        size = self._plan.batch
+        order = np.random.default_rng(0).permutation(len(self._train))
+        for index in range(_TUNING_STEPS):
+            rows = order[np.arange(index * size, (index + 1) * size) % len(order)]
+            step(model, optimizer, self._train[rows])
+        made = {}
+        for path, layer in nnx.iter_modules(training.export(model)):
+            if isinstance(layer, QuantisedLinear):
+                kernel = layer.weight.get_value().dequantise(jnp.float32)
+                name = ".".join(map(str, path))
+                for at in np.ndindex(*self.layers[name].lead):
+                    made[_numbered(name, at)] = kernel[at].T
+        return made
+
+
+def _kernels_or_rest(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "kernels" if "kernel" in jax.tree_util.keystr(path) else "rest", params
+    )
 
 
 def _compared(model: nnx.Module, rows: list[Array], expected: Sequence[Any]) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ _COLUMNS = {
     ("absmax", "corrected"): "absmax, corrected",
     ("search", "corrected"): "search, corrected",
     ("search", "descended"): "search, corrected, swept",
+    ("auto", "trained"): "trained",
 }
 _PUBLISHED_GROUP = 128
 _PUBLISHED = {"absmax": "`sym`, `actorder`", "search": "`sym`, `actorder`, `mse`"}
