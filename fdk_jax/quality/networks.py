@@ -187,7 +187,10 @@ class TrainedModel(Network):
             nnx.clone(self._master), bits, dtype=jnp.bfloat16, **options
         )
         rate = optax.warmup_cosine_decay_schedule(0.0, _TUNING_RATE, 15, _TUNING_STEPS)
-        parts = {"kernels": optax.adamw(rate, b2=0.95), "rest": optax.set_to_zero()}
+        parts: dict[Any, Any] = {
+            "kernels": optax.adamw(rate, b2=0.95),
+            "rest": optax.set_to_zero(),
+        }
         optimizer = nnx.Optimizer(
             model, optax.multi_transform(parts, _kernels_or_rest), wrt=nnx.Param
         )
