@@ -42,6 +42,7 @@ SHARED_BYTES = {
     (12, 1): 99 * _KIB,
 }
 _OLDEST = min(SHARED_BYTES)
+_PTX_ISA_8_0 = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0))
 # Multiprocessors of a GPU of each architecture, where none is at hand to ask.
 _MULTIPROCESSORS = {
     **{(8, 0): 108, (8, 6): 82, (8, 7): 16, (8, 9): 128, (9, 0): 132},
@@ -195,7 +196,8 @@ class Target:
         """
         if wgmma or self.has_wgmma:
             return "sm_90a"
-        return "sm_{}{}".format(*min(self.capability or _OLDEST, (9, 0)))
+        own = self.capability or _OLDEST
+        return "sm_{}{}".format(*max(known for known in _PTX_ISA_8_0 if known <= own))
 
     def __str__(self) -> str:
         return (
