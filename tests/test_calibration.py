@@ -11,7 +11,7 @@ from flax import nnx
 
 import fdk_jax
 from fdk_jax.format import codebooks
-from fdk_jax.learning import rounding
+from fdk_jax.learning import refitting, rounding
 from fdk_jax.learning.calibration import calibrate
 from fdk_jax.learning.evaluation import evaluate
 from fdk_jax.learning.fitting import calibrate_array
@@ -193,7 +193,7 @@ def test_refitted_levels_solve_the_normal_equations(bits, rng):
     codes = np.abs((w / wide)[..., None] - levels).argmin(-1)
     options = dict(group_size=32, dtype=jnp.float32)
     arrays = [jnp.asarray(codes, jnp.uint8), *map(jnp.asarray, (scales, levels, second))]
-    found = np.asarray(rounding.refit_levels(jnp.asarray(w), *arrays, **options))
+    found = np.asarray(refitting.refit_levels(jnp.asarray(w), *arrays, **options))
     parts = np.stack([wide * (codes == code) for code in range(2**bits)])
     pulled = parts @ second
     system = np.einsum("enk,fnk->ef", pulled, parts)
@@ -214,7 +214,7 @@ def test_refitted_scales_solve_the_normal_equations(n, k, group, rng):
     scales = rng.uniform(0.02, 0.08, (n, groups)).astype(np.float32)
     wide = np.repeat(scales, group, axis=1)[:, :k]
     codes = np.abs(w[..., None] / wide[..., None] - levels).argmin(-1)
-    found = rounding.refit_scales(
+    found = refitting.refit_scales(
         jnp.asarray(w),
         jnp.asarray(codes, jnp.uint8),
         jnp.asarray(scales),

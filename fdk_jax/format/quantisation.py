@@ -270,8 +270,7 @@ def nearest_codes(
         dtype: compute dtype of the midpoints.
     """
     rows = codebook.reshape(-1, codebook.shape[-1])
-    values = round_to(rows, dtype)
-    middle = round_to(round_to(values[:, 1:] + values[:, :-1], dtype) / 2, dtype)
+    middle = middle_of(rows, dtype)
     blocks = quotients.reshape(rows.shape[0], quotients.size // rows.shape[0])
     if middle.shape[-1] <= 15:
         codes = jnp.zeros(blocks.shape, jnp.uint8)
@@ -281,6 +280,12 @@ def nearest_codes(
         codes = jax.vmap(functools.partial(jnp.searchsorted, side="left"))(middle, blocks)
         codes = codes.astype(jnp.uint8)
     return codes.reshape(quotients.shape)
+
+
+def middle_of(codebook: Float[Array, "*C values"], dtype: Any = jnp.float32) -> Array:
+    """The midpoints between neighbouring levels, on the grid of `dtype`: [..., values - 1]."""
+    values = round_to(codebook, dtype)
+    return round_to(round_to(values[..., 1:] + values[..., :-1], dtype) / 2, dtype)
 
 
 def _row_blocks(matrix: Array) -> list[Any]:

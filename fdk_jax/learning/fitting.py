@@ -22,15 +22,8 @@ from fdk_jax.format.quantisation import (
     scaled,
 )
 from fdk_jax.format.quantised_tensor import QuantisedTensor
-from fdk_jax.learning.rounding import (
-    corrected,
-    descend,
-    nearest,
-    refit_levels,
-    refit_scales,
-    search_scales,
-    spread,
-)
+from fdk_jax.learning.refitting import refit_levels, refit_scales
+from fdk_jax.learning.rounding import corrected, descend, nearest, search_scales, spread
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -16,7 +16,8 @@ import numpy as np
 from jax import Array
 
 from fdk_jax.format.dequantisation import lookup, spread
-from fdk_jax.format.quantisation import nearest_codes, round_to
+from fdk_jax.format.quantisation import middle_of, nearest_codes, round_to
+from pallas_kernels import columns as columns_kernel
 
 # Multiples of the rule's scale that the search tries; 1 is one of them.
 _MULTIPLES = np.round(np.arange(0.4, 1.6001, 0.025), 3)
@@ -27,14 +28,15 @@ _BLOCK = 128
 # Values of float32 that a search or a system may have in memory at a time. A GPU needs large pieces to be busy.
 _ELEMENTS = {"gpu": 2**27}
 _FEW_ELEMENTS = 2**24
-_EXACT = jax.lax.Precision.HIGHEST
+EXACT = jax.lax.Precision.HIGHEST
 
 
-def _elements() -> int:
+def elements() -> int:
+    """How many values of float32 may be in memory at a time."""
     return _ELEMENTS.get(jax.default_backend(), _FEW_ELEMENTS)
 
 
-def _grouped(matrix: Array, group_size: int) -> Array:
+def grouped(matrix: Array, group_size: int) -> Array:
     """[N, K] -> [N, ceil(K / G), G], zeros at the end; a group that is longer than K is cut."""
     n, k = matrix.shape
     group_size = max(1, min(group_size, k))
@@ -74,7 +76,7 @@ def search_scales(
     rows = codebook.reshape(-1, codebook.shape[-1])
     step = weight.shape[0] // rows.shape[0]
     # Rows that share a codebook, in pieces that fit into memory.
-    piece = max(1, min(step, _elements() // max(1, weight.shape[1])))
+    piece = max(1, min(step, elements() // max(1, weight.shape[1])))
     parts = []
     for start in range(0, weight.shape[0], step):
         for low in range(start, start + step, piece):
@@ -86,8 +88,8 @@ def search_scales(
 
 @functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
 def _search(weight, base, codebook, importance, *, group_size, dtype) -> Array:
-    w = _grouped(weight, group_size)
-    h = _grouped(jnp.broadcast_to(importance, weight.shape), group_size)
+    w = grouped(weight, group_size)
+    h = grouped(jnp.broadcast_to(importance, weight.shape), group_size)
     levels = round_to(codebook, dtype)
 
     def decode(scales: Array) -> Array:
@@ -178,8 +180,20 @@ def corrected(
             f"second moments are not positive definite even with damping={damping * 100}"
         )
     return _corrected(
-        weight, scales, codebook, *root, group_size=group_size, dtype=jnp.dtype(dtype)
+        weight,
+        scales,
+        codebook,
+        *root,
+        group_size=group_size,
+        dtype=jnp.dtype(dtype),
+        fused=_fused(weight, codebook),
     )
+
+
+def _fused(weight: Array, codebook: Array) -> bool:
+    """Whether a kernel has the loop over the columns of a block."""
+    (device, *_) = weight.devices()
+    return codebook.ndim == 1 and columns_kernel.supported(codebook.size, device.platform)
 
 
 @jax.jit
@@ -197,8 +211,8 @@ def _inverse_root(second: Array, damping: Array) -> tuple[Array, Array]:
     return jax.scipy.linalg.solve_triangular(upper, identity, lower=False), order
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
-def _corrected(weight, scales, codebook, root, order, *, group_size, dtype) -> Array:
+@functools.partial(jax.jit, static_argnames=("group_size", "dtype", "fused"))
+def _corrected(weight, scales, codebook, root, order, *, group_size, dtype, fused) -> Array:
     n, k = weight.shape
     levels = round_to(codebook, dtype)
     pad = -k % _BLOCK
@@ -228,12 +242,18 @@ def _corrected(weight, scales, codebook, root, order, *, group_size, dtype) -> A
             part = part - inner[i][:, None] * error[None]
             return part, errors.at[i].set(error), found.at[i].set(code[:, 0])
 
-        zeros = jnp.zeros((_BLOCK, n), jnp.float32)
-        _, errors, found = jax.lax.fori_loop(
-            0, _BLOCK, column, (part, zeros, jnp.zeros((_BLOCK, n), jnp.uint8))
-        )
+        if fused:
+            errors, found = columns_kernel.rounded(
+                part, None, scale, inner, levels, middle_of(levels)
+            )
+            found = found.astype(jnp.uint8)
+        else:
+            zeros = jnp.zeros((_BLOCK, n), jnp.float32)
+            _, errors, found = jax.lax.fori_loop(
+                0, _BLOCK, column, (part, zeros, jnp.zeros((_BLOCK, n), jnp.uint8))
+            )
         # The root is upper triangular: columns before the block get zeros.
-        columns = columns - jnp.matmul(rows.T, errors, precision=_EXACT)
+        columns = columns - jnp.matmul(rows.T, errors, precision=EXACT)
         return columns, jax.lax.dynamic_update_slice_in_dim(codes, found, start, 0)
 
     codes = jnp.zeros((k + pad, n), jnp.uint8)
@@ -241,62 +261,6 @@ def _corrected(weight, scales, codebook, root, order, *, group_size, dtype) -> A
     return jnp.zeros((k, n), jnp.uint8).at[order].set(codes[:k]).T
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
-def refit_scales(
-    weight: Array,
-    codes: Array,
-    scales: Array,
-    codebook: Array,
-    second: Array,
-    *,
-    group_size: int,
-    dtype: Any,
-) -> Array:
-    """Scales of least output error for given codes: a small linear system a row.
-
-    Returns:
-        float32 [N, ceil(K / G)] on the grid of `dtype`, all positive; a row whose error would not fall
-        keeps its scales.
-    """
-    values = lookup(codes, round_to(codebook, dtype))
-    columns = _columns(second, group_size)  # [groups, K', G]
-    padded = columns.transpose(1, 0, 2).reshape(columns.shape[1], -1)
-    rows = tuple(_grouped(a, group_size) for a in (weight, values))
-
-    def systems(w: Array, c: Array) -> tuple[Array, Array]:
-        """[R, groups, groups] and [R, groups]: c second c^T of pairs of groups, c second w of groups."""
-        of_columns = jnp.einsum("hkb,rhb->rhk", columns, c, precision=_EXACT)
-        of_columns = of_columns.reshape(*c.shape[:2], *c.shape[1:])
-        left = jnp.einsum("rga,rhga->rgh", c, of_columns, precision=_EXACT)
-        pulled = jnp.matmul(w.reshape(len(w), -1), padded, precision=_EXACT)
-        return left, jnp.sum(c * pulled.reshape(c.shape), axis=-1)
-
-    def some(part: tuple[Array, Array, Array]) -> Array:
-        w, c, old = part
-        system, right = systems(w, c)
-        size = old.shape[1]
-        ridge = 1e-4 * jnp.trace(system, axis1=1, axis2=2) / size + jnp.finfo(jnp.float32).tiny
-        damped = system + ridge[:, None, None] * jnp.eye(size, dtype=jnp.float32)[None]
-        residual = right - jnp.einsum("rgh,rh->rg", system, old, precision=_EXACT)
-        root = jnp.linalg.cholesky(damped)  # NaN where it has none: then the row keeps its scales
-        step = jax.scipy.linalg.cho_solve((root, True), residual[..., None])[..., 0]
-        new = round_to(old + step, dtype)
-        new = jnp.where((new > 0) & jnp.isfinite(new), new, old)
-
-        def error(scales: Array) -> Array:
-            square = jnp.einsum("rg,rgh,rh->r", scales, system, scales, precision=_EXACT)
-            return square - 2 * jnp.sum(scales * right, axis=1)
-
-        return jnp.where((error(new) < error(old))[:, None], new, old)
-
-    n, groups = scales.shape
-    # Products of a row with each block of the second moments are in memory for so many rows at a time.
-    count = max(1, min(n, _elements() // max(1, groups * columns.shape[1])))
-    parts = jax.tree.map(lambda a: _cut(a, count), (*rows, scales))
-    return jax.lax.map(some, parts).reshape(-1, groups)[:n]
-
-
-@functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
 def descend(
     weight: Array,
     codes: Array,
@@ -326,6 +290,23 @@ def descend(
     Returns:
         uint8 [N, K].
     """
+    return _descend(
+        weight,
+        codes,
+        scales,
+        codebook,
+        second,
+        jnp.float32(damping),
+        group_size=group_size,
+        dtype=jnp.dtype(dtype),
+        fused=_fused(weight, codebook),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "dtype", "fused"))
+def _descend(
+    weight, codes, scales, codebook, second, damping, *, group_size, dtype, fused
+) -> Array:
     k = weight.shape[1]
     levels = round_to(codebook, dtype)
     diagonal = jnp.diagonal(second)
@@ -346,7 +327,7 @@ def descend(
         rows = jax.lax.dynamic_slice_in_dim(second, start, _BLOCK)
         inner = jax.lax.dynamic_slice_in_dim(rows, start, _BLOCK, axis=1)
         scale = jax.lax.dynamic_slice_in_dim(factors, start, _BLOCK)
-        pull = jnp.matmul(rows, columns - values, precision=_EXACT)  # half the negative gradient
+        pull = jnp.matmul(rows, columns - values, precision=EXACT)  # half the negative gradient
         part = jax.lax.dynamic_slice_in_dim(values, start, _BLOCK)
         found = jax.lax.dynamic_slice_in_dim(codes, start, _BLOCK)
 
@@ -358,81 +339,14 @@ def descend(
             pull = pull - inner[i][:, None] * (new - part[i])[None]
             return pull, part.at[i].set(new), found.at[i].set(code[:, 0])
 
-        _, part, found = jax.lax.fori_loop(0, _BLOCK, column, (pull, part, found))
+        if fused:
+            part, new = columns_kernel.rounded(pull, part, scale, inner, levels, middle_of(levels))
+            found = new.astype(jnp.uint8)
+        else:
+            _, part, found = jax.lax.fori_loop(0, _BLOCK, column, (pull, part, found))
         return (
             jax.lax.dynamic_update_slice_in_dim(values, part, start, 0),
             jax.lax.dynamic_update_slice_in_dim(codes, found, start, 0),
         )
 
     return jax.lax.fori_loop(0, (k + pad) // _BLOCK, block, (values, codes))[1][:k].T
-
-
-@functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
-def refit_levels(
-    weight: Array,
-    codes: Array,
-    scales: Array,
-    codebook: Array,
-    second: Array,
-    *,
-    group_size: int,
-    dtype: Any,
-) -> Array:
-    """The codebook of least output error for given codes and scales: a linear system of 2**bits unknowns.
-
-    Args:
-        weight: float32 [N, K].
-        codes: uint8 [N, K].
-        scales: float32 [N, ceil(K / G)].
-        codebook: float32 [2**bits].
-        second: float32 [K, K].
-        group_size: G.
-        dtype: compute dtype of the levels.
-
-    Returns:
-        float32 [2**bits], ascending; `codebook` itself where the error would not fall.
-    """
-    factors = spread(scales, group_size, weight.shape[1])
-    every = jnp.arange(codebook.shape[0], dtype=codes.dtype)
-
-    def of_level(code: Array) -> Array:
-        """What a level adds to the weight at a value of one: [N, K]."""
-        return jnp.where(codes == code, factors, 0)
-
-    def row(code: Array) -> tuple[Array, Array]:
-        spread_out = jnp.matmul(of_level(code), second, precision=_EXACT)
-        return (
-            jax.lax.map(lambda other: jnp.sum(spread_out * of_level(other)), every),
-            jnp.sum(spread_out * weight),
-        )
-
-    system, right = jax.lax.map(row, every)
-    size = codebook.shape[0]
-    ridge = 1e-6 * jnp.trace(system) / size + jnp.finfo(jnp.float32).tiny
-    residual = right - jnp.matmul(system, codebook, precision=_EXACT)
-    damped = system + ridge * jnp.eye(size, dtype=jnp.float32)
-    new = codebook + jnp.linalg.solve(damped, residual)
-
-    def error(levels: Array) -> Array:
-        levels = round_to(levels, dtype)
-        return levels @ jnp.matmul(system, levels, precision=_EXACT) - 2 * jnp.dot(levels, right)
-
-    better = (
-        jnp.all(jnp.diff(new) > 0) & jnp.all(jnp.isfinite(new)) & (error(new) < error(codebook))
-    )
-    return jnp.where(better, new, codebook)
-
-
-def _columns(second: Array, group_size: int) -> Array:
-    """[K, K] -> [groups, K', G], the columns of each group; zeros at the end, K' = groups * G."""
-    k = second.shape[0]
-    group_size = max(1, min(group_size, k))
-    padded = jnp.pad(second, ((0, -k % group_size),) * 2)
-    return padded.reshape(len(padded), -1, group_size).transpose(1, 0, 2)
-
-
-def _cut(rows: Array, count: int) -> Array:
-    """[N, ...] -> [ceil(N / count), count, ...], ones at the end."""
-    padding = ((0, -len(rows) % count),) + ((0, 0),) * (rows.ndim - 1)
-    padded = jnp.pad(rows, padding, constant_values=1)
-    return padded.reshape(-1, count, *rows.shape[1:])
