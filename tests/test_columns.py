@@ -1,11 +1,14 @@
 """The kernel of a block of columns, interpreted, beside the same loop in NumPy in float64."""
 
+import backends
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdk_jax.format import codebooks
+from fdk_jax.format import codebooks, quantisation
 from fdk_jax.format.quantisation import middle_of
+from fdk_jax.learning import rounding
 from pallas_kernels import columns, triton_compat
 
 pytestmark = pytest.mark.skipif(not triton_compat.AVAILABLE, reason="needs Pallas' Triton module")
@@ -29,9 +32,13 @@ def loop(state, old, scales, inner, levels):
     return out, codes, margin
 
 
+ON_A_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=ON_A_GPU)])
 @pytest.mark.parametrize("descends", [False, True])
 @pytest.mark.parametrize(("bits", "n"), [(1, 32), (2, 40), (4, 7)])
-def test_a_block_of_columns(bits, n, descends, rng):
+def test_a_block_of_columns(bits, n, descends, interpret, rng):
     size = 16
     x = rng.standard_normal((200, size))
     second = x.T @ x / 200 + 0.1 * np.eye(size)
@@ -48,7 +55,7 @@ def test_a_block_of_columns(bits, n, descends, rng):
         *given[2:],
         jnp.asarray(levels),
         middle_of(jnp.asarray(levels)),
-        interpret=True,
+        interpret=interpret,
     )
     wide = [a.astype(np.float64) for a in single]
     wanted, wanted_codes, margin = loop(
@@ -59,6 +66,43 @@ def test_a_block_of_columns(bits, n, descends, rng):
     )  # no quotient is so near to an edge that float32 may fall on its other side
     np.testing.assert_array_equal(codes, wanted_codes)
     np.testing.assert_allclose(out, wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("descends", [False, True])
+def test_it_lowers_for_a_gpu(descends):
+    def shape(*size):
+        return jax.ShapeDtypeStruct(size, jnp.float32)
+
+    block = shape(128, 4100)
+    arguments = block, block if descends else None, block, shape(128, 128), shape(16), shape(15)
+    with backends.for_a_gpu():
+        traced = jax.jit(columns.rounded).trace(*arguments)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "fdk_columns" in text
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("bits", [2, 4])
+def test_whole_matrices_on_a_gpu(bits, rng):
+    """Error correction and a sweep with the kernel cost what they do with XLA's loop."""
+    n, k = 200, 300
+    w = rng.standard_normal((n, k)).astype(np.float32)
+    x = rng.standard_normal((1000, k)) * np.exp(rng.standard_normal(k))
+    second = (x.T @ x / len(x)).astype(np.float32)
+    levels = jnp.asarray(codebooks.uniform(bits) if bits < 4 else codebooks.nf4())
+    options = {"group_size": 64, "dtype": jnp.float32}
+    given = jnp.asarray(w), quantisation.scaled(jnp.asarray(w), 64, "absmax")[1], levels
+    errors = {}
+    for fused in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rounding, "_fused", lambda *_, fused=fused: fused)
+            codes = rounding.corrected(*given, jnp.asarray(second), **options)
+            swept = rounding.descend(given[0], codes, *given[1:], jnp.asarray(second), **options)
+        scales = np.repeat(np.asarray(given[1], np.float64), 64, axis=1)[:, :k]
+        made = [scales * np.asarray(levels, np.float64)[np.asarray(c)] for c in (codes, swept)]
+        errors[fused] = [np.trace((q - w) @ second @ (q - w).T) for q in made]
+    assert errors[True][1] < errors[True][0]
+    np.testing.assert_allclose(errors[True], errors[False], rtol=5e-3)
 
 
 def test_where_it_runs():
