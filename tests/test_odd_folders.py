@@ -13,6 +13,7 @@ from test_gguf import write
 
 from fdk_jax import files, models
 from fdk_jax.files.json_files import read_json
+from fdk_jax.models.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -149,6 +150,61 @@ def test_counts_of_gguf_that_are_none(tmp_path, key, kind, value):
     path = write(tmp_path / "m.gguf", {"token_embd.weight": (np.zeros((8, 256), np.float32), None)})
     path.write_bytes(changed(path.read_bytes(), f"llama.{key}", kind, value))
     with pytest.raises(ValueError, match=rf"llama\.{key}"):
+        files.read(path)
+
+
+def tokenizer_file(path: Path, **changes) -> Path:
+    """A GGUF file with a small vocabulary; `changes` are other values of its metadata, or None for none."""
+    gguf = pytest.importorskip("gguf", reason="needs the gguf package")
+    facts: dict = dict(
+        model="gpt2",
+        pre="llama-bpe",
+        tokens=["<s>", "</s>", *"abcĠ", "ab", "Ġab"],
+        token_type=[3, 3] + [1] * 6,
+        merges=["a b", "Ġ ab"],
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in (facts | changes).items():
+        add = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array}
+        if value is not None:
+            add[type(value)](f"tokenizer.ggml.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("changes", [dict(eos_token_id=None), dict(eos_token_id=999)])
+def test_a_gguf_tokenizer_without_an_end(tmp_path, changes):
+    tokenizer = Tokenizer(tokenizer_file(tmp_path / "m.gguf", **changes))
+    assert tokenizer.encode("ab") == [0, 6] and tokenizer.stop_tokens == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(merges=["a b", "q r"]), "tokenizer is damaged.*out of vocabulary"),
+        (dict(merges=["ab"]), "tokenizer is damaged"),
+        (dict(tokens=[1, 2]), "has no tokens"),
+        (dict(model=3), "tokenizer.ggml.model=3"),
+        (dict(model="llama"), "no scores"),
+    ],
+)
+def test_a_gguf_tokenizer_that_is_damaged(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        Tokenizer(tokenizer_file(tmp_path / "m.gguf", **changes))
+
+
+def test_rows_that_are_not_those_of_the_heads(tmp_path):
+    floats = {"token_embd.weight": (np.zeros((8, 256), np.float32), None)}
+    path = write(
+        tmp_path / "m.gguf",
+        floats | {"blk.0.attn_q.weight": (np.zeros((8, 256), np.float32), None)},
+    )
+    with pytest.raises(ValueError, match=r"attn_q\.weight has 8 rows, not 4 heads of 64"):
         files.read(path)
 
 

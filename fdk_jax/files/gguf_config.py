@@ -111,7 +111,7 @@ def architecture(metadata: Mapping[str, Any]) -> str:
         ValueError: one that is not supported, by its name; metadata that changes what weights mean.
     """
     name = metadata.get("general.architecture")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
             f"GGUF architecture {name!r} is not supported; one of {sorted(FAMILIES)} is"
         )

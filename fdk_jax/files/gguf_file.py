@@ -210,19 +210,27 @@ def _tensors(
         if hugging is None:
             raise ValueError(f"tensor {name} is not known to {arch} models")
         factor = raw.get(f"{base}.scale") if name.endswith(".weight") else None
-        rows = row_order(arch, config, name)
+        rows = row_order(arch, config, name, one.shape[0])
         for i in range(one.shape[0]) if "{}" in hugging else (None,):
             tensors[hugging.format(i)] = _stored(one, factor, rows, arch, requantise, i, errors)
     return tensors
 
 
-def row_order(arch: str, config: Mapping[str, Any], name: str) -> np.ndarray | None:
-    """For each row of Hugging Face's matrix the row in the file; None where they are the same."""
+def row_order(
+    arch: str, config: Mapping[str, Any], name: str, count: int | None = None
+) -> np.ndarray | None:
+    """For each row of Hugging Face's matrix the row in the file; None where they are the same.
+
+    Raises:
+        ValueError: the tensor has another `count` of rows.
+    """
     match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
     if match is None or arch not in gguf_config.INTERLEAVED:
         return None
     heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
     d = config["head_dim"]
+    if count not in (None, heads * d):
+        raise ValueError(f"{name} has {count} rows, not {heads} heads of {d}")
     # A head's rows lie as pairs (j, j + d / 2).
     return np.arange(heads * d).reshape(heads, d // 2, 2).swapaxes(1, 2).ravel()
 
@@ -237,8 +245,6 @@ def _stored(
     errors: dict[str, float],
 ) -> Stored:
     shape = one.shape if expert is None else one.shape[1:]
-    if rows is not None and len(rows) != shape[0]:
-        raise ValueError(f"{one.name} has {shape[0]} rows, not {len(rows)}")
     if one.number in gguf_types.FLOATS:
         minus = 1 if arch in gguf_config.NORMS_PLUS_ONE and "norm" in one.name else 0
         return Stored(shape, one.name_of_type, lambda: _float(one, rows, minus, expert))

@@ -55,14 +55,17 @@ def files(metadata: Mapping[str, Any]) -> TokenizerFiles:
             "text needs the tokenizers package: pip install fdk-jax[models]"
         ) from error
     kind, tokens = _fact(metadata, "model"), _fact(metadata, "tokens")
-    if not isinstance(tokens, list):
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise ValueError("the GGUF file has no tokens: give the model's own tokenizer folder")
-    if kind == "gpt2":
-        tokenizer, begins = _byte_level(metadata, tokens)
-    elif kind == "llama":
-        tokenizer, begins = _sentencepiece(metadata, tokens)
-    else:
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if not isinstance(kind, str) or kind not in builders:
         raise ValueError(f"GGUF with tokenizer.ggml.model={kind!r} is not supported")
+    try:
+        tokenizer, begins = builders[kind](metadata, tokens)
+    except ValueError:
+        raise
+    except Exception as error:  # the package raises nothing narrower
+        raise ValueError(f"the GGUF file's tokenizer is damaged: {error}") from error
     types = _fact(metadata, "token_type") or []
     added = [(t, k) for t, k in zip(tokens, types, strict=False) if k in (_CONTROL, _USER_DEFINED)]
     for special in (True, False):
@@ -76,7 +79,7 @@ def files(metadata: Mapping[str, Any]) -> TokenizerFiles:
     config = {
         f"{name}_token": tokens[number]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if (number := _fact(metadata, f"{key}_token_id")) is not None and number < len(tokens)
+        if _is_token(number := _fact(metadata, f"{key}_token_id"), tokens)
     }
     if isinstance(template := metadata.get("tokenizer.chat_template"), str):
         config["chat_template"] = template
@@ -84,8 +87,12 @@ def files(metadata: Mapping[str, Any]) -> TokenizerFiles:
     stops = [_fact(metadata, f"{name}_token_id") for name in ("eos", "eot", "eom")]
     stops += [tokens.index(text) for text, k in added if k == _CONTROL and text in _ENDS_OF_TURNS]
     return TokenizerFiles(
-        tokenizer.to_str(), config, tuple(dict.fromkeys(s for s in stops if s is not None))
+        tokenizer.to_str(), config, tuple(dict.fromkeys(s for s in stops if _is_token(s, tokens)))
     )
+
+
+def _is_token(number: Any, tokens: list[str]) -> bool:
+    return type(number) is int and 0 <= number < len(tokens)
 
 
 def _fact(metadata: Mapping[str, Any], name: str) -> Any:
@@ -140,7 +147,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Any,
         models.BPE(
             vocab,
             _merges(vocab, scores),
-            unk_token=None if unknown is None else tokens[unknown],
+            unk_token=tokens[unknown] if _is_token(unknown, tokens) else None,
             fuse_unk=True,
             byte_fallback=True,
         )
@@ -178,7 +185,8 @@ def _put_around(tokenizer, metadata, config: Mapping[str, Any], begins: bool) ->
     last = bool(metadata.get("tokenizer.ggml.add_eos_token", False)) and "eos_token" in config
     if not first and not last:
         return
-    around = [config["bos_token"]] * first + ["$A"] + [config["eos_token"]] * last
+    around = [config["bos_token"]] if first else []
+    around += ["$A", config["eos_token"]] if last else ["$A"]
     special = {text: tokenizer.token_to_id(text) for text in around if text != "$A"}
     tokenizer.post_processor = processors.TemplateProcessing(
         single=" ".join(around), special_tokens=list(special.items())
