@@ -30,6 +30,7 @@ VERSION = 1
 _KEY = "fdk_jax"
 _ARRAYS = ("packed", "scales", "codebook")
 _THREADS = 8  # that read
+_CODEBOOK_BYTES = 1 << 14  # at most
 
 
 def save(path: str | os.PathLike, tree: Any, *, keep_layout: bool = False) -> None:
@@ -115,7 +116,23 @@ class _Reading:
 
     def _read(self, stored: Stored) -> jax.Array:
         with jax.default_device(self._device):
-            return jax.device_put(stored.array())
+            if jax.default_backend() == "cpu" or not stored.shape:
+                return jax.device_put(stored.array())  # which may stay where it is
+            # A transfer's bytes lie in memory that the device can read, which takes a second for each GB to get
+            # and is used again: so each thread waits for its own, and none is long.
+            pieces = [
+                jax.block_until_ready(jax.device_put(stored.some(*run))) for run in stored.runs()
+            ]
+            if pieces[0].nbytes <= _CODEBOOK_BYTES:
+                np.asarray(
+                    pieces[0]
+                )  # a copy that stays with it: a codebook's values are looked at
+            return pieces[0] if len(pieces) == 1 else _joined(pieces)
+
+
+@jax.jit
+def _joined(pieces: list[jax.Array]) -> jax.Array:
+    return jax.numpy.concatenate(pieces)
 
 
 def _plain(tree: Any) -> Any:

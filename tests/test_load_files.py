@@ -7,12 +7,15 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 from test_foreign_files import values
 from test_gguf import HEADS, HIDDEN, INNER, KV, MATRICES, VOCAB, D, blocks, plain, write
 
 from fdk_jax import files, models
-from fdk_jax.files import gguf_types
+from fdk_jax.files import contents, gguf_types
+from fdk_jax.models import weights
 from fdk_jax.models.tokenizer import Tokenizer
+from fdk_jax.product import cpu_backend
 
 TOKENS = np.arange(14, dtype=np.int32).reshape(2, 7) * 5 % VOCAB
 NUMBERS = {kind.name: number for number, kind in gguf_types.EXACT.items()}
@@ -184,6 +187,46 @@ def test_rows_of_a_quantised_table(layout, bits, g, dtype, rng):
     got = jax.jit(lambda w, i: take_rows(w, i, jax.numpy.float32))(w.to_layout(layout), index)
     dense = np.asarray(w.dequantise("float32"))
     np.testing.assert_array_equal(np.asarray(got), dense[np.minimum(index, n - 1)])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "xla", "pallas"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q1_0", "mixed", "floats"])
+def test_matrices_by_runs_of_rows_are_those_read_whole(kind, backend, rng, tmp_path, monkeypatch):
+    """The same bits, wherever a run ends: within a head's permuted rows, a tile, or a part of a projection."""
+    kinds = {
+        "mixed": {"attn_v": "Q8_0", "attn_q": "IQ4_NL", "": "MXFP4"},
+        "floats": {"attn_k": "TQ2_0"},
+    }.get(kind, {"": kind})
+    path = gguf_model(tmp_path / "m.gguf", rng, kinds, arch="llama")
+    streams = weights.Placer.streams
+    monkeypatch.setattr(weights.Placer, "streams", lambda *_: False)
+    whole = jax.tree.leaves(nnx.state(models.load(path, backend=backend)))
+    # As on a device that has memory of its own, floats are sent by pieces, too.
+    every = lambda self, one: one.rows is not None or streams(self, one)  # noqa: E731
+    monkeypatch.setattr(weights.Placer, "streams", every)
+    monkeypatch.setattr(weights, "_RUN_BYTES", 700)
+    monkeypatch.setattr(cpu_backend, "_RUN_BYTES", 5000)
+    monkeypatch.setattr(contents, "_RUN_BYTES", 6000)
+    by_rows = jax.tree.leaves(nnx.state(models.load(path, backend=backend)))
+    for one, other in zip(by_rows, whole, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_runs_of_rows_of_a_folder(rng, tmp_path):
+    """compressed-tensors' words, and a plain array."""
+    from fdk_jax.benchmark.loading import write as write_folder
+    from fdk_jax.models.config import ModelConfig
+
+    config = ModelConfig(64, 128, 256, 1, 4, 2, 32)
+    write_folder(tmp_path / "folder", config, 4, rng)
+    tensors = files.read(tmp_path / "folder").tensors
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"):
+        one = tensors[name]
+        assert one.rows is not None
+        whole, some = one.read(), one.rows(5, 17)
+        assert some.shape[0] == 12
+        whole, some = (values(a) if one.quantised else a for a in (whole, some))
+        np.testing.assert_array_equal(some, whole[5:17])
 
 
 @pytest.mark.parametrize("makers", [1, 3])

@@ -143,26 +143,34 @@ def _integers(group: Group, schemes: list[dict[str, Any]]) -> Stored:
     g = _group_size(group, scale.shape, n, k)
     zero = group.parts.get("weight_zero_point")
 
+    def symmetric(words: np.ndarray, scales: np.ndarray):
+        values = np.arange(2**bits, dtype=np.float32) - 2 ** (bits - 1)
+        codes = words.view(np.uint8).reshape(len(words), -1)[:, : -(-k * bits // 8)]
+        return quantised_tensor(
+            turned(codes, bits),
+            _rows(scales, len(words)),
+            values,
+            bits=bits,
+            group_size=g,
+            in_features=k,
+        )
+
+    def some(begin: int, end: int):
+        return symmetric(packed.some(begin, end), scale.some(begin, end))
+
     def read():
+        if zero is None:
+            return symmetric(packed.array(), scale.array())
         words = packed.array().view(np.uint8).reshape(n, -1)
         scales = _rows(scale.array(), n)
-        if zero is None:
-            values = np.arange(2**bits, dtype=np.float32) - 2 ** (bits - 1)
-            bytes_a_row = -(-k * bits // 8)
-            return quantised_tensor(
-                turned(words[:, :bytes_a_row], bits),
-                scales,
-                values,
-                bits=bits,
-                group_size=g,
-                in_features=k,
-            )
         # Zero points [N, groups] are packed along N.
         turned_words = np.ascontiguousarray(zero.array().T).view(np.uint8)
         zeros = unpack(turned_words, bits)[:, :n].T
         return with_zeros(unpack(words, bits)[:, :k], zeros, scales, bits=bits, group_size=g)
 
-    return group.weight((n, k), f"{NAME} {bits} bits, group {g}", read)
+    by_rows = zero is None and len(scale.shape) == 2 and scale.shape[0] == n
+    kind = f"{NAME} {bits} bits, group {g}"
+    return group.weight((n, k), kind, read, rows=some if by_rows else None)
 
 
 def _group_size(group: Group, scales: tuple[int, ...], n: int, k: int) -> int:

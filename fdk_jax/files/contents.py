@@ -1,6 +1,7 @@
 """What a checkpoint holds, whatever its format: the seam between files and models."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from fdk_jax.format import codebooks, packing
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 
 HostArray = np.ndarray
+_RUN_BYTES = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +26,15 @@ class Stored:
         read: Reads it from the disk: a numpy array, or a `QuantisedTensor` of numpy arrays in the interchange
             layout. May be called from several threads at a time.
         quantised: Whether `read` returns a `QuantisedTensor`.
+        rows: Reads rows [begin, end) of a matrix alone, in the form of `read`; None where only all of it can be
+            read.
     """
 
     shape: tuple[int, ...]
     kind: str
     read: Callable[[], HostArray | QuantisedTensor]
     quantised: bool = False
+    rows: Callable[[int, int], HostArray | QuantisedTensor] | None = None
 
     def array(self) -> HostArray:
         """`read` of one that is not quantised.
@@ -37,7 +42,24 @@ class Stored:
         Raises:
             ValueError: it is quantised.
         """
-        found = self.read()
+        return self._plain(self.read())
+
+    def some(self, begin: int, end: int) -> HostArray:
+        """Rows [begin, end) of one that is not quantised.
+
+        Raises:
+            ValueError: it is quantised.
+        """
+        found = self.read()[begin:end] if self.rows is None else self.rows(begin, end)
+        return self._plain(found)
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Runs of rows, each small enough to be sent to a device as one of several that are under way."""
+        width = 2 * math.prod(self.shape[1:])  # bytes, as if it were of 16 bits
+        step = max(_RUN_BYTES // max(width, 1), 1)
+        return [(i, min(i + step, self.shape[0])) for i in range(0, self.shape[0], step)]
+
+    def _plain(self, found: HostArray | QuantisedTensor) -> HostArray:
         if isinstance(found, QuantisedTensor):
             raise ValueError(f"a plain array is needed here, not weights stored as {self.kind}")
         return found

@@ -175,12 +175,15 @@ class _Raw:
         if info.offset + self.nbytes > size:
             raise ValueError(f"{path} is truncated: {name} does not fit into {size} bytes")
 
-    def rows(self, expert: int | None = None) -> np.ndarray:
-        """Bytes [..., N, bytes a row]; of one expert [N, bytes a row]."""
+    def rows(self, expert: int | None = None, run: tuple[int, int] | None = None) -> np.ndarray:
+        """Bytes [..., N, bytes a row]; of one expert [N, bytes a row]; of a run of rows of a matrix."""
         shape, offset = (*self.shape[:-1], self.row_bytes), self.info.offset
         if expert is not None:
             shape = shape[1:]
             offset += expert * int(np.prod(shape))
+        if run is not None:
+            shape = (run[1] - run[0], self.row_bytes)
+            offset += run[0] * self.row_bytes
         count = int(np.prod(shape, dtype=np.int64))
         data = np.fromfile(self.path, np.uint8, count, offset=offset)
         if data.size < count:
@@ -255,7 +258,8 @@ def _stored(
         exact = gguf_types.WIDENED.get(one.number)
     if exact is not None:
         read = _exact_reader(one, exact, factor, rows, expert)
-        return Stored(shape, f"{NAME} {one.name_of_type}", read, quantised=True)
+        part = (lambda begin, end: read((begin, end))) if len(shape) == 2 else None
+        return Stored(shape, f"{NAME} {one.name_of_type}", read, quantised=True, rows=part)
     if requantise is None:
         raise ValueError(
             f"{one.name} is {one.name_of_type}, which scale times codebook does not hold at its own"
@@ -287,12 +291,21 @@ def _exact_reader(
     factor: _Raw | None,
     rows: np.ndarray | None,
     expert: int | None,
-) -> Callable[[], QuantisedTensor]:
-    def read() -> QuantisedTensor:
-        data = one.rows(expert)
+) -> Callable[..., QuantisedTensor]:
+    """What reads all of a tensor, or a run of the rows of a matrix."""
+
+    def bytes_of(run: tuple[int, int] | None) -> np.ndarray:
+        if rows is None or run is None:
+            data = one.rows(expert, run)
+            return data if rows is None else data[rows]
+        wanted = rows[slice(*run)]  # all of a few heads, or of a part of one
+        first = int(wanted.min())
+        return one.rows(expert, (first, int(wanted.max()) + 1))[wanted - first]
+
+    def read(run: tuple[int, int] | None = None) -> QuantisedTensor:
         times = None if factor is None else np.float32(factor.floats().ravel()[expert or 0])
         try:
-            return kind.tensor(data if rows is None else data[rows], one.shape[-1], times)
+            return kind.tensor(bytes_of(run), one.shape[-1], times)
         except ValueError as error:
             raise ValueError(f"{one.path}: {one.name}: {error}") from None
 

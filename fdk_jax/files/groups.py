@@ -30,17 +30,25 @@ class Group:
         return stored
 
     def weight(
-        self, shape: tuple[int, ...], kind: str, read: Callable[[], QuantisedTensor]
+        self,
+        shape: tuple[int, ...],
+        kind: str,
+        read: Callable[[], QuantisedTensor],
+        rows: Callable[[int, int], QuantisedTensor] | None = None,
     ) -> Stored:
-        """The weight that the parts make; errors of `read` name the module."""
+        """The weight that the parts make; errors of `read` and `rows` name the module."""
 
-        def named() -> QuantisedTensor:
-            try:
-                return read()
-            except ValueError as error:
-                raise ValueError(f"{self.module}: {error}") from None
+        def named(function: Callable[..., QuantisedTensor]) -> Callable[..., QuantisedTensor]:
+            def reader(*run: int) -> QuantisedTensor:
+                try:
+                    return function(*run)
+                except ValueError as error:
+                    raise ValueError(f"{self.module}: {error}") from None
 
-        return Stored(shape, kind, named, quantised=True)
+            return reader
+
+        some = None if rows is None else named(rows)
+        return Stored(shape, kind, named(read), quantised=True, rows=some)
 
 
 def split(

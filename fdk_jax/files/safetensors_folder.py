@@ -114,9 +114,23 @@ def read_file(path: Path) -> dict[str, Stored]:
             raise ValueError(f"{path}: {name} has dtype {kind}, which is not supported")
     places = _places(path)
     return {
-        name: Stored(shape, kind, functools.partial(_read, path, name, kind, shape, *places[name]))
+        name: _stored(path, name, kind, shape, *places[name])
         for name, (kind, shape) in facts.items()
     }
+
+
+def _stored(
+    path: Path, name: str, kind: str, shape: tuple[int, ...], begin: int, end: int
+) -> Stored:
+    """The array whose bytes are at a place of a file."""
+
+    def rows(first: int, last: int) -> np.ndarray:
+        size = (end - begin) // max(shape[0], 1)
+        run = begin + first * size, begin + last * size
+        return _read(path, name, kind, (last - first, *shape[1:]), *run)
+
+    read = functools.partial(_read, path, name, kind, shape, begin, end)
+    return Stored(shape, kind, read, rows=rows if shape else None)
 
 
 def _places(path: Path) -> dict[str, tuple[int, int]]:

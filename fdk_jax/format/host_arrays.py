@@ -1,6 +1,8 @@
 """Arrays in the host's memory on their way to a device, and threads that work on parts of them."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -17,6 +19,12 @@ def aligned(size: int) -> np.ndarray:
     whole = np.empty(size + _ALIGNMENT, np.uint8)
     first = -whole.ctypes.data % _ALIGNMENT
     return whole[first : first + size]
+
+
+def return_freed_memory() -> None:
+    """To the system: glibc's heaps of threads, XLA's compiler's among them, keep what they freed."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def threads() -> int:

@@ -282,6 +282,11 @@ LAYOUTS = {
 # returns None for arrays that it cannot take.
 NATIVE: dict[str, tuple[Callable, Callable]] = {}
 
+# Converters from the interchange layout of matrices that are read by runs of rows: each takes what gives the
+# (packed, scales) of rows [begin, end), what calls a function with each of some items, in threads, the dtype of
+# the scales, and the arguments of `convert` that describe the matrix.
+STREAMED: dict[str, Callable[..., tuple[Array, Array]]] = {}
+
 # For each layout the axes of (packed, scales) that run along N and along K. A slice of whole
 # tiles along either is the prepared form of that part of the matrix.
 SHARDED_AXES = {

@@ -1,11 +1,9 @@
 """Checkpoints of any format of `fdk_jax.files` as a `Transformer`."""
 
-import ctypes
 import dataclasses
 import functools
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from jax import Array
 
 from fdk_jax import files
 from fdk_jax.files.contents import Stored
+from fdk_jax.format.host_arrays import return_freed_memory
 from fdk_jax.format.quantisation import quantise_array
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedWeight
@@ -142,7 +141,7 @@ def load(
     makers = 1 if in_order else MAKERS
 
     def finished(stage: int) -> None:
-        _return_freed_memory()
+        return_freed_memory()
         if progress is not None and 0 < stage <= config.num_layers:
             progress(stage, config.num_layers)
 
@@ -153,12 +152,6 @@ def load(
     for note in checkpoint.all_notes():
         warnings.warn(f"{path}: {note}", stacklevel=2)
     return model
-
-
-def _return_freed_memory() -> None:
-    """To the system: glibc's heaps of the threads that read keep what they freed."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
 
 
 def read_config(path: str | Path, *, dtype: str | None = None) -> ModelConfig:
@@ -195,11 +188,21 @@ class _Reader:
     def stages(self, model: Transformer) -> Iterator[Callable[[], Finish]]:
         """What begins each stage: the embedding, each layer, the head."""
         wanted = stages(self.config)
-        yield lambda: self._embedding(model, self.pipeline.read(wanted[0]))
+        yield lambda: self._embedding(model, self._read(wanted[0]))
         for index, layer in enumerate(model.layers):
-            take = functools.partial(self.pipeline.read, wanted[1 + index])
+            parts = [p for one in names.layer_projections(self.config, index) for p in one.parts]
+            take = functools.partial(self._read, wanted[1 + index], parts)
             yield functools.partial(self._layer, layer, index, take)
-        yield lambda: self._head(model, self.pipeline.read(wanted[-1]))
+        yield lambda: self._head(model, self._read(wanted[-1], names.head(self.config).parts))
+
+    def _read(self, wanted: Iterable[str], parts: Iterable[Any] = ()) -> Take:
+        """Begins to read a stage, but for matrices of projections that are streamed to the device."""
+        matrices = {names.EMBEDDING, *(f"{part.name}.weight" for part in parts)}
+
+        def left(name: str, one: Stored) -> bool:
+            return self.quantisation is None and name in matrices and self.placer.streams(one)
+
+        return self.pipeline.read(wanted, left)
 
     def check_finite(self) -> None:
         """Refuses a model whose floats are not all finite, once it is read.
@@ -229,12 +232,14 @@ class _Reader:
     def _embedding(self, model: Transformer, take: Take) -> Finish:
         def make() -> QuantisedTensor | Array:
             table = take(names.EMBEDDING)
-            quantised = isinstance(table, QuantisedTensor)
-            made = (
-                self.placer.quantised([table], "n") if quantised else self.placer.embedding(table)
-            )
+            if isinstance(table, Stored) and not table.quantised:
+                made = self.placer.embedding(self.placer.pieces(table, self.pipeline.each))
+            elif isinstance(table, np.ndarray):
+                made = self.placer.embedding([table])
+            else:
+                made = table = self._weight([table], "n")
             if self.config.tie_embeddings:
-                self.table = made if quantised else table
+                self.table = made if isinstance(table, Stored) else table
             return made
 
         self._embedded = made = self.pipeline.make(make)
@@ -291,10 +296,11 @@ class _Reader:
         return finish
 
     def _stack(self, stack, index: int, take: Take) -> tuple[Any, Any]:
-        weight, q = read_stack(stack, take), self.quantisation
+        read: Any = lambda name: _whole(take(name))  # noqa: E731
+        weight, q = read_stack(stack, read), self.quantisation
         if q is not None and not isinstance(weight, QuantisedTensor):
             weight = self._quantised(f"layer {index}: experts' {stack.path[-1]}", weight, q)
-        bias = read_bias(stack, take)
+        bias = read_bias(stack, read)
         return self.placer.stack(weight), None if bias is None else self.placer.rows(bias)
 
     def _head(self, model: Transformer, take: Take) -> Finish:
@@ -344,9 +350,23 @@ class _Reader:
                 self._quantised(part.name, weight, quantisation)
                 for part, weight in zip(projection.parts, weights, strict=True)
             ]
-        if all(isinstance(weight, QuantisedTensor) for weight in weights):
-            return self.placer.quantised(weights, projection.cut)
-        return self.placer.kernel([_float(weight) for weight in weights], projection.cut)
+        return self._weight(weights, projection.cut)
+
+    def _weight(self, parts: list, cut: str) -> Any:
+        """A weight of parts that were read, or that are read now by runs of rows."""
+        each = self.pipeline.each
+        if all(isinstance(part, Stored) for part in parts):
+            if not any(part.quantised for part in parts):
+                pieces = [piece for part in parts for piece in self.placer.pieces(part, each)]
+                return self.placer.kernel(pieces, cut)
+            if all(part.quantised for part in parts):
+                made = self.placer.streamed(parts, each)
+                if made is not None:
+                    return made
+        parts = [_whole(part) for part in parts]
+        if all(isinstance(part, QuantisedTensor) for part in parts):
+            return self.placer.quantised(parts, cut)
+        return self.placer.kernel([_float(part) for part in parts], cut)
 
     def _place(self, owner, projection, weight, bias) -> None:
         dtype = self.placer.dtype
@@ -385,8 +405,14 @@ def _as_floats(stored: Stored) -> Stored:
     return Stored(shape, f"{stored.kind} as floats", read)
 
 
-def _float(weight: np.ndarray | QuantisedTensor) -> np.ndarray:
+def _whole(weight: Any) -> np.ndarray | QuantisedTensor:
+    """What is still in the file, read."""
+    return weight.read() if isinstance(weight, Stored) else weight
+
+
+def _float(weight: np.ndarray | QuantisedTensor | Stored) -> np.ndarray:
     """A float array; of a quantised one its values in float32."""
+    weight = _whole(weight)
     return (
         np.asarray(weight.dequantise(jnp.float32))
         if isinstance(weight, QuantisedTensor)

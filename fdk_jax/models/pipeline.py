@@ -12,7 +12,7 @@ from fdk_jax.format.quantised_tensor import QuantisedTensor
 
 _READERS = 8  # threads that read and unpack
 MAKERS = 4  # threads that make parameters: join, convert, put on the device
-Take = Callable[[str], HostArray | QuantisedTensor]
+Take = Callable[[str], HostArray | QuantisedTensor | Stored]
 Finish = Callable[[], None]
 
 
@@ -40,10 +40,32 @@ class Pipeline:
         for pool in (self._readers, self._makers):
             pool.shutdown(cancel_futures=True)
 
-    def read(self, names: Iterable[str]) -> Take:
-        """Starts reading arrays; gives what takes each of them once, when it is there."""
-        arrays = {name: self._readers.submit(self._tensors[name].read) for name in names}
-        return lambda name: arrays.pop(name).result()
+    def read(
+        self, names: Iterable[str], left: Callable[[str, Stored], bool] = lambda *_: False
+    ) -> Take:
+        """Starts reading arrays; gives what takes each of them once, when it is there.
+
+        Args:
+            names: of the arrays.
+            left: whether one is left to who takes it, who reads it by runs of rows.
+        """
+        stored = {name: self._tensors[name] for name in names}
+        taken = {name: one for name, one in stored.items() if left(name, one)}
+        arrays = {
+            name: self._readers.submit(one.read)
+            for name, one in stored.items()
+            if name not in taken
+        }
+        return lambda name: taken[name] if name in taken else arrays.pop(name).result()
+
+    def each(self, function: Callable[[int], None], items: Iterable[int]) -> None:
+        """Calls a function with each of the items in the threads that read."""
+
+        def call(item: int) -> None:
+            with jax.default_device(self._device):
+                function(item)
+
+        list(self._readers.map(call, items))
 
     def make(self, function: Callable[..., Any], *arguments: Any) -> Future:
         """Starts a function that makes parameters; one thread begins them in order."""

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fdk_jax.format.host_arrays import return_freed_memory
 from fdk_jax.models import peers
 from fdk_jax.models.cache import KVCache
 from fdk_jax.models.config import ModelConfig
@@ -156,11 +157,10 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
                 out_specs=tuple(_result_specs(kind, parallel, layers) for kind in results),
                 check_vma=False,
             )
-        return (
-            jax.jit(with_leaves, donate_argnums=donated)
-            .lower(self.leaves, self.peers, *args)
-            .compile()
-        )
+        lowered = jax.jit(with_leaves, donate_argnums=donated).lower(self.leaves, self.peers, *args)
+        compiled = lowered.compile()
+        return_freed_memory()
+        return compiled
 
 
 def _shardings(tree: Any, parallel: Parallel) -> Any:

@@ -7,7 +7,7 @@ projection at a time are all that exists twice.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +18,20 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from fdk_jax.files import widening
+from fdk_jax.files.contents import Stored
 from fdk_jax.format import packing
+from fdk_jax.format.host_arrays import aligned
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.models.parallel import Parallel
 from fdk_jax.product.choice import ARITHMETIC, LAYOUT_OF
 
 HostArray = np.ndarray | Array
+Each = Callable[[Callable[[int], None], Iterable[int]], None]
+
+_RUN_BYTES = (
+    1 << 20
+)  # of codes that a thread reads and unpacks at a time, so that they stay in a cache
 
 
 def join_rows(parts: Sequence[HostArray], shards: int) -> HostArray:
@@ -102,9 +109,11 @@ class Placer:
         placed = jax.tree.map(lambda a: self._put(a, P(self._axis)), weight)
         return _as_stack(placed, self.dtype, self.parallel, self.layout)
 
-    def embedding(self, table: HostArray) -> Array:
-        """[V, D], cut along V."""
-        return self._put(table, self._spec("n")).astype(self.dtype)
+    def embedding(self, pieces: Sequence[HostArray]) -> Array:
+        """[V, D], cut along V; of pieces of its rows."""
+        if len(pieces) == 1:
+            return self._put(pieces[0], self._spec("n")).astype(self.dtype)
+        return _as_table(list(pieces), self.dtype)
 
     def kernel(self, parts: Sequence[HostArray], cut: str) -> Array:
         """The kernel [K, N] of a Linear from matrices [n_i, K]."""
@@ -150,6 +159,95 @@ class Placer:
             self.layout,
             uniform=all(part.uniform for part in parts),
         )
+
+    def streams(self, stored: Stored) -> bool:
+        """Whether a matrix is read by runs of rows on its way to the device: by `streamed` or `pieces`.
+
+        Float matrices in this host's memory are used where they were read to.
+        """
+        if self.parallel is not None or self.device is not None or stored.rows is None:
+            return False
+        return stored.quantised or jax.default_backend() != "cpu"
+
+    def pieces(self, stored: Stored, each: Each) -> list[Array]:
+        """Float rows [n_i, ...] on the device, some at a time.
+
+        A transfer's bytes lie in memory that the device can read, which takes a second for each GB to get and
+        is used again: so few of them are under way, and none is long.
+        """
+        runs, found = stored.runs(), {}
+
+        def put(index: int) -> None:
+            found[index] = jax.block_until_ready(self._put(stored.some(*runs[index]), P()))
+
+        each(put, range(len(runs)))
+        return [found[index] for index in range(len(runs))]
+
+    def streamed(self, parts: Sequence[Stored], each: Each) -> QuantisedTensor | None:
+        """`quantised` of weights that are read by runs of rows: on a CPU nothing of them exists twice.
+
+        Args:
+            parts: [n_i, K] each, with `rows`.
+            each: Calls a function with each of some items, in threads.
+
+        Returns:
+            The weight; None for parts of different widths, groups or dtypes of scales.
+        """
+        heads: list[Any] = [part.rows(0, 1) for part in parts if part.rows is not None]
+        first = heads[0]
+        if len({(h.bits, h.group_size, h.scales.dtype, h.shape[1]) for h in heads}) > 1:
+            return None
+        dtype = self.dtype if self.dtype == jnp.float32 else first.scales.dtype
+        rows = [part.shape[0] for part in parts]
+
+        def read(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+            found: list[Any] = []
+            for part, count in zip(parts, rows, strict=True):
+                if part.rows is not None and begin < count and end > 0:
+                    found.append(part.rows(max(begin, 0), min(end, count)))
+                begin, end = begin - count, end - count
+            codes: Any = join_rows([one.packed for one in found], 1)
+            factors: Any = join_rows([one.scales for one in found], 1)
+            return codes, factors.astype(dtype, copy=False)
+
+        facts = dict(
+            bits=first.bits,
+            group_size=first.group_size,
+            out_features=sum(rows),
+            in_features=first.shape[1],
+        )
+        convert = packing.STREAMED.get(self.layout, self._uploaded)
+        packed, scales = convert(read, each, dtype, **facts)
+        return QuantisedTensor(
+            packed,
+            scales,
+            self.codebook(join_codebooks([np.asarray(h.codebook) for h in heads], rows, 1), ""),
+            first.bits,
+            first.group_size,
+            (sum(rows), first.shape[1]),
+            "nk",
+            self.layout,
+            uniform=all(head.uniform for head in heads),
+        )
+
+    def _uploaded(self, read: Callable, each: Each, dtype: Any, **facts) -> tuple[Array, Array]:
+        """As `packing.STREAMED`: joined on the host, converted on the device. Waits, as `pieces` does."""
+        n, k, bits = facts["out_features"], facts["in_features"], facts["bits"]
+        dtype, width = np.dtype(dtype), -(-k * bits // 8)
+        codes = aligned(n * width).reshape(n, width)
+        scales = (
+            aligned(n * -(-k // facts["group_size"]) * dtype.itemsize).view(dtype).reshape(n, -1)
+        )
+        step = max(_RUN_BYTES // width, 1)
+
+        def fill(begin: int) -> None:
+            run = slice(begin, min(begin + step, n))
+            codes[run], scales[run] = read(run.start, run.stop)
+
+        each(fill, range(0, n, step))
+        parts = [self._put(codes, P())], [self._put(scales, P())]
+        made = _converted(*parts, None, P(), target=self.layout, **facts)
+        return jax.block_until_ready(made)
 
     @property
     def _axis(self) -> str | None:
@@ -223,6 +321,12 @@ def _converted(
         convert, mesh=parallel.mesh, in_specs=(spec, spec), out_specs=laid, check_vma=False
     )
     return local(packed, scales)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _as_table(pieces: list[Array], dtype: Any) -> Array:
+    """Rows in one array."""
+    return jnp.concatenate(pieces).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -9,6 +9,7 @@ threads, on the arrays where they lie: weights are never copied. `FDK_NUM_THREAD
 import functools
 import importlib.util
 import math
+from collections.abc import Callable, Iterable
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,7 @@ ARITHMETIC = {"exact": 0, "int16": 1, "int8": 2}
 INTERFACE = 5  # of cpu/bindings/module.cpp
 FEW_TOKENS = 16  # that `dense` takes at most
 _ONE_THREAD = 1 << 20  # bytes of a weight that one thread converts sooner than several start
+_RUN_BYTES = 1 << 20  # of codes that are read and converted at a time, so that they stay in a cache
 
 
 @functools.cache
@@ -307,6 +309,47 @@ def _from_tiled(packed: Array, scales: Array, **facts) -> tuple[Array, Array] | 
 
 
 packing.NATIVE["tiled"] = (_to_tiled, _from_tiled)
+
+
+def _to_tiled_by_rows(
+    read: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+    each: Callable[[Callable[[int], None], Iterable[int]], None],
+    dtype: Any,
+    **facts,
+) -> tuple[Array, Array]:
+    """`packing.to_tiled` of a matrix of which `read` gives runs of rows: see `packing.STREAMED`."""
+    n, k, bits = facts["out_features"], facts["in_features"], facts["bits"]
+    dtype, tiles = np.dtype(dtype), -(-n // packing.TILE_ROWS)
+    shapes = (
+        (tiles, -(-k * bits // 32), packing.STEP_BYTES),
+        (tiles, -(-k // facts["group_size"]), packing.TILE_ROWS),
+    )
+    targets = [
+        host_arrays.aligned(math.prod(shape) * size).reshape(tiles, -1)
+        for shape, size in zip(shapes, (1, dtype.itemsize), strict=True)
+    ]
+    step = max(_RUN_BYTES * 8 // (k * bits * packing.TILE_ROWS), 1) * packing.TILE_ROWS
+
+    def convert(begin: int) -> None:
+        end = min(begin + step, n)
+        sources = (np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in read(begin, end))
+        first, last = begin // packing.TILE_ROWS, -(-end // packing.TILE_ROWS)
+        library().to_tiled(
+            *sources,
+            *(a[first:last].reshape(-1) for a in targets),
+            **(facts | {"out_features": end - begin}),
+            scale_size=dtype.itemsize,
+        )
+
+    each(convert, range(0, n, step))
+    packed, scales = (
+        jax.device_put(a.reshape(-1).view(kind).reshape(shape))
+        for a, kind, shape in zip(targets, (np.uint8, dtype), shapes, strict=True)
+    )
+    return packed, scales
+
+
+packing.STREAMED["tiled"] = _to_tiled_by_rows
 
 
 def _is_native(packed: Array, scales: Array, group_size: int) -> bool:
