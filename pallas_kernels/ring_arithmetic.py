@@ -1,6 +1,5 @@
 """Which arithmetic a product in the program of `ring` has, where there are several products in a launch."""
 
-import os
 from collections.abc import Sequence
 
 from pallas_kernels import integer, integer_two, ring_product, stream
@@ -11,19 +10,6 @@ from pallas_kernels.target import Target
 # Consumer warps by bits (H100), and where all products are sums of integers.
 WORKERS = {1: 22, 2: 16, 4: 24, 8: 24}
 _WORKERS_OF_INTEGERS = 22
-LAYERS = "FDK_JAX_LAYERS"  # 1: layers in one launch, and evenly spaced codes of 2 bits as integers
-
-
-def has_layers() -> bool:
-    """Whether whole layers are one launch, and evenly spaced codes of two bits integers: off by default.
-
-    Raises:
-        ValueError: a switch that is neither 0 nor 1.
-    """
-    switch = os.environ.get(LAYERS, "0")
-    if switch not in ("0", "1"):
-        raise ValueError(f"{LAYERS}={switch!r} must be 0 or 1")
-    return switch == "1"
 
 
 def config(products: Sequence[Case], target: Target) -> Config:
@@ -38,7 +24,7 @@ def of(case: Case, workers: int) -> type[ring_product.Product]:
     """What multiplies by the weight."""
     if case.bits == 1:
         return integer.Product
-    if has_layers() and integer_two.unsupported_product(case, workers) is None:
+    if integer_two.unsupported_product(case, workers) is None:
         return integer_two.Product
     return stream.Product
 

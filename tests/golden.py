@@ -11,7 +11,6 @@ records the hashes anew; the difference of the file says which kernels changed.
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -186,15 +185,6 @@ def plan_of_layers(bits, uniform, hidden, inner, qkv, norms, target) -> layers.P
 
 
 def _layers() -> Iterator[tuple[str, str]]:
-    before = os.environ.get(ring_arithmetic.LAYERS)
-    os.environ[ring_arithmetic.LAYERS] = "1"
-    yield from _layers_switched_on()
-    del os.environ[ring_arithmetic.LAYERS]
-    if before is not None:
-        os.environ[ring_arithmetic.LAYERS] = before
-
-
-def _layers_switched_on() -> Iterator[tuple[str, str]]:
     for bits, uniform in (*DECODERS, (2, True)):
         for hidden, inner, qkv, norms in ((3072, 8192, 5120, False), (4096, 12288, 6144, True)):
             plan = plan_of_layers(bits, uniform, hidden, inner, qkv, norms, H200)

@@ -88,8 +88,7 @@ def test_groups_and_scales_of_a_streamed_product(rng, group_size, bits, uniform,
         (8, False, (1, 1, 1, 1), ring.Config(4, 5), 4, True),
     ],
 )
-def test_values_of_a_chain(rng, bits, uniform, codebooks, config, count, bias, monkeypatch):
-    monkeypatch.setenv(ring_arithmetic.LAYERS, "1")  # two evenly spaced bits by integers, too
+def test_values_of_a_chain(rng, bits, uniform, codebooks, config, count, bias):
     _check_chain(rng, SHAPES[:count], bits, uniform, codebooks, config, bias=bias)
 
 

@@ -222,9 +222,8 @@ def _check_chain(rng, bits, uniform, hidden, inner, count, width=512, **kind):
         (8, dict(uniform=True, group_size=32, length=63)),
     ],
 )
-def test_layers(rng, bits, kind, monkeypatch):
+def test_layers(rng, bits, kind):
     """Each part of a layer, element by element; and several, again and again, to the bit as one by one."""
-    monkeypatch.setenv(ring_arithmetic.LAYERS, "1")
     if not TARGET.has_bulk_copies or TARGET.no_grid_barriers:
         pytest.skip(f"layers are not one launch on {TARGET}")
     made = layered.make(rng, bits, None, target=TARGET, **kind)
@@ -260,7 +259,6 @@ def test_layers(rng, bits, kind, monkeypatch):
 @pytest.mark.parametrize("options", [{}, dict(output_bias=True, qkv_bias=True, mlp_bias=True)])
 def test_a_models_step_in_fewer_launches(bits, options, monkeypatch):
     """In one launch, in chains, with sums and norms in the products, and with every operation by itself."""
-    monkeypatch.setenv(ring_arithmetic.LAYERS, "1")
     config = ModelConfig(512, 512, 1024, 3, 4, 2, 128, **options)
     model = models.random_model(config, bits=bits, codebook="kmeans", backend="pallas")
     tokens = jnp.asarray([[3, 1, 4, 1, 5]])

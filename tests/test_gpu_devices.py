@@ -1,12 +1,17 @@
 """Several real GPUs: sums through each other's memory, and what models make of them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from model_data import relative, wide_config, write_folder
 
+import fdk_jax
 from fdk_jax import models
 from fdk_jax.benchmark import models as suite
 from fdk_jax.models import peers
@@ -79,3 +84,32 @@ def test_generated_tokens_are_those_of_sums_by_xla(monkeypatch, parallel, rng, b
     # Tokens that are nearly as good as each other may change places; then all later ones do.
     same = [a == b for a, b in zip(again[0][0], other[0], strict=True)]
     assert all(same[:4]), same
+
+
+@pytest.mark.parametrize("bits", [1, 4, 16])
+def test_logits_of_two_gpus_are_as_far_from_float32_as_those_of_one(tmp_path, parallel, bits):
+    """What bfloat16 loses over many layers, in two orders of summation, and how far these are apart."""
+    sizes = dict(vocab_size=4096, hidden_size=1024, intermediate_size=2048, num_layers=16)
+    sizes |= dict(num_heads=8, num_kv_heads=4, head_dim=128, dtype="bfloat16")
+    folder = write_folder(tmp_path / "model", wide_config(**sizes))
+    quantisation = None if bits == 16 else models.Quantisation(bits, 64, "kmeans")
+    one = models.load(folder, quantisation=quantisation)
+    two = models.load(folder, quantisation=quantisation, parallel=parallel)
+    tokens = np.random.default_rng(0).integers(0, 4096, (2, 20))
+    with jax.default_matmul_precision("highest"):
+        exact = np.asarray(models.Generator(_in_float32(one)).logits(tokens))
+    found = [np.asarray(models.Generator(model).logits(tokens)) for model in (one, two)]
+    lost = [relative(logits, exact) for logits in found]
+    apart = relative(*found)
+    print(f"{bits} bits: one GPU {lost[0]:.4f}, two {lost[1]:.4f}, apart {apart:.4f}")
+    assert lost[1] < 1.3 * lost[0] + 1e-3
+    assert apart < 1.3 * np.hypot(*lost) + 1e-3
+
+
+def _in_float32(model):
+    """The same weights, dequantised, with float32 arithmetic."""
+    config = dataclasses.replace(model.config, dtype="float32")
+    copy = nnx.eval_shape(lambda: models.Transformer(config, rngs=nnx.Rngs(0)))
+    state = nnx.state(fdk_jax.dequantise(model, jnp.dtype("float32")))
+    nnx.update(copy, jax.tree.map(lambda leaf: leaf.astype("float32"), state))
+    return copy

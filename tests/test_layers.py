@@ -14,14 +14,10 @@ from backends import ONLY_WITH_A_GPU
 from flax import nnx
 
 from fdk_jax import models
+from fdk_jax.models import fused_layers
 from fdk_jax.models.config import ModelConfig
-from pallas_kernels import layers, liveness, ring, ring_arithmetic
+from pallas_kernels import layers, liveness, ring
 from pallas_kernels.target import H200, using
-
-
-@pytest.fixture(autouse=True)
-def switched_on(monkeypatch):
-    monkeypatch.setenv(ring_arithmetic.LAYERS, "1")
 
 
 @pytest.mark.parametrize(
@@ -129,11 +125,11 @@ def test_a_decoding_step_is_a_launch_for_many_layers(options, capacity, launches
 
 
 @ONLY_WITH_A_GPU
-def test_layers_are_in_one_launch_only_where_that_is_switched_on(monkeypatch):
+def test_a_switch_forbids_layers_in_one_launch(monkeypatch):
     config = ModelConfig(256, 512, 512, 3, 4, 2, 128)
-    monkeypatch.delenv(ring_arithmetic.LAYERS)
+    monkeypatch.setenv(fused_layers.LAYERS, "0")
     _check_launches(config, 64, 0)
-    monkeypatch.setenv(ring_arithmetic.LAYERS, "yes")
+    monkeypatch.setenv(fused_layers.LAYERS, "yes")
     with pytest.raises(ValueError, match="FDK_JAX_LAYERS='yes' must be 0 or 1"):
         _check_launches(config, 64, 0)
 

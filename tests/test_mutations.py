@@ -34,7 +34,6 @@ from pallas_kernels import (
     mma,
     plain,
     ring,
-    ring_arithmetic,
     wgmma,
 )
 
@@ -251,22 +250,19 @@ def test_ptx_of_sums_and_norms(residual, spoil, rng, monkeypatch):
 
 
 @MUTATIONS
-@pytest.mark.parametrize("bits", [1, 4])
-def test_ptx_of_chains(bits, spoil, rng, monkeypatch):
+@pytest.mark.parametrize(("bits", "uniform"), [(1, False), (2, True), (4, False)])
+def test_ptx_of_chains(bits, uniform, spoil, rng, monkeypatch):
     config = test_chain.ring.Config(2, 3)
 
     def test():
-        test_chain.test_values_of_a_chain(
-            rng, bits, False, (1, 1, 1, 1), config, 4, False, monkeypatch
-        )
+        test_chain.test_values_of_a_chain(rng, bits, uniform, (1, 1, 1, 1), config, 4, False)
 
     fails(test, spoil, monkeypatch, emulator, "run", _emulated)
 
 
 @pytest.mark.parametrize(("bits", "uniform"), [(1, False), (2, True), (4, False)])
-def test_ptx_of_layers(bits, uniform, rng, monkeypatch):
+def test_ptx_of_layers(bits, uniform, rng):
     """Each part of a layer, spoilt in each way, after one run."""
-    monkeypatch.setenv(ring_arithmetic.LAYERS, "1")
     made = layered.make(rng, bits, ring.Config(4, 4), uniform=uniform)
     plan, arrays, _, x = made
     found, *caches = layered.run(plan, arrays, x)

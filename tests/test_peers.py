@@ -78,7 +78,7 @@ def test_the_best_token_of_all_parts_of_the_vocabulary(rng):
 
 
 @pytest.mark.parametrize("bits", [1, 4])
-def test_several_devices_take_no_plan_that_knows_one_only(monkeypatch, bits):
+def test_several_devices_take_no_plan_that_knows_one_only(bits):
     """With a GPU that has every kernel: each plan adds what all devices have.
 
     Layers in one launch were taken for two GPUs once: each then had the sums of its own part.
@@ -91,7 +91,6 @@ def test_several_devices_take_no_plan_that_knows_one_only(monkeypatch, bits):
     config = models.ModelConfig(256, 1024, 2048, 2, 8, 4, 128, dtype="bfloat16")
     parallel = _parallel()
     local = parallel.local(config)
-    monkeypatch.setenv("FDK_JAX_LAYERS", "1")
     with using(H200):
         for shared in (None, parallel):
             model = models.random_model(config, bits=bits, backend="pallas", parallel=shared)

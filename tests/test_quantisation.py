@@ -9,7 +9,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import fdk_jax
-from fdk_jax.format import codebooks, densities
+from fdk_jax.format import codebooks, densities, dequantisation
 from fdk_jax.format.quantisation import resolve_scale
 from fdk_jax.learning import training
 
@@ -325,3 +325,16 @@ def test_which_codebooks_are_uniform():
     assert not codebooks.is_uniform(np.stack([codes, codebooks.nf4()]))
     assert codebooks.is_uniform(np.stack([codes, codes - 8]))
     assert codebooks.is_uniform(np.asarray([3.0, 3.0], np.float32))
+
+
+@pytest.mark.parametrize("dtype", sorted(oracle.DTYPES))
+def test_a_codebook_is_rounded_by_what_no_compiler_takes_for_nothing(dtype, rng):
+    """On a GPU XLA leaves out casts to a narrower type and back, unless it is told that it must not."""
+    near = rng.normal(size=2000).astype(np.float32) * np.exp2(rng.integers(-26, 15, 2000))
+    values = np.concatenate([near, [0, -0.0, 6e-8, 6.1e-5, 65519]]).astype(np.float32)
+    wanted = values.astype(oracle.DTYPES[dtype]).astype(np.float32)
+    found = np.asarray(jax.jit(dequantisation.rounded, static_argnums=1)(values, jnp.dtype(dtype)))
+    np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
+    w = fdk_jax.quantise(rng.normal(size=(16, 128)).astype(np.float32), 1, dtype=jnp.dtype(dtype))
+    for run in (lambda w: w.dequantise("float32"), lambda w: fdk_jax.matmul(jnp.ones((1, 128)), w)):
+        assert ("reduce_precision" in str(jax.make_jaxpr(run)(w))) == (dtype != "float32")

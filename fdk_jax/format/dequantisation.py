@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -40,6 +41,22 @@ def spread(
     return jnp.repeat(scales, repeats, axis=-1)[..., :in_features]
 
 
+def rounded(values: Float[Array, ...], dtype: Any) -> Float[Array, ...]:
+    """Values as `dtype` holds them, in float32: a codebook, as the format says.
+
+    There and back again by casts alone, XLA would leave float32 as it is where it may be more exact than it
+    was asked to be, as on GPUs: an error of all weights alike, which the kernels do not have.
+    """
+    values = values.astype(jnp.float32)
+    if dtype == jnp.float32:
+        return values
+    facts = jnp.finfo(dtype)
+    kept = jax.lax.reduce_precision(values, facts.nexp, facts.nmant)
+    # What is smaller than any normal number would become zero.
+    small = jnp.abs(values) < float(facts.smallest_normal)
+    return jnp.where(small, values.astype(dtype).astype(jnp.float32), kept)
+
+
 def dequantise_matrix(
     packed: UInt8[Array, "N bytes"],
     scales: Float[Array, "N groups"],
@@ -52,6 +69,5 @@ def dequantise_matrix(
 ) -> Float[Array, "N K"]:
     """[N, K] in `dtype` from arrays in the interchange layout."""
     codes = packing.unpack(packed, bits, in_features)
-    # The codebook is rounded to the compute dtype first, as the format says.
-    values = lookup(codes, codebook.astype(scales.dtype).astype(jnp.float32))
+    values = lookup(codes, rounded(codebook, scales.dtype))
     return (values * spread(scales.astype(jnp.float32), group_size, in_features)).astype(dtype)

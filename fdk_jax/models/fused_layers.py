@@ -5,6 +5,7 @@ that are short enough for a program a head.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from pallas_kernels import layers as kernels
 from pallas_kernels import ring_arithmetic, short_attention, stream, target
 from pallas_kernels.case import Case
 from pallas_kernels.ring_plan import Config
+
+LAYERS = "FDK_JAX_LAYERS"  # 0: no whole layers in one launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ class InLayers:
 
 def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array, cache: KVCache) -> InLayers | None:
     """The plan for layers, inputs like x [B, D] and a cache, or None."""
-    if not ring_arithmetic.has_layers() or len(x) > 1 or not _are_alike(layers, norm):
+    if not _switched_on() or len(x) > 1 or not _are_alike(layers, norm):
         return None
     first, attention = layers[0], layers[0].attention
     usual = attention.has_usual_heads and attention.is_plain
@@ -89,6 +92,18 @@ def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array, cache: KVCache) -> 
     if not _pays(cases, config) or kernels.unsupported_reason(plan) is not None:
         return None
     return InLayers(plan, kernels.most_layers(plan))
+
+
+def _switched_on() -> bool:
+    """Whether layers may be in one launch, which a switch forbids.
+
+    Raises:
+        ValueError: a switch that is neither 0 nor 1.
+    """
+    switch = os.environ.get(LAYERS, "1")
+    if switch not in ("0", "1"):
+        raise ValueError(f"{LAYERS}={switch!r} must be 0 or 1")
+    return switch == "1"
 
 
 def _pays(cases: Sequence[Case], config: Config) -> bool:
