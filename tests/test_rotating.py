@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from fdk_jax.format.quantisation import quantise_array
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.rotating import Rotation, rotated
 from fdk_jax.models.transformer import Transformer
+from fdk_jax.models.weights import set_linear
 
 SHAPES = dict(
     vocab_size=96, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -58,6 +60,19 @@ def test_the_function_stays_and_outliers_go(options):
     np.testing.assert_array_equal(np.asarray(model(tokens)), before)
     largest = [np.abs(np.asarray(m.embedding[...])).max() for m in (model, other)]
     assert largest[1] < 0.5 * largest[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_and_heads_that_are_quantised_become_floats(tied):
+    model = make_model(tie_embeddings=tied)
+    dtype = jnp.dtype(model.config.dtype)
+    table = quantise_array(model.embedding[...], 8, group_size=16)
+    head = table if tied else quantise_array(model.lm_head.kernel[...].T, 8, group_size=16)
+    set_linear(model, ("lm_head",), head, None, dtype, "exact")
+    model.embedding = type(model.lm_head.weight)(table)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 12)))
+    before, after = np.asarray(model(tokens)), np.asarray(rotated(model)(tokens))
+    assert np.abs(after - before).max() < 1e-4 * np.abs(before).max()
 
 
 def test_what_cannot_be_folded_is_refused():

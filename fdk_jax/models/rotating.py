@@ -15,6 +15,8 @@ import scipy.linalg
 from flax import nnx
 from jax import Array
 
+from fdk_jax.format.orientation import to_matrix
+from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.models.config import ModelConfig
 from fdk_jax.models.modules import MLP, Layer, Linear, RMSNorm, make_linear
 from fdk_jax.models.transformer import Transformer
@@ -87,31 +89,42 @@ def rotate_layer(layer: Layer, rotation: Rotation) -> None:
 
 
 def rotate_ends(model: Transformer, rotation: Rotation) -> None:
-    """Turns the embedding and the head, in place; a head that was tied gets a matrix of its own."""
-    if not isinstance(model.embedding, nnx.Param):
-        raise ValueError("a rotation is folded into float weights; the embedding is quantised")
-    table, turn = model.embedding[...], rotation.stream
-    if model.lm_head is None:
-        d, v = table.T.shape
-        made = nnx.eval_shape(lambda: make_linear(d, v, model.config, False, nnx.Rngs(0)))
-        made.kernel = nnx.Param(table.T)
+    """Turns the embedding and the head, in place; they become matrices of floats, each its own."""
+    table, turn = _floats(model.embedding.get_value(), model), rotation.stream
+    head = model.lm_head
+    if not isinstance(head, Linear):
+        kernel = table.T if head is None else _floats(head.weight.get_value(), model).T
+        bias = None if head is None else head.bias
+        k, n = kernel.shape
+        made = nnx.eval_shape(
+            lambda: make_linear(k, n, model.config, bias is not None, nnx.Rngs(0))
+        )
+        made.kernel = nnx.Param(kernel)
+        made.bias = None if bias is None else nnx.Param(bias.get_value())
         model.lm_head = nnx.data(made)
         model.config = dataclasses.replace(model.config, tie_embeddings=False)
-    if not isinstance(model.lm_head, Linear):
-        raise ValueError("a rotation is folded into float weights; the head is quantised")
-    _read_turned(model.lm_head, model.norm, turn)
+        head = made
+    _read_turned(head, model.norm, turn)
     model.embedding = nnx.Param(_product(table, turn))
+
+
+def _floats(table: Array | QuantisedTensor, model: Transformer) -> Array:
+    """A matrix [V, D] in the dtype of the model."""
+    if not isinstance(table, QuantisedTensor):
+        return table
+    return to_matrix(table.dequantise(jnp.dtype(model.config.dtype)), table.axes)[0]
 
 
 def rotated(model: Transformer, seed: int = 0) -> Transformer:
     """The same function with turned weights; see the module.
 
     Args:
-        model: of floats, on one device; it is not changed.
+        model: on one device, with layers of floats; it is not changed. An embedding or a head that is quantised
+            becomes one of floats.
         seed: of the random signs.
 
     Raises:
-        ValueError: norms after attention, experts, or weights that are quantised already.
+        ValueError: norms after attention, experts, or layers that are quantised already.
     """
     rotation = Rotation.of(model.config, seed)
     model = nnx.clone(model)
