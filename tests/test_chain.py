@@ -169,7 +169,7 @@ def _check_chain(rng, shapes, bits, uniform, codebooks, config, *, bias, chance=
     [
         (1, False, (1, 2, 1, 3), ring.Config(2, 3), 2),
         (4, False, (1, 2, 1, 3), ring.Config(2, 4), 2),
-        (4, True, (1, 1, 1, 1), ring.Config(3, 1), 3),
+        (4, True, (1, 1, 1, 1), ring.Config(2, 1), 3),
         (2, False, (1, 2, 1, 1), ring.Config(3, 2), 2),
         (8, False, (1, 2, 1, 3), ring.Config(4, 3), 2),
     ],

@@ -37,23 +37,31 @@ def access(machine: Machine, what: Instruction, active: np.ndarray) -> None:
         if "::cluster" not in opcode:  # the program's own; what is the cluster's has been mapped
             where = where + machine.window
     machine.check_aligned(where[active], size * len(registers))
-    for i, register in enumerate(registers):
-        here = where[active] + i * size
-        if not loads:
-            known = machine.registers.known(register)
-            values = machine.registers.peek(register, active)[active]
-            memory.store(here, size, values, None if known is None else known[active])
-            if "relaxed.gpu" in opcode:
-                machine.tell_news()
-            continue
-        values, known = np.zeros(machine.threads, np.uint64), None
-        values[active], defined = memory.load(here, size, constant=".nc" in opcode)
+    here = where[active] + size * np.arange(len(registers))[:, None]
+    if not loads:
+        values = np.stack([machine.registers.peek(register, active) for register in registers])
+        known = None
+        if machine.registers.known(*registers) is not None:
+            of_each = [machine.registers.known(register) for register in registers]
+            everybody = np.ones(machine.threads, bool)
+            known = np.stack([everybody if k is None else k for k in of_each])[:, active]
+        memory.store(here, size, values[:, active], known)
+        if "relaxed.gpu" in opcode:
+            machine.tell_news()
+    else:
+        found, defined = memory.load(here, size, constant=".nc" in opcode)
+        values = np.zeros((len(registers), machine.threads), np.uint64)
+        values[:, active] = found
+        known = None
         if not defined.all():
-            known = active.copy()
-            known[active] = defined
-        machine.registers.write(register, values, active, known)
+            known = np.broadcast_to(active, values.shape).copy()
+            known[:, active] = defined
+        for i, register in enumerate(registers):
+            machine.registers.write(
+                register, values[i], active, None if known is None else known[i]
+            )
         if "acquire" in opcode:
-            machine.wait_for_news(where, values, active)
+            machine.wait_for_news(where, values[-1], active)
     if "relaxed.sys" in opcode:
         if loads:
             machine.wait_for_words(active)

@@ -21,6 +21,11 @@ def low(bits: np.ndarray, width: int) -> np.ndarray:
     return bits & np.uint64(2**width - 1)
 
 
+def four_bytes(bits: np.ndarray, kind: str) -> np.ndarray:
+    """The bytes [threads, 4] of the low 32 bits, the lowest first; signed of kind "s"."""
+    return bits.astype(np.uint32)[:, None].view(np.int8 if kind == "s" else np.uint8)
+
+
 def _number(bits: np.ndarray, kind: str, width: int) -> np.ndarray:
     return signed(bits, width) if kind == "s" else low(bits, width)
 
@@ -53,11 +58,12 @@ def _extreme(choose: Operation, kind: str, width: int, a: np.ndarray, b: np.ndar
 
 def permute_bytes(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.ndarray:
     """The byte of each selector's low three bits, or its sign eight times if the fourth is set."""
-    selectors = selectors >> np.arange(0, 16, 4, dtype=np.uint64)[:, None]
-    found = (low(a, 32) | b << _WORD) >> np.uint64(8) * low(selectors, 3)
-    signs = np.where(found & np.uint64(0x80), np.uint64(0xFF), np.uint64(0))
-    found = np.where(selectors & np.uint64(8), signs, low(found, 8))
-    return np.bitwise_or.reduce(found << np.arange(0, 32, 8, dtype=np.uint64)[:, None])
+    selectors = selectors[:, None] >> np.arange(0, 16, 4, dtype=np.uint64)
+    both = (low(a, 32) | b << _WORD)[:, None].view(np.uint8)
+    found = np.take_along_axis(both, low(selectors, 3).view(np.int64), axis=1)
+    if (negative := selectors & np.uint64(8)).any():
+        found = np.where(negative != 0, np.uint8(0xFF) * (found >> 7), found)
+    return found.view(np.uint32)[:, 0].astype(np.uint64)
 
 
 def by_table(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -85,10 +91,8 @@ def extract_bits(kind: str, a: np.ndarray, start: np.ndarray, count: np.ndarray)
 
 def dot_bytes(kinds: tuple[str, str], a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """The products of four bytes each, added to a number."""
-    for i in range(4):
-        x, y = (_number(v >> np.uint64(8 * i), k, 8) for v, k in zip((a, b), kinds, strict=True))
-        c = c + (x.astype(np.int64) * y.astype(np.int64)).view(np.uint64)
-    return c
+    x, y = (four_bytes(v, k) for v, k in zip((a, b), kinds, strict=True))
+    return c + np.einsum("ti,ti->t", x, y, dtype=np.int64).view(np.uint64)
 
 
 _SIMPLE: dict[str, Operation] = {
@@ -129,5 +133,7 @@ def find(opcode: str) -> Operation | None:
         if found := re.fullmatch(pattern, opcode):
             operation = make(found)
             width = 64 if "wide" in opcode else int((re.findall(r"\d+$", opcode) or ["1"])[0])
+            if width == 64:
+                return operation
             return lambda *values: low(operation(*values), width)
     return None

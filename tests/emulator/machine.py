@@ -108,11 +108,11 @@ class Machine:
             warp = slice(32 * self._warp, 32 * self._warp + 32)
             active = np.zeros(self.threads, bool)
             active[warp] = self._last(warp)
-            if active[warp].any():
+            if np.count_nonzero(active):
                 self._turn -= 1
                 return active
         active = self._last(slice(None))
-        if not active.any():
+        if not np.count_nonzero(active):
             return None
         if not self._by_chance:
             return active
@@ -139,7 +139,7 @@ class Machine:
         try:
             if what.guard:
                 active = active & ((self.registers.read(what.guard, active) != 0) != what.negated)
-            if active.any():
+            if np.count_nonzero(active):
                 self._handlers[at](self, what, active)
         except Fault as fault:
             raise Fault(f"{fault}\n  in instruction {at}: {what.text}") from None

@@ -16,6 +16,8 @@ from emulator.registers import Known
 from emulator.source import Fault, Instruction
 from emulator.table import instruction
 
+_BYTES = {"u8": np.uint8, "s8": np.int8}
+
 
 def _lanes(machine: Machine) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each thread's warp, and its g and c in it."""
@@ -57,19 +59,26 @@ def _sums(
 
     A holds rows g, g + 8 and columns 2 c, 2 c + 1, then those 8 further.
     """
-    warp, g, t = _lanes(machine)
-    left = np.zeros((machine.threads // 32, 16, 16))
+    left = np.empty((machine.threads // 32, 16, 16))
     for i, bits in enumerate(a):
-        pair = floats.halves(bits, dtype)
-        for e in range(2):
-            left[warp, g + 8 * (i % 2), 2 * t + e + 8 * (i // 2)] = pair[e]
+        row, column = 8 * (i % 2), 8 * (i // 2)
+        left[:, row : row + 8, column : column + 8] = _neighbours(bits, dtype)
     with np.errstate(all="ignore"):
         product = left @ right
-        totals = [
-            floats.singles(bits) + product[warp, g + 8 * (i % 4 // 2), i // 4 * 8 + 2 * t + i % 2]
-            for i, bits in enumerate(c)
-        ]
+        totals = [floats.singles(bits) + _result(product, i) for i, bits in enumerate(c)]
         return [floats.bits_of(total.astype(np.float32)) for total in totals]
+
+
+def _neighbours(bits: np.ndarray, dtype: type) -> np.ndarray:
+    """What registers of the lanes hold, side by side: [warps, 8, 4 times the values of a register]."""
+    words = bits.astype(np.uint32)
+    return words.view(dtype).reshape(-1, 8, 4 * (4 // np.dtype(dtype).itemsize))
+
+
+def _result(product: np.ndarray, i: int) -> np.ndarray:
+    """What the lanes hold in their register i of a product [warps, 16, columns]."""
+    row, column = 8 * (i % 4 // 2), 8 * (i // 4) + i % 2
+    return product[:, row : row + 8, column : column + 8 : 2].reshape(-1)
 
 
 @instruction(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32")
@@ -77,12 +86,10 @@ def multiply(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     """D = A [16, 16] B [16, 8] + C; of B a lane holds rows 2 c, 2 c + 1 and those 8 further."""
     machine.check_whole(active)
     dtype, (d, a, b, c) = floats.HALVES[what.opcode.split(".")[-2]], what.operands
-    warp, g, t = _lanes(machine)
-    right = np.zeros((machine.threads // 32, 16, 8))
+    right = np.empty((machine.threads // 32, 16, 8))
     for i, register in enumerate(b):
-        pair = floats.halves(machine.registers.peek(register, active), dtype)
-        for e in range(2):
-            right[warp, 2 * t + e + 8 * i, g] = pair[e]
+        bits = machine.registers.peek(register, active)
+        right[:, 8 * i : 8 * i + 8] = _neighbours(bits, dtype).swapaxes(1, 2)
     left, added = ([machine.registers.peek(r, active) for r in part] for part in (a, c))
     known = _known(machine, a, _columns(machine, b), c)
     sums = _sums(machine, left, right, added, dtype)
@@ -96,26 +103,21 @@ def multiply_bytes(machine: Machine, what: Instruction, active: np.ndarray) -> N
     machine.check_whole(active)
     of_a, of_b = what.opcode.split(".")[-3:-1]
     d, a, b, c = what.operands
-    warp, g, t = _lanes(machine)
-    left = np.zeros((machine.threads // 32, 16, 32), np.int64)
-    right = np.zeros((machine.threads // 32, 32, 8), np.int64)
-
-    def byte(register: str, position: int, kind: str) -> np.ndarray:
-        bits = (machine.registers.peek(register, active) >> np.uint64(8 * position)).astype(
-            np.uint8
-        )
-        return bits.view(np.int8) if kind == "s8" else bits
-
-    for e in range(4):
-        for i, register in enumerate(a):
-            left[warp, g + 8 * (i % 2), 4 * t + e + 16 * (i // 2)] = byte(register, e, of_a)
-        for i, register in enumerate(b):
-            right[warp, 4 * t + e + 16 * i, g] = byte(register, e, of_b)
-    product = left @ right
+    # In float64, which holds sums of 32 products of bytes.
+    left = np.empty((machine.threads // 32, 16, 32))
+    right = np.empty((machine.threads // 32, 32, 8))
+    for i, register in enumerate(a):
+        row, column = 8 * (i % 2), 16 * (i // 2)
+        held = _neighbours(machine.registers.peek(register, active), _BYTES[of_a])
+        left[:, row : row + 8, column : column + 16] = held
+    for i, register in enumerate(b):
+        held = _neighbours(machine.registers.peek(register, active), _BYTES[of_b])
+        right[:, 16 * i : 16 * i + 16] = held.swapaxes(1, 2)
+    product = (left @ right).astype(np.int64).astype(np.uint32)
     totals = []
     for i, register in enumerate(c):
-        part = product[warp, g + 8 * (i // 2), 2 * t + i % 2].astype(np.uint32)
-        totals.append(machine.registers.peek(register, active).astype(np.uint32) + part)
+        bits = machine.registers.peek(register, active).astype(np.uint32)
+        totals.append(bits + _result(product, i))
     known = _known(machine, a, _columns(machine, b), c)
     for target, total, defined in zip(d, totals, known, strict=True):
         machine.registers.write(target, total, active, defined)

@@ -1,13 +1,17 @@
 """Memory with gaps between operands: every access lies within one, and what is read-only stays as it is."""
 
+import bisect
 import dataclasses
+import operator
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from emulator.source import Fault
 
 _GAP = 4096  # unmapped bytes between operands
+_ALL = {size: int.from_bytes(bytes([1] * size), "little") for size in (1, 2, 4, 8)}  # of a word
 
 
 @dataclasses.dataclass
@@ -24,8 +28,11 @@ class _Region:
     known: np.ndarray | None
 
     def words(self, array: np.ndarray, size: int) -> np.ndarray:
-        """One of these, a row of `size` bytes each, without a last one that is not whole."""
-        return array[: array.size // size * size].reshape(-1, size)
+        """One of these as words of `size` bytes, without a last one that is not whole."""
+        return array[: array.size // size * size].view(f"u{size}")
+
+
+_START = operator.attrgetter("start")
 
 
 class Memory:
@@ -33,7 +40,7 @@ class Memory:
 
     def __init__(self) -> None:
         """Starts without operands."""
-        self._regions: list[_Region] = []
+        self._regions: list[_Region] = []  # by their addresses
         self._next = _GAP
 
     def share(self, size: int, start: int) -> None:
@@ -62,13 +69,13 @@ class Memory:
         """Values of `size` bytes, and which are defined; a `constant` may never be stored to."""
         values, known = np.zeros(addresses.shape, np.uint64), np.ones(addresses.shape, bool)
         for inside, region, indices in self._find(addresses, size):
-            values[inside] = region.words(region.data, size).view(f"u{size}")[indices, 0]
+            values[inside] = region.words(region.data, size)[indices]
             if constant:
                 if region.words(region.stored, size)[indices].any():
                     raise Fault("ld.global.nc reads what this kernel has written")
-                region.words(region.constant, size)[indices] = True
+                region.words(region.constant, size)[indices] = _ALL[size]
             if region.known is not None:
-                known[inside] = region.words(region.known, size)[indices].all(axis=1)
+                known[inside] = region.words(region.known, size)[indices] == _ALL[size]
         return values, known
 
     def store(
@@ -78,21 +85,26 @@ class Memory:
         for inside, region, indices in self._find(addresses, size):
             if region.words(region.constant, size)[indices].any():
                 raise Fault("a store changes what ld.global.nc has read as a constant")
-            region.words(region.stored, size)[indices] = True
+            region.words(region.stored, size)[indices] = _ALL[size]
             defined = True if known is None else known[inside]
             if region.known is not None:
-                region.words(region.known, size)[indices] = np.reshape(defined, (-1, 1))
+                region.words(region.known, size)[indices] = np.where(defined, _ALL[size], 0)
             elif not np.all(defined):
                 raise Fault("a store of undefined values: they come from what was never written")
-            data = region.words(region.data, size).view(f"u{size}")
-            data[indices, 0] = values[inside].astype(data.dtype)
+            data = region.words(region.data, size)
+            data[indices] = values[inside].astype(data.dtype)
 
-    def _find(
-        self, addresses: np.ndarray, size: int
-    ) -> Iterator[tuple[np.ndarray, _Region, np.ndarray]]:
+    def _find(self, addresses: np.ndarray, size: int) -> Iterator[tuple[Any, _Region, np.ndarray]]:
         """For each region that some of the addresses are in: which, the region, and their indices there."""
-        if (addresses % size).any():
+        if not addresses.size:
+            return
+        if np.bitwise_or.reduce(addresses, axis=None) % size:
             raise Fault(f"misaligned: {size} bytes at {addresses[addresses % size != 0][:4]}")
+        at = bisect.bisect_right(self._regions, addresses.min(), key=_START)
+        region = self._regions[max(at - 1, 0)]
+        if at and addresses.max() + size <= region.start + region.data.size:  # as nearly always
+            yield ..., region, (addresses - region.start) // size
+            return
         found = np.zeros(addresses.shape, bool)
         for region in self._regions:
             end = region.start + region.data.size

@@ -74,7 +74,7 @@ class Registers:
         """The same for a result of `wgmma` itself."""
         values = values.astype(np.uint64, copy=False)
         new = name not in self._values
-        if active.all():
+        if np.count_nonzero(active) == active.size:
             self._values[name] = values
             defined = known
         else:
