@@ -36,7 +36,7 @@ RANDOM_SEEDS = bool(os.environ.get("FDK_RANDOM_SEEDS"))
 
 # Tests that take more seconds of the processor than this, by name: `make test` leaves them out.
 LONG = Path(__file__).with_name("long.txt")
-LONG_SECONDS = 4.0
+LONG_SECONDS = 2.5
 
 
 def pytest_addoption(parser) -> None:
