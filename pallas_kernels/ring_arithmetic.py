@@ -7,8 +7,9 @@ from pallas_kernels.case import Case
 from pallas_kernels.ring_plan import Config
 from pallas_kernels.target import Target
 
-# Consumer warps by bits (4 and 8 on an H100), and where all products are sums of integers: as many as there is room
-# for. Blocks of a program's tiles fill fewer slots then: at 1 bit those of Qwen3-8B's layer 8 of 24, where 22 take 12.
+# Consumer warps by bits (4 and 8 on an H100), and where all products are sums of integers: as many as there is
+# room for. Blocks of a program's tiles fill fewer slots then: those of a layer of Qwen3-8B at 1 bit fill 8
+# slots of 24, where they fill 12 of 22.
 WORKERS = {1: 24, 2: 16, 4: 24, 8: 24}
 _WORKERS_OF_INTEGERS = 24
 
