@@ -218,6 +218,7 @@ class _Writer(SumsWriter):
         case, ptx = self.case, self.ptx
         sums = [[ptx.registers("f32", 4) for _ in self.x] for _ in self.packed]
         per_run = 1 if self.plan.diagonal else max(1, case.planes // self.plan.scale_runs)
+        halves = self.plan.scale_mode != "lane" and self.plan.has_halves
         for plane in range(case.planes):
             ptx.comment(f"multiply: block {stage} of those in flight, plane {plane}")
             flat = stage * case.planes + plane
@@ -234,7 +235,11 @@ class _Writer(SumsWriter):
             else:
                 planes = [self.decode(words, plane) for words in block.words]
             for i, operands in enumerate(zip(*planes, strict=True)):
-                self._dot(operands, self.x_in_use, i, sums, fresh=plane % per_run == 0 and i == 0)
+                fresh = (i == 0 and plane % per_run == 0) or (i == 2 and halves)
+                self._dot(operands, self.x_in_use, i, sums, fresh=fresh)
+                if i == 1 and halves:
+                    self._accumulate(sums, factors, flat % self.plan.x_planes)
+                    factors = [scales[2:] for scales in factors]
             if plane % per_run == per_run - 1:
                 self._accumulate(sums, factors, flat % self.plan.x_planes)
 

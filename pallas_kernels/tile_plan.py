@@ -15,6 +15,7 @@ from pallas_kernels import decoding
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
 
 TILE_BYTES = 1024  # of a tile's codes
+HALF_PLANE = PLANE // 2  # of which a lane has 8 neighbours
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,16 +69,24 @@ class TilePlan:
         - "single": one for all of a row's weights in it.
         - "vector": one for each group, next to each other in memory, and the same ones in each block.
         - "plane": one for each plane of 64 weights.
-        - "lane": two for each plane, as groups are no multiples of planes.
+        - "lane": two for each plane, which may differ between lanes, as groups are no multiples of planes.
         """
         case = self.case
-        if case.group_size % PLANE:
-            return "lane"
         if case.group_size % case.span == 0 and case.group_size > case.span:
             return "single"
         per_block, rest = divmod(case.span, case.group_size)
-        groups = self.stages * self.k_warps * per_block
-        return "vector" if rest == 0 and groups % 4 == 0 else "plane"
+        # From a block of the warp to its next one. Four groups' scales are neighbours: its own stay within one.
+        step = self.k_warps * per_block
+        is_even = step % 4 == 0 or (step in (1, 2) and self.stages * step % 4 == 0)
+        is_vector = case.group_size % HALF_PLANE == 0 and rest == 0 and is_even
+        if case.group_size % PLANE and not is_vector:
+            return "lane"
+        return "vector" if is_vector else "plane"
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether each half of a plane has scales of its own."""
+        return self.scale_runs == 2 * self.case.planes
 
     @property
     def scale_runs(self) -> int:

@@ -211,7 +211,7 @@ class TileWriter(OutputWriter, abc.ABC):
     def _load_scale_vectors(self, block: Block, ahead: int, in_bounds: Register) -> None:
         case, plan = self.case, self.plan
         per_block = case.span // case.group_size
-        # All powers of two: a warp's blocks start at those indices in a four that the offsets below reach.
+        # Blocks start at those indices in a four that the offsets below reach, see `scale_mode`.
         fours, within = divmod(ahead * plan.k_warps * per_block, 4)
         start = (fours * 64 + within * 2) * plan.scale_bytes
         width = plan.scale_width
@@ -305,8 +305,8 @@ class TileWriter(OutputWriter, abc.ABC):
             yield [multiply(kind, weights, factor) for weights, factor in pairs]
 
     def plane_scales(self, registers: list[Register], plane: int) -> list[Register]:
-        """The plane's scales, float32: for upper and lower row; in mode "lane" by half of the plane."""
-        if self.plan.scale_mode == "lane":
+        """The plane's scales, float32: for upper and lower row; maybe of each half of the plane."""
+        if self.plan.has_halves:
             return self._scale_pair(registers, 2 * plane) + self._scale_pair(
                 registers, 2 * plane + 1
             )
