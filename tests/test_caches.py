@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Containers that a module fills while it runs, and what bounds them.
 CONTAINERS = {
     "fdk_jax/format/packing.py:NATIVE": "an entry a layout, written when fdk_jax is imported",
+    "fdk_jax/format/packing.py:STREAMED": "an entry a layout, written when fdk_jax is imported",
     "fdk_jax/format/quantised_tensor.py:_checked": "weak: an entry lives as long as its codebook",
     "pallas_kernels/target.py:_used": "a stack: `using` takes off what it puts on",
     "fdk_jax/benchmark/models.py:_held": "one model: it is cleared before the next one is made",
