@@ -96,7 +96,7 @@ class Report:
 
 
 def assemblers() -> dict[str, Path]:
-    """The assemblers that there are, by their version."""
+    """The assemblers that there are, by their version, the oldest first."""
     folders = [Path(p) / "nvidia" / part for p in sys.path for part in ("cuda_nvcc", "cu13")]
     found = [folder / "bin" / "ptxas" for folder in folders]
     if (path := shutil.which("ptxas")) is not None:
@@ -107,7 +107,7 @@ def assemblers() -> dict[str, Path]:
             told = subprocess.run([file, "--version"], capture_output=True, text=True).stdout
             if version := re.search(r"V(\d+\.\d+\.\d+)", told):
                 versions.setdefault(version[1], file)
-    return versions
+    return dict(sorted(versions.items(), key=lambda item: [int(n) for n in item[0].split(".")]))
 
 
 def target_of(architecture: str) -> Target:

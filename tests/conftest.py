@@ -61,7 +61,8 @@ def pytest_collection_modifyitems(config, items) -> None:
         # In an order of chance, but always the same one: neighbours share most of their parameters.
         alike.sort(key=lambda item: zlib.crc32(item.name.encode()))
         for item in alike[QUICK_CASES:]:
-            item.add_marker(pytest.mark.slow)
+            if item.get_closest_marker("whole") is None:
+                item.add_marker(pytest.mark.slow)
     if part := config.getoption("--part"):
         number, count = map(int, part.split("/"))
         if not 0 <= number < count:

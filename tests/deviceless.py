@@ -1,11 +1,13 @@
 """Compiles products for other GPUs through XLA, without a GPU: what Triton and XLA make of the kernels.
 
     python tests/deviceless.py
+    python tests/deviceless.py --gpus sm_80,sm_120
 
 needs jax-cuda13-plugin and jax-cuda13-pjrt of the version of JAX, a ptxas, and that JAX sees no GPU.
 The PTX that XLA launches as it stands is not looked into: `assemble` has that.
 """
 
+import argparse
 import functools
 import itertools
 import os
@@ -142,10 +144,16 @@ def _compiles(capability, name, run, shapes) -> bool:
 
 def main() -> int:
     """Compiles a product of each decoder and number of tokens for each GPU; 1 if one fails."""
-    failed = 0
+    known = {f"sm_{major}{minor}": (major, minor) for major, minor in _GPUS}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--gpus", default=",".join(known), help="architectures, comma-separated")
+    wanted, failed = parser.parse_args().gpus.split(","), 0
+    if unknown := set(wanted) - set(known):
+        parser.error(f"{', '.join(sorted(unknown))}: there are {', '.join(known)}")
     for ptxas in assemble.assemblers().values():  # XLA takes the first on PATH
         os.environ["PATH"] = f"{ptxas.parent}{os.pathsep}{os.environ['PATH']}"
-    for capability, (name, cores, *_) in _GPUS.items():
+    for capability in map(known.__getitem__, wanted):
+        name, cores, *_ = _GPUS[capability]
         target = Target(capability, cores, SHARED_BYTES[capability], name)
         start, kernels = time.perf_counter(), set()
         with using(target):
