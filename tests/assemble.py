@@ -56,14 +56,14 @@ ARCHITECTURES = (
 # tokens (220 bytes), `matvec` at 2 bits and 16 (32).
 SPILLS = {
     "chain": 24,
-    "integer+sum": 4,
+    "integer+sum": 8,
     "peer sum": 48,
     "wgmma": 220,
     "matvec": 32,
     "matvec+sum": 8,
     "mma": 48,
     "stream": 8,
-    "layers": 288,
+    "layers": 292,
 }
 _TOKENS = (1, 4, 16, 32, 64, 128, 256)
 
