@@ -80,6 +80,16 @@ def test_kernels_of_other_gpus_stand_beside_the_gpus_own():
     assert "as sm_80" not in report.kernels(rows)
 
 
+def test_figures_of_several_commits_say_which_they_are_of():
+    rows = [_kernel_row("G", 2.0), _kernel_row("G", 4.0, m=16) | {"commit": "1234567890"}]
+    text = report.kernels(rows)
+    assert "G, commits abcdefg (a), 1234567 (b):" in text
+    assert "| 64 x 32 | 1 | 2.0 (50%) a |" in text and "| 64 x 32 | 16 | 4.0 (25%) b |" in text
+    assert "G, commit abcdefg:" in report.kernels(rows[:1])
+    beside = _kernel_row("G as sm_89", 3.0) | {"commit": "1234567890"}
+    assert "| 2.0 a | 3.0 (1.50) b |" in report.portable([rows[0], beside])
+
+
 def _sweep_row(backend, name, bits, samples, **more):
     facts = {"suite": "sweep", "device": "d", "k": 64, "n": 32, "threads": 2, "m": 3}
     facts |= {"commit": "abcdefgh", "backend": backend, "name": name, "bits": bits}

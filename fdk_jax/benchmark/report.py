@@ -3,7 +3,8 @@
     python -m fdk_jax.benchmark.report            writes them between their marks
     python -m fdk_jax.benchmark.report --check    exit status 1 if a table is not that of the rows
 
-A table stands between `<!-- report: NAME -->` and `<!-- end -->`. Each shows the commits of its rows.
+A table stands between `<!-- report: NAME -->` and `<!-- end -->`. Each shows the commits of its rows, those
+of speeds which figure is of which.
 """
 
 import json
@@ -56,16 +57,22 @@ def kernels(found: Iterable[Row], *, spread: bool = False) -> str:
         here = [r for r in chosen if r["device"] == device]
         widths = sorted({r["bits"] for r in here}, reverse=True)
         head = ["k x n", "tokens", *(f"{b} bit" if b != _DENSE else "bf16 (XLA)" for b in widths)]
-        lines = []
         shapes = {(r["k"], r["n"], r["m"]) for r in here if spread or r["m"] in _FEW}
-        for k, n, m in sorted(shapes, key=lambda s: (-s[0], -s[1], s[2])):
+        shown: dict[tuple, Row] = {}
+        for shape in sorted(shapes, key=lambda s: (-s[0], -s[1], s[2])):
+            for bits in widths:
+                same = [r for r in here if (r["k"], r["n"], r["m"], r["bits"]) == (*shape, bits)]
+                if same:
+                    shown[*shape, bits] = min(same, key=lambda r: r["median_us"])
+        sources = table.Lettered(shown.values())
+        lines = []
+        for k, n, m in dict.fromkeys(key[:3] for key in shown):
             cells = [f"{k} x {n}", str(m)]
             for bits in widths:
-                same = [r for r in here if (r["k"], r["n"], r["m"], r["bits"]) == (k, n, m, bits)]
-                best = min(same, key=lambda r: r["median_us"], default=None)
-                cells.append("" if best is None else _time(best, spread))
+                row = shown.get((k, n, m, bits))
+                cells.append("" if row is None else _time(row, spread) + sources.of(row))
             lines.append(cells)
-        texts.append(f"{device}, {table.commits(here)}:\n\n{table.markdown(head, lines)}")
+        texts.append(f"{device}, {sources}:\n\n{table.markdown(head, lines)}")
     return "\n\n".join(texts) or "(No rows yet.)"
 
 
@@ -76,20 +83,20 @@ def portable(found: Iterable[Row]) -> str:
     texts = []
     for own in sorted({r["device"].partition(_PRETENDS)[0] for r in pretended}):
         devices = [own, *sorted({r["device"] for r in pretended if r["device"].startswith(own)})]
-        times = {
-            (*_of_product(r), r["device"]): r["median_us"] for r in found if r["device"] in devices
-        }
+        times = {(*_of_product(r), r["device"]): r for r in found if r["device"] in devices}
+        products = {_of_product(r) for r in pretended}
+        sources = table.Lettered(r for key, r in sorted(times.items()) if key[:-1] in products)
         lines = []
-        for product in sorted({_of_product(r) for r in pretended}):
+        for product in sorted(products):
             k, n, group_size, minus_bits, m = product
             base = times.get((*product, own))
             cells = [f"{k} x {n}", str(group_size), str(-minus_bits), str(m)]
             for device in devices:
-                time = times.get((*product, device))
-                text = "" if time is None else f"{time:.1f}"
-                if time is not None and base is not None and device != own:
-                    text += f" ({time / base:.2f})"
-                cells.append(text)
+                row = times.get((*product, device))
+                text = "" if row is None else f"{row['median_us']:.1f}"
+                if row is not None and base is not None and device != own:
+                    text += f" ({row['median_us'] / base['median_us']:.2f})"
+                cells.append(text if row is None else text + sources.of(row))
             lines.append(cells)
         head = [
             "k x n",
@@ -99,10 +106,7 @@ def portable(found: Iterable[Row]) -> str:
             own,
             *(d.removeprefix(own).strip() for d in devices[1:]),
         ]
-        here = [
-            r for r in found if r["device"] in devices and (*_of_product(r), devices[1]) in times
-        ]
-        texts.append(f"{own}, {table.commits(here)}:\n\n{table.markdown(head, lines)}")
+        texts.append(f"{own}, {sources}:\n\n{table.markdown(head, lines)}")
     return "\n\n".join(texts) or "(No rows yet.)"
 
 
@@ -155,7 +159,9 @@ def models(found: Iterable[Row]) -> str:
         here = [r for r in chosen if r["device"] == device]
         head = ["model", "bits", "batch", "tokens/s", "of the bound", "spread"]
         lines = []
-        for r in sorted(here, key=lambda r: (r["model"], -r["bits"], r.get("devices", 1), r["m"])):
+        here.sort(key=lambda r: (r["model"], -r["bits"], r.get("devices", 1), r["m"]))
+        sources = table.Lettered(here)
+        for r in here:
             low, high = min(r["samples_us"]), max(r["samples_us"])
             share = f"{r['bound_us'] / r['median_us']:.0%}" if r["bound_us"] else ""
             name = r["model"].removeprefix("custom-llama-")
@@ -164,10 +170,9 @@ def models(found: Iterable[Row]) -> str:
             if guesses := r.get("speculate"):
                 name += f", {guesses} guesses a step, all right"
             width = f"{(high - low) / statistics.median(r['samples_us']):.1%}"
-            lines.append(
-                [name, str(r["bits"]), str(r["m"]), f"{r['tokens_per_s']:.0f}", share, width]
-            )
-        texts.append(f"{device}, {table.commits(here)}:\n\n{table.markdown(head, lines)}")
+            speed = f"{r['tokens_per_s']:.0f}{sources.of(r)}"
+            lines.append([name, str(r["bits"]), str(r["m"]), speed, share, width])
+        texts.append(f"{device}, {sources}:\n\n{table.markdown(head, lines)}")
     return "\n\n".join(texts) or "(No rows yet.)"
 
 

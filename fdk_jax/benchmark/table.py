@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from string import ascii_lowercase
 from typing import Any
 
 _DENSE = (16, 32)
@@ -132,6 +133,27 @@ def commits(found: Iterable[dict[str, Any]]) -> str:
     """The commits that rows name, by their first characters."""
     names = sorted({str(r["commit"])[:7] for r in found})
     return f"commit{'s' * (len(names) > 1)} {', '.join(names)}"
+
+
+class Lettered:
+    """The commits of the rows of one table: with several of them each row shows a letter."""
+
+    def __init__(self, shown: Iterable[dict[str, Any]]) -> None:
+        """Of the rows that the table shows, in their order."""
+        names = list(dict.fromkeys(str(r["commit"])[:7] for r in shown))
+        self._letters = {} if len(names) < 2 else dict(zip(names, ascii_lowercase, strict=False))
+        self._only = ", ".join(names)
+
+    def __str__(self) -> str:
+        """What stands above the table."""
+        if not self._letters:
+            return f"commit {self._only}"
+        return "commits " + ", ".join(f"{name} ({at})" for name, at in self._letters.items())
+
+    def of(self, row: dict[str, Any]) -> str:
+        """What follows a row's figures."""
+        letter = self._letters.get(str(row["commit"])[:7])
+        return f" {letter}" if letter else ""
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
