@@ -89,8 +89,8 @@ def integers(x: Array) -> tuple[Array, Array]:
 
 def relative(case: Case, scales: Array, codebook: Array) -> tuple[Array, Array, Array]:
     """Scales times 127 over the largest of their row, codebooks over their largest value, rows' factors."""
-    books = codebook.reshape(case.codebooks, -1)
-    peaks = jnp.abs(books).max(axis=1)
+    levels = codebook.reshape(case.codebooks, -1)
+    peaks = jnp.abs(levels).max(axis=1)
     peaks = jnp.where(peaks == 0, 1.0, peaks)
     # Of a tile and four groups: row g, group, and whether it is row g + 8; see `fdk_jax.format.packing`.
     values = scales.astype(jnp.float32).reshape(case.tiles, -1, 8, 4, 2)
@@ -99,4 +99,4 @@ def relative(case: Case, scales: Array, codebook: Array) -> tuple[Array, Array, 
     by_row = values * (_LARGEST / largest)[:, None, :, None, :]
     factors = (largest / _LARGEST).swapaxes(1, 2).reshape(-1)[: case.n]
     factors = factors * jnp.repeat(peaks, case.n // case.codebooks)
-    return by_row.astype(jnp.float16).reshape(scales.shape), books / peaks[:, None], factors
+    return by_row.astype(jnp.float16).reshape(scales.shape), levels / peaks[:, None], factors

@@ -183,7 +183,7 @@ class _Kernel(Writer):
     def _boxes(self) -> tuple[list[Register], Register]:
         """Where this device's row goes in each mailbox, and this launch's number."""
         ptx, case = self.ptx, self.case
-        count, room = case.devices, case.features * WORD
+        count, stride = case.devices, case.features * WORD
         rank, addresses = mailbox.open_all(
             ptx, self.operands["mailbox"], self.operands["addresses"], count
         )
@@ -191,9 +191,9 @@ class _Kernel(Writer):
         self.head = self.operands["mailbox"] + start
         before = ptx.op("ld.global.b32", at(self.head))
         number = before + 1
-        part = (number & 1) * (count * room)
+        part = (number & 1) * (count * stride)
         self.part = part + (self.head + HEAD)
-        offset = rank * room + (part + start)
+        offset = rank * stride + (part + start)
         return [address + offset + HEAD for address in addresses], number
 
     def _receive(self, number: int, piece: Register, when: Register) -> list[Register]:
@@ -202,8 +202,8 @@ class _Kernel(Writer):
         start = self.part + piece * (_PIECE * WORD)
         totals = [ptx.zero() for _ in range(case.piece)]
         ptx.do("bra", f"fdk_no_piece_{number}", when=~when)
-        room = case.features * WORD
-        places = [(start, i * room) for i in range(case.devices)]
+        stride = case.features * WORD
+        places = [(start, i * stride) for i in range(case.devices)]
         for words in mailbox.receive(ptx, places, _PIECE, self.number, str(number)):
             for total, value in zip(totals, self._unpack(words, case.dtype), strict=True):
                 ptx.do("add.f32", total, total, value)

@@ -157,13 +157,13 @@ class Launch(Writer):
     def _copy_by_lanes(self, product: Product, position: Position, *ranges: Range) -> None:
         """Starts copies of 16 bytes a lane; at the slot's barrier each lane arrives when its own are there."""
         ptx, target = self.ptx, position.slot + self.lane * 16
-        mine = (self.lane * 16).low()
+        own = (self.lane * 16).low()
         for (start, size), block_bytes in zip(
             ranges, (CODES, product.plan.block_scales), strict=True
         ):
             source = start + self.lane * 16
             for first in range(0, self.workers * block_bytes, 32 * 16):
-                in_bounds = (mine + first) < size
+                in_bounds = (own + first) < size
                 opcode = "cp.async.cg.shared.global.L2::cache_hint"
                 operands = at(target, first), at(source, first), 16, ptx.policy(_READ_ONCE)
                 ptx.do(opcode, *operands, when=in_bounds)

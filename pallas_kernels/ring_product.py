@@ -154,16 +154,16 @@ class Product(OutputWriter, abc.ABC):
         """The sum of all devices' results of a row: each sends its own to all, and adds them in one order."""
         ptx, case, area = self.ptx, self.case, self.offsets["peers"]
         number = ptx.op("ld.shared.b32", at(self.shared, area))
-        room = case.n * mailbox.WORD
+        stride = case.n * mailbox.WORD
         # The two sums of a launch have a part each.
-        part = (self.plan.position // 2) * case.devices * room
+        part = (self.plan.position // 2) * case.devices * stride
         for i in range(case.devices):
             box = ptx.op("ld.shared.b64", at(self.shared, area + 8 + 8 * i))
             address = box + row * mailbox.WORD
             mailbox.send(ptx, address, [total], number, offset=part)
         words = mailbox.chain_start(case.devices, case.n) + 4 * mailbox.MOST_PROGRAMS + part
         here = self.operands["mailbox"] + row * mailbox.WORD
-        rows = [(here, words + i * room) for i in range(case.devices)]
+        rows = [(here, words + i * stride) for i in range(case.devices)]
         first, *others = [own[0] for own in mailbox.receive(ptx, rows, 1, number, name)]
         total = first.as_float()
         for other in others:

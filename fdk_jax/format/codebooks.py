@@ -232,8 +232,8 @@ def refine(
             codes = jnp.sum(values[None] > middle[:, None], axis=0)
 
             def sums(code: Array) -> tuple[Array, Array]:
-                mine = jnp.where(codes == code, weight, 0)
-                return jnp.sum(mine), jnp.sum(mine * (values - levels[code]))
+                chosen = jnp.where(codes == code, weight, 0)
+                return jnp.sum(chosen), jnp.sum(chosen * (values - levels[code]))
 
             mass, offset = jax.vmap(sums)(jnp.arange(len(levels)))
         else:

@@ -40,8 +40,8 @@ def fill(kept: Array, cache_length: int) -> Array:
     Returns:
         [batch, kv_heads, cache_length, head_dim], zero past the prompt.
     """
-    room = cache_length - kept.shape[1]
-    return jnp.pad(kept.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, room), (0, 0)))
+    space = cache_length - kept.shape[1]
+    return jnp.pad(kept.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, space), (0, 0)))
 
 
 def append(cache: Array, new: Array, lengths: Array) -> Array:

@@ -76,12 +76,12 @@ class Loop:
 
     Attributes:
         run: Tokens between two polls whether all sequences are done.
-        room: Most tokens of a program.
+        max_tokens: At most so many in a program.
         once: Whether the first run is all, so that nobody polls.
     """
 
     run: int
-    room: int
+    max_tokens: int
     once: bool
 
     @classmethod
@@ -152,7 +152,7 @@ def decode(
     time round: so the inner loop has `loop.run` tokens, and only the outer one, if there is one, polls.
 
     Returns:
-        (cache, progress, tokens int32 [B, room]). A sequence that is done repeats its last token.
+        (cache, progress, tokens int32 [B, max_tokens]). A sequence that is done repeats its last token.
     """
     begin, parallel = progress.step, model.parallel
 
@@ -179,7 +179,7 @@ def decode(
         carry = several(polled[1])
         return unfinished(carry[1]), carry
 
-    carry = (cache, progress, jnp.zeros((progress.token.shape[0], loop.room), jnp.int32))
+    carry = (cache, progress, jnp.zeros((progress.token.shape[0], loop.max_tokens), jnp.int32))
     if loop.once:
         return several(carry)
     return jax.lax.while_loop(lambda polled: polled[0], poll, (unfinished(progress), carry))[1]

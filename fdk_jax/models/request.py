@@ -77,7 +77,7 @@ class Request:
     def one_run(self, steps: int) -> Loop:
         """The loop of a program that decodes for just so many steps."""
         loop = Loop.of_one_run(steps)
-        return dataclasses.replace(loop, room=steps * (self._guesses + 1))
+        return dataclasses.replace(loop, max_tokens=steps * (self._guesses + 1))
 
     def compile(self, loop: Loop | None) -> None:
         """Compiles all programs without running them; that which decodes only for a loop."""
@@ -118,15 +118,15 @@ class Request:
     def decode(
         self, cache: KVCache, progress: Progress, steps: int, loop: Loop
     ) -> tuple[KVCache, Progress, Array]:
-        """At most `steps` more tokens, rounded up to a multiple of `loop.run`: int32 [B, loop.room]."""
+        """At most `steps` more tokens, rounded up to a multiple of `loop.run`: int32 [B, loop.max_tokens]."""
         most = self._programs.place(jnp.int32(steps))
         program = self._decode_program(cache, progress, most, loop)
         return program(cache, progress, most, self._options)
 
     def text(self) -> Text:
         """The prompt, from which guesses are made."""
-        room = self._capacity + 2 * (self._guesses + 1)
-        tokens = np.zeros(room, np.int32)
+        length = self._capacity + 2 * (self._guesses + 1)
+        tokens = np.zeros(length, np.int32)
         tokens[: len(self._prompt)] = self._prompt
         return Text(jnp.asarray(tokens), jnp.int32(0))
 

@@ -26,7 +26,7 @@ class Text:
     """One sequence, its newest token left out.
 
     Attributes:
-        tokens: int32 [H], as many as the cache holds, and room for all that will come.
+        tokens: int32 [H], as many as the cache holds, and space for all that will come.
         steps: int32 scalar, times that the model ran for them since the prompt.
     """
 
@@ -38,7 +38,7 @@ def guess(tokens: Array, length: Array, count: int) -> tuple[Array, Array]:
     """What followed the newest two or three tokens when they last occurred.
 
     Args:
-        tokens: int32 [H], the text and room after it.
+        tokens: int32 [H], the text and space after it.
         length: int32 scalar, tokens of the text.
         count: Most guesses.
 
@@ -81,12 +81,12 @@ def decode(
         most: int32 scalar.
         options: How tokens are chosen.
         method: See `Options.choose`.
-        loop: Steps between two polls, and room for tokens, which this needs `guesses` more of.
+        loop: Steps between two polls, and `max_tokens`, of which this needs `guesses` more of.
         guesses: Of each step.
 
     Returns:
-        (cache, progress, text, tokens int32 [1, loop.room + 2 (guesses + 1)]); those after the chosen ones
-        mean nothing.
+        (cache, progress, text, tokens int32 [1, loop.max_tokens + 2 (guesses + 1)]); those after the
+        chosen ones mean nothing.
     """
     begin, width = progress.step, guesses + 1
     places = jnp.arange(width)
@@ -119,7 +119,7 @@ def decode(
     def several(carry):
         return jax.lax.fori_loop(0, loop.run, step, carry)
 
-    carry = cache, progress, text, jnp.zeros((1, loop.room + 2 * width), jnp.int32)
+    carry = cache, progress, text, jnp.zeros((1, loop.max_tokens + 2 * width), jnp.int32)
     if loop.once:
         return several(carry)
     return jax.lax.while_loop(lambda carry: unfinished(carry[1]), several, carry)

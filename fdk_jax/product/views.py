@@ -167,9 +167,9 @@ class Packed:
 
         # The result: shared batch axes, then the free axes of the first operand, then of the second.
         labels = [("w", i) for i in b_axes] + [("x", i) for i in free] + [("w", i) for i in n_axes]
-        mine = [("w", i) for i in self.order if i not in contracted and i not in shared]
+        own = [("w", i) for i in self.order if i not in contracted and i not in shared]
         others = [("x", i) for i in free]
-        wanted = [("w", i) for i in shared] + (mine + others if weight_first else others + mine)
+        wanted = [("w", i) for i in shared] + (own + others if weight_first else others + own)
         return y.transpose([labels.index(label) for label in wanted])
 
     def _position(self, axis: int) -> int:
