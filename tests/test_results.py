@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fdk_jax.benchmark import adopt, cpu_tables, records, report, source
+from fdk_jax.format.quantisation import DEFAULTS, SCALES, resolve_auto
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "results").rglob("*.jsonl"))
@@ -162,3 +163,27 @@ def test_prompts_beside_llama_cpp():
     ]
     text = cpu_tables.prompts(rows)
     assert "| 1B | Q4_0 | 512 | cpu int8 | 1.00 | 2.00 | 100000.0 | 2.50 | 1.10 |" in text
+
+
+def test_the_default_is_the_fixed_format_of_least_harm():
+    """Over real networks none without a fit does less harm at worst; on none it is far from the best."""
+    found = [r for r in report.rows() if r["suite"] == "networks" and r["bits"] < 16]
+    plain = [r for r in found if r["rounding"] == "nearest" and r["scale"] in SCALES]
+    for bits, default in DEFAULTS.items():
+        harm: dict[str, dict[tuple, float]] = {}
+        for row in plain:
+            if row["bits"] == bits and row["network"] in ("minilm", "smollm2", "trained"):
+                value = row.get("kl", row.get("dissimilarity"))
+                harm.setdefault(row["network"], {})[row["codebook"], row["scale"]] = value
+        assert len(harm) >= 2
+        assert resolve_auto("auto", "auto", bits) == default
+        fixed = set.intersection(*(set(formats) for formats in harm.values()))
+        fixed = {form for form in fixed if not form[0].startswith("kmeans")}
+
+        def worst(form, harm=harm, fixed=fixed):
+            return max(formats[form] / min(formats[f] for f in fixed) for formats in harm.values())
+
+        # At 8 bits nothing is lost, and all are alike.
+        assert worst(default) <= min(map(worst, fixed)) * (1.15 if bits == 8 else 1), bits
+        for formats in harm.values():
+            assert formats[default] <= 1.15 * min(formats.values()), bits
