@@ -104,6 +104,7 @@ def test_commands_end_to_end(text, capfd):
         (["--calibrate", "x"], "--calibrate needs --bits"),
         (["--bits", "2", "--rotate"], "--rotate needs --calibrate"),
         (["--bits", "4", "--text", "missing.txt"], "missing.txt"),
+        (["--context", "1"], "context=1 must be at least 2"),
     ],
 )
 def test_errors_of_evaluate(arguments, words, capsys):

@@ -48,9 +48,13 @@ def token_windows(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: fewer than two tokens, or not a text.
+        ValueError: fewer than two tokens, windows of fewer, or not a text.
     """
     path = Path(path)
+    if context < 2:
+        raise ValueError(
+            f"{context=} must be at least 2: a window predicts each token but its first"
+        )
     if path.suffix in (".npy", ".bin"):
         found = read_tokens(path).reshape(-1)
     else:
