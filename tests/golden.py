@@ -25,7 +25,6 @@ from pallas_kernels import (
     chain,
     choice,
     dequantise,
-    integer,
     layers,
     peer_sum,
     ring,
@@ -151,7 +150,6 @@ def _chains() -> Iterator[tuple[str, str]]:
                     products = chain.cases(products, (1e-5, 1e-5), config, H200)
                     name = f"chain {bits} {uniform=} {hidden} {inner} {count}"
                     yield name, chain.source(products, config, H200)
-    assert integer.Config is ring.Config
 
 
 def _over_devices() -> Iterator[tuple[str, str]]:

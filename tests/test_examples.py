@@ -21,6 +21,7 @@ def test_there_is_an_example_of_each_kind():
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(SAYS)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_example_runs(path):
     environ = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
