@@ -17,7 +17,6 @@ The program is that of `ring`. A block of 512 weights a row is two fours of plan
 be larger than a plane, or halves of one: then each half has sums of its own.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -25,19 +24,16 @@ import jax.numpy as jnp
 
 from pallas_kernels import decoding, ring, ring_product
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
+from pallas_kernels.integer_plan import CODEBOOK_BYTES, INTEGERS, PLANES, Plan
 from pallas_kernels.outputs import Load
 from pallas_kernels.ptx import over_lanes
 from pallas_kernels.registers import Memory, Register, at, vector, wide
-from pallas_kernels.ring_plan import CODES, ProductPlan, unsupported_groups
+from pallas_kernels.ring_plan import CODES, unsupported_groups
 from pallas_kernels.target import Target
 
-PLANES = 4  # of which an operand has codes
 LEAST_GROUP = PLANE // 2  # the least group
 MULTIPLY = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
-_CHUNK = 512  # x that a warp makes integers of at a time: two fours of planes
 _X = 1024  # bytes of these
-INTEGERS = 1024  # bytes of the integers of four planes of x: 8 words a lane
-_CODEBOOK_BYTES = 8  # bytes of a codebook's first value and the step to the second
 _LARGEST = 32512.0  # of the integers: its high byte, rounded, is 127
 # The last bits of a float of this size are an integer. Low bytes have a bias of 128.
 _MAGIC = 1.5 * 2**23 + 128
@@ -77,39 +73,6 @@ def squares(case: Case, config: Config, target: Target) -> int:
 def source(case: Case, config: Config, target: Target) -> str:
     """The kernel's PTX."""
     return ring.source(case, config, target, Product)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan(ProductPlan):
-    """A product by integers."""
-
-    @property
-    def parts(self) -> int:
-        """Sums of a plane, each with a scale: one, or two halves."""
-        return 2 if self.case.group_size < PLANE else 1
-
-    @property
-    def sums_bytes(self) -> int:
-        """Shared memory of a plane's scale of x and sums of x."""
-        return 8 * self.parts
-
-    @property
-    def fours(self) -> int:
-        """Fours of planes of a block."""
-        return self.case.planes // PLANES
-
-    @property
-    def chunks(self) -> int:
-        """Parts of a token's x that a warp makes integers of at a time."""
-        return self.case.blocks * self.case.span // _CHUNK
-
-    def areas(self) -> dict[str, int]:
-        """Integers, scales and sums of x, and codebooks."""
-        return {
-            "integers": self.chunks * 2 * INTEGERS,
-            "plane_sums": self.chunks * 2 * PLANES * self.sums_bytes,
-            self.codebooks_name: self.case.codebooks * _CODEBOOK_BYTES,
-        }
 
 
 def join(high: Register, low: Register) -> Register:
@@ -183,7 +146,7 @@ class Product(ring_product.Product):
             in_bounds = codebook_index < case.codebooks
             source = self.operands["codebook"] + codebook_index * 8
             values = [decoder.value(source, code, in_bounds) for code in range(2)]
-            loads.append((self.shared + codebook_index * _CODEBOOK_BYTES, values, in_bounds))
+            loads.append((self.shared + codebook_index * CODEBOOK_BYTES, values, in_bounds))
 
         def store() -> None:
             for address, values, in_bounds in loads:
@@ -328,7 +291,7 @@ class Product(ring_product.Product):
             row = ((row + tile) * TILE_ROWS).low()
             codebook_index = row // (case.n // case.codebooks)
             codebook_index = ptx.op("min.u32", codebook_index, case.codebooks - 1)
-            address = self.shared + codebook_index * _CODEBOOK_BYTES
+            address = self.shared + codebook_index * CODEBOOK_BYTES
         ptx.do(
             "ld.shared.v2.b32", vector([self.first, steps[0]]), at(address, self.codebooks_offset)
         )

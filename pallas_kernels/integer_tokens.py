@@ -11,7 +11,7 @@ of its column's plane. Column 4 i + 2 j + h of a pair is token i, the plane j of
 
 import dataclasses
 
-from pallas_kernels import integer, ring
+from pallas_kernels import integer, integer_plan, ring
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
 from pallas_kernels.integer import INTEGERS, PLANES
 from pallas_kernels.registers import Register, at, vector
@@ -48,7 +48,7 @@ def source(case: Case, config: Config, target: Target) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan(integer.Plan):
+class Plan(integer_plan.Plan):
     """A product of several tokens by integers."""
 
     @property
