@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels import triton_compat
+from pallas_kernels import target, triton_compat
 
 _ROWS = 32
 _LEVELS = 16  # each is compared with every weight
@@ -22,7 +22,7 @@ _LEVELS = 16  # each is compared with every weight
 
 def supported(levels: int, platform: str) -> bool:
     """Whether `rounded` runs there, with so many levels."""
-    return triton_compat.AVAILABLE and platform == "gpu" and levels <= _LEVELS
+    return platform == "gpu" and target.current().has_pallas and levels <= _LEVELS
 
 
 def rounded(
