@@ -165,6 +165,45 @@ def test_prompts_beside_llama_cpp():
     assert "| 1B | Q4_0 | 512 | cpu int8 | 1.00 | 2.00 | 100000.0 | 2.50 | 1.10 |" in text
 
 
+def _network_row(bits, codebook, scale, rounding, kl, group_size=64, network="n"):
+    facts = {"suite": "networks", "network": network, "bits": bits, "codebook": codebook}
+    facts |= {"scale": scale, "rounding": rounding, "kl": kl, "kl_by_seed": [0.9 * kl, 1.1 * kl]}
+    facts |= {"group_size": group_size, "bytes_per_weight": 0.5, "calibration_seed": None}
+    return facts | {"loss": 1 + kl, "commit": "abcdefgh"}
+
+
+def test_a_network_has_a_line_for_levels_and_a_column_for_what_was_done():
+    rows = [
+        _network_row(4, "kmeans", "absmax", "nearest", 0.5),
+        _network_row(4, "kmeans-weights", "absmax", "nearest", 0.4),
+        _network_row(4, "kmeans", "search", "corrected", 0.125),
+        _network_row(4, "kmeans-weights", "auto", "trained", 0.25),
+        _network_row(4, "integers", "search", "descended", 0.3, 128),
+        _network_row(4, "published", "search", "gptq", 0.2, 128, "m"),
+    ]
+    text = report.networks(rows, "n")
+    assert "| bits | levels | bytes a weight | absmax | search, corrected | trained |" in text
+    assert "| 4 | kmeans-quotients | 0.500 | 4.482 (0.5) |  |  |" in text
+    assert "| 4 | kmeans | 0.500 | 4.055 (0.4) | 3.08 (0.125) | 3.49 (0.25) |" in text
+    assert "integers" not in text and "by at most 10% (kl)" in text
+    beside = report.networks_published(rows)
+    assert "| levels | | bytes a weight | n | m |" in beside
+    assert "| integers | search, corrected, swept | 0.500 | 3.669 (0.3) |  |" in beside
+    assert "| auto-gptq's integers | `sym`, `actorder`, `mse` | 0.500 |  | 3.32 (0.2) |" in beside
+    assert report.networks(rows, "k") == report.networks_published(rows[:4]) == "(No rows yet.)"
+
+
+def test_calibrations_and_steps_of_training_have_tables():
+    facts = {"device": "G", "commit": "abcdefgh", "bits": 4, "parameters": 2_000_000_000}
+    facts |= {"peak_bytes": 3e9, "model_bytes": 1e9, "host_peak_bytes": 5e9, "seconds": 61.4}
+    row = facts | {"suite": "calibration", "name": "2B 4", "model": "custom-llama-2B"}
+    text = report.calibration([row])
+    assert "| 2B | 2.00 billion | 4 | 61 | 3.0 | 1.0 | 5.0 |" in text
+    assert report.calibration([]) == report.training_steps([]) == "(No rows yet.)"
+    step = facts | {"suite": "training", "median_us": 2500.0, "of_float": 1.0456}
+    assert "| 2000.0M | 4 | 2.50 | 1.046 |" in report.training_steps([step])
+
+
 def test_the_default_is_the_fixed_format_of_least_harm():
     """Over real networks none without a fit does less harm at worst; on none it is far from the best."""
     found = [r for r in report.rows() if r["suite"] == "networks" and r["bits"] < 16]

@@ -36,7 +36,7 @@ def markdown(found: Iterable[Row], network: str) -> str:
     formats = [r for r in formats if r["group_size"] != _PUBLISHED_GROUP]
     if not formats:
         return "(No rows yet.)"
-    cells = {(r["bits"], r["codebook"], r["scale"], r["rounding"]): r for r in formats}
+    cells = {(r["bits"], _levels(r), r["scale"], r["rounding"]): r for r in formats}
     used = [c for c in _COLUMNS if any(key[2:] == c for key in cells)]
     lines = [
         f"| bits | levels | bytes a weight | {' | '.join(_COLUMNS[c] for c in used)} |",
@@ -72,9 +72,18 @@ def published(found: Iterable[Row]) -> str:
     return "\n".join([*lines, "", f"(commit{'s' * (len(commits) > 1)} {', '.join(commits)})"])
 
 
+def _levels(row: Row) -> str:
+    """The name of a row's levels in the library: those fitted to quotients had "kmeans" to themselves once."""
+    if row["codebook"] == "kmeans-weights":
+        return "kmeans"
+    if row["codebook"] == "kmeans" and row["scale"] != "search":
+        return "kmeans-quotients"
+    return row["codebook"]
+
+
 def _cell(row: Row) -> str:
     if "kl" in row:
-        return f"{math.exp(row['loss']):.4g} ({row['kl']:.2g})"
+        return f"{math.exp(row['loss']):.4g} ({row['kl']:.3g})"
     thousandths = 1000 * row["dissimilarity"]
     return f"{thousandths:.0f}" if thousandths >= 100 else f"{thousandths:.3g}"
 
