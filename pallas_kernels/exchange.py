@@ -12,6 +12,7 @@ looks at what was cleared, has seen that all were through with what was there.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -70,15 +71,18 @@ class ExchangePlan:
 
     def begin(self, rows: Mapping[str, Array], squares: Mapping[str, Array]) -> tuple[Array, Array]:
         """The arrays before the first layer, with rows [1, n] and sums [n] in the copy of an odd layer."""
-        words, sums = (jnp.zeros(s.shape, s.dtype) for s in self.shapes)
-        for name, row in rows.items():
-            start = self.offset(name) // 2
-            words = words.at[1, start : start + row.size].set(_invert(row[0]))
-        for name, parts in squares.items():
-            start = self.offset(name) // 4
-            least = jnp.maximum(parts, jnp.finfo(jnp.float32).tiny)
-            sums = sums.at[1, start : start + parts.size].set(least)
-        return words, sums
+        least = float(jnp.finfo(jnp.float32).tiny)
+        words = {name: _invert(row[0]) for name, row in rows.items()}
+        sums = {name: jnp.maximum(parts, least) for name, parts in squares.items()}
+        return self._placed(words, *self.shapes[:1]), self._placed(sums, *self.shapes[1:])
+
+    def _placed(self, parts: Mapping[str, Array], like: jax.ShapeDtypeStruct) -> Array:
+        """Zeros but for these parts in the copy of an odd layer; as padding, which is one kernel of XLA's."""
+        placed = []
+        for name, part in parts.items():
+            before = like.shape[1] + self.offset(name) // part.dtype.itemsize
+            placed.append(jnp.pad(part, (before, 2 * like.shape[1] - before - part.size)))
+        return functools.reduce(jnp.add, placed).reshape(like.shape)
 
     def row(self, words: Array, name: str, layers: int) -> Array:
         """A row [1, n] of what so many layers have left."""

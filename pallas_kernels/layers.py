@@ -61,6 +61,23 @@ class Layer(NamedTuple):
     values: Array
 
 
+class Stream(NamedTuple):
+    """The residual stream between two launches.
+
+    Attributes:
+        total: bfloat16 [1, D].
+        scaled: the same times the scale of the next norm.
+        squares: partial sums of its squares, float32 [square_parts(DOWN)].
+        exchange: both parts of what an even number of layers leaves, with which the next launch goes on; None
+            before the first layer, and after an odd one.
+    """
+
+    total: Array
+    scaled: Array
+    squares: Array
+    exchange: tuple[Array, Array] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is static about a launch.
@@ -197,18 +214,17 @@ def unsupported_reason(plan: Plan) -> str | None:
 def run(
     plan: Plan,
     layers: Sequence[Layer],
-    stream: tuple[Array, Array, Array],
+    stream: Stream,
     cos: Array,
     sin: Array,
     lengths: Array,
-) -> tuple[tuple[Array, Array, Array], tuple[Array, ...], tuple[Array, ...]]:
+) -> tuple[Stream, tuple[Array, ...], tuple[Array, ...]]:
     """Runs a launch.
 
     Args:
         plan: what is static, for which `unsupported_reason` is None.
         layers: their arrays.
-        stream: the residual stream bfloat16 [1, D]; the same times the scale of the first norm; partial sums of
-            its squares, float32 [square_parts(DOWN)].
+        stream: what the layers begin with.
         cos: float32 [1, d / 2], of the token's position.
         sin: Like cos.
         lengths: int32 [1], tokens in the cache.
@@ -219,21 +235,25 @@ def run(
     total, words, sums, *cache = launch(plan, layers, stream, cos, sin, lengths)
     scaled = plan.exchange.row(words, "scaled", plan.layers)
     squares = plan.exchange.sums(sums, "squares", plan.layers)
-    return (total, scaled, squares), tuple(cache[::2]), tuple(cache[1::2])
+    # Of the two copies of every row the next launch writes the first one, which an odd layer has cleared.
+    left = None if plan.layers % 2 else (words, sums)
+    return Stream(total, scaled, squares, left), tuple(cache[::2]), tuple(cache[1::2])
 
 
 def launch(
     plan: Plan,
     layers: Sequence[Layer],
-    stream: tuple[Array, Array, Array],
+    stream: Stream,
     cos: Array,
     sin: Array,
     lengths: Array,
 ) -> tuple[Array, ...]:
     """The launch of `run`, and what it leaves: the stream, both parts of the exchange, each layer's cache."""
-    total, scaled, squares = stream
+    total, scaled, squares, left = stream
     exchange = plan.exchange
-    fixed = (total, *exchange.begin({"scaled": scaled}, {"squares": squares}), cos, sin, lengths)
+    if left is None:
+        left = exchange.begin({"scaled": scaled}, {"squares": squares})
+    fixed = (total, *left, cos, sin, lengths)
     each = [list(arrays(layer)) for layer in layers]
     caches = [a for layer in layers for a in (layer.keys, layer.values)]
     outputs = [total, *exchange.shapes, *caches]

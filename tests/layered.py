@@ -79,15 +79,22 @@ def make(
     scaled = total * jnp.asarray(rng.uniform(0.5, 2, (1, hidden)), chains.HALF)
     squares = np.zeros(plan.square_parts(layers.DOWN), np.float32)
     squares[:1] = np.square(np.asarray(total, np.float64)).sum()
-    x = dict(stream=(total, scaled, jnp.asarray(squares)), cos=arguments[1], sin=arguments[2])
+    stream = layers.Stream(total, scaled, jnp.asarray(squares))
+    x = dict(stream=stream, cos=arguments[1], sin=arguments[2])
     return plan, made, weights, x | dict(lengths=arguments[3])
 
 
 def run(plan, made, x, chance=None):
     """What a launch leaves: ({name: row or sums, total included}, keys, values); all is poisoned before."""
-    total, scaled, squares = x["stream"]
-    exchange = plan.exchange
-    words, sums = map(np.array, exchange.begin({"scaled": scaled}, {"squares": squares}))
+    return found_in(plan, *launch(plan, made, x, chance))
+
+
+def launch(plan, made, x, chance=None):
+    """The arrays that a launch leaves: the stream, both parts of the exchange, each layer's keys and values."""
+    total, scaled, squares, begun = x["stream"]
+    if begun is None:
+        begun = plan.exchange.begin({"scaled": scaled}, {"squares": squares})
+    words, sums = map(np.array, begun)
     left = np.full(total.shape, np.nan, total.dtype)
     operands, caches = [total, words, sums, *(x[n] for n in ("cos", "sin", "lengths"))], []
     for layer in made:
@@ -101,7 +108,7 @@ def run(plan, made, x, chance=None):
         cluster=plan.config.programs,
         chance=chance,
     )
-    return found_in(plan, left, words, sums, *caches)
+    return left, words, sums, *caches
 
 
 def found_in(plan, total, words, sums, *caches):
@@ -117,7 +124,7 @@ def check(plan, made, weights, x, found):
     """Compares each part of a launch of one layer with float64, from what the part before it left."""
     left, keys, values = found
     (layer,), (weights,) = made, weights
-    total, scaled, _ = (np.asarray(a, np.float64) for a in x["stream"])
+    total, scaled = (np.asarray(a, np.float64) for a in x["stream"][:2])
     qkv, out, gate_up, down = weights
     inverse = chains.inverse_norm(total, plan.eps[0])
     chains.check_product(left["qkv"], scaled * inverse, qkv)
@@ -142,5 +149,5 @@ def one_by_one(plan, made, x):
     for layer in made:
         left, *cache = run(alone, [layer], x)
         keys, values = keys + cache[0], values + cache[1]
-        x = x | dict(stream=tuple(left[name] for name in ("total", "scaled", "squares")))
+        x = x | dict(stream=layers.Stream(*(left[n] for n in ("total", "scaled", "squares"))))
     return left, keys, values

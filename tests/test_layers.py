@@ -56,6 +56,29 @@ def test_layers_are_those_of_a_launch_each(rng, bits, config, kind):
             np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
+def test_a_launch_goes_on_with_what_an_even_number_of_layers_left(rng):
+    plan, made, _, x = layered.make(rng, 1, ring.Config(4, 4), count=3, group_size=128)
+    two, one = (dataclasses.replace(plan, layers=count) for count in (2, 1))
+    total, words, sums, *cache = layered.launch(two, made[:2], x, rng)
+    x_then = x | dict(stream=layers.Stream(total, total, sums[0], (words, sums)))
+    left, keys, values = layered.run(one, made[2:], x_then, rng)
+    found = left, [*cache[::2], *keys], [*cache[1::2], *values]
+    for ours, alone in zip(found, layered.one_by_one(plan, made, x), strict=True):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("count", "most"), [(1, 20), (20, 20), (28, 25), (27, 25), (60, 21), (36, 2)]
+)
+def test_launches_are_of_an_even_number_of_layers(count, most):
+    parts = fused_layers._parts(list(range(count)), most)  # type: ignore[arg-type]
+    assert [layer for part in parts for layer in part] == list(range(count))
+    assert all(len(part) <= most for part in parts)
+    assert all(len(part) % 2 == 0 for part in parts[:-1])
+    assert len(parts) == 1 or len(parts) == -(-count // (most - most % 2))
+
+
 def _plan(**changes: Any) -> layers.Plan:
     plan, *_ = layered.make(np.random.default_rng(0), 4, ring.Config(4, 6))
     return dataclasses.replace(plan, **changes)

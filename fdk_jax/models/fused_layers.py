@@ -53,20 +53,26 @@ class InLayers:
             _arrays(layer, after, x, *cache)
             for layer, after, *cache in zip(layers, _norms(layers, norm), keys, values, strict=True)
         ]
-        stream = fused_products.to_scaled(x, _there(layers[0].attention_norm).scale[...])
-        parts = self.plan.square_parts(kernels.DOWN)
-        stream = (*stream[:2], jnp.pad(stream.squares, (0, parts - stream.squares.size)))
-        launches, new_keys, new_values = -(-len(layers) // self.most), (), ()
-        for launch in range(launches):
-            part = arrays[launch * len(layers) // launches : (launch + 1) * len(layers) // launches]
+        first = fused_products.to_scaled(x, _there(layers[0].attention_norm).scale[...])
+        missing = self.plan.square_parts(kernels.DOWN) - first.squares.size
+        stream = kernels.Stream(first.total, first.scaled, jnp.pad(first.squares, (0, missing)))
+        new_keys, new_values = (), ()
+        for part in _parts(arrays, self.most):
             plan = dataclasses.replace(self.plan, layers=len(part))
             stream, k, v = kernels.run(plan, part, stream, *turns[0], lengths)
             new_keys, new_values = (*new_keys, *k), (*new_values, *v)
-        return (
-            fused_products.from_scaled(fused_products.Scaled(*stream), norm.eps),
-            new_keys,
-            new_values,
-        )
+        left = fused_products.Scaled(stream.total, stream.scaled, stream.squares)
+        return fused_products.from_scaled(left, norm.eps), new_keys, new_values
+
+
+def _parts(layers: Sequence[kernels.Layer], most: int) -> list[Sequence[kernels.Layer]]:
+    """As few parts as there can be, about as large as each other; all but the last one even, see `Stream`."""
+    if len(layers) <= most:
+        return [layers]
+    launches = -(-len(layers) // (most - most % 2))
+    each = -(-len(layers) // launches)
+    each += each % 2
+    return [layers[start : start + each] for start in range(0, len(layers), each)]
 
 
 def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array, cache: KVCache) -> InLayers | None:
@@ -91,7 +97,8 @@ def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array, cache: KVCache) -> 
     plan = kernels.Plan(cases, token, both, 1, config, gpu)
     if not _pays(cases, config) or kernels.unsupported_reason(plan) is not None:
         return None
-    return InLayers(plan, kernels.most_layers(plan))
+    most = kernels.most_layers(plan)
+    return InLayers(plan, most) if most > 1 else None
 
 
 def _switched_on() -> bool:
