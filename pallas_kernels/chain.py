@@ -27,7 +27,7 @@ from pallas_kernels.ring_launch import Launch
 from pallas_kernels.ring_plan import LaunchPlan, ProductPlan
 from pallas_kernels.target import Target
 
-_GATED = 1  # the index of gate and up
+GATED = 1  # the index of gate and up
 _ALIKE = ("bits", "scale_dtype", "group_size")  # in all products: a slot of the ring is of any
 _PEERS = ("mailbox", "addresses")
 OVER_DEVICES = (4,)  # bits whose chains over several GPUs were seen to be right on GPUs
@@ -97,7 +97,7 @@ def unsupported_reason(
             return f"{case.x_dtype} and {case.out_dtype} are not bfloat16"
         if devices > 1 and index in _RESIDUAL and case.bias_dtype is not None:
             return f"the bias of product {index} would be added by each of {devices} devices"
-        runs = 2 if index == _GATED else 1
+        runs = 2 if index == GATED else 1
         if case.n // runs % 16 or (
             case.codebooks > 1 and (case.codebooks % runs or case.n // case.codebooks % 16)
         ):
@@ -173,7 +173,7 @@ def outputs(
     """Names of the kernel's results and what they are, in order."""
     found = {}
     for index, case in enumerate(products):
-        width = case.n // 2 if index == _GATED else case.n
+        width = case.n // 2 if index == GATED else case.n
         row = jax.ShapeDtypeStruct((1, width), case.out_dtype)
         if not case.residual:
             found[f"y{index}"] = row
@@ -199,7 +199,7 @@ def _plan(case: Case, config: ring.Config, index: int) -> ProductPlan:
         workers=config.workers,
         programs=config.programs,
         position=index,
-        gated=index == _GATED,
+        gated=index == GATED,
     )
 
 

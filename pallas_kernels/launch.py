@@ -202,7 +202,7 @@ def chain_plan(
     if any(arrays.x.shape[0] > 1 for arrays, _ in weights):
         return None
     products = [Case.of(arrays, **weight) for arrays, weight in weights]
-    config = ring_arithmetic.config(products, gpu)
+    config = ring_arithmetic.config(products, gpu, chain.GATED)
     reason = chain.unsupported_reason(products, config, gpu, devices)
     return None if reason else (products, config)
 

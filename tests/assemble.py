@@ -213,7 +213,7 @@ def _chains(bits, uniform, target, quick) -> Iterator[tuple[str, str, str, int]]
     for hidden, inner, qkv in ((4096, 14336, 6144), (3072, 8192, 5120))[: 1 if quick else 2]:
         shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (qkv, hidden)]
         products = [golden.case(1, n, k, bits, uniform) for n, k in shapes]
-        config = ring_arithmetic.config(products, target)
+        config = ring_arithmetic.config(products, target, chain.GATED)
         if chain.unsupported_reason(products, config, target) is None:
             cases = chain.cases(products, (1e-5, 1e-5), config, target)
             source = chain.source(cases, config, target)

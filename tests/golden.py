@@ -135,13 +135,17 @@ def _chains() -> Iterator[tuple[str, str]]:
     for bits, group_size, scales in CHAIN_GROUPS:
         shapes = [(4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096)]
         kind = dict(group_size=group_size, scale_dtype=jnp.dtype(scales))
-        config = ring.Config(ring_arithmetic.WORKERS[bits], _MULTIPROCESSORS)
+        config = ring.Config(
+            ring_arithmetic.WORKERS.get(bits, ring_arithmetic.MOST), _MULTIPROCESSORS
+        )
         products = [case(1, n, k, bits, **kind) for n, k in shapes]
         assert chain.unsupported_reason(products, config, H200) is None
         products = chain.cases(products, (1e-5, 1e-5), config, H200)
         yield f"chain {bits} {group_size} {scales}", chain.source(products, config, H200)
     for bits, uniform in DECODERS:
-        config = ring.Config(ring_arithmetic.WORKERS[bits], _MULTIPROCESSORS)
+        config = ring.Config(
+            ring_arithmetic.WORKERS.get(bits, ring_arithmetic.MOST), _MULTIPROCESSORS
+        )
         for hidden, inner, qkv in ((3072, 8192, 5120), (4096, 14336, 6144), (6144, 21504, 8192)):
             shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (qkv, hidden)]
             for count in (3, 4):
@@ -163,7 +167,9 @@ def _over_devices() -> Iterator[tuple[str, str]]:
         name = f"peer sum {devices} {rows} {features} {dtype} {normed=}"
         yield name, peer_sum.source(peer_sum.PeerSum(*facts), H200)
     for bits, devices in ((1, 2), (2, 2), (4, 2), (8, 2), (4, 4)):
-        config = ring.Config(ring_arithmetic.WORKERS[bits], _MULTIPROCESSORS)
+        config = ring.Config(
+            ring_arithmetic.WORKERS.get(bits, ring_arithmetic.MOST), _MULTIPROCESSORS
+        )
         width, inner = 4096 // devices, 14336 // devices
         shapes = [(4096, width), (2 * inner, 4096), (4096, inner), (6144 // devices, 4096)]
         products = [case(1, n, k, bits) for n, k in shapes]
@@ -177,7 +183,7 @@ def plan_of_layers(bits, uniform, hidden, inner, qkv, norms, target) -> layers.P
     shapes = [(qkv, hidden), (hidden, 128 * heads), (2 * inner, hidden), (hidden, inner)]
     attention = short_attention.Case(heads, 8, 128, 128, half, 1e-6 if norms else None)
     products = tuple(case(1, n, k, bits, uniform) for n, k in shapes)
-    config = ring_arithmetic.config(products, target)
+    config = ring_arithmetic.config(products, target, layers.GATE_UP)
     plan = layers.Plan(products, attention, (1e-6, 1e-6), 1, config, target)
     return dataclasses.replace(plan, layers=layers.most_layers(plan))
 

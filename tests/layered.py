@@ -72,7 +72,7 @@ def make(
         heads, kv_heads, dim, capacity, chains.HALF, EPS if normed else None
     )
     products = tuple(case for case, *_ in weights[0])
-    config = config or ring_arithmetic.config(products, target)
+    config = config or ring_arithmetic.config(products, target, layers.GATE_UP)
     plan = layers.Plan(products, attention, chains.EPS, count, config, target)
     assert layers.unsupported_reason(plan) is None, layers.unsupported_reason(plan)
     total = jnp.asarray(rng.normal(size=(1, hidden)), chains.HALF)

@@ -289,3 +289,24 @@ def test_bad_chains_are_refused(rng):
         arguments = dict(x=x, residual=residual, weights=found, norm_scales=scales, eps=chains.EPS)
         with pytest.raises(ValueError, match=message):
             pallas_kernels.chain_matmul(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("bits", "uniform", "group_size", "hidden", "inner", "qkv", "workers"),
+    [
+        (1, False, 128, 2048, 6144, 4096, 15),  # any number from 12 on fills as few slots
+        (1, False, 128, 2560, 9728, 6144, 19),
+        (1, False, 128, 4096, 12288, 6144, 24),  # 8 slots, by 22 warps it would be 12
+        (2, True, 64, 4096, 12288, 6144, 24),
+        (2, False, 64, 4096, 12288, 6144, 16),
+        (4, True, 64, 4096, 14336, 6144, 24),
+    ],
+)
+def test_warps_that_fill_the_fewest_slots(bits, uniform, group_size, hidden, inner, qkv, workers):
+    shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (qkv, hidden)]
+    products = [
+        planar.case(1, n, k, bits, group_size=group_size, uniform=uniform) for n, k in shapes
+    ]
+    config = ring_arithmetic.config(products, H200, chain.GATED)
+    assert (config.workers, config.programs) == (workers, H200.multiprocessors)
+    assert chain.unsupported_reason(products, config, H200) is None

@@ -194,7 +194,7 @@ def _check_chain(rng, bits, uniform, hidden, inner, count, width=512, **kind):
     shapes = [(hidden, width), (2 * inner, hidden), (hidden, inner), (1536, hidden)][:count]
     weights = chains.weights(rng, shapes, bits, (1, 2, 1, 3), uniform, bias=True, **kind)
     cases = [case for case, *_ in weights]
-    config = ring_arithmetic.config(cases, TARGET)
+    config = ring_arithmetic.config(cases, TARGET, chain.GATED)
     if (reason := chain.unsupported_reason(cases, config, TARGET)) is not None:
         pytest.skip(reason)
     x, residual, scales = chains.inputs(rng, width, hidden)

@@ -19,9 +19,8 @@ from fdk_jax.models.blocks import blocks
 from fdk_jax.models.cache import KVCache
 from fdk_jax.models.modules import Layer, RMSNorm
 from pallas_kernels import layers as kernels
-from pallas_kernels import ring_arithmetic, short_attention, stream, target
+from pallas_kernels import ring_arithmetic, short_attention, target
 from pallas_kernels.case import Case
-from pallas_kernels.ring_plan import Config
 
 LAYERS = "FDK_JAX_LAYERS"  # 0: no whole layers in one launch
 
@@ -93,9 +92,9 @@ def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array, cache: KVCache) -> 
     cases = tuple(Case.of(arrays, **facts) for arrays, facts in products)
     gpu = target.current()
     both = _there(first.attention_norm).eps, _there(first.mlp_norm).eps
-    config = ring_arithmetic.config(cases, gpu)
+    config = ring_arithmetic.config(cases, gpu, kernels.GATE_UP)
     plan = kernels.Plan(cases, token, both, 1, config, gpu)
-    if not _pays(cases, config) or kernels.unsupported_reason(plan) is not None:
+    if not _pays(cases) or kernels.unsupported_reason(plan) is not None:
         return None
     most = kernels.most_layers(plan)
     return InLayers(plan, most) if most > 1 else None
@@ -113,12 +112,13 @@ def _switched_on() -> bool:
     return switch == "1"
 
 
-def _pays(cases: Sequence[Case], config: Config) -> bool:
-    """Whether a launch of layers is faster than chains: where products are sums of integers.
+def _pays(cases: Sequence[Case]) -> bool:
+    """Whether a launch of layers is faster than chains: at 1 bit.
 
-    H200, 2026-11-30, a layer with its attention: 31B at 1 bit 33.5 for 35.9 us, 12B at 4 bits 50.7 for 49.5.
+    H200, 2026-11-30, a token of Qwen3-8B at 1 bit 875 us for 938, at 2 evenly spaced bits 1096 for 1070; a
+    layer of 12B at 4 bits 50.7 for 49.5.
     """
-    return all(ring_arithmetic.of(case, config.workers) is not stream.Product for case in cases)
+    return all(case.bits == 1 for case in cases)
 
 
 def _are_alike(layers: Sequence[Layer], norm: RMSNorm) -> bool:

@@ -116,20 +116,21 @@ class Generator:
         request = self._request(prompts, max_tokens, sampling, stop_tokens, speculate)
         loop = request.loop(max_tokens - 1)
         request.compile(loop if max_tokens > 1 else None)
-        begin = time.perf_counter()
-        cache, progress = request.prefill()
         fetch, steps, model_steps = self.programs.fetch, 0, 0
+        most = request.most(max_tokens - 1)  # a GPU would wait for it later
         # The decoding is handed over while the prompts are read, and where the program looks, that call returns
-        # with the last token: so another thread sees the first one come.
+        # with the last token: so another thread, which is there before, sees the first one come.
         with concurrent.futures.ThreadPoolExecutor(1) as clock:
+            begin = clock.submit(time.perf_counter).result()
+            cache, progress = request.prefill()
             middle = clock.submit(_time_of, progress.token)
             if max_tokens > 1:
                 text = None
                 if speculate:
-                    after = request.guess(cache, progress, request.text(), max_tokens - 1, loop)
+                    after = request.guess(cache, progress, request.text(), most, loop)
                     _, at, text, out = after
                 else:
-                    _, at, out = request.decode(cache, progress, max_tokens - 1, loop)
+                    _, at, out = request.decode(cache, progress, most, loop)
                 out.copy_to_host_async()
                 steps = int(at.step) - 1
                 model_steps = steps
@@ -177,7 +178,8 @@ class Generator:
         while left > 0:
             # Queued before the tokens in hand are read: the device does not wait for the reader. At the
             # end this computes a few tokens that nobody reads.
-            cache, progress, following = request.decode(cache, progress, loop.run, loop)
+            most = request.most(loop.run)
+            cache, progress, following = request.decode(cache, progress, most, loop)
             yield self.programs.fetch(waiting)
             if self.programs.fetch(done).all():
                 return
@@ -193,7 +195,9 @@ class Generator:
         text, count = request.text(), 1
         while count < max_tokens and not self.programs.fetch(progress.done).all():
             left = max_tokens - count
-            cache, progress, text, out = request.guess(cache, progress, text, left, loop)
+            cache, progress, text, out = request.guess(
+                cache, progress, text, request.most(left), loop
+            )
             new = int(progress.step) - count
             yield self.programs.fetch(out)[:, : min(new, left)]
             count += new

@@ -115,11 +115,14 @@ class Request:
             start += tokens.shape[1]
         return self._finish_program(cache, reading)(cache, reading, self._options)
 
+    def most(self, steps: int) -> Array:
+        """A number of tokens as `decode` and `guess` take it."""
+        return self._programs.place(jnp.int32(steps))
+
     def decode(
-        self, cache: KVCache, progress: Progress, steps: int, loop: Loop
+        self, cache: KVCache, progress: Progress, most: Array, loop: Loop
     ) -> tuple[KVCache, Progress, Array]:
-        """At most `steps` more tokens, rounded up to a multiple of `loop.run`: int32 [B, loop.max_tokens]."""
-        most = self._programs.place(jnp.int32(steps))
+        """At most so many more tokens, rounded up to a multiple of `loop.run`: int32 [B, loop.max_tokens]."""
         program = self._decode_program(cache, progress, most, loop)
         return program(cache, progress, most, self._options)
 
@@ -131,10 +134,9 @@ class Request:
         return Text(jnp.asarray(tokens), jnp.int32(0))
 
     def guess(
-        self, cache: KVCache, progress: Progress, text: Text, steps: int, loop: Loop
+        self, cache: KVCache, progress: Progress, text: Text, most: Array, loop: Loop
     ) -> tuple[KVCache, Progress, Text, Array]:
         """Like `decode`, with guesses; see `speculation.decode`."""
-        most = jnp.int32(steps)
         program = self._guess_program(cache, progress, text, most, loop)
         return program(cache, progress, text, most, self._options)
 
