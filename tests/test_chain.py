@@ -11,7 +11,7 @@ import planar
 import pytest
 
 import pallas_kernels
-from pallas_kernels import chain, mailbox, ring, stream
+from pallas_kernels import chain, mailbox, ring, ring_arithmetic, stream
 from pallas_kernels.case import Case
 from pallas_kernels.target import H200
 
