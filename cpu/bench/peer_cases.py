@@ -25,8 +25,13 @@ class Product:
     bytes_rw: int
     kernel: str | None = None
     keep: object = None  # memory that the calls point to
+    error: float | None = None  # relative RMS, of this library's first rows
     # A product in another process: takes a sample there, of a counter as peers.sample.
     sample: Callable[[list[int]], float] | None = None
+
+
+# Relative RMS error of bfloat16 results, from activations of 0.5 to 2: more is a wrong kernel, not timed.
+_ALLOWED = {"exact": 4e-3, "int16": 4e-3, "int8": 3e-2}
 
 
 class Unavailable(Exception):
@@ -115,9 +120,47 @@ def fdk_case(bits: int, arithmetic: str, copies: Callable[[int], int]):
                 raise RuntimeError(library.fdk_last_error().decode())
 
         bytes_rw = packed[0].nbytes + scales[0].nbytes + x.nbytes + y.nbytes
-        return Product(call, bytes_rw, keep=(x, y, codebook))
+        call(0)
+        found = _single(y[:2])
+        error = _error_of(found, scalar_rows(packed[0], scales[0], x[:2], codebook, k, n))
+        if not error <= _ALLOWED[arithmetic]:
+            raise RuntimeError(f"relative RMS error {error:.2e} of {bits} bits, {arithmetic}")
+        return Product(call, bytes_rw, keep=(x, y, codebook), error=error)
+
+    def scalar_rows(packed, scales, x, codebook, k: int, n: int) -> np.ndarray:
+        """The same by the scalar twin, exact, from float32 activations: float32 [rows, n]."""
+        library = ctypes.CDLL(str(LIBRARY))
+        y, wide = np.empty((len(x), n), np.float32), _single(x)
+        w = Weight(
+            ctypes.sizeof(Weight), n, k, bits, 0, GROUP, packed.ctypes.data, packed.nbytes,
+            scales.ctypes.data, scales.nbytes, 2, 0, codebook.ctypes.data, codebook.nbytes, 1,
+        )  # fmt: skip
+        a = Arguments(
+            ctypes.sizeof(Arguments), len(x), wide.ctypes.data, wide.nbytes, 0, 0, y.ctypes.data,
+            y.nbytes, None, 0, 0, ARITHMETIC["exact"], 0, 0,
+        )  # fmt: skip
+        library.fdk_isa.restype = ctypes.c_char_p
+        before = library.fdk_isa()
+        try:
+            if library.fdk_set_isa(b"scalar") or library.fdk_matmul(
+                ctypes.byref(w), ctypes.byref(a)
+            ):
+                raise RuntimeError("the scalar twin does not run")
+        finally:
+            library.fdk_set_isa(before)
+        return y
 
     return make
+
+
+def _single(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _error_of(found: np.ndarray, wanted: np.ndarray) -> float:
+    exact = wanted.astype(np.float64)
+    return float(np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2)))
 
 
 def torch_case(kind: str, copies: Callable[[int], int]):

@@ -177,6 +177,7 @@ def measure(
             }
             continue
         row |= {"bytes_rw": product.bytes_rw, "kernel": product.kernel}
+        row["rel_rms_error"] = product.error
         running.append((row, product, []))
     counter = [0]
     for round_number in range(rounds + 1):
