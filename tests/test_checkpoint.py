@@ -14,6 +14,7 @@ from flax import nnx
 
 import fdk_jax
 from fdk_jax import checkpoint
+from fdk_jax.files import contents
 
 
 @pytest.fixture
@@ -49,6 +50,15 @@ def test_kernel_layouts_are_written_as_interchange(tree, tmp_path):
     for backend in ("pallas", "cpu"):
         checkpoint.save(tmp_path / backend, fdk_jax.prepare(tree, backend))
         assert equal(checkpoint.load(tmp_path / backend), tree)
+
+
+def test_arrays_that_are_sent_by_pieces(tree, tmp_path, monkeypatch):
+    """As to a device with memory of its own: the same bits, in whatever runs of rows they were sent."""
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(path, tree)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(contents, "_RUN_BYTES", 700)
+    assert equal(checkpoint.load(path), tree)
 
 
 def test_modules(tmp_path):

@@ -14,6 +14,7 @@
 #include "api.h"
 #include "compiler.h"
 #include "fdk.h"
+#include "residents.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace py = pybind11;
@@ -21,7 +22,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// XLA's own threads as a team, so that no second pool competes with them. Tasks that start after
+// XLA's own threads as a team, for callers that find the residents at work. Tasks that start after
 // the work is done find the door closed and leave; nobody waits for a task that has not started.
 struct Door {
   static constexpr int kClosed = 1 << 30;
@@ -41,8 +42,9 @@ struct Door {
   }
 };
 
-void run_on_xla(const fdk::Team &team, int threads, fdk::Body body, void *context) {
+void run_inside_xla(const fdk::Team &team, int threads, fdk::Body body, void *context) {
   if (threads <= 1) return body(context);
+  if (fdk::Residents::team().run(threads, body, context)) return;
   auto &pool = *static_cast<ffi::ThreadPool *>(const_cast<void *>(team.handle));
   const auto door = std::make_shared<Door>();
   door->body = body;
@@ -110,7 +112,7 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> p
       !to_dtype(scales.element_type(), weight.scales_dtype))
     return ffi::Error::InvalidArgument(
         "fdk: x, y, scales or bias has a shape or dtype unknown here");
-  return to_error(fdk::matmul(&weight, &args, fdk::Team{run_on_xla, &pool}));
+  return to_error(fdk::matmul(&weight, &args, fdk::Team{run_inside_xla, &pool}));
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_matmul, matmul,
@@ -160,7 +162,7 @@ ffi::Error prompt_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuff
   args.values = values.untyped_data();
   args.starts = starts.typed_data();
   args.out = out->untyped_data();
-  return to_error(fdk::prompt_attention(args, fdk::Team{run_on_xla, &pool}));
+  return to_error(fdk::prompt_attention(args, fdk::Team{run_inside_xla, &pool}));
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_prompt_attention, prompt_attention,
@@ -228,7 +230,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::BufferR2<ffi
   args.k_norm = k_norm.element_count() == 0 ? nullptr : k_norm.untyped_data();
   args.norm_eps = norm_eps;
   args.out = out->untyped_data();
-  return to_error(fdk::attention(args, fdk::Team{run_on_xla, &pool}));
+  return to_error(fdk::attention(args, fdk::Team{run_inside_xla, &pool}));
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_attention, attention,
@@ -267,7 +269,8 @@ ffi::Error dense(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
         "tokens");
   args.weight = weight.untyped_data();
   args.y = y->untyped_data();
-  return to_error(fdk::few_tokens(args, x.untyped_data(), x_dtype, fdk::Team{run_on_xla, &pool}));
+  return to_error(
+      fdk::few_tokens(args, x.untyped_data(), x_dtype, fdk::Team{run_inside_xla, &pool}));
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_dense, dense,
