@@ -14,6 +14,8 @@ import safetensors
 import safetensors.numpy
 
 from fdk_jax import files
+from fdk_jax.files.bits import turn, turned, unpack
+from fdk_jax.files.contents import check_finite
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 
 FOREIGN = sorted((Path(__file__).parent / "data" / "foreign").glob("*.safetensors"))
@@ -77,6 +79,27 @@ def test_golden(path, tmp_path):
         expected = expected.swapaxes(1, 2)
     assert np.array_equal(np.asarray(w.dequantise("float32")), expected)
     assert np.array_equal(values(w), expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [64, 7])
+def test_bytes_turned_in_place(bits, size, rng):
+    packed = rng.integers(0, 256, (3, size), dtype=np.uint8)
+    codes = unpack(packed, bits, lowest_first=True)
+    np.testing.assert_array_equal(unpack(turned(packed, bits), bits, lowest_first=False), codes)
+    assert turn(packed, bits) is packed
+    np.testing.assert_array_equal(unpack(packed, bits, lowest_first=False), codes)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf, None])
+def test_scales_that_are_not_finite_are_refused(dtype, spoilt):
+    scales = np.asarray([[ml_dtypes.finfo(dtype).max, -ml_dtypes.finfo(dtype).max], [1, 0]], dtype)
+    if spoilt is None:
+        return check_finite(scales)
+    scales[1, 1] = spoilt
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        check_finite(scales)
 
 
 def test_golden_files_are_there():

@@ -223,7 +223,7 @@ def test_runs_of_rows_of_a_folder(rng, tmp_path):
     for name in ("model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"):
         one = tensors[name]
         assert one.rows is not None
-        whole, some = one.read(), one.rows(5, 17)
+        whole, some = one.read(), one.rows(5, 17, None)
         assert some.shape[0] == 12
         whole, some = (values(a) if one.quantised else a for a in (whole, some))
         np.testing.assert_array_equal(some, whole[5:17])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fdk_jax.files import small_floats
-from fdk_jax.files.bits import turned, unpack
+from fdk_jax.files.bits import turn, turned, unpack
 from fdk_jax.files.contents import Stored, quantised_tensor
 from fdk_jax.files.groups import Group, split
 from fdk_jax.files.zero_points import with_zeros
@@ -145,9 +145,10 @@ def _integers(group: Group, schemes: list[dict[str, Any]]) -> Stored:
 
     def symmetric(words: np.ndarray, scales: np.ndarray):
         values = np.arange(2**bits, dtype=np.float32) - 2 ** (bits - 1)
-        codes = words.view(np.uint8).reshape(len(words), -1)[:, : -(-k * bits // 8)]
+        codes, width = words.view(np.uint8).reshape(len(words), -1), -(-k * bits // 8)
         return quantised_tensor(
-            turned(codes, bits),
+            # The words were read for this alone.
+            turn(codes, bits) if codes.shape[1] == width else turned(codes[:, :width], bits),
             _rows(scales, len(words)),
             values,
             bits=bits,
@@ -155,8 +156,8 @@ def _integers(group: Group, schemes: list[dict[str, Any]]) -> Stored:
             in_features=k,
         )
 
-    def some(begin: int, end: int):
-        return symmetric(packed.some(begin, end), scale.some(begin, end))
+    def some(begin: int, end: int, out: np.ndarray | None):
+        return symmetric(packed.some(begin, end, out), scale.some(begin, end))
 
     def read():
         if zero is None:

@@ -27,14 +27,14 @@ class Stored:
             layout. May be called from several threads at a time.
         quantised: Whether `read` returns a `QuantisedTensor`.
         rows: Reads rows [begin, end) of a matrix alone, in the form of `read`; None where only all of it can be
-            read.
+            read. A third argument, bytes uint8 or None, is where those of the array, or of the codes, may lie.
     """
 
     shape: tuple[int, ...]
     kind: str
     read: Callable[[], HostArray | QuantisedTensor]
     quantised: bool = False
-    rows: Callable[[int, int], HostArray | QuantisedTensor] | None = None
+    rows: Callable[[int, int, HostArray | None], HostArray | QuantisedTensor] | None = None
 
     def array(self) -> HostArray:
         """`read` of one that is not quantised.
@@ -44,13 +44,13 @@ class Stored:
         """
         return self._plain(self.read())
 
-    def some(self, begin: int, end: int) -> HostArray:
-        """Rows [begin, end) of one that is not quantised.
+    def some(self, begin: int, end: int, out: HostArray | None = None) -> HostArray:
+        """Rows [begin, end) of one that is not quantised; see `rows`.
 
         Raises:
             ValueError: it is quantised.
         """
-        found = self.read()[begin:end] if self.rows is None else self.rows(begin, end)
+        found = self.read()[begin:end] if self.rows is None else self.rows(begin, end, out)
         return self._plain(found)
 
     def runs(self) -> list[tuple[int, int]]:
@@ -161,5 +161,10 @@ def quantised_tensor(
 
 def check_finite(scales: HostArray) -> None:
     """Refuses scales that hold NaN or infinity."""
-    if not np.isfinite(scales.astype(np.float32, copy=False)).all():
+    if scales.itemsize == 2:  # of a known dtype: by its bits, which takes a third of the time
+        infinity = np.asarray(np.inf, scales.dtype).view(np.uint16)
+        finite = not scales.size or (scales.view(np.uint16) & np.uint16(0x7FFF)).max() < infinity
+    else:
+        finite = np.isfinite(scales.astype(np.float32, copy=False)).all()
+    if not finite:
         raise ValueError("the scales hold NaN or infinity: the file is damaged")

@@ -258,7 +258,7 @@ def _stored(
         exact = gguf_types.WIDENED.get(one.number)
     if exact is not None:
         read = _exact_reader(one, exact, factor, rows, expert)
-        part = (lambda begin, end: read((begin, end))) if len(shape) == 2 else None
+        part = (lambda begin, end, _: read((begin, end))) if len(shape) == 2 else None
         return Stored(shape, f"{NAME} {one.name_of_type}", read, quantised=True, rows=part)
     if requantise is None:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from fdk_jax.files.contents import Stored
 from fdk_jax.format.quantised_tensor import QuantisedTensor
@@ -34,12 +35,12 @@ class Group:
         shape: tuple[int, ...],
         kind: str,
         read: Callable[[], QuantisedTensor],
-        rows: Callable[[int, int], QuantisedTensor] | None = None,
+        rows: Callable[..., QuantisedTensor] | None = None,
     ) -> Stored:
         """The weight that the parts make; errors of `read` and `rows` name the module."""
 
         def named(function: Callable[..., QuantisedTensor]) -> Callable[..., QuantisedTensor]:
-            def reader(*run: int) -> QuantisedTensor:
+            def reader(*run: Any) -> QuantisedTensor:
                 try:
                     return function(*run)
                 except ValueError as error:

@@ -124,10 +124,10 @@ def _stored(
 ) -> Stored:
     """The array whose bytes are at a place of a file."""
 
-    def rows(first: int, last: int) -> np.ndarray:
+    def rows(first: int, last: int, out: np.ndarray | None) -> np.ndarray:
         size = (end - begin) // max(shape[0], 1)
         run = begin + first * size, begin + last * size
-        return _read(path, name, kind, (last - first, *shape[1:]), *run)
+        return _read(path, name, kind, (last - first, *shape[1:]), *run, out)
 
     read = functools.partial(_read, path, name, kind, shape, begin, end)
     return Stored(shape, kind, read, rows=rows if shape else None)
@@ -147,10 +147,17 @@ def _places(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def _read(
-    path: Path, name: str, kind: str, shape: tuple[int, ...], begin: int, end: int
+    path: Path,
+    name: str,
+    kind: str,
+    shape: tuple[int, ...],
+    begin: int,
+    end: int,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The array whose bytes are at a place of a file."""
-    array = aligned(end - begin)
+    """The array whose bytes are at a place of a file, read to `out` if that has their size."""
+    fits = out is not None and out.nbytes == end - begin and out.flags.c_contiguous
+    array = out.reshape(-1) if out is not None and fits else aligned(end - begin)
     with path.open("rb", buffering=0) as file:
         file.seek(begin)
         done = 0

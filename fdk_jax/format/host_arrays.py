@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -12,6 +13,7 @@ import numpy as np
 _ALIGNMENT = 64  # of arrays that XLA takes on a CPU without a copy
 _MOST_THREADS = 16
 Item = TypeVar("Item")
+_of_thread = threading.local()
 
 
 def aligned(size: int) -> np.ndarray:
@@ -19,6 +21,14 @@ def aligned(size: int) -> np.ndarray:
     whole = np.empty(size + _ALIGNMENT, np.uint8)
     first = -whole.ctypes.data % _ALIGNMENT
     return whole[first : first + size]
+
+
+def scratch(size: int) -> np.ndarray:
+    """Bytes uint8 [size], the same ones in every call of a thread: to touch new memory takes longer."""
+    found = getattr(_of_thread, "scratch", None)
+    if found is None or found.size < size:
+        found = _of_thread.scratch = aligned(size)
+    return found[:size]
 
 
 def return_freed_memory() -> None:

@@ -193,18 +193,22 @@ class Placer:
         Returns:
             The weight; None for parts of different widths, groups or dtypes of scales.
         """
-        heads: list[Any] = [part.rows(0, 1) for part in parts if part.rows is not None]
+        heads: list[Any] = [part.rows(0, 1, None) for part in parts if part.rows is not None]
         first = heads[0]
         if len({(h.bits, h.group_size, h.scales.dtype, h.shape[1]) for h in heads}) > 1:
             return None
         dtype = self.dtype if self.dtype == jnp.float32 else first.scales.dtype
         rows = [part.shape[0] for part in parts]
 
-        def read(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        def read(
+            begin: int, end: int, out: np.ndarray | None = None
+        ) -> tuple[np.ndarray, np.ndarray]:
             found: list[Any] = []
             for part, count in zip(parts, rows, strict=True):
                 if part.rows is not None and begin < count and end > 0:
-                    found.append(part.rows(max(begin, 0), min(end, count)))
+                    whole = begin >= 0 and end <= count  # the run lies in this part
+                    run = max(begin, 0), min(end, count)
+                    found.append(part.rows(*run, out if whole else None))
                 begin, end = begin - count, end - count
             codes: Any = join_rows([one.packed for one in found], 1)
             factors: Any = join_rows([one.scales for one in found], 1)
@@ -242,7 +246,9 @@ class Placer:
 
         def fill(begin: int) -> None:
             run = slice(begin, min(begin + step, n))
-            codes[run], scales[run] = read(run.start, run.stop)
+            some, scales[run] = read(run.start, run.stop, codes[run])
+            if not np.may_share_memory(some, codes[run]):
+                codes[run] = some
 
         each(fill, range(0, n, step))
         parts = [self._put(codes, P())], [self._put(scales, P())]
