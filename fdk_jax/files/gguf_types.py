@@ -11,12 +11,13 @@ from collections.abc import Callable
 import numpy as np
 
 from fdk_jax.files import small_floats
-from fdk_jax.files.bits import pack, turned
+from fdk_jax.files.bits import pack, turn
 from fdk_jax.files.contents import quantised_tensor
+from fdk_jax.format.host_arrays import scratch
 
 Parts = tuple[np.ndarray, np.ndarray]
 
-_DECODED_BYTES = 4 << 20  # of a file's that are decoded at a time
+_DECODED_BYTES = 1 << 18  # of a file's that are decoded at a time, so that they stay in a cache
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -78,11 +79,24 @@ def _half(bytes_: np.ndarray) -> np.ndarray:
 
 
 def _halves_of_block(codes: np.ndarray) -> np.ndarray:
-    """Nibbles of which byte j holds elements j (low) and j + 16, in the interchange layout."""
-    even, odd = codes[..., 0::2], codes[..., 1::2]
-    low = (even << np.uint8(4)) | (odd & np.uint8(15))
-    high = (even & np.uint8(0xF0)) | (odd >> np.uint8(4))
-    return np.concatenate([low, high], axis=-1)
+    """Nibbles of which byte j holds elements j (low) and half a block further, in the interchange layout.
+
+    Two bytes make one of the low nibbles and one of the high ones, in the low half of a word of 16 bits.
+    """
+    out, half = np.empty(codes.shape, np.uint8), codes.shape[-1] // 2
+    pairs, ours, other, cut = scratch(4 * codes.size).reshape(4, -1)
+    whole = f"V{codes.shape[-1]}"  # a block at a time, which is far faster than byte by byte
+    np.copyto(pairs.view(whole).reshape(codes.shape[:-1]), codes.view(whole)[..., 0])
+    pairs, ours, other = (a.view(np.uint16) for a in (pairs, ours, other))
+    cut, halves = cut[: pairs.size], out.view(f"u{half}")
+    for at, nibbles, up, down in ((0, 0x0F0F, 4, 8), (1, 0xF0F0, 0, 12)):
+        np.bitwise_and(pairs, np.uint16(nibbles), out=ours)
+        np.right_shift(ours, np.uint16(down), out=other)
+        np.left_shift(ours, np.uint16(up), out=ours)
+        np.bitwise_or(ours, other, out=ours)
+        np.copyto(cut, ours, casting="unsafe")  # without what is above the two nibbles
+        halves[..., at] = cut.view(f"u{half}").reshape(halves.shape[:-1])
+    return out
 
 
 def _nibbles(blocks: np.ndarray) -> Parts:
@@ -91,7 +105,7 @@ def _nibbles(blocks: np.ndarray) -> Parts:
 
 def _in_order(bits: int) -> Callable[[np.ndarray], Parts]:
     """A float16 scale, then codes in order, lowest first."""
-    return lambda blocks: (turned(blocks[..., 2:], bits), _half(blocks[..., :2]))
+    return lambda blocks: (turn(blocks[..., 2:].copy(), bits), _half(blocks[..., :2]))
 
 
 def _q8_0(blocks: np.ndarray) -> Parts:
