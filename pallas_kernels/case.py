@@ -42,6 +42,7 @@ class Case:
         norm_eps: what is added to that mean.
         residual: the product is added to a residual, and leaves what the next one's norm needs.
         devices: whose products are summed up before that, through `mailbox`es, if there are several.
+        arithmetic: "exact"; or "int8": x and the weight may be rounded to integers, see `mosaic_integers`.
     """
 
     m: int
@@ -59,6 +60,7 @@ class Case:
     norm_eps: float = 0.0
     residual: bool = False
     devices: int = 1
+    arithmetic: str = "exact"
 
     @classmethod
     def of(
@@ -70,6 +72,7 @@ class Case:
         out_features: int,
         uniform: bool = False,
         out_dtype: Any = None,
+        arithmetic: str = "exact",
     ) -> "Case":
         """The case of arrays, or of their shapes and dtypes; stacked weights count as one matrix.
 
@@ -80,6 +83,7 @@ class Case:
             out_features: N.
             uniform: see the attributes.
             out_dtype: None for the dtype of x.
+            arithmetic: see the attributes.
         """
         stacked = arrays.packed.shape[0] if len(arrays.packed.shape) == 6 else 1
         return cls(
@@ -94,6 +98,7 @@ class Case:
             bias_dtype=None if arrays.bias is None else arrays.bias.dtype,
             out_dtype=jnp.dtype(arrays.x.dtype if out_dtype is None else out_dtype),
             uniform=uniform,
+            arithmetic=arithmetic,
         )
 
     @property

@@ -24,6 +24,7 @@ from pallas_kernels import (
     integer_tokens,
     matvec,
     mma,
+    mosaic_integers,
     mosaic_matmul,
     plain,
     wgmma,
@@ -53,8 +54,9 @@ class Plan:
     """The choice for one product.
 
     Attributes:
-        kernel: a key of `KERNELS`; "mosaic"; "dequantise" (then dot); "plain"; "xla" where no kernel runs.
-        config: launch configuration of a kernel of `KERNELS` or of "mosaic", else None.
+        kernel: a key of `KERNELS`; "mosaic" or "mosaic_integers"; "dequantise" (then dot); "plain"; "xla" where
+            no kernel runs.
+        config: launch configuration of a kernel of `KERNELS` or of a "mosaic" one, else None.
         reason: why, in words.
     """
 
@@ -105,6 +107,12 @@ def plan(
 
 def choose(case: Case, target: Target) -> Plan:
     """As `plan`, from everything that is static about a product."""
+    if case.arithmetic != "exact":
+        config, reason = mosaic_integers.choose(case, target)
+        if config is not None:
+            return Plan("mosaic_integers", config, f"8-bit integers, for {target.architecture}")
+        exact = choose(dataclasses.replace(case, arithmetic="exact"), target)
+        return dataclasses.replace(exact, reason=f"{exact.reason}; no integers, since {reason}")
     reason = matvec.unsupported_reason(case, matvec.Config(tiles=1, warps=8), target)
     if reason is not None and target.has_pallas:
         return Plan("plain", None, f"ordinary Pallas operations, because {reason}")
@@ -252,6 +260,8 @@ def launch(
         return (dequantise.matmul(case, arrays, target),)
     if kernel == "mosaic":
         return (mosaic_matmul.matmul(case, config, arrays),)
+    if kernel == "mosaic_integers":
+        return (mosaic_integers.matmul(case, config, arrays),)
     module = KERNELS[kernel]
     return case.launch(
         module.source(case, config, target),

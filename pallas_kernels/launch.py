@@ -23,6 +23,7 @@ def matmul(
     uniform: bool,
     bias: Array | None = None,
     out_dtype: Any = None,
+    arithmetic: str = "exact",
     config: choice.Config | None = None,
     interpret: bool = False,
 ) -> Array:
@@ -41,6 +42,7 @@ def matmul(
         uniform: whether the values of the codebook are evenly spaced, see `fdk_jax.QuantisedTensor`.
         bias: [N] or None, added in float32.
         out_dtype: dtype of y; None for the dtype of x.
+        arithmetic: "exact" or "int8", see `Case`.
         config: a launch configuration instead of the tuned one.
         interpret: run the plain kernel in Pallas' interpreter, which refuses the PTX of the others.
 
@@ -60,6 +62,7 @@ def matmul(
         out_features=out_features,
         uniform=uniform,
         out_dtype=out_dtype,
+        arithmetic=arithmetic,
     )
     gpu = target.current()
     chosen = choice.choose(case, gpu) if config is None else _given(case, config, gpu)
@@ -77,7 +80,7 @@ def plan_of(arrays: Arrays, **weight: Any) -> choice.Plan:
 
     Args:
         arrays: of the product, or their shapes and dtypes.
-        weight: bits, group_size, out_features, uniform and out_dtype, see `matmul`.
+        weight: bits, group_size, out_features, uniform, out_dtype and arithmetic, see `matmul`.
     """
     return choice.choose(Case.of(arrays, **weight), target.current())
 

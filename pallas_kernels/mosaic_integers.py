@@ -20,6 +20,7 @@ from pallas_kernels.case import Arrays, Case
 from pallas_kernels.mosaic_matmul import Config
 from pallas_kernels.target import Target
 
+LEAST_TOKENS = 192  # below, the exact kernels are as fast
 _LARGEST = 127
 _RUN = 16  # columns of K that change places among themselves
 
@@ -41,6 +42,14 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         return reason
     needed = mosaic_matmul.shared_bytes(integer_case(case), config)
     return f"{config} needs {needed} bytes" if needed > target.shared_bytes else None
+
+
+def choose(case: Case, target: Target) -> tuple[Config | None, str]:
+    """The configuration for a case whose arithmetic allows integers, or None and why there are none."""
+    if case.m < LEAST_TOKENS:
+        return None, f"{case.m} tokens are as fast without"
+    config = guess(case, target)
+    return config, "" if config else str(unsupported_reason(case, Config(256, 2, 1, 4, 2), target))
 
 
 def guess(case: Case, target: Target) -> Config | None:

@@ -8,7 +8,9 @@ import numpy as np
 import planar
 import pytest
 
-from pallas_kernels import choice, grouped, mosaic_matmul
+import fdk_jax
+from fdk_jax.format import packing
+from pallas_kernels import choice, grouped, mosaic_integers, mosaic_matmul
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.mosaic_matmul import Config
 from pallas_kernels.target import current
@@ -142,6 +144,78 @@ def test_grouped(rng, bits, sizes, past, config):
         dataclasses.replace(wanted, x=np.asarray(x[here])).check(y[here], added)
         start += count
     assert not np.asarray(y[start:]).any()
+
+
+def _integer_product(rng, m, n, k, bits, group, dtype, codebooks=1, scales=None):
+    """Case, arrays, what integers of both sides should give, and the exact product.
+
+    The integers are what the library makes of x and of the scales, see tests/test_mosaic.py; the codes are
+    looked up here.
+    """
+    case, arrays, wanted, added = _product(
+        rng, m, n, k, bits, group, dtype, codebooks, True, scales
+    )
+    x, of_x = (np.asarray(a, np.float64) for a in mosaic_integers.integers(arrays.x))
+    x = x.reshape(m, -1, 4, 2, 2).swapaxes(2, 3).reshape(m, k)
+    x *= of_x[:, None]
+    assert np.all(np.abs(x - np.asarray(wanted.x, np.float64)) <= 0.501 * of_x[:, None])
+    scales, books, of_rows = mosaic_integers.relative(case, arrays.scales, arrays.codebook)
+    by_row = np.asarray(scales, np.float64).reshape(case.tiles, -1, 8, 4, 2)
+    by_row = by_row.transpose(0, 4, 2, 1, 3).reshape(16 * case.tiles, -1)[:n]
+    packed, _ = packing.from_planar(
+        arrays.packed, arrays.scales, bits=bits, group_size=group, out_features=n, in_features=k
+    )
+    codes, book = np.asarray(packing.unpack(packed, bits, k)), np.arange(n) * codebooks // n
+    values = np.asarray(books, np.float16).astype(np.float64)[book[:, None], codes]
+    weight = np.rint(values * np.repeat(by_row, group, 1)[:, :k]) * np.asarray(of_rows)[:, None]
+    return (
+        case,
+        arrays,
+        dataclasses.replace(wanted, x=x, matrices=[weight], bits=8),
+        added,
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group", "dtype", "config", "kind"),
+    [
+        (300, 520, 2048, 64, "bfloat16", None, {}),
+        (70, 264, 1040, 32, "float16", Config(64, 2, 1, 6, 2), {}),
+        (513, 512, 4096, 512, "bfloat16", Config(128, 2, 1, 4, 2), dict(codebooks=2)),
+        (257, 136, 1552, 8, "bfloat16", Config(256, 1, 1, 3, 3), dict(scales="float32")),
+        (1, 128, 256, 128, "float16", Config(16, 2, 1, 6, 2), dict(scales="bfloat16")),
+    ],
+)
+def test_integers(rng, bits, m, n, k, group, dtype, config, kind):
+    case, arrays, wanted, added = _integer_product(rng, m, n, k, bits, group, dtype, **kind)
+    config = config or mosaic_integers.guess(case, current())
+    if (reason := mosaic_integers.unsupported_reason(case, config, current())) is not None:
+        pytest.skip(reason)
+    _poison()
+    wanted.check(mosaic_integers.matmul(case, config, arrays), added)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_integers_of_a_row_that_is_not_finite(rng, value):
+    case, arrays, *_ = _integer_product(rng, 300, 264, 1040, 4, 64, "bfloat16")
+    config = mosaic_integers.guess(case, current())
+    arrays = arrays._replace(x=arrays.x.at[7, 100].set(value))
+    y = np.asarray(mosaic_integers.matmul(case, config, arrays), np.float32)
+    np.testing.assert_array_equal(np.isfinite(y).all(1), np.arange(300) != 7)
+    assert not np.isfinite(y[7]).any()
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_integers_by_the_library(rng, bits):
+    weight = jnp.asarray(rng.normal(size=(512, 2048)), jnp.bfloat16)
+    w = fdk_jax.prepare(fdk_jax.quantise(weight, bits), "pallas")
+    x = jnp.asarray(rng.normal(size=(2, 256, 2048)), jnp.bfloat16)
+    told = fdk_jax.explain(x, w, backend="pallas", arithmetic="int8")
+    assert told.kernel.startswith("mosaic_integers")
+    y = fdk_jax.matmul(x, w, backend="pallas", arithmetic="int8").astype(jnp.float32)
+    exact = fdk_jax.matmul(x, w, backend="pallas").astype(jnp.float32)
+    assert 0 < jnp.linalg.norm(y - exact) < 0.02 * jnp.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -12,7 +12,13 @@ import pytest
 from backends import for_a_gpu
 
 from fdk_jax.format import packing
-from pallas_kernels import mosaic_decoding, mosaic_matmul, mosaic_values
+from pallas_kernels import (
+    choice,
+    mosaic_decoding,
+    mosaic_integers,
+    mosaic_matmul,
+    mosaic_values,
+)
 from pallas_kernels.case import PLANE, Arrays, Case
 from pallas_kernels.mosaic_matmul import Config
 from pallas_kernels.target import H200, Target
@@ -139,3 +145,84 @@ def test_guesses_waste_few_tokens(m, bits):
     found = mosaic_matmul.guess(case(m=m, n=4096, k=4096, bits=bits), H200)
     padded = -(-m // found.tokens) * found.tokens
     assert padded - m < 16 * -(-m // found.tokens) + 0.1 * m
+
+
+def test_integers_of_x_are_in_the_order_of_the_operand():
+    """Of 16 columns a lane has 2 c, 2 c + 1, 8 + 2 c and 9 + 2 c, where the operand has 4 c to 4 c + 3."""
+    x = jnp.arange(-127, 129, dtype=jnp.float32)[None].clip(-127, 127)
+    found, factors = (np.asarray(a) for a in mosaic_integers.integers(x))
+    np.testing.assert_array_equal(factors, [1])
+    for run in range(16):
+        for c in range(4):
+            for j in range(4):
+                column = 16 * run + 8 * (j >> 1) + 2 * c + (j & 1)
+                assert found[0, 16 * run + 4 * c + j] == x[0, column]
+
+
+def test_rows_of_x_that_are_zero_or_not_finite():
+    x = jnp.ones((4, 32)).at[0].set(0).at[1, 3].set(jnp.nan).at[2, 5].set(jnp.inf)
+    found, factors = mosaic_integers.integers(x)
+    assert not found[0].any() and np.isfinite(factors[0])
+    assert not np.isfinite(factors[1:3]).any()
+    np.testing.assert_array_equal(found[3], np.full(32, 127))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize(("group", "scales"), [(8, F16), (64, BF16), (128, F32)])
+def test_integers_of_a_weight_are_within_half_a_step(rng, bits, group, scales):
+    product = case(n=48, k=1024, bits=bits, group=group, codebooks=3, scales=scales)
+    codes = rng.integers(0, 2**bits, (48, 1024)).astype(np.uint8)
+    books = rng.normal(size=(3, 2**bits)).astype(np.float32)
+    factors = jnp.asarray(rng.normal(size=(48, 1024 // group)), scales).at[5].set(0)
+    facts = dict(bits=bits, group_size=group, out_features=48, in_features=1024)
+    _, planar = packing.to_planar(packing.pack(codes, bits), factors, **facts)
+    relative, table, rows = (
+        np.asarray(a, np.float64) for a in mosaic_integers.relative(product, planar, books)
+    )
+    # A tile's scales of four groups: row g, group, row g or g + 8.
+    by_row = relative.reshape(3, -1, 8, 4, 2).transpose(0, 4, 2, 1, 3).reshape(48, -1)
+    integers = np.rint(
+        np.asarray(table[np.arange(48)[:, None] // 16, codes], np.float16).astype(np.float64)
+        * np.repeat(by_row, group, 1)[:, :1024]
+    )
+    assert np.abs(integers).max() <= 127
+    wanted = books[np.arange(48)[:, None] // 16, codes] * np.repeat(
+        np.asarray(factors, np.float64), group, 1
+    )
+    # And what the table and the scales lose as float16.
+    assert np.all(np.abs(integers * rows[:, None] - wanted) <= 0.63 * rows[:, None])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_integers_lower_for_a_gpu(bits):
+    product = case(m=300, n=264, k=1040, bits=bits, group=32, bias=BF16)
+    config, reason = mosaic_integers.choose(product, H200)
+    assert config is not None and not reason
+    shape = jax.ShapeDtypeStruct
+    arrays = Arrays(
+        shape((300, 1040), BF16),
+        shape((product.tiles, product.blocks, 2, 8, 32), jnp.uint16),
+        shape((product.tiles, product.scale_fours, 64), BF16),
+        shape((2**bits,), jnp.float32),
+        shape((264,), BF16),
+    )
+    with for_a_gpu():
+        traced = jax.jit(lambda a: mosaic_integers.matmul(product, config, a)).trace(arrays)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "target", "words"),
+    [
+        (dict(m=64), H200, "as fast without"),
+        (dict(k=1032), H200, "multiple of 16"),
+        ({}, Target.parse("sm_80"), "wgmma"),
+        (dict(codebooks=2), H200, "codebooks"),
+    ],
+)
+def test_exact_kernels_run_where_integers_do_not(change, target, words):
+    product = dataclasses.replace(case(m=300, k=1040), arithmetic="int8", **change)
+    plan = choice.choose(product, target)
+    assert plan.kernel != "mosaic_integers" and words in plan.reason
+    exact = choice.choose(dataclasses.replace(product, arithmetic="exact"), target)
+    assert (plan.kernel, plan.config) == (exact.kernel, exact.config)

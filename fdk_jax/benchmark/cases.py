@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+from fdk_jax.product.choice import INEXACT
+
 BACKENDS = ("pallas", "cpu", "xla")
 DENSE_BITS = (16, 32)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -103,7 +105,7 @@ def make_cases(
         group_sizes: of the quantised cases.
         codebooks: of the quantised cases.
         dtypes: of the activations.
-        arithmetics: of the CPU library; other backends know "exact" only.
+        arithmetics: of the activations; those that a backend lacks are left out, but for "exact".
     """
     cases = []
     for k_, n_, m_, b, dtype in itertools.product(k, n, m, bits, dtypes):
@@ -114,7 +116,8 @@ def make_cases(
             cases.append(KernelCase("xla", m_, k_, n_, width, dtype=dtype))
             continue
         for g, codebook, backend in itertools.product(group_sizes, codebooks, backends):
-            for arithmetic in arithmetics if backend == "cpu" else ("exact",):
+            known = ("exact", *INEXACT.get(backend, ()))
+            for arithmetic in [a for a in arithmetics if a in known] or ("exact",):
                 cases.append(KernelCase(backend, m_, k_, n_, b, g, codebook, dtype, arithmetic))
     return list(dict.fromkeys(cases))
 

@@ -182,6 +182,12 @@ def _integer_noise(
     case: KernelCase, x: np.ndarray, matrix: np.ndarray, w: Any, rows: slice
 ) -> np.ndarray:
     """The standard deviation of each output's error [m, R] if x and the levels are integers."""
+    if case.backend == "pallas":  # see `pallas_kernels.mosaic_integers`
+        steps = np.abs(x).max(1, keepdims=True) / 127
+        scales = np.abs(np.asarray(w.scales)[rows].astype(np.float64)).max(1)
+        levels = scales * float(np.abs(np.asarray(w.codebook)).max()) / 127
+        noise = steps**2 * (matrix**2).sum(1) + (x**2).sum(1, keepdims=True) * levels**2
+        return np.sqrt(noise / 12)
     limit, levels = (127, 223) if case.arithmetic == "int8" else (8191, 8190)
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % w.group_size)))
     largest = np.abs(padded).reshape(len(x), -1, w.group_size).max(-1)

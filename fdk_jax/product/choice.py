@@ -14,6 +14,8 @@ from pallas_kernels.case import Arrays
 
 BACKENDS = ("pallas", "cpu", "xla")
 ARITHMETIC = ("exact", "int16", "int8")
+# Arithmetics other than "exact", by the backend that must be asked for.
+INEXACT = {"cpu": ("int16", "int8"), "pallas": ("int8",)}
 LAYOUT_OF = {"pallas": "planar", "cpu": "tiled", "xla": "interchange"}
 # The platform on which the kernels that read a layout run.
 PLATFORM_OF = {"planar": "cuda", "tiled": "cpu"}
@@ -124,4 +126,5 @@ def gpu_plan(product: Product, operands: Arrays) -> pallas_kernels.Plan:
         out_features=product.out_features,
         uniform=product.uniform,
         out_dtype=product.out_dtype,
+        arithmetic=product.arithmetic,
     )

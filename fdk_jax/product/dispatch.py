@@ -30,6 +30,7 @@ from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
 from fdk_jax.product import cpu_backend, partitioning, reference
 from fdk_jax.product.choice import (
     ARITHMETIC,
+    INEXACT,
     LAYOUT_OF,
     PLATFORM_OF,
     Product,
@@ -92,8 +93,9 @@ def matmul(
             the program is lowered for, "xla" elsewhere; see `fdk_jax.explain`.
         bias: [N], added in float32; or None.
         out_dtype: dtype of y; None for the dtype of x.
-        arithmetic: "exact"; or "int16" or "int8" activations quantised by group, with `backend="cpu"`
-            (docs/cpu.md states their errors).
+        arithmetic: "exact"; or, with `backend="cpu"`, "int16" or "int8" activations quantised by group
+            (docs/cpu.md states their errors); or, with `backend="pallas"`, "int8": many tokens and the weight
+            may become integers of a row's range (docs/gpu/many.md).
 
     Returns:
         y [..., N].
@@ -149,8 +151,9 @@ def _check_call(x, w, backend, bias, out_dtype, arithmetic) -> None:
         raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
     if arithmetic not in ARITHMETIC:
         raise ValueError(f"{arithmetic=} is not one of {ARITHMETIC}")
-    if arithmetic != "exact" and backend != "cpu":
-        raise NotImplementedError(f'{arithmetic=} needs backend="cpu", got {backend=}')
+    if arithmetic != "exact" and arithmetic not in INEXACT.get(backend or "", ()):
+        those = " or ".join(f'"{name}"' for name, known in INEXACT.items() if arithmetic in known)
+        raise NotImplementedError(f"{arithmetic=} needs backend={those}, got {backend=}")
     check_available(backend, x)
 
 
@@ -269,7 +272,6 @@ def _run(backend: str, product: Product, operands: Arrays) -> Array:
         out_dtype=product.out_dtype,
     )
     if backend == "pallas":
-        return pallas_kernels.matmul(
-            x, packed, scales, codebook, interpret=product.interpret, **options
-        )
+        options |= dict(arithmetic=product.arithmetic, interpret=product.interpret)
+        return pallas_kernels.matmul(x, packed, scales, codebook, **options)
     return cpu_backend.matmul(x, packed, scales, codebook, arithmetic=product.arithmetic, **options)
