@@ -229,7 +229,7 @@ def _produce(
     **_,
 ):
     """Copies codes and scales a slab at a time, and the planes of x that belong to them."""
-    _, x_smem, *_ = x_smem
+    x_smem = x_smem[1]
     size, tiles, width = slab(case, config), config.rows // 16, columns(case)
     planes, blocks, fours = size // width, size // case.span, scale_fours(case, config)
     collective = "cluster" if config.cluster > 1 else None
@@ -300,7 +300,7 @@ def _consume(
     w_free,
 ):
     """Decodes a plane while the products of the one before are under way."""
-    x_smem, *_, x_flat = x_smem
+    x_smem, x_flat = x_smem[0], x_smem[-1]
     size, width, decoder = slab(case, config), columns(case), Decoder.of(case)
     planes = size // width
     slabs, step = tile.slabs, config.k_groups
