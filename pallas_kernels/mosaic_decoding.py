@@ -85,6 +85,43 @@ def scale_offset(thread: Any, group: Any, fours: int) -> Any:
     return (warp * fours + group // 4) * 128 + g * 16 + group % 4 * 4
 
 
+def own_codes(
+    bits: int, thread: Any, plane: Any, blocks: int
+) -> tuple[list[Any], list[tuple[int, int, Any]]]:
+    """Where a thread's own 16 columns of a plane are, if their order is free: 8 c to 8 c + 7 of each half.
+
+    Args:
+        bits: see `code_offsets`.
+        thread: see `code_offsets`.
+        plane: see `code_offsets`.
+        blocks: see `code_offsets`.
+
+    Returns:
+        Offsets of 16 bytes each; and for each pair of columns, in order, which of these, which of their four
+        words, and the bit at which its codes start, as `code_offsets` has it.
+    """
+    warp, g, c = lane_of(thread)
+    planes = 8 // bits
+    inner, per_half = plane % planes, max(1, planes // 2)
+    within = inner % per_half
+    halves = [inner * 0, inner * 0 + 1] if bits == 8 else [inner // per_half]
+    offsets = []
+    for half in halves:
+        line = half * 4 + g // 2
+        start = (warp * blocks + plane // planes) * 1024 + line * 128
+        offsets.append(start + ((g % 2 * 4 + c) ^ line) * 16)
+    pairs = []
+    for word in range(4):
+        for quarter in range(2):
+            bit = {8: inner * 0, 4: inner * 0 + 16 * quarter}.get(bits)
+            if bits == 2:
+                bit = within * 16 + 8 * quarter
+            if bits == 1:
+                bit = within * 4 + 2 * quarter
+            pairs.append((quarter if bits == 8 else 0, word, bit))
+    return offsets, pairs
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """Writes the code that decodes.
@@ -172,7 +209,7 @@ class Decoder:
         element = ir.BF16Type.get() if self.half == "bf16" else ir.F16Type.get()
         count, layout, signed = 2, mgpu.WGMMA_LAYOUT, None
         if self.integers:
-            # The lower bytes of four halves: what two chunks have of a row.
+            # The lower bytes of four halves: what two pairs have of a row.
             pairs = zip(values[::2], values[1::2], strict=True)
             values = [
                 [op("prmt.b32 $0, $1, $2, 0x6420;", *two) for two in zip(*chunks, strict=True)]
@@ -188,8 +225,18 @@ class Decoder:
         return fragmented_array.optimization_barrier(a)
 
     def _codes(self, codes: ir.Value, plane: U32) -> Iterator[tuple[U32, U32]]:
-        """For each chunk a register with its codes, and the bit at which they start."""
+        """For each chunk a register with its codes, and the bit at which they start.
+
+        Of integers the chunks are the pairs of a lane's own columns.
+        """
         start, blocks = address(codes), ir.MemRefType(codes.type).shape[1]
+        if self.integers:
+            offsets, pairs = own_codes(self.bits, thread(), plane, blocks)
+            four = ir.VectorType.get((4,), i32())
+            units = [load(start + offset, four) for offset in offsets]
+            for unit, word, bit in pairs:
+                yield U32(llvm.extractelement(units[unit], U32(word).value)), bit
+            return
         kind = ir.IntegerType.get_signless({1: 32, 2: 8, 4: 16, 8: 32}[self.bits])
         for offset, bit in code_offsets(self.bits, thread(), plane, blocks):
             word = load(start + offset, kind)
@@ -200,23 +247,24 @@ class Decoder:
         copies = _TABLE_ROW // self.entry_bytes
         copy = address(table) + thread() % copies * self.entry_bytes
         values = []
-        for (word, _), scale in zip(self._codes(codes, plane), scales, strict=True):
+        for (word, bit), scale in zip(self._codes(codes, plane), scales, strict=True):
             if self.bits == 2:
-                row = copy + word * _TABLE_ROW
+                row = self._row(word, bit, copy) if self.integers else copy + word * _TABLE_ROW
                 pairs = [U32(load(row + 4 * i, i32())) for i in range(2)]
             else:
-                pairs = self._bytes(word, copy)
+                pairs = self._bytes(word, bit, copy)
             values.append([self._multiply(*two) for two in zip(pairs, scale, strict=True)])
         return values
 
-    def _bytes(self, word: U32, copy: U32) -> list[U32]:
-        """The values of a word's bytes, two or (8 bits) four."""
-        values = []
-        for byte in range(self.bits // 2):
-            # The dot product of a word's bytes with a row's size and three zeros is an address.
-            row = U32(_TABLE_ROW << 8 * byte)
-            offset = op("dp4a.u32.u32 $0, $1, $2, $3;", word, row, copy)
-            values.append(U32(load(offset, i32())))
+    def _row(self, word: U32, bit: U32, copy: U32) -> U32:
+        """Where the table has the values of the byte that starts at a bit of a word."""
+        # The dot product of a word's bytes with a row's size and three zeros is an address.
+        return op("dp4a.u32.u32 $0, $1, $2, $3;", word, U32(_TABLE_ROW) << bit, copy)
+
+    def _bytes(self, word: U32, bit: U32, copy: U32) -> list[U32]:
+        """The values of a word's bytes from a bit on, two or (8 bits) four."""
+        starts = [bit + 8 * byte for byte in range(self.bits // 2)]
+        values = [U32(load(self._row(word, start, copy), i32())) for start in starts]
         if self.bits == 4:
             return values
         pairs = zip(values[::2], values[1::2], strict=True)
@@ -225,6 +273,16 @@ class Decoder:
     def _scales(self, scales: ir.Value, group: U32, plane: U32) -> list[list[U32]]:
         """For each chunk the scales of both rows, each twice in a register."""
         fours, known = ir.MemRefType(scales.type).shape[1], {}
+        if self.integers and self.group_size < 64:
+            # Of a lane's own columns: 8 in each half of the plane.
+            _, _, c = lane_of(thread())
+            pairs = []
+            for half in range(2):
+                own = (c * 8 + 32 * half) // self.group_size
+                index = group + plane * (64 // self.group_size) + own
+                where = scale_offset(thread(), index, fours)
+                pairs += 4 * [self._scale_pair(address(scales), where)]
+            return pairs
         for part in range(max(1, 64 // self.group_size)):
             if self.group_size >= 64:
                 index = group + plane // (self.group_size // 64)

@@ -108,6 +108,8 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         return f"{case.codebooks} codebooks do not change at multiples of {config.rows} rows"
     if config.tokens % 16 or not 16 <= config.tokens <= 256:
         return f"{config.tokens} tokens a program are no multiple of 16 up to 256"
+    if config.warpgroups < 2:
+        return "one warpgroup does not fill the table"
     if config.warpgroups > 2 and config.tokens > 128:
         return (
             f"registers for {config.warpgroups} warpgroups have no room for {config.tokens} tokens"

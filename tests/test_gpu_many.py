@@ -156,7 +156,7 @@ def _integer_product(rng, m, n, k, bits, group, dtype, codebooks=1, scales=None)
         rng, m, n, k, bits, group, dtype, codebooks, True, scales
     )
     x, of_x = (np.asarray(a, np.float64) for a in mosaic_integers.integers(arrays.x))
-    x = x.reshape(m, -1, 4, 2, 2).swapaxes(2, 3).reshape(m, k)
+    x = x.reshape(m, -1, 2, 4, 4).swapaxes(2, 3).reshape(m, k)
     x *= of_x[:, None]
     assert np.all(np.abs(x - np.asarray(wanted.x, np.float64)) <= 0.501 * of_x[:, None])
     scales, books, of_rows = mosaic_integers.relative(case, arrays.scales, arrays.codebook)
@@ -181,9 +181,9 @@ def _integer_product(rng, m, n, k, bits, group, dtype, codebooks=1, scales=None)
     ("m", "n", "k", "group", "dtype", "config", "kind"),
     [
         (300, 520, 2048, 64, "bfloat16", None, {}),
-        (70, 264, 1040, 32, "float16", Config(64, 2, 1, 6, 2), {}),
+        (70, 264, 1056, 32, "float16", Config(64, 2, 1, 6, 2), {}),
         (513, 512, 4096, 512, "bfloat16", Config(128, 2, 1, 4, 2), dict(codebooks=2)),
-        (257, 136, 1552, 8, "bfloat16", Config(256, 1, 1, 3, 3), dict(scales="float32")),
+        (257, 136, 1568, 8, "bfloat16", Config(256, 2, 1, 3, 2), dict(scales="float32")),
         (1, 128, 256, 128, "float16", Config(16, 2, 1, 6, 2), dict(scales="bfloat16")),
     ],
 )
@@ -198,7 +198,7 @@ def test_integers(rng, bits, m, n, k, group, dtype, config, kind):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_integers_of_a_row_that_is_not_finite(rng, value):
-    case, arrays, *_ = _integer_product(rng, 300, 264, 1040, 4, 64, "bfloat16")
+    case, arrays, *_ = _integer_product(rng, 300, 264, 1056, 4, 64, "bfloat16")
     config = mosaic_integers.guess(case, current())
     arrays = arrays._replace(x=arrays.x.at[7, 100].set(value))
     y = np.asarray(mosaic_integers.matmul(case, config, arrays), np.float32)

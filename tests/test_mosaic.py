@@ -67,6 +67,16 @@ def test_a_thread_finds_the_codes_of_its_operands(bits, rng):
                     found = word >> shift & 2**bits - 1
                     wanted = codes[16 * warp + g + 8 * row, 64 * plane + 8 * chunk + 2 * c + e]
                     np.testing.assert_array_equal(found, wanted)
+        offsets, pairs = mosaic_decoding.own_codes(bits, thread, plane, blocks)
+        for number, (unit, index, bit) in enumerate(pairs):
+            where = offsets[unit] + 4 * index
+            word = sum(shared[where + i].astype(np.int64) << 8 * i for i in range(4)) >> bit
+            for row in range(2):
+                for e in range(2):
+                    shift = row + 16 * e if bits == 1 else bits * (2 * row + e)
+                    column = 32 * (number // 4) + 8 * c + 2 * (number % 4) + e
+                    wanted = codes[16 * warp + g + 8 * row, 64 * plane + column]
+                    np.testing.assert_array_equal(word >> shift & 2**bits - 1, wanted)
     planar = np.asarray(planar).reshape(-1)
     for index in range(k // group):
         offset = mosaic_decoding.scale_offset(thread, index, k // group // 4) // 2
@@ -118,6 +128,7 @@ def test_lowers_for_a_gpu(product, config):
         ({}, Config(256, 2, 1, 16, 4), "shared memory"),
         ({}, Config(64, 1, 4, 6), "do not divide"),
         ({}, Config(144, 1, 4, 8), "registers"),
+        ({}, Config(64, 1, 1, 4), "one warpgroup"),
         ({}, Config(cluster=2, splits=2), "two programs"),
     ],
 )
@@ -148,15 +159,15 @@ def test_guesses_waste_few_tokens(m, bits):
 
 
 def test_integers_of_x_are_in_the_order_of_the_operand():
-    """Of 16 columns a lane has 2 c, 2 c + 1, 8 + 2 c and 9 + 2 c, where the operand has 4 c to 4 c + 3."""
+    """Of 32 columns a lane has 8 c to 8 c + 7, where the operand has 4 of them and, 16 further, the others."""
     x = jnp.arange(-127, 129, dtype=jnp.float32)[None].clip(-127, 127)
     found, factors = (np.asarray(a) for a in mosaic_integers.integers(x))
     np.testing.assert_array_equal(factors, [1])
-    for run in range(16):
+    for run in range(8):
         for c in range(4):
-            for j in range(4):
-                column = 16 * run + 8 * (j >> 1) + 2 * c + (j & 1)
-                assert int(found[0, 16 * run + 4 * c + j]) == int(x[0, column])
+            for j in range(8):
+                place = 32 * run + 16 * (j // 4) + 4 * c + j % 4
+                assert int(found[0, place]) == int(x[0, 32 * run + 8 * c + j])
 
 
 def test_rows_of_x_that_are_zero_or_not_finite():
@@ -195,12 +206,12 @@ def test_integers_of_a_weight_are_within_half_a_step(rng, bits, group, scales):
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_integers_lower_for_a_gpu(bits):
-    product = case(m=300, n=264, k=1040, bits=bits, group=32, bias=BF16)
+    product = case(m=300, n=264, k=1056, bits=bits, group=32, bias=BF16)
     config, reason = mosaic_integers.choose(product, H200)
     assert config is not None and not reason
     shape = jax.ShapeDtypeStruct
     arrays = Arrays(
-        shape((300, 1040), BF16),
+        shape((300, 1056), BF16),
         shape((product.tiles, product.blocks, 2, 8, 32), jnp.uint16),
         shape((product.tiles, product.scale_fours, 64), BF16),
         shape((2**bits,), jnp.float32),
@@ -215,13 +226,13 @@ def test_integers_lower_for_a_gpu(bits):
     ("change", "target", "words"),
     [
         (dict(m=64), H200, "as fast without"),
-        (dict(k=1032), H200, "multiple of 16"),
+        (dict(k=1040), H200, "multiple of 32"),
         ({}, Target.parse("sm_80"), "wgmma"),
         (dict(codebooks=2), H200, "codebooks"),
     ],
 )
 def test_exact_kernels_run_where_integers_do_not(change, target, words):
-    product = dataclasses.replace(case(m=300, k=1040), arithmetic="int8", **change)
+    product = dataclasses.replace(case(m=300, k=1056), arithmetic="int8", **change)
     plan = choice.choose(product, target)
     assert plan.kernel != "mosaic_integers" and words in plan.reason
     exact = choice.choose(dataclasses.replace(product, arithmetic="exact"), target)
