@@ -11,18 +11,16 @@ import dataclasses
 import itertools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import mosaic_matmul
+from pallas_kernels import mosaic_matmul, rounding
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.mosaic_matmul import Config
-from pallas_kernels.target import Target
+from pallas_kernels.rounding import LARGEST, RUN
+from pallas_kernels.target import Target, current
 
 LEAST_TOKENS = 192  # below, the exact kernels are as fast
-_LARGEST = 127
-_RUN = 32  # columns of K that change places among themselves
 
 
 def integer_case(case: Case) -> Case:
@@ -34,8 +32,8 @@ def integer_case(case: Case) -> Case:
 
 def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:
     """Why the kernel does not take a case, whose x is of halves, or None."""
-    if case.k % _RUN:
-        return f"k={case.k} is no multiple of {_RUN}"
+    if case.k % RUN:
+        return f"k={case.k} is no multiple of {RUN}"
     if config.k_groups * config.splits * config.cluster > 1:
         return "programs and warpgroups do not share K or x"
     if (reason := mosaic_matmul.unsupported_reason(case, config, target)) is not None:
@@ -73,14 +71,29 @@ def matmul(case: Case, config: Config, arrays: Arrays) -> Array:
     """X [M, K] of halves times the transpose of a planar weight, both rounded to integers: [M, N]."""
     from pallas_kernels import mosaic_kernel  # Mosaic GPU does not load on every platform
 
-    x, rows = integers(arrays.x)
-    rows = jnp.pad(rows, (0, -case.m % config.tokens))
-    scales, codebook, columns = relative(case, arrays.scales, arrays.codebook)
-    arrays = arrays._replace(x=x, scales=scales, codebook=codebook)
-    return mosaic_kernel.matmul(integer_case(case), config, arrays, factors=(rows, columns))
+    arrays, factors = rounded(case, arrays, case.m + -case.m % config.tokens)
+    return mosaic_kernel.matmul(integer_case(case), config, arrays, factors=factors)
 
 
-@jax.jit
+def rounded(case: Case, arrays: Arrays, rows: int) -> tuple[Arrays, tuple[Array, Array]]:
+    """What the kernel multiplies: x, scales and codebook from `integers` and `relative`; the factors.
+
+    Args:
+        case: the product.
+        arrays: as `matmul` has them.
+        rows: of which x has factors, M at least.
+    """
+    books = arrays.codebook.reshape(case.codebooks, -1)
+    if current().has_pallas and case.k <= rounding.MAX_FEATURES:
+        x, of_x = rounding.integers(arrays.x, rows)
+        scales, table, of_rows = rounding.relative(case, arrays.scales, books)
+    else:
+        x, of_x = integers(arrays.x)
+        of_x = jnp.pad(of_x, (0, rows - case.m))
+        scales, table, of_rows = relative(case, arrays.scales, books)
+    return arrays._replace(x=x, scales=scales, codebook=table), (of_x, of_rows)
+
+
 def integers(x: Array) -> tuple[Array, Array]:
     """Integers of x [M, K] in the order in which a lane decodes weights, and the factors of its rows [M].
 
@@ -89,10 +102,12 @@ def integers(x: Array) -> tuple[Array, Array]:
     m, k = x.shape
     values = x.astype(jnp.float32)
     largest = jnp.abs(values).max(axis=1)
-    factors = jnp.where(largest == 0, 1.0, largest / _LARGEST)
+    factors = jnp.where(largest == 0, 1.0, largest / LARGEST)
+    # Whether a maximum is NaN where a value is depends on the compiler.
+    factors = jnp.where(jnp.isfinite(values).all(axis=1), factors, jnp.nan)
     rounded = jnp.round(values / factors[:, None]).astype(jnp.int8)
     # A lane has columns 8 c to 8 c + 7, where the operand has 4 c to 4 c + 3 and 16 + 4 c to 16 + 4 c + 3.
-    runs = rounded.reshape(m, k // _RUN, 4, 2, 4)
+    runs = rounded.reshape(m, k // RUN, 4, 2, 4)
     return runs.swapaxes(2, 3).reshape(m, k), factors
 
 
@@ -105,7 +120,7 @@ def relative(case: Case, scales: Array, codebook: Array) -> tuple[Array, Array, 
     values = scales.astype(jnp.float32).reshape(case.tiles, -1, 8, 4, 2)
     largest = jnp.abs(values).max(axis=(1, 3))
     largest = jnp.where(largest == 0, 1.0, largest)
-    by_row = values * (_LARGEST / largest)[:, None, :, None, :]
-    factors = (largest / _LARGEST).swapaxes(1, 2).reshape(-1)[: case.n]
+    by_row = values * (LARGEST / largest)[:, None, :, None, :]
+    factors = (largest / LARGEST).swapaxes(1, 2).reshape(-1)[: case.n]
     factors = factors * jnp.repeat(peaks, case.n // case.codebooks)
     return by_row.astype(jnp.float16).reshape(scales.shape), levels / peaks[:, None], factors

@@ -155,19 +155,19 @@ def _integer_product(rng, m, n, k, bits, group, dtype, codebooks=1, scales=None)
     case, arrays, wanted, added = _product(
         rng, m, n, k, bits, group, dtype, codebooks, True, scales
     )
-    x, of_x = (np.asarray(a, np.float64) for a in mosaic_integers.integers(arrays.x))
-    x = x.reshape(m, -1, 2, 4, 4).swapaxes(2, 3).reshape(m, k)
+    made, factors = mosaic_integers.rounded(case, arrays, m)
+    of_x, of_rows = (np.asarray(a, np.float64) for a in factors)
+    x = np.asarray(made.x, np.float64).reshape(m, -1, 2, 4, 4).swapaxes(2, 3).reshape(m, k)
     x *= of_x[:, None]
     assert np.all(np.abs(x - np.asarray(wanted.x, np.float64)) <= 0.501 * of_x[:, None])
-    scales, books, of_rows = mosaic_integers.relative(case, arrays.scales, arrays.codebook)
-    by_row = np.asarray(scales, np.float64).reshape(case.tiles, -1, 8, 4, 2)
+    by_row = np.asarray(made.scales, np.float64).reshape(case.tiles, -1, 8, 4, 2)
     by_row = by_row.transpose(0, 4, 2, 1, 3).reshape(16 * case.tiles, -1)[:n]
     packed, _ = packing.from_planar(
         arrays.packed, arrays.scales, bits=bits, group_size=group, out_features=n, in_features=k
     )
     codes, book = np.asarray(packing.unpack(packed, bits, k)), np.arange(n) * codebooks // n
-    values = np.asarray(books, np.float16).astype(np.float64)[book[:, None], codes]
-    weight = np.rint(values * np.repeat(by_row, group, 1)[:, :k]) * np.asarray(of_rows)[:, None]
+    values = np.asarray(made.codebook, np.float16).astype(np.float64)[book[:, None], codes]
+    weight = np.rint(values * np.repeat(by_row, group, 1)[:, :k]) * of_rows[:n, None]
     return (
         case,
         arrays,

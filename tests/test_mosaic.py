@@ -18,6 +18,7 @@ from pallas_kernels import (
     mosaic_integers,
     mosaic_matmul,
     mosaic_values,
+    rounding,
 )
 from pallas_kernels.case import PLANE, Arrays, Case
 from pallas_kernels.mosaic_matmul import Config
@@ -237,3 +238,35 @@ def test_exact_kernels_run_where_integers_do_not(change, target, words):
     assert plan.kernel != "mosaic_integers" and words in plan.reason
     exact = choice.choose(dataclasses.replace(product, arithmetic="exact"), target)
     assert (plan.kernel, plan.config) == (exact.kernel, exact.config)
+
+
+@pytest.mark.parametrize("k", [32, 96, 1024])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_integers_in_one_launch_are_those_of_xla(rng, k, dtype):
+    x = jnp.asarray(rng.normal(size=(5, k)), dtype).at[1].set(0).at[3, 7].set(jnp.nan)
+    found, factors = rounding.integers(x, 16, interpret=True)
+    wanted, wanted_factors = mosaic_integers.integers(x)
+    np.testing.assert_allclose(factors[:5], wanted_factors, rtol=1e-6)
+    apart = np.asarray(found[:3], np.int32) - np.asarray(wanted[:3], np.int32)
+    # A quotient half way between two integers goes either way.
+    assert np.abs(apart).max() <= 1 and np.count_nonzero(apart) <= 0.01 * apart.size
+
+
+def test_a_row_that_is_not_finite_has_no_finite_factor():
+    for value in (jnp.nan, jnp.inf, -jnp.inf):
+        x = jnp.ones((2, 64), BF16).at[1, 60].set(value)
+        _, factors = rounding.integers(x, 2, interpret=True)
+        np.testing.assert_array_equal(np.isfinite(factors), [True, False])
+
+
+@pytest.mark.parametrize(("n", "codebooks", "group"), [(48, 3, 8), (40, 1, 64), (64, 1, 1024)])
+def test_relative_scales_in_one_launch_are_those_of_xla(rng, n, codebooks, group):
+    product = case(n=n, k=1024, group=group, codebooks=codebooks)
+    shape = product.tiles, product.scale_fours, 64
+    scales = jnp.asarray(rng.normal(size=shape), BF16).at[0, :, ::8].set(0)
+    books = jnp.asarray(rng.normal(size=(codebooks, 16)), jnp.float32)
+    found = rounding.relative(product, scales, books, interpret=True)
+    wanted = mosaic_integers.relative(product, scales, books)
+    for a, b in zip(found, wanted, strict=True):
+        a = np.asarray(a, np.float64)[: len(b)]
+        np.testing.assert_allclose(a, np.asarray(b, np.float64), rtol=2e-3, atol=1e-6)
