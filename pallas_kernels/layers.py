@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import chain, ring, ring_arithmetic, short_attention, xla_call
+from pallas_kernels import chain, integer, ring, short_attention, xla_call
 from pallas_kernels.case import TILE_ROWS, Arrays, Case
 from pallas_kernels.exchange import Exchange, ExchangePlan
 from pallas_kernels.layers_launch import (
@@ -33,7 +33,7 @@ from pallas_kernels.layers_launch import (
     Operands,
     Records,
 )
-from pallas_kernels.layers_parts import PARTS, Ends, HeadPart
+from pallas_kernels.layers_parts import Ends, HeadPart, Part
 from pallas_kernels.ptx import Ptx
 from pallas_kernels.ring_plan import LaunchPlan, ProductPlan
 from pallas_kernels.target import Target
@@ -115,7 +115,7 @@ class Plan:
         return self.config.programs * self._product(index, self.products[index]).square_parts
 
     def _product(self, index: int, case: Case) -> ProductPlan:
-        return ring_arithmetic.of(case, self.config.workers).plan_class(
+        return integer.Plan(
             case=case,
             workers=self.config.workers,
             programs=self.config.programs,
@@ -184,6 +184,8 @@ def most_layers(plan: Plan) -> int:
 def unsupported_reason(plan: Plan) -> str | None:
     """Why the kernel does not take layers, or None."""
     attention, target, config = plan.attention, plan.target, plan.config
+    if (bits := plan.products[QKV].bits) != 1:
+        return f"products of {bits} bits are as fast in chains"
     # As a chain from attention on, which ends with the next layer's queries, keys and values.
     qkv, *others = plan.products
     if (reason := chain.unsupported_reason([*others, qkv], config, target)) is not None:
@@ -309,12 +311,11 @@ def _writer(plan: Plan) -> LayersLaunch:
     records = Records(ptx, names, plan.layers, launch.offsets["table"])
     exchange = Exchange(ptx, plan.exchange, operands["rows out"], operands["squares out"])
     products = []
-    for index, case in enumerate(plan.cases):
+    for index in range(len(plan.products)):
         own = {n: f"{n}{index}" for n in ("packed", "scales", "codebook", "bias", "norm_scale")}
         own = {name: other for name, other in own.items() if other in names}
         part = Operands({"total": operands["total out"]}, records, own)
-        part_class = PARTS[ring_arithmetic.of(case, plan.config.workers)]
-        product = part_class(launch.products[index], plan.target, ptx, part)
+        product = Part(launch.products[index], plan.target, ptx, part)
         product.ends = Ends(exchange, _NAMES[index], index == QKV, index == DOWN)
         products.append(product)
     fixed = {name: operands[name] for name in ("cos", "sin", "lengths")}

@@ -3,13 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
-from pallas_kernels import integer, integer_two, stream
+from pallas_kernels import integer
 from pallas_kernels.case import TILE_ROWS
 from pallas_kernels.exchange import Exchange
 from pallas_kernels.outputs import Load
 from pallas_kernels.ptx import load_float, over_lanes, store_float
 from pallas_kernels.registers import Register, at
-from pallas_kernels.ring_product import Product
 from pallas_kernels.short_attention import Head
 
 
@@ -30,7 +29,7 @@ class Ends:
     leaves_stream: bool
 
 
-class Part(Product):
+class Part(integer.Product):
     """A product whose ends are in an exchange; the residual stream of its rows stays in shared memory."""
 
     ends: Ends
@@ -125,26 +124,6 @@ class Part(Product):
     def _store_part(self, part: Register, total: Register, warps: int) -> None:
         name = self.ends.names["squares_out"]
         self.ends.exchange.put_sum(name, part, total, self._stores_part(warps))
-
-
-class IntegerPart(Part, integer.Product):
-    """One of 1 bit."""
-
-
-class IntegerTwoPart(Part, integer_two.Product):
-    """One of 2 bits, evenly spaced."""
-
-
-class StreamPart(Part, stream.Product):
-    """One of 2, 4 or 8 bits."""
-
-
-# By the arithmetic, see `ring_arithmetic`.
-PARTS: dict[type[Product], type[Part]] = {
-    integer.Product: IntegerPart,
-    integer_two.Product: IntegerTwoPart,
-    stream.Product: StreamPart,
-}
 
 
 class HeadPart(Head):

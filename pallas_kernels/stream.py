@@ -172,7 +172,6 @@ class Product(ring_product.Product):
                 self._load(loads[-1])
             if not first:
                 meanwhile()
-            self._settle(loads)
             for start, (words, _, in_bounds) in zip(starts[first:], loads, strict=False):
                 stored = at(target, self.offsets["x"] + 16 * start)
                 ptx.do("st.shared.v4.b32", stored, vector(words), when=in_bounds)

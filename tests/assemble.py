@@ -218,10 +218,10 @@ def _chains(bits, uniform, target, quick) -> Iterator[tuple[str, str, str, int]]
             cases = chain.cases(products, (1e-5, 1e-5), config, target)
             source = chain.source(cases, config, target)
             yield "chain", f"{bits} {uniform=} {hidden}", source, config.warps
-        for norms in (False,) if quick else (False, True):
-            plan = golden.plan_of_layers(bits, uniform, hidden, inner, qkv, norms, target)
+        for norms in () if bits > 1 else (False,) if quick else (False, True):
+            plan = golden.plan_of_layers(hidden, inner, qkv, norms, target)
             if layers.unsupported_reason(plan) is None:
-                yield "layers", f"{bits} {uniform=} {hidden}", layers.source(plan), config.warps
+                yield "layers", str(hidden), layers.source(plan), plan.config.warps
         # Half of each matrix on each of two devices.
         shapes = [(hidden, hidden // 2), (inner, hidden), (hidden, inner // 2), (qkv // 2, hidden)]
         products = [golden.case(1, n, k, bits, uniform) for n, k in shapes]

@@ -17,7 +17,6 @@ EPS = 1e-3
 
 def make(
     rng,
-    bits,
     config,
     *,
     hidden=512,
@@ -30,7 +29,7 @@ def make(
     target=H200,
     **kind,
 ):
-    """(plan, layers, their weights as `chains` has them, x) with x the keywords of `run`.
+    """(plan, layers of 1 bit, their weights as `chains` has them, x) with x the keywords of `run`.
 
     Without a `config` it is that of the target.
     """
@@ -57,7 +56,7 @@ def make(
     ]
     made, weights = [], []
     for _ in range(count):
-        found = chains.weights(rng, shapes, bits, codebooks, **options)
+        found = chains.weights(rng, shapes, 1, codebooks, **options)
         arguments, norms = decode_attention.inputs(
             rng, 1, kv_heads, heads // kv_heads, dim, capacity, "bfloat16", normed, [length]
         )

@@ -21,35 +21,34 @@ from pallas_kernels.target import H200, using
 
 
 @pytest.mark.parametrize(
-    ("bits", "config", "kind"),
+    ("config", "kind"),
     [
-        (1, ring.Config(5, 5), dict(group_size=128)),
-        (1, ring.Config(4, 4), dict(codebooks=(2, 1, 2, 1), normed=False, bias=True)),
-        (2, ring.Config(9, 4), dict(codebooks=(4, 1, 2, 1), scales="float16")),
-        (2, ring.Config(5, 4), dict(uniform=True, codebooks=(4, 1, 2, 1), bias=True)),
-        (2, ring.Config(4, 5), dict(uniform=True, group_size=32, scales="float32", normed=False)),
-        (4, ring.Config(4, 6), dict(uniform=True, bias=True, length=70, capacity=128)),
-        (4, ring.Config(2, 8), dict(dim=64, heads=8, kv_heads=1, length=0)),
-        (8, ring.Config(4, 5), dict(group_size=32, normed=False, length=63)),
+        (ring.Config(5, 5), dict(group_size=128)),
+        (ring.Config(4, 4), dict(codebooks=(2, 1, 2, 1), normed=False, bias=True)),
+        (ring.Config(9, 4), dict(codebooks=(4, 1, 2, 1), scales="float16")),
+        (ring.Config(4, 5), dict(group_size=32, scales="float32", normed=False)),
+        (ring.Config(4, 6), dict(bias=True, length=70, capacity=128)),
+        (ring.Config(2, 8), dict(dim=64, heads=8, kv_heads=1, length=0)),
+        (ring.Config(4, 5), dict(uniform=True, length=63)),
     ],
 )
 @pytest.mark.parametrize("by_chance", [False, True])
-def test_values_of_a_layer(rng, bits, config, kind, by_chance):
-    made = layered.make(rng, bits, config, **kind)
+def test_values_of_a_layer(rng, config, kind, by_chance):
+    made = layered.make(rng, config, **kind)
     plan, arrays, _, x = made
     layered.check(*made, layered.run(plan, arrays, x, rng if by_chance else None))
 
 
 @pytest.mark.parametrize(
-    ("bits", "config", "kind"),
+    ("config", "kind"),
     [
-        (1, ring.Config(4, 4), dict(group_size=128)),
-        (2, ring.Config(4, 5), dict(codebooks=(4, 1, 2, 1), bias=True, normed=False)),
+        (ring.Config(4, 4), dict(group_size=128)),
+        (ring.Config(4, 5), dict(codebooks=(4, 1, 2, 1), bias=True, normed=False)),
     ],
 )
-def test_layers_are_those_of_a_launch_each(rng, bits, config, kind):
+def test_layers_are_those_of_a_launch_each(rng, config, kind):
     """To the bit, with warps in any order: nothing of a layer is overwritten before all have read it."""
-    plan, arrays, _, x = layered.make(rng, bits, config, count=2, **kind)
+    plan, arrays, _, x = layered.make(rng, config, count=2, **kind)
     found = layered.run(plan, arrays, x, rng)
     for ours, alone in zip(found, layered.one_by_one(plan, arrays, x), strict=True):
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(alone), strict=True):
@@ -57,7 +56,7 @@ def test_layers_are_those_of_a_launch_each(rng, bits, config, kind):
 
 
 def test_a_launch_goes_on_with_what_an_even_number_of_layers_left(rng):
-    plan, made, _, x = layered.make(rng, 1, ring.Config(4, 4), count=3, group_size=128)
+    plan, made, _, x = layered.make(rng, ring.Config(4, 4), count=3, group_size=128)
     two, one = (dataclasses.replace(plan, layers=count) for count in (2, 1))
     total, words, sums, *cache = layered.launch(two, made[:2], x, rng)
     x_then = x | dict(stream=layers.Stream(total, total, sums[0], (words, sums)))
@@ -80,7 +79,7 @@ def test_launches_are_of_an_even_number_of_layers(count, most):
 
 
 def _plan(**changes: Any) -> layers.Plan:
-    plan, *_ = layered.make(np.random.default_rng(0), 4, ring.Config(4, 6))
+    plan, *_ = layered.make(np.random.default_rng(0), ring.Config(4, 6))
     return dataclasses.replace(plan, **changes)
 
 
@@ -97,6 +96,7 @@ def _other_product(place: int, **changes: Any) -> Callable[[layers.Plan], layers
     ("change", "reason"),
     [
         (_other_product(layers.OUT, bits=2), "several kinds"),
+        (_other_product(layers.QKV, bits=2), "as fast in chains"),
         (_other_product(layers.DOWN, group_size=128), "several sizes"),
         (_other_product(layers.DOWN, k=1024), "do not follow one another"),
         (lambda plan: dataclasses.replace(plan, layers=40), "operands are more"),

@@ -94,7 +94,7 @@ def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array, cache: KVCache) -> 
     both = _there(first.attention_norm).eps, _there(first.mlp_norm).eps
     config = ring_arithmetic.config(cases, gpu, kernels.GATE_UP)
     plan = kernels.Plan(cases, token, both, 1, config, gpu)
-    if not _pays(cases) or kernels.unsupported_reason(plan) is not None:
+    if kernels.unsupported_reason(plan) is not None:
         return None
     most = kernels.most_layers(plan)
     return InLayers(plan, most) if most > 1 else None
@@ -110,15 +110,6 @@ def _switched_on() -> bool:
     if switch not in ("0", "1"):
         raise ValueError(f"{LAYERS}={switch!r} must be 0 or 1")
     return switch == "1"
-
-
-def _pays(cases: Sequence[Case]) -> bool:
-    """Whether a launch of layers is faster than chains: at 1 bit.
-
-    H200, 2026-11-30, a token of Qwen3-8B at 1 bit 875 us for 938, at 2 evenly spaced bits 1096 for 1070; a
-    layer of 12B at 4 bits 50.7 for 49.5.
-    """
-    return all(case.bits == 1 for case in cases)
 
 
 def _are_alike(layers: Sequence[Layer], norm: RMSNorm) -> bool:
