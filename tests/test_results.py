@@ -55,10 +55,11 @@ def test_a_table_that_nobody_knows_is_refused():
         report.filled("<!-- report: speed -->\n<!-- end -->", [])
 
 
-def _kernel_row(device, us, m=1, group_size=64):
+def _kernel_row(device, us, m=1, group_size=64, **others):
     facts = {"suite": "kernels", "device": device, "k": 64, "n": 32, "m": m, "bits": 4}
     facts |= {"dtype": "bfloat16", "commit": "abcdefgh", "group_size": group_size}
-    return facts | {"median_us": us, "samples_us": [us] * 3, "bound_us": 1.0}
+    facts |= {"backend": "pallas", "arithmetic": "exact", "rel_rms_error": 0.001}
+    return facts | {"median_us": us, "samples_us": [us] * 3, "bound_us": 1.0} | others
 
 
 def test_kernels_of_other_gpus_stand_beside_the_gpus_own():
@@ -79,6 +80,14 @@ def test_kernels_of_other_gpus_stand_beside_the_gpus_own():
     # The tables of a GPU are of its own kernels, and of groups of 64.
     assert report.kernels(rows).count("| 64 x 32 | 1 | 2.0 (50%) |") == 1
     assert "as sm_80" not in report.kernels(rows)
+
+
+def test_integers_stand_beside_exact_products_and_in_no_other_table():
+    rows = [_kernel_row("G", 2.0), _kernel_row("G", 4.0, bits=16, group_size=None, backend="xla")]
+    rows.append(_kernel_row("G", 1.6, backend="pallas", arithmetic="int8"))
+    assert "1.6" not in report.kernels(rows)
+    assert "| 64 x 32 | 4 | 1 | 4.0 | 2.0 | 1.6 (2.50) |" in report.integers(rows)
+    assert report.integers(rows[:2]) == "(No rows yet.)"
 
 
 def test_figures_of_several_commits_say_which_they_are_of():

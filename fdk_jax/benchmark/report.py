@@ -23,6 +23,7 @@ FILES = (
     "docs/performance.md",
     "docs/cpu.md",
     "docs/quality.md",
+    "docs/gpu/many.md",
     "docs/gpu/support.md",
 )
 _FEW = (1, 16, 64, 128, 512)  # tokens in the README's table
@@ -110,6 +111,30 @@ def portable(found: Iterable[Row]) -> str:
     return "\n\n".join(texts) or "(No rows yet.)"
 
 
+def integers(found: Iterable[Row]) -> str:
+    """Products of 8-bit integers on a GPU beside exact ones and bfloat16, with what they lose."""
+    rows = [r for r in found if r["suite"] == "kernels" and r.get("dtype") == "bfloat16"]
+    rounded = [r for r in rows if r["backend"] == "pallas" and r["arithmetic"] == "int8"]
+    texts = []
+    for device in sorted({r["device"] for r in rounded}):
+        here = sorted((r for r in rounded if r["device"] == device), key=_of_product)
+        exact = {_of_product(r): r for r in _products(rows) if r["device"] == device}
+        lines = []
+        for row in here:
+            k, n, group, minus_bits, m = _of_product(row)
+            own, dense = exact.get((k, n, group, minus_bits, m)), exact.get((k, n, 0, -_DENSE, m))
+            cells = [f"{k} x {n}", str(-minus_bits), str(m)]
+            cells += ["" if r is None else f"{r['median_us']:.1f}" for r in (dense, own)]
+            ratio = "" if dense is None else f" ({dense['median_us'] / row['median_us']:.2f})"
+            cells.append(f"{row['median_us']:.1f}{ratio}")
+            cells += ["" if r is None else f"{r['rel_rms_error']:.4f}" for r in (own, row)]
+            lines.append(cells)
+        head = ["k x n", "bits", "tokens", "bf16 (XLA)", "exact", "int8 (bf16 over it)"]
+        head += ["error, exact", "int8"]
+        texts.append(f"{device}, {table.Lettered(here)}:\n\n{table.markdown(head, lines)}")
+    return "\n\n".join(texts) or "(No rows yet.)"
+
+
 def tuned(folder: Path = source.ROOT / "pallas_kernels") -> str:
     """Microseconds by the tuning search of the kernels that older GPUs take, from the table that ships."""
     found = json.loads((folder / "tuned.json").read_text(encoding="utf-8"))
@@ -133,7 +158,14 @@ def tuned(folder: Path = source.ROOT / "pallas_kernels") -> str:
 
 
 def _products(found: Iterable[Row]) -> list[Row]:
-    return [r for r in found if r["suite"] == "kernels" and r.get("k") and r["dtype"] == "bfloat16"]
+    kernels = (r for r in found if r["suite"] == "kernels" and r.get("k"))
+    # What is rounded to integers on a GPU is not the product that the tables compare.
+    same = (
+        r
+        for r in kernels
+        if r.get("backend") != "pallas" or r.get("arithmetic", "exact") == "exact"
+    )
+    return [r for r in same if r["dtype"] == "bfloat16"]
 
 
 def _of_product(row: Row) -> tuple[int, ...]:
@@ -266,6 +298,7 @@ def scaling_variants(found: Iterable[Row]) -> str:
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels": kernels,
     "portable": portable,
+    "integers": integers,
     "tuned": lambda _: tuned(),
     "kernels-spread": lambda found: kernels(found, spread=True),
     "models": models,
