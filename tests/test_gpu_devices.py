@@ -59,15 +59,27 @@ def test_sums_are_those_of_the_values(rng, parallel, rows, dtype):
     assert (np.abs(np.asarray(found[0], np.float64) - exact) <= allowed).all()
 
 
-@pytest.mark.parametrize(("bits", "batch"), [(1, 1), (2, 1), (4, 1), (8, 1), (4, 7), (16, 3)])
-def test_a_step_of_each_plan_against_float32(monkeypatch, parallel, bits, batch):
+@pytest.mark.parametrize(
+    ("bits", "batch", "codebook"),
+    [
+        *(
+            (1, 1, "kmeans"),
+            (2, 1, "kmeans"),
+            (2, 1, "uniform"),
+            (4, 1, "kmeans"),
+            (8, 1, "kmeans"),
+        ),
+        *((4, 7, "kmeans"), (16, 3, "kmeans")),
+    ],
+)
+def test_a_step_of_each_plan_against_float32(monkeypatch, parallel, bits, batch, codebook):
     """By chains for one sequence of quantised weights, else by launches of their own; and by XLA's sums."""
     monkeypatch.setattr(chain, "OVER_DEVICES", (1, 2, 4, 8))
     config = models.ModelConfig(1024, 2048, 4096, 3, 16, 4, 128, dtype="bfloat16")
     model = models.random_model(
-        config, bits=bits, codebook="kmeans", backend="pallas", parallel=parallel
+        config, bits=bits, codebook=codebook, backend="pallas", parallel=parallel
     )
-    case = suite.ModelCase("own", "pallas", bits, batch, 64, "kmeans", "exact", 4, 2, 2)
+    case = suite.ModelCase("own", "pallas", bits, batch, 64, codebook, "exact", 4, 2, 2)
     through = peers.make(parallel, config.hidden_size)
     for way in (through, None):
         errors = suite._errors(model, way, case)
