@@ -184,14 +184,15 @@ def _time(row: Row, spread: bool) -> str:
 
 
 def models(found: Iterable[Row]) -> str:
-    """Tokens a second of whole models; one table a device."""
+    """Tokens a second of whole models, and the memory that each needs of a device; one table a device."""
     chosen = [r for r in found if r["suite"] == "models"]
     texts = []
     for device in dict.fromkeys(r["device"] for r in chosen):
         here = [r for r in chosen if r["device"] == device]
-        head = ["model", "bits", "batch", "tokens/s", "of the bound", "spread"]
+        head = ["model", "bits", "GB", "prompt", "batch", "first token, ms", "tokens/s"]
+        head += ["of the bound", "spread"]
         lines = []
-        here.sort(key=lambda r: (r["model"], -r["bits"], r.get("devices", 1), r["m"]))
+        here.sort(key=lambda r: (r["model"], -r["bits"], r.get("devices", 1), r["m"], r["prompt"]))
         sources = table.Lettered(here)
         for r in here:
             low, high = min(r["samples_us"]), max(r["samples_us"])
@@ -202,8 +203,10 @@ def models(found: Iterable[Row]) -> str:
             if guesses := r.get("speculate"):
                 name += f", {guesses} guesses a step, all right"
             width = f"{(high - low) / statistics.median(r['samples_us']):.1%}"
+            size, first = f"{r['peak_bytes'] / 1e9:.2f}", f"{r['first_token_us'] / 1e3:.1f}"
             speed = f"{r['tokens_per_s']:.0f}{sources.of(r)}"
-            lines.append([name, str(r["bits"]), str(r["m"]), speed, share, width])
+            cells = name, r["bits"], size, r["prompt"], r["m"], first, speed, share, width
+            lines.append([str(cell) for cell in cells])
         texts.append(f"{device}, {sources}:\n\n{table.markdown(head, lines)}")
     return "\n\n".join(texts) or "(No rows yet.)"
 
