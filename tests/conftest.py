@@ -2,6 +2,7 @@
 
 import collections
 import os
+import random
 import shutil
 import subprocess
 import zlib
@@ -63,11 +64,20 @@ def pytest_collection_modifyitems(config, items) -> None:
         for item in alike[QUICK_CASES:]:
             if item.get_closest_marker("whole") is None:
                 item.add_marker(pytest.mark.slow)
+    if (
+        RANDOM_SEEDS
+    ):  # other tests first in every run, as the time may be over before all have begun
+        random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).shuffle(items)
     if part := config.getoption("--part"):
         number, count = map(int, part.split("/"))
         if not 0 <= number < count:
             raise pytest.UsageError(f"--part={part}: K must be from 0 to N - 1")
         items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == number]
+
+
+def pytest_collection_finish() -> None:
+    """The time for random input does not include what came before the first test."""
+    fuzzing.begin()
 
 
 def pytest_runtest_setup() -> None:

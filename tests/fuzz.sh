@@ -2,8 +2,8 @@
 # Random input for minutes: fuzz.sh PYTHON SECONDS. Used by `make fuzz`.
 #
 # SECONDS go to each of: the release build (guard pages), address + undefined-behaviour sanitizers, the
-# thread sanitizer with three callers, libFuzzer where there is a clang++ with it, and the long versions of the
-# Python tests, which start nothing new after that.
+# thread sanitizer with three callers, libFuzzer where there is a clang++ with it, and the long versions of four
+# files of Python tests, in an order of chance, which start nothing new after that.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "$1")
@@ -36,6 +36,7 @@ else
   echo "libFuzzer is skipped: no clang++ here links -fsanitize=fuzzer (Debian: clang-19 libclang-rt-19-dev)"
 fi
 rounds=$((seconds / 12 < 1 ? 1 : seconds / 12 > 100 ? 100 : seconds / 12))
-FDK_RANDOM_SEEDS=1 FDK_FUZZ_SECONDS=$seconds FDK_FUZZ_ROUNDS=${FDK_FUZZ_ROUNDS:-$rounds} \
-  "$python" -m pytest -n 2 -rP \
-  tests/test_properties.py tests/test_hostile_files.py tests/test_threads.py tests/test_memory.py
+for file in tests/test_{properties,hostile_files,threads,memory}.py; do
+  FDK_RANDOM_SEEDS=1 FDK_FUZZ_SECONDS=$seconds FDK_FUZZ_ROUNDS=${FDK_FUZZ_ROUNDS:-$rounds} \
+    "$python" -m pytest -n 2 -rP "$file"
+done

@@ -3,19 +3,23 @@
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
-
-import pytest
 
 RANDOM = "FDK_FUZZ_ROUNDS" in os.environ
 ROUNDS = int(os.environ.get("FDK_FUZZ_ROUNDS", "1"))
-DEADLINE = time.monotonic() + float(os.environ.get("FDK_FUZZ_SECONDS", "inf"))
+_SECONDS = float(os.environ.get("FDK_FUZZ_SECONDS", "inf"))
+_began: list[float] = []
+
+
+def begin() -> None:
+    """The time for random input begins, when tests have been collected: that may take longer than it."""
+    _began[:] = [time.monotonic()]
 
 
 def over() -> bool:
     """Whether the time for random input is over."""
-    return time.monotonic() > DEADLINE
+    return bool(_began) and time.monotonic() > _began[0] + _SECONDS
 
 
 def rounds(count: int, least: int = 1) -> Iterator[int]:
@@ -26,18 +30,15 @@ def rounds(count: int, least: int = 1) -> Iterator[int]:
         yield i
 
 
-def until_over(test: Any) -> Any:
-    """A test of hypothesis that ends, as skipped, once the time is over: its examples so far have passed.
+def in_rounds(test: Any) -> Any:
+    """A test of hypothesis, repeated with other examples until the time is over, `ROUNDS` times at most.
 
-    Examples that return early would draw less than hypothesis knows of them, which it calls flaky.
+    Its rounds are whole: examples that ended early would have drawn less than hypothesis knows of them.
     """
-    inner: Callable = test.hypothesis.inner_test
 
-    @functools.wraps(inner)
+    @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
-        if over():
-            pytest.skip("the time for random input is over; what was drawn before passed")
-        inner(*args, **kwargs)
+        for _ in rounds(ROUNDS):
+            test(*args, **kwargs)
 
-    test.hypothesis.inner_test = run
-    return test
+    return run

@@ -35,13 +35,13 @@ KEYS = st.text("abc._é/ ", min_size=1, max_size=4) | st.integers(-3, 3)
 
 def examples(count: int):
     chosen = settings(
-        max_examples=count * fuzzing.ROUNDS if fuzzing.RANDOM else max(4, count // 8),
+        max_examples=count if fuzzing.RANDOM else max(4, count // 8),
         deadline=None,
         suppress_health_check=list(HealthCheck),
         derandomize=not fuzzing.RANDOM,
         database=None,
     )
-    return lambda test: chosen(fuzzing.until_over(test))
+    return lambda test: fuzzing.in_rounds(chosen(test))
 
 
 @st.composite
