@@ -214,13 +214,16 @@ def test_calibrations_and_steps_of_training_have_tables():
 
 
 def test_the_default_is_the_fixed_format_of_least_harm():
-    """Over real networks none without a fit does less harm at worst; on none it is far from the best."""
+    """Over networks none without a fit does less harm at worst; on none it is far from the best.
+
+    SmolLM2 has no say: its weights were of 4 bits before, on another grid, and 2 bits leave nothing of it.
+    """
     found = [r for r in report.rows() if r["suite"] == "networks" and r["bits"] < 16]
     plain = [r for r in found if r["rounding"] == "nearest" and r["scale"] in SCALES]
     for bits, default in DEFAULTS.items():
         harm: dict[str, dict[tuple, float]] = {}
         for row in plain:
-            if row["bits"] == bits and row["network"] in ("minilm", "smollm2", "trained"):
+            if row["bits"] == bits and row["network"] in ("minilm", "trained"):
                 value = row.get("kl", row.get("dissimilarity"))
                 harm.setdefault(row["network"], {})[row["codebook"], row["scale"]] = value
         assert len(harm) >= 2
