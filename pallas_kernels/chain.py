@@ -30,7 +30,7 @@ from pallas_kernels.target import Target
 GATED = 1  # the index of gate and up
 _ALIKE = ("bits", "scale_dtype", "group_size")  # in all products: a slot of the ring is of any
 _PEERS = ("mailbox", "addresses")
-OVER_DEVICES = (4,)  # bits whose chains over several GPUs were seen to be right on GPUs
+OVER_DEVICES = (1, 4)  # bits whose chains over several GPUs were seen to be right on GPUs
 _RESIDUAL = (0, 2)  # the indices of the products whose outputs are added to the residual stream
 
 

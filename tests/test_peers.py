@@ -30,8 +30,8 @@ def test_reasons(monkeypatch, name, value, reason):
 
 
 def test_more_gpus_than_were_tried_are_asked_for(monkeypatch):
-    parallel = _parallel((4,))
-    assert "4 GPUs have not been tried" in (peers.unsupported_reason(parallel, 256) or "")
+    parallel = _parallel((8,))
+    assert "8 GPUs have not been tried" in (peers.unsupported_reason(parallel, 256) or "")
     monkeypatch.setenv("FDK_JAX_PEER_SUMS", "1")
     assert "not GPUs" in (peers.unsupported_reason(parallel, 256) or "")
 
@@ -77,7 +77,7 @@ def test_the_best_token_of_all_parts_of_the_vocabulary(rng):
     assert models.Generator(model).generate(prompts, max_tokens=3).tokens == [[0] * 3] * 3
 
 
-@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("bits", [1, 4, 8])
 def test_several_devices_take_no_plan_that_knows_one_only(bits):
     """With a GPU that has every kernel: each plan adds what all devices have.
 
