@@ -89,7 +89,7 @@ def test_bfloat16_model_is_close_to_float32():
 
 
 @pytest.mark.parametrize(
-    ("size", "billions"), [("4B", 3.88), ("12B", 11.52), ("31B", 30.64), ("1B", 1.24)]
+    ("size", "billions"), [("4B", 3.88), ("12B", 11.52), ("31B", 30.64), ("1B", 1.24), ("8B", 8.03)]
 )
 def test_custom_shapes_have_the_published_parameter_counts(size, billions):
     assert custom_llama(size).num_parameters / 1e9 == pytest.approx(billions, abs=0.01)
