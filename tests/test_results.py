@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fdk_jax.benchmark import adopt, cpu_tables, records, report, source
+from fdk_jax.benchmark import adopt, cpu_tables, group_table, records, report, source
 from fdk_jax.format.quantisation import DEFAULTS, SCALES, resolve_auto
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -240,3 +240,16 @@ def test_the_default_is_the_fixed_format_of_least_harm():
         assert worst(default) == min(map(worst, fixed)), bits
         for formats in harm.values():
             assert formats[default] <= 1.15 * min(formats.values()), bits
+
+
+def test_group_sizes_are_compared_at_equal_bytes():
+    row = dict(
+        suite="kernels", device="d", commit="c" * 40, k=8, n=8, m=1, bits=4, codebook="kmeans"
+    )
+    found = [
+        row | dict(group_size=g, bytes_rw=size, median_us=time)
+        for g, size, time in ((16, 200, 30.0), (32, 110, 11.0), (64, 100, 10.0), (128, 95, 19.0))
+    ]
+    text = group_table.group_sizes([*found, row | dict(group_size=64, bits=16)])
+    assert "| 30.0 (1.50) | 11.0 (1.00) | 10.0 (1.00) | 19.0 (2.00) |" in text
+    assert group_table.group_sizes(found[1:]) == "(No rows yet.)"

@@ -17,6 +17,7 @@ from typing import Any
 
 from fdk_jax import usage
 from fdk_jax.benchmark import cpu_tables, records, source, table
+from fdk_jax.benchmark.group_table import group_sizes
 
 FILES = (
     "README.md",
@@ -301,6 +302,7 @@ def scaling_variants(found: Iterable[Row]) -> str:
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels": kernels,
     "portable": portable,
+    "groups": group_sizes,
     "integers": integers,
     "tuned": lambda _: tuned(),
     "kernels-spread": lambda found: kernels(found, spread=True),

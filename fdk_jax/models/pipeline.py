@@ -8,10 +8,9 @@ from typing import Any
 import jax
 
 from fdk_jax.files.contents import HostArray, Stored
-from fdk_jax.format import host_arrays
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 
-_READERS = max(8, host_arrays.threads())  # threads that read and unpack
+_READERS = 8  # threads that read and unpack
 MAKERS = 4  # threads that make parameters: join, convert, put on the device
 Take = Callable[[str], HostArray | QuantisedTensor | Stored]
 Finish = Callable[[], None]
