@@ -20,12 +20,15 @@ def group_sizes(found: Iterable[Row]) -> str:
     ]
     runs: dict[tuple, dict[int, Row]] = {}
     for r in chosen:
-        key = r["device"], r["commit"], r["k"], r["n"], r["bits"]
+        # Products of a shape that are sampled in turn have one date.
+        key = r["device"], r["commit"], r["k"], r["n"], r["bits"], r.get("date")
         runs.setdefault(key, {})[r["group_size"]] = r
     runs = {key: by for key, by in runs.items() if len(by) >= _LEAST and _BASE in by}
     sizes = sorted({size for by in runs.values() for size in by})
     lines = []
-    for (_, _, k, n, bits), by in sorted(runs.items(), key=lambda item: (-item[0][2], -item[0][4])):
+    for (_, _, k, n, bits, _), by in sorted(
+        runs.items(), key=lambda item: (-item[0][2], -item[0][4])
+    ):
         cells = [f"{k} x {n}", str(bits)]
         for size in sizes:
             row = by.get(size)
