@@ -29,9 +29,10 @@ def test_reasons(monkeypatch, name, value, reason):
     assert reason in (peers.unsupported_reason(_parallel(), 256) or "")
 
 
-def test_more_gpus_than_were_tried_are_asked_for(monkeypatch):
-    parallel = _parallel((8,))
-    assert "8 GPUs have not been tried" in (peers.unsupported_reason(parallel, 256) or "")
+@pytest.mark.parametrize("count", [3, 8])
+def test_numbers_of_gpus_that_were_not_tried_are_asked_for(monkeypatch, count):
+    parallel = _parallel((count,))
+    assert f"{count} GPUs have not been tried" in (peers.unsupported_reason(parallel, 256) or "")
     monkeypatch.setenv("FDK_JAX_PEER_SUMS", "1")
     assert "not GPUs" in (peers.unsupported_reason(parallel, 256) or "")
 

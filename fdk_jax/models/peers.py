@@ -1,6 +1,6 @@
 """Sums over the devices of a model through each other's memory: see `pallas_kernels.peer_sum`.
 
-FDK_JAX_PEER_SUMS=0 leaves all sums to XLA's collectives, FDK_JAX_PEER_SUMS=1 takes more GPUs than were tried.
+FDK_JAX_PEER_SUMS=0 leaves all sums to XLA, FDK_JAX_PEER_SUMS=1 takes untried numbers of GPUs, too.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from pallas_kernels.peer_sum import PeerSum
 from pallas_kernels.target import current
 
 _SWITCH = "FDK_JAX_PEER_SUMS"
-_MOST = 4  # GPUs whose sums were seen to be right
+_SEEN = (1, 2, 4)  # numbers of GPUs whose sums were seen to be right
 # Of JAX's, those whose memory the other GPUs of a process reach; the pools of `cuda_async` have access lists.
 _ALLOCATOR, _ALLOCATORS = "XLA_PYTHON_CLIENT_ALLOCATOR", ("default", "bfc", "platform")
 
@@ -111,7 +111,7 @@ def unsupported_reason(parallel: Parallel, features: int) -> str | None:
     devices = list(parallel.mesh.devices.flat)
     if os.environ.get(_SWITCH) == "0":
         return f"{_SWITCH}=0"
-    if parallel.shards > _MOST and os.environ.get(_SWITCH) != "1":
+    if parallel.shards not in _SEEN and os.environ.get(_SWITCH) != "1":
         return f"sums over {parallel.shards} GPUs have not been tried; {_SWITCH}=1 does so"
     if (allocator := os.environ.get(_ALLOCATOR, "default").lower()) not in _ALLOCATORS:
         return f"{_ALLOCATOR}={allocator}: whether other GPUs reach its memory is not known"
