@@ -242,42 +242,46 @@ def networks_published(found: Iterable[Row]) -> str:
 def calibration(found: Iterable[Row]) -> str:
     """How long `load_calibrated` takes."""
     rows = [row for row in found if row["suite"] == "calibration"]
-    lines = [
-        "| model | weights | bits | seconds | GB at most on the device | of them the model | on the host |",
-        "|---" * 7 + "|",
-    ]
+    head = ["model", "weights", "bits", "seconds"]
+    head += ["GB at most on the device", "of them the model", "on the host"]
+    lines = []
     for row in rows:
         turned = " rotated" * row["name"].endswith("rotated")
-        cells = (
-            row["model"].removeprefix("custom-llama-") + turned,
-            f"{row['parameters'] / 1e9:.2f} billion",
-            str(row["bits"]),
-            f"{row['seconds']:.0f}",
-            f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else "",
-            f"{row['model_bytes'] / 1e9:.1f}",
-            f"{row['host_peak_bytes'] / 1e9:.1f}",
+        lines.append(
+            [
+                row["model"].removeprefix("custom-llama-") + turned,
+                f"{row['parameters'] / 1e9:.2f} billion",
+                str(row["bits"]),
+                f"{row['seconds']:.0f}",
+                f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else "",
+                f"{row['model_bytes'] / 1e9:.1f}",
+                f"{row['host_peak_bytes'] / 1e9:.1f}",
+            ]
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    if not rows:
-        return "(No rows yet.)"
-    return "\n".join([*lines, "", f"({rows[0]['device']}, {table.commits(rows)})"])
+    return _of_one_device(head, lines, rows)
 
 
 def training_steps(found: Iterable[Row]) -> str:
     """A step of training through the quantisation beside the float step, sample by sample."""
     rows = [row for row in found if row["suite"] == "training"]
-    lines = ["| weights of the layers | bits | ms a step | of float |", "|---" * 4 + "|"]
-    for row in rows:
-        cells = (
+    head = ["weights of the layers", "bits", "ms a step", "of float"]
+    lines = [
+        [
             f"{row['parameters'] / 1e6:.1f}M",
             str(row["bits"]),
             f"{row['median_us'] / 1000:.2f}",
             f"{row['of_float']:.3f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+        ]
+        for row in rows
+    ]
+    return _of_one_device(head, lines, rows)
+
+
+def _of_one_device(head: list[str], lines: list[list[str]], rows: list[Row]) -> str:
+    """A table, and where its rows were measured."""
     if not rows:
         return "(No rows yet.)"
-    return "\n".join([*lines, "", f"({rows[0]['device']}, {table.commits(rows)})"])
+    return f"{table.markdown(head, lines)}\n\n({rows[0]['device']}, {table.commits(rows)})"
 
 
 def scaling(found: Iterable[Row], part: str) -> str:
