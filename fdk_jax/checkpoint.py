@@ -258,7 +258,7 @@ def _unique(items: list[tuple[Any, Any]]) -> dict:
 def _compare(path: Path, tree: Any, like: Any) -> None:
     """Raises a ValueError that lists every difference between two trees."""
 
-    def facts(tree: Any) -> dict[str, str]:
+    def described(tree: Any) -> dict[str, str]:
         out = {}
         flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantised)[0]
         for key, leaf in flat:
@@ -266,7 +266,7 @@ def _compare(path: Path, tree: Any, like: Any) -> None:
             out[jax.tree_util.keystr(key)] = repr(leaf) if is_quantised(leaf) else text
         return out
 
-    found, wanted = facts(tree), facts(like)
+    found, wanted = described(tree), described(like)
     problems = [f"missing {k}" for k in wanted if k not in found]
     problems += [f"unexpected {k}" for k in found if k not in wanted]
     problems += [

@@ -100,10 +100,10 @@ def backends() -> dict[str, str]:
 def plans(n: int = 4096, k: int = 4096) -> Iterator[str]:
     """The kernel of each width and several numbers of tokens for the GPU at hand, and why; runs nothing."""
     for bits, m in itertools.product((1, 2, 4, 8), (1, 16, 64, 512)):
-        facts: dict[str, Any] = dict(
+        spec: dict[str, Any] = dict(
             bits=bits, group_size=64, out_features=n, in_features=k, uniform=bits == 1
         )
-        yield f"{bits} bits, {m} tokens: {pallas_kernels.plan(m, dtype=jnp.bfloat16, **facts)}"
+        yield f"{bits} bits, {m} tokens: {pallas_kernels.plan(m, dtype=jnp.bfloat16, **spec)}"
 
 
 def _has_cpu_platform() -> bool:

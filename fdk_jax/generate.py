@@ -188,8 +188,8 @@ def _complete(args, tokenizer: Tokenizer, console) -> None:
             out = generator.generate(prompts, **options)
         texts = [tokenizer.decode(row) for row in out.tokens]
         if args.json:
-            facts = dataclasses.asdict(out) | dict(tokens_per_second=out.tokens_per_second)
-            print(json.dumps(dict(prompts=args.prompt, texts=texts) | facts))
+            fields = dataclasses.asdict(out) | dict(tokens_per_second=out.tokens_per_second)
+            print(json.dumps(dict(prompts=args.prompt, texts=texts) | fields))
         else:
             for prompt, text in zip(args.prompt, texts, strict=True):
                 print(f"{prompt}{text}\n")

@@ -60,13 +60,13 @@ def _alive(lines: list[str], at: int) -> set[str]:
     """The registers whose values at a line may be read later."""
     numbers: dict[str, int] = {}
     labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
-    facts = [_facts(line, numbers, labels) for line in lines]
+    effects = [_effects(line, numbers, labels) for line in lines]
     alive = [0] * (len(lines) + 1)
     changed = True
     while changed:
         changed = False
         for i in range(len(lines) - 1, -1, -1):
-            reads, writes, jump, goes_on = facts[i]
+            reads, writes, jump, goes_on = effects[i]
             out = (alive[i + 1] if goes_on else 0) | (0 if jump is None else alive[jump])
             now = reads | (out & ~writes)
             if now != alive[i]:
@@ -74,7 +74,7 @@ def _alive(lines: list[str], at: int) -> set[str]:
     return {name for name, number in numbers.items() if alive[at] >> number & 1}
 
 
-def _facts(
+def _effects(
     line: str, numbers: dict[str, int], labels: dict[str, int]
 ) -> tuple[int, int, int | None, bool]:
     """Masks of what a line reads and of what it surely writes, the line it may jump to, and if it goes on."""

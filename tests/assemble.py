@@ -258,8 +258,8 @@ def assemble(ptxas: Path, architecture: str, found: list[Kernel]) -> list[Report
         if done.returncode:
             reports.append(Report(kernel, error=done.stderr.strip().splitlines()[0]))
         else:
-            [facts] = _told(done.stderr).values()
-            reports.append(Report(kernel, *facts))
+            [resources] = _told(done.stderr).values()
+            reports.append(Report(kernel, *resources))
     return reports
 
 

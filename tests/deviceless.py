@@ -45,7 +45,7 @@ _GPUS = {
 }
 
 
-def spec(capability: tuple[int, int]) -> str:
+def target_config(capability: tuple[int, int]) -> str:
     """XLA's description of a GPU, as text."""
     _, cores, cache, bandwidth, clock = _GPUS[capability]
     registers = 65536
@@ -86,7 +86,7 @@ device_description_str: "{_GPUS[capability][0]}"
 def compile_for(capability: tuple[int, int], run, *shapes: jax.ShapeDtypeStruct):
     """The compiled program of a function for a GPU."""
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=spec(capability), topology="1x1x1"
+        platform="cuda", target_config=target_config(capability), topology="1x1x1"
     )
     sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
     device = AbstractDevice("NVIDIA H200", None, "gpu")
@@ -106,8 +106,8 @@ def product(m: int, bits: int, uniform: bool, n: int = 4096, k: int = 4096):
         shape((tiles, -(-k // 256), 64), half),
         shape((2**bits,), jnp.float32),
     )
-    facts = dict(bits=bits, group_size=64, out_features=n, uniform=uniform)
-    return functools.partial(pallas_kernels.matmul, **facts), arguments
+    spec = dict(bits=bits, group_size=64, out_features=n, uniform=uniform)
+    return functools.partial(pallas_kernels.matmul, **spec), arguments
 
 
 def others():
@@ -161,8 +161,8 @@ def main() -> int:
                 failed += not _compiles(capability, name, run, shapes)
             tokens = (1, 16, 64, *((100, 128, 250, 400, 2048) if target.has_wgmma else ()))
             for (bits, uniform), m in itertools.product(DECODERS, tokens):
-                facts = dict(bits=bits, group_size=64, out_features=4096, in_features=4096)
-                plan = pallas_kernels.plan(m, uniform=uniform, dtype=jnp.bfloat16, **facts)
+                spec = dict(bits=bits, group_size=64, out_features=4096, in_features=4096)
+                plan = pallas_kernels.plan(m, uniform=uniform, dtype=jnp.bfloat16, **spec)
                 kernels.add(plan.kernel)
                 run, shapes = product(m, bits, uniform)
                 name = f"{bits} bits {uniform=} {m=} {plan}"

@@ -96,10 +96,10 @@ def sources() -> Iterator[tuple[str, str]]:
     ):
         for dtype in _HALVES:
             for eps, splits in ((None, 1), (1e-6, 8)):
-                facts = heads, kv_heads, dim, capacity, jnp.dtype(dtype), eps, window
+                arguments = heads, kv_heads, dim, capacity, jnp.dtype(dtype), eps, window
                 yield (
                     f"split attention {heads} {kv_heads} {dim} {capacity} {window} {dtype} {eps} {splits}",
-                    split_attention.source(split_attention.Case(*facts), splits, H200),
+                    split_attention.source(split_attention.Case(*arguments), splits, H200),
                 )
 
 
@@ -163,9 +163,9 @@ def _over_devices() -> Iterator[tuple[str, str]]:
         *((2, 1, 4096, half, True), (2, 64, 4096, half, True), (4, 1, 8192, half, True)),
         *((8, 3, 16384, half, True), (2, 1, 4096, half, False), (3, 2, 6144, single, True)),
     ):
-        facts = devices, rows, features, dtype, dtype, normed, 1e-5 * normed
+        arguments = devices, rows, features, dtype, dtype, normed, 1e-5 * normed
         name = f"peer sum {devices} {rows} {features} {dtype} {normed=}"
-        yield name, peer_sum.source(peer_sum.PeerSum(*facts), H200)
+        yield name, peer_sum.source(peer_sum.PeerSum(*arguments), H200)
     for bits, devices in ((1, 2), (2, 2), (4, 2), (8, 2), (4, 4)):
         config = ring.Config(
             ring_arithmetic.WORKERS.get(bits, ring_arithmetic.MOST), _MULTIPROCESSORS

@@ -44,7 +44,7 @@ def write_folder(folder: Path, config: ModelConfig) -> Path:
 
     rng = np.random.default_rng(3)
     folder.mkdir()
-    facts = dict(
+    settings = dict(
         model_type="qwen3" if config.qk_norm else "llama",
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -56,7 +56,7 @@ def write_folder(folder: Path, config: ModelConfig) -> Path:
         tie_word_embeddings=config.tie_embeddings,
         dtype=config.dtype,
     )
-    (folder / "config.json").write_text(json.dumps(facts))
+    (folder / "config.json").write_text(json.dumps(settings))
     arrays = {
         name: (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
         for name, shape in expected(config).items()

@@ -84,8 +84,8 @@ def product(
         codebook = ((np.arange(2**bits) - zero) * step).astype(np.float32)
     scales = jnp.asarray(scale * rng.uniform(0.5, 2, (n, -(-k // group_size))), scale_dtype)
     x = jnp.asarray(rng.normal(size=(m, k)), dtype)
-    facts = dict(bits=bits, group_size=group_size, out_features=n)
-    packed, planar = packing.to_planar(packing.pack(codes, bits), scales, in_features=k, **facts)
+    spec = dict(bits=bits, group_size=group_size, out_features=n)
+    packed, planar = packing.to_planar(packing.pack(codes, bits), scales, in_features=k, **spec)
     matrices = []
     # Scales of another dtype multiply sums as they are, and weights as the dtype of x rounds them.
     for factors in (np.asarray(scales), np.asarray(scales.astype(dtype)))[
@@ -101,7 +101,7 @@ def product(
             in_steps = decode(distances)
             matrices += [in_steps * steps, oracle.rounded(in_steps, dtype) * steps]
             matrices += [oracle.rounded(in_steps / 2**bits, dtype) * (2**bits * steps)]
-    return (x, packed, planar, jnp.asarray(codebook)), facts, Wanted(np.asarray(x), matrices, bits)
+    return (x, packed, planar, jnp.asarray(codebook)), spec, Wanted(np.asarray(x), matrices, bits)
 
 
 NORM_EPS = 1e-3
@@ -111,11 +111,11 @@ def residual_product(rng, n, k, codebooks=1, parts=5, bits=1, uniform=False):
     """A `Scaled` [1, K] and a residual [1, N] for `pallas_kernels.residual_matmul`, bfloat16.
 
     Returns:
-        (total, scaled, squares) of the input; (residual, scale); weight arrays; facts; what the product of
+        (total, scaled, squares) of the input; (residual, scale); weight arrays; spec; what the product of
         `scaled` should be; the inverse root of the mean square by which a norm multiplies it.
     """
     dtype = jnp.bfloat16
-    (x, *weight), facts, wanted = product(rng, 1, n, k, bits, 64, dtype, codebooks, uniform=uniform)
+    (x, *weight), spec, wanted = product(rng, 1, n, k, bits, 64, dtype, codebooks, uniform=uniform)
     factors = jnp.asarray(rng.uniform(0.5, 2, k), dtype)
     squares = np.zeros(parts, np.float32)
     np.add.at(squares, np.arange(k) % parts, np.asarray(x, np.float32)[0] ** 2)
@@ -124,7 +124,7 @@ def residual_product(rng, n, k, codebooks=1, parts=5, bits=1, uniform=False):
     inverse = 1 / np.sqrt(np.mean(np.asarray(x, np.float64) ** 2) + NORM_EPS)
     residual = jnp.asarray(3 * rng.normal(size=(1, n)), dtype)
     after = residual, jnp.asarray(rng.uniform(0.5, 2, n), dtype)
-    return (x, scaled, jnp.asarray(squares)), after, weight, facts, wanted, inverse
+    return (x, scaled, jnp.asarray(squares)), after, weight, spec, wanted, inverse
 
 
 def check_residual(outputs, after, expectations):

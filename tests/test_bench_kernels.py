@@ -198,10 +198,10 @@ def test_a_gpu_runs_nothing_but_the_kernels(m, rng):
     case = KernelCase("pallas", m, 512, 512, 4, 64, "uniform")
     weight = fdk_jax.prepare(inputs.quantised_weight(case, rng), backend="pallas")
     x, copies = jnp.asarray(inputs.activations(case, rng)), timing.copy_weight(weight, 5)
-    facts = dict(bits=4, group_size=64, out_features=512, uniform=True)
+    spec = dict(bits=4, group_size=64, out_features=512, uniform=True)
 
     def step(x, w):
-        return pallas_kernels.matmul(x, w.packed, w.scales, w.codebook, **facts)
+        return pallas_kernels.matmul(x, w.packed, w.scales, w.codebook, **spec)
 
     program = timing.loop_program(step, x, copies, loops=7, link_every=False)
     with for_a_gpu():

@@ -255,8 +255,8 @@ def test_what_no_chain_takes(change, reason):
 def test_there_is_no_chain_without_a_gpu_at_hand(rng):
     """Programs that the device does not run at once would wait for each other for ever."""
     weights = chains.weights(rng, SHAPES[:3], 1, (1, 2, 1), False, False)
-    facts = dict(bits=1, group_size=64, uniform=False)
-    found = [(arrays, facts | {"out_features": case.n}) for case, arrays, *_ in weights]
+    spec = dict(bits=1, group_size=64, uniform=False)
+    found = [(arrays, spec | {"out_features": case.n}) for case, arrays, *_ in weights]
     assert pallas_kernels.chain_plan(found) is None
     x, residual, scales = chains.inputs(rng, 512, 512)
     with pytest.raises(NotImplementedError, match="run them apart"):
@@ -274,8 +274,8 @@ def test_chains_over_gpus_that_were_not_tried_are_refused(bits):
 
 def test_bad_chains_are_refused(rng):
     weights = chains.weights(rng, SHAPES, 1, (1, 2, 1, 1), False, False)
-    facts = dict(bits=1, group_size=64, uniform=False)
-    found = [(arrays, facts | {"out_features": case.n}) for case, arrays, *_ in weights]
+    spec = dict(bits=1, group_size=64, uniform=False)
+    found = [(arrays, spec | {"out_features": case.n}) for case, arrays, *_ in weights]
     x, residual, scales = chains.inputs(rng, 512, 512)
     for change, message in (
         (dict(weights=found[:2]), "2 weights"),

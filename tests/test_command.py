@@ -29,10 +29,10 @@ def folder(writable):
 # --- the command ------------------------------------------------------------------------------
 
 
-def configure(folder: Path, **facts) -> None:
+def configure(folder: Path, **settings) -> None:
     """Changes config.json."""
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | facts))
+    (folder / "config.json").write_text(json.dumps(config | settings))
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -55,10 +55,10 @@ def test_command_streams_one_prompt(capsys):
 def test_command_with_a_batch_as_json(capsys, bits):
     arguments = ["--prompt", "the quick", "--prompt", "fox", "--max_tokens", "5", "--json"]
     status, out, _ = run(capsys, str(CHATTY), *arguments, "--quiet", *bits)
-    facts = json.loads(out)
+    answer = json.loads(out)
     assert status == 0
-    assert len(facts["texts"]) == 2 and all(len(row) <= 5 for row in facts["tokens"])
-    assert facts["tokens_per_second"] > 0
+    assert len(answer["texts"]) == 2 and all(len(row) <= 5 for row in answer["tokens"])
+    assert answer["tokens_per_second"] > 0
 
 
 def test_command_chats(capsys, monkeypatch):

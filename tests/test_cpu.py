@@ -70,9 +70,9 @@ def _codes_of_tiled(tiled: np.ndarray, bits: int, n: int, k: int) -> np.ndarray:
 @pytest.mark.parametrize("traced", [False, True])
 def test_tiled_layout(rng, bits, n, k, group_size, traced):
     _, w = _problem(rng, 1, n, k, bits, group_size)
-    facts = dict(bits=bits, group_size=group_size, out_features=n, in_features=k)
-    to_tiled = functools.partial(packing.convert, source="interchange", target="tiled", **facts)
-    from_tiled = functools.partial(packing.convert, source="tiled", target="interchange", **facts)
+    spec = dict(bits=bits, group_size=group_size, out_features=n, in_features=k)
+    to_tiled = functools.partial(packing.convert, source="interchange", target="tiled", **spec)
+    from_tiled = functools.partial(packing.convert, source="tiled", target="interchange", **spec)
     if traced:
         to_tiled, from_tiled = jax.jit(to_tiled), jax.jit(from_tiled)
     tiled, scales = to_tiled(w.packed, w.scales)
@@ -87,11 +87,11 @@ def test_tiled_layout(rng, bits, n, k, group_size, traced):
 
 
 def test_tiled_layout_of_stacks(rng):
-    facts = dict(bits=4, group_size=32, out_features=19, in_features=70)
+    spec = dict(bits=4, group_size=32, out_features=19, in_features=70)
     packed = jnp.asarray(rng.integers(0, 256, (2, 3, 19, 35)).astype(np.uint8))
     scales = jnp.asarray(rng.standard_normal((2, 3, 19, 3)).astype(np.float32))
-    to_tiled = functools.partial(packing.convert, source="interchange", target="tiled", **facts)
-    from_tiled = functools.partial(packing.convert, source="tiled", target="interchange", **facts)
+    to_tiled = functools.partial(packing.convert, source="interchange", target="tiled", **spec)
+    from_tiled = functools.partial(packing.convert, source="tiled", target="interchange", **spec)
     tiled = to_tiled(packed, scales)
     for i in range(2):
         for j in range(3):
@@ -213,11 +213,11 @@ def test_conversion_after_fork():
         library = cpu_backend.library()
         rng = np.random.default_rng()
         packed, scales = rng.integers(0, 256, 512 * 256, np.uint8), np.zeros(512 * 8 * 2, np.uint8)
-        facts = dict(bits=4, group_size=64, out_features=512, in_features=512, scale_size=2)
+        spec = dict(bits=4, group_size=64, out_features=512, in_features=512, scale_size=2)
 
         def converted():
             tiled, out = np.zeros_like(packed), np.zeros_like(scales)
-            library.to_tiled(packed, scales, tiled, out, **facts)
+            library.to_tiled(packed, scales, tiled, out, **spec)
             return tiled
 
         before = converted()

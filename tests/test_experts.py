@@ -106,11 +106,11 @@ SHAPE = dict(
 )
 
 
-def arrays_of(family: str, rng, **facts) -> dict[str, np.ndarray]:
+def arrays_of(family: str, rng, **settings) -> dict[str, np.ndarray]:
     """Random float arrays of a checkpoint, by the names that it needs."""
     from fdk_jax.models.stages import expected
 
-    config = ModelConfig.from_hf(SHAPE | dict(model_type=family) | facts)
+    config = ModelConfig.from_hf(SHAPE | dict(model_type=family) | settings)
     return {
         name: (rng.normal(size=shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 1)).astype(
             np.float32
@@ -119,9 +119,9 @@ def arrays_of(family: str, rng, **facts) -> dict[str, np.ndarray]:
     }
 
 
-def write(folder, family: str, arrays, **facts):
+def write(folder, family: str, arrays, **settings):
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(SHAPE | dict(model_type=family) | facts))
+    (folder / "config.json").write_text(json.dumps(SHAPE | dict(model_type=family) | settings))
     save_file(arrays, folder / "model.safetensors")
     return folder
 
@@ -200,8 +200,8 @@ def test_mxfp4_experts_of_gpt_oss(rng, tmp_path):
         del packed[name]
         packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
     plain = models.load(write(tmp_path / "plain", "gpt_oss", arrays), dtype="float32")
-    facts = dict(quantization_config=dict(quant_method="mxfp4"))
-    quantised = models.load(write(tmp_path / "mx", "gpt_oss", packed, **facts), dtype="float32")
+    settings = dict(quantization_config=dict(quant_method="mxfp4"))
+    quantised = models.load(write(tmp_path / "mx", "gpt_oss", packed, **settings), dtype="float32")
     weight = quantised.layers[0].mlp.down.weight.get_value()
     assert weight.bits == 4 and weight.group_size == 32
     wanted = logits(plain)

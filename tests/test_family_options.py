@@ -21,8 +21,8 @@ SMALL = dict(
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
 
 
-def read(family: str, **facts) -> ModelConfig:
-    return ModelConfig.from_hf(SMALL | dict(model_type=family) | facts)
+def read(family: str, **settings) -> ModelConfig:
+    return ModelConfig.from_hf(SMALL | dict(model_type=family) | settings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -35,9 +35,9 @@ def test_a_file_of_shapes_alone_has_the_defaults_of_the_family(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("key", [*SMALL][:5])
 def test_a_missing_shape_is_named(family, key):
-    facts = {k: v for k, v in SMALL.items() if k != key}
+    settings = {k: v for k, v in SMALL.items() if k != key}
     with pytest.raises(ValueError, match=f"config.json lacks '{key}'"):
-        ModelConfig.from_hf(facts | dict(model_type=family))
+        ModelConfig.from_hf(settings | dict(model_type=family))
 
 
 def test_an_unknown_family_is_named():
@@ -93,14 +93,14 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("family", "facts", "words"), REFUSED)
-def test_what_is_not_done_is_refused_by_its_name(family, facts, words):
+@pytest.mark.parametrize(("family", "settings", "words"), REFUSED)
+def test_what_is_not_done_is_refused_by_its_name(family, settings, words):
     with pytest.raises(ValueError, match=words):
-        read(family, **facts)
+        read(family, **settings)
 
 
 @pytest.mark.parametrize(
-    "facts",
+    "settings",
     [
         dict(sliding_window=None),
         dict(sliding_window=128),
@@ -111,8 +111,8 @@ def test_what_is_not_done_is_refused_by_its_name(family, facts, words):
         dict(online_had=False),
     ],
 )
-def test_what_changes_nothing_is_no_error(facts):
-    assert read("llama", **facts) == read("llama")
+def test_what_changes_nothing_is_no_error(settings):
+    assert read("llama", **settings) == read("llama")
 
 
 def test_rope_scaling_goes_before_rope_parameters():
@@ -122,7 +122,7 @@ def test_rope_scaling_goes_before_rope_parameters():
 
 
 @pytest.mark.parametrize(
-    ("facts", "dtype"),
+    ("settings", "dtype"),
     [
         (dict(dtype="auto"), "bfloat16"),
         (dict(torch_dtype="torch.float32"), "float32"),
@@ -131,11 +131,11 @@ def test_rope_scaling_goes_before_rope_parameters():
         ({}, "bfloat16"),
     ],
 )
-def test_dtypes(facts, dtype):
-    assert read("llama", **facts).dtype == dtype
-    assert ModelConfig.from_hf(SMALL | dict(model_type="llama") | facts, dtype="float16").dtype == (
-        "float16"
-    )
+def test_dtypes(settings, dtype):
+    assert read("llama", **settings).dtype == dtype
+    assert ModelConfig.from_hf(
+        SMALL | dict(model_type="llama") | settings, dtype="float16"
+    ).dtype == ("float16")
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "float7"])
@@ -240,7 +240,7 @@ def test_a_config_that_contradicts_itself_is_refused():
         num_kv_heads=1,
         head_dim=4,
     )
-    for facts, words in (
+    for settings, words in (
         (dict(layers=(LayerOptions(),)), "options of 1 layers"),
         (dict(layers=(LayerOptions(window=0),) * 2), "window=0"),
         (dict(layers=(LayerOptions(rope=Rope(rotary_dim=3)),) * 2), "rotary"),
@@ -249,7 +249,7 @@ def test_a_config_that_contradicts_itself_is_refused():
         (dict(dtype="int8"), "dtype='int8'"),
     ):
         with pytest.raises(ValueError, match=words):
-            ModelConfig(**(good | facts))
+            ModelConfig(**(good | settings))
     for kind in ("default", "spiral"):
         with pytest.raises(ValueError, match=kind):
             RopeScaling(kind)
@@ -294,12 +294,12 @@ def test_frequencies_equal_transformers_at_every_length(name):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = name.split(",")[0]
-    facts = SMALL | dict(
+    settings = SMALL | dict(
         hidden_size=128, rope_parameters=dict(SCALED[name], rope_type=kind, rope_theta=5000.0)
     )
-    ours = ModelConfig.from_hf(dict(facts, model_type="llama"))
+    ours = ModelConfig.from_hf(dict(settings, model_type="llama"))
     found = ours.layer(0).rope
-    theirs = transformers.LlamaConfig(**json.loads(json.dumps(facts)))
+    theirs = transformers.LlamaConfig(**json.loads(json.dumps(settings)))
     for length in LENGTHS:
         if kind == "default":
             wanted, factor = 5000.0 ** (-np.arange(0, 32, 2) / 32), 1.0

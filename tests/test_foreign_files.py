@@ -25,8 +25,8 @@ def folder(path: Path, arrays: dict, config: dict, **files_: dict) -> Path:
     """A checkpoint folder."""
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
-    for name, facts in files_.items():
-        (path / f"{name}.json").write_text(json.dumps(facts))
+    for name, settings in files_.items():
+        (path / f"{name}.json").write_text(json.dumps(settings))
     safetensors.numpy.save_file(arrays, path / "model.safetensors")
     return path
 
@@ -134,8 +134,14 @@ def gptq(
 @pytest.mark.parametrize("g", [32, 128])
 def test_gptq(bits, g, rng, tmp_path):
     arrays, expected = gptq(rng, bits, g, 2 ** (bits - 1))
-    facts = {"quant_method": "gptq", "bits": bits, "group_size": g, "desc_act": False, "sym": True}
-    where = folder(tmp_path / "model", arrays, {"quantization_config": facts})
+    settings = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": g,
+        "desc_act": False,
+        "sym": True,
+    }
+    where = folder(tmp_path / "model", arrays, {"quantization_config": settings})
     stored = files.read(where).tensors["m.weight"]
     w = stored.read()
     assert (w.bits, w.group_size, stored.shape) == (bits, g, expected.shape)
@@ -148,25 +154,25 @@ def test_gptq_with_several_zero_points_is_exact_and_wider(bits, version, rng, tm
     offset = version == "gptq"
     zeros = rng.integers(1, 2**bits, (4, 32))
     arrays, expected = gptq(rng, bits, 32, zeros, offset=int(offset))
-    facts = {"quant_method": "gptq", "bits": bits, "checkpoint_format": version}
-    w = files.read(folder(tmp_path / "m", arrays, {"quantization_config": facts}))
+    settings = {"quant_method": "gptq", "bits": bits, "checkpoint_format": version}
+    w = files.read(folder(tmp_path / "m", arrays, {"quantization_config": settings}))
     w = w.tensors["m.weight"].read()
     assert w.bits == {2: 4, 4: 8}[bits]
     assert np.array_equal(values(w), expected)
 
 
 def test_gptq_variants_that_would_be_misread_are_refused(rng, tmp_path):
-    facts = {"quant_method": "gptq", "bits": 4}
+    settings = {"quant_method": "gptq", "bits": 4}
     arrays, _ = gptq(rng, 4, 32, 8)
     shuffled = arrays | {"m.g_idx": arrays["m.g_idx"][::-1].copy()}
-    where = folder(tmp_path / "a", shuffled, {"quantization_config": facts})
+    where = folder(tmp_path / "a", shuffled, {"quantization_config": settings})
     with pytest.raises(ValueError, match="act-order"):
         files.read(where).tensors["m.weight"].read()
     arrays, _ = gptq(rng, 4, 32, 16)
-    where = folder(tmp_path / "b", arrays, {"quantization_config": facts})
+    where = folder(tmp_path / "b", arrays, {"quantization_config": settings})
     with pytest.raises(ValueError, match="zero point of 15"):
         files.read(where).tensors["m.weight"].read()
-    where = folder(tmp_path / "c", arrays, {"quantization_config": facts | {"bits": 3}})
+    where = folder(tmp_path / "c", arrays, {"quantization_config": settings | {"bits": 3}})
     with pytest.raises(ValueError, match="GPTQ of 3 bits"):
         files.read(where)
 
@@ -180,14 +186,14 @@ def test_awq(even, rng, tmp_path):
     zeros = np.full((k // g, n), 8) if even else rng.integers(0, 16, (k // g, n))
     scales = (rng.random((k // g, n)) * 0.1).astype(np.float16)
     arrays = {"m.qweight": pack(codes), "m.qzeros": pack(zeros), "m.scales": scales}
-    facts = {
+    settings = {
         "quant_method": "awq",
         "bits": 4,
         "group_size": g,
         "version": "gemm",
         "zero_point": True,
     }
-    checkpoint = files.read(folder(tmp_path / "m", arrays, {"quantization_config": facts}))
+    checkpoint = files.read(folder(tmp_path / "m", arrays, {"quantization_config": settings}))
     w = checkpoint.tensors["m.weight"].read()
     expected = (codes - np.repeat(zeros, g, 0)) * np.repeat(scales.astype(np.float32), g, 0)
     assert w.bits == (4 if even else 8)
@@ -211,8 +217,8 @@ def test_modelopt_nvfp4(rng, tmp_path):
     where = tmp_path / "model"
     where.mkdir()
     (where / "config.json").write_text('{"model_type": "llama"}')
-    facts = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
-    (where / "hf_quant_config.json").write_text(json.dumps(facts))
+    settings = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+    (where / "hf_quant_config.json").write_text(json.dumps(settings))
     flat = {
         n_: np.ascontiguousarray(a).view(np.uint8) if a.shape else a
         for n_, a in header_arrays.items()
@@ -246,12 +252,12 @@ def test_mlx_where_every_bias_is_one_multiple_of_its_scale(bits, dtype, rng, tmp
         "m.scales": scales,
         "m.biases": (scales.astype(np.float32) * c).astype(dtype),
     }
-    facts = {"quantization": {"group_size": g, "bits": bits}}
-    w = files.read(folder(tmp_path / "m", arrays, facts)).tensors["m.weight"].read()
+    settings = {"quantization": {"group_size": g, "bits": bits}}
+    w = files.read(folder(tmp_path / "m", arrays, settings)).tensors["m.weight"].read()
     wide = [np.repeat(arrays[f"m.{a}"].astype(np.float32), g, 1) for a in ("scales", "biases")]
     assert np.array_equal(values(w), codes.astype(np.float32) * wide[0] + wide[1])
     arrays["m.biases"][3, 1] *= 2
-    checkpoint = files.read(folder(tmp_path / "m", arrays, facts))
+    checkpoint = files.read(folder(tmp_path / "m", arrays, settings))
     with pytest.raises(ValueError, match="offset of its own"):
         checkpoint.tensors["m.weight"].read()
 
@@ -298,8 +304,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_supported_is_refused_by_its_name(name, tmp_path):
-    arrays, facts, message = REFUSED[name]
-    config = {} if facts is None else {"quantization_config": facts}
+    arrays, settings, message = REFUSED[name]
+    config = {} if settings is None else {"quantization_config": settings}
     where = folder(tmp_path / "model", PLAIN | arrays, config)
     with pytest.raises(ValueError) as caught:
         for one in files.read(where).tensors.values():

@@ -167,9 +167,9 @@ def test_programs_are_kept(generator):
 def test_the_cache_is_updated_in_place(generator):
     generator.generate([[1, 2]], max_tokens=5)
     program = next(p for name, p in generator.programs.items() if name[:1] == ("decode",))
-    facts = program.memory_analysis()
+    memory = program.memory_analysis()
     heads, capacity, width = 2, 128, 16
-    assert facts.alias_size_in_bytes >= 2 * 2 * heads * capacity * width * 4
+    assert memory.alias_size_in_bytes >= 2 * 2 * heads * capacity * width * 4
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,13 @@ def _check(
     scale=1.0,
     **kind,
 ):
-    arrays, facts, wanted = planar.product(
+    arrays, spec, wanted = planar.product(
         rng, m, n, k, bits, group_size, dtype, codebooks, scale, uniform, **kind
     )
     added = rng.normal(size=n).astype(np.float32) * bias
     y = pallas_kernels.matmul(
         *arrays,
-        **facts,
+        **spec,
         uniform=uniform,
         bias=jnp.asarray(added) if bias else None,
         out_dtype=jnp.float32,
@@ -158,7 +158,7 @@ def test_large_and_tiny_scales(rng, bits, uniform, m, dtype, scale):
 @pytest.mark.parametrize(("bits", "uniform"), DECODERS)
 @pytest.mark.parametrize(("n", "k", "codebooks"), [(33, 600, 1), (6144, 4096, 3), (128, 21512, 2)])
 def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, codebooks):
-    before, after, weight, facts, wanted, inverse = planar.residual_product(
+    before, after, weight, spec, wanted, inverse = planar.residual_product(
         rng, n, k, codebooks, bits=bits, uniform=uniform
     )
     residual, norm_scale = after
@@ -168,7 +168,7 @@ def test_sums_and_norms_around_a_product(rng, bits, uniform, n, k, codebooks):
         eps=planar.NORM_EPS,
         residual=residual,
         norm_scale=norm_scale,
-        **facts,
+        **spec,
         uniform=uniform,
     )
     planar.check_residual(outputs, after, [e.then(factor=inverse) for e in wanted.expectations()])
@@ -198,13 +198,13 @@ def _check_chain(rng, bits, uniform, hidden, inner, count, width=512, **kind):
     if (reason := chain.unsupported_reason(cases, config, TARGET)) is not None:
         pytest.skip(reason)
     x, residual, scales = chains.inputs(rng, width, hidden)
-    facts = dict(bits=bits, group_size=weights[0][0].group_size, uniform=uniform)
-    arguments = [(arrays, facts | {"out_features": case.n}) for case, arrays, *_ in weights]
+    spec = dict(bits=bits, group_size=weights[0][0].group_size, uniform=uniform)
+    arguments = [(arrays, spec | {"out_features": case.n}) for case, arrays, *_ in weights]
 
     @jax.jit
     def repeated(x, residual, arrays):
         def run(_, __):
-            pairs = [(a, facts) for a, (_, facts) in zip(arrays, arguments, strict=True)]
+            pairs = [(a, spec) for a, (_, spec) in zip(arrays, arguments, strict=True)]
             scaled, y = pallas_kernels.chain_matmul(x, residual, pairs, scales, chains.EPS)
             return None, (*scaled, y)
 
@@ -327,15 +327,15 @@ def test_attention(rng, batch, kv_heads, group, head_dim, capacity, length, dtyp
     ids=str,
 )
 def test_non_finite_x_propagates_like_a_dense_product(rng, bits, uniform, value, config):
-    arrays, facts, _ = planar.product(rng, 1, 48, 1024, bits, 64, "bfloat16", uniform=uniform)
+    arrays, spec, _ = planar.product(rng, 1, 48, 1024, bits, 64, "bfloat16", uniform=uniform)
     x, packed, scales, codebook = arrays
     x = x.at[0, 700].set(value)
     if config is not None and choice.unsupported_reason(_case(bits), config, TARGET) is not None:
         pytest.skip("the kernel does not take this width")
-    interchange, _ = packing.from_planar(packed, scales, in_features=1024, **facts)
+    interchange, _ = packing.from_planar(packed, scales, in_features=1024, **spec)
     values = np.asarray(codebook.astype(jnp.bfloat16), np.float64)[0]
     weight = values[np.asarray(packing.unpack(interchange, bits, 1024))]
-    y = pallas_kernels.matmul(x, packed, scales, codebook, **facts, uniform=uniform, config=config)
+    y = pallas_kernels.matmul(x, packed, scales, codebook, **spec, uniform=uniform, config=config)
     with np.errstate(invalid="ignore"):
         expected = np.asarray(x, np.float64) @ weight.T
     np.testing.assert_array_equal(np.asarray(y, np.float64), expected)

@@ -133,9 +133,9 @@ def test_grouped(rng, bits, sizes, past, config):
     products = [_product(rng, 1, n, k, bits, 64, "bfloat16", 1, True) for _ in sizes]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *(arrays for _, arrays, *_ in products))
     x = jnp.asarray(rng.normal(size=(rows, k)), jnp.bfloat16)
-    facts = dict(bits=bits, group_size=64, out_features=n, out_dtype=jnp.bfloat16)
+    spec = dict(bits=bits, group_size=64, out_features=n, out_dtype=jnp.bfloat16)
     stacked = stacked._replace(x=x)
-    case = Case.of(stacked, **facts)
+    case = Case.of(stacked, **spec)
     config = config or grouped.configuration(case, groups, current())[0]
     _poison()
     y, start = mosaic_matmul.matmul(case, config, stacked, jnp.asarray(sizes, jnp.int32)), 0

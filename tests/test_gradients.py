@@ -68,7 +68,7 @@ def test_gradients_of_scales_and_codebooks(backend, bits, n, k, group, rng):
     dcodebook = np.zeros(2**bits)
     np.add.at(dcodebook, codes, dense * np.repeat(scales, group, axis=1)[:, :k])
     _, got = fdk_jax.packing.convert(
-        prepared.packed, grads.scales, prepared.layout, "interchange", **q.facts
+        prepared.packed, grads.scales, prepared.layout, "interchange", **q.spec
     )
     assert oracle.relative_rms(got, dscales) < 1e-5
     assert oracle.relative_rms(grads.codebook, dcodebook) < 1e-5

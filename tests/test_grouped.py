@@ -112,7 +112,7 @@ def test_gradients_of_scales_and_codebooks(backend, sizes, rng):
     with running(backend):
         got = jax.grad(loss, allow_int=True)(prepared)
     _, scales = fdk_jax.packing.convert(
-        prepared.packed, got.scales, prepared.layout, "interchange", **w.facts
+        prepared.packed, got.scales, prepared.layout, "interchange", **w.spec
     )
     start = 0
     for e, size in enumerate(sizes):

@@ -91,7 +91,7 @@ def test_rows_of_queries_and_keys_of_llama_are_put_back(rng, tmp_path):
     path = write(tmp_path / "m.gguf", {key: (a, None) for key, a in (floats | matrices).items()})
     folder = tmp_path / "folder"
     folder.mkdir()
-    facts = dict(
+    config = dict(
         model_type="llama",
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
@@ -104,7 +104,7 @@ def test_rows_of_queries_and_keys_of_llama_are_put_back(rng, tmp_path):
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
     )
-    (folder / "config.json").write_text(json.dumps(facts))
+    (folder / "config.json").write_text(json.dumps(config))
     safetensors.numpy.save_file(arrays, folder / "model.safetensors")
     assert models.read_config(path) == models.read_config(folder)
     np.testing.assert_array_equal(logits(path), logits(folder))

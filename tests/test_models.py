@@ -120,23 +120,23 @@ def test_unknown_size(shapes):
     ],
 )
 def test_unsupported_configuration_is_named(change, words):
-    facts = json.loads((DATA / "llama2" / "config.json").read_text())
-    facts.pop("rope_parameters", None)
-    facts |= change
+    config = json.loads((DATA / "llama2" / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    config |= change
     if words is None:
-        del facts["hidden_size"]
+        del config["hidden_size"]
         words = "hidden_size"
     with pytest.raises(ValueError, match=words):
-        ModelConfig.from_hf(facts)
+        ModelConfig.from_hf(config)
 
 
 def test_both_spellings_of_rope_give_the_same():
-    facts = json.loads((DATA / "llama3" / "config.json").read_text())
-    new = ModelConfig.from_hf(facts)
-    rope = facts.pop("rope_parameters")
-    facts["rope_theta"] = rope.pop("rope_theta")
-    facts["rope_scaling"] = rope
-    assert ModelConfig.from_hf(facts) == new
+    config = json.loads((DATA / "llama3" / "config.json").read_text())
+    new = ModelConfig.from_hf(config)
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope
+    assert ModelConfig.from_hf(config) == new
 
 
 def test_linear_rope_scaling_divides_frequencies():

@@ -186,8 +186,8 @@ def test_integers_of_a_weight_are_within_half_a_step(rng, bits, group, scales):
     codes = rng.integers(0, 2**bits, (48, 1024)).astype(np.uint8)
     books = rng.normal(size=(3, 2**bits)).astype(np.float32)
     factors = jnp.asarray(rng.normal(size=(48, 1024 // group)), scales).at[5].set(0)
-    facts = dict(bits=bits, group_size=group, out_features=48, in_features=1024)
-    _, planar = packing.to_planar(packing.pack(codes, bits), factors, **facts)
+    spec = dict(bits=bits, group_size=group, out_features=48, in_features=1024)
+    _, planar = packing.to_planar(packing.pack(codes, bits), factors, **spec)
     relative, table, rows = (
         np.asarray(a, np.float64) for a in mosaic_integers.relative(product, planar, books)
     )

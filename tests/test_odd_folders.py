@@ -156,7 +156,7 @@ def test_counts_of_gguf_that_are_none(tmp_path, key, kind, value):
 def tokenizer_file(path: Path, **changes) -> Path:
     """A GGUF file with a small vocabulary; `changes` are other values of its metadata, or None for none."""
     gguf = pytest.importorskip("gguf", reason="needs the gguf package")
-    facts: dict = dict(
+    config: dict = dict(
         model="gpt2",
         pre="llama-bpe",
         tokens=["<s>", "</s>", *"abcĠ", "ab", "Ġab"],
@@ -166,7 +166,7 @@ def tokenizer_file(path: Path, **changes) -> Path:
         eos_token_id=1,
     )
     writer = gguf.GGUFWriter(path, "llama")
-    for name, value in (facts | changes).items():
+    for name, value in (config | changes).items():
         add = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array}
         if value is not None:
             add[type(value)](f"tokenizer.ggml.{name}", value)

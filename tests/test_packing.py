@@ -44,16 +44,16 @@ def test_pack_agrees_with_the_oracle_and_inverts(bits, shape, rng):
 )
 @pytest.mark.parametrize("lead", [(), (2,)])
 def test_layouts_are_exactly_invertible(layout, bits, n, k, group, lead, rng):
-    facts = dict(bits=bits, group_size=group, out_features=n, in_features=k)
+    spec = dict(bits=bits, group_size=group, out_features=n, in_features=k)
     codes = rng.integers(0, 2**bits, (*lead, n, k)).astype(np.uint8)
     packed = packing.pack(codes, bits)
     scales = jnp.asarray(rng.standard_normal((*lead, n, -(-k // group))), jnp.bfloat16)
-    there = packing.convert(packed, scales, "interchange", layout, **facts)
-    struct = packing.layout_struct(layout, dtype=jnp.bfloat16, **facts)
+    there = packing.convert(packed, scales, "interchange", layout, **spec)
+    struct = packing.layout_struct(layout, dtype=jnp.bfloat16, **spec)
     for array, expected in zip(there, struct, strict=True):
         assert array.shape == (*lead, *expected.shape)
         assert array.dtype == expected.dtype
-    back = packing.convert(*there, layout, "interchange", **facts)
+    back = packing.convert(*there, layout, "interchange", **spec)
     assert (np.asarray(back[0]) == np.asarray(packed)).all()
     assert (np.asarray(back[1]) == np.asarray(scales)).all()
 

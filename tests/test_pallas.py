@@ -35,11 +35,11 @@ ASSEMBLERS = list(assemble.assemblers().values())
     [(1, 1, 7, 4, 1), (3, 33, 130, 64, 1), (17, 48, 96, 32, 3), (2, 5, 600, 24, 1)],
 )
 def test_interpreted_values(rng, dtype, bits, m, n, k, group_size, codebooks):
-    arrays, facts, wanted = planar.product(rng, m, n, k, bits, group_size, dtype, codebooks)
+    arrays, spec, wanted = planar.product(rng, m, n, k, bits, group_size, dtype, codebooks)
     bias = rng.normal(size=n).astype(np.float32)
     y = pallas_kernels.matmul(
         *arrays,
-        **facts,
+        **spec,
         uniform=False,
         bias=jnp.asarray(bias),
         out_dtype=jnp.float32,
@@ -173,19 +173,19 @@ def test_candidates_assemble(tmp_path, bits, uniform, m, dtype):
 
 
 def test_plans_say_why():
-    facts = dict(bits=4, group_size=64, out_features=6144, in_features=4096, uniform=False)
-    assert pallas_kernels.plan(1, dtype=HALF, **facts).kernel == "matvec"
-    assert pallas_kernels.plan(64, dtype=HALF, **facts).kernel == "wgmma"
-    assert pallas_kernels.plan(100_000, dtype=HALF, **facts).kernel == "mosaic"
+    spec = dict(bits=4, group_size=64, out_features=6144, in_features=4096, uniform=False)
+    assert pallas_kernels.plan(1, dtype=HALF, **spec).kernel == "matvec"
+    assert pallas_kernels.plan(64, dtype=HALF, **spec).kernel == "wgmma"
+    assert pallas_kernels.plan(100_000, dtype=HALF, **spec).kernel == "mosaic"
     older = Target.parse("sm_80")
-    many = pallas_kernels.plan(100_000, dtype=HALF, target=older, **facts)
+    many = pallas_kernels.plan(100_000, dtype=HALF, target=older, **spec)
     assert many.kernel == "dequantise"
-    exact = pallas_kernels.plan(1, dtype=jnp.float32, **facts)
+    exact = pallas_kernels.plan(1, dtype=jnp.float32, **spec)
     assert exact.kernel == "plain" and "float32" in str(exact)
-    odd = pallas_kernels.plan(1, dtype=HALF, **(facts | {"group_size": 10}))
+    odd = pallas_kernels.plan(1, dtype=HALF, **(spec | {"group_size": 10}))
     assert odd.kernel == "plain" and "group_size=10" in odd.reason
     unknown = pallas_kernels.plan(
-        1, dtype=HALF, target=dataclasses.replace(H200, kind="another"), **facts
+        1, dtype=HALF, target=dataclasses.replace(H200, kind="another"), **spec
     )
     assert "NVIDIA H" in unknown.reason
 
@@ -198,19 +198,19 @@ def test_codebooks_that_change_within_a_program_take_smaller_programs():
 
 
 def test_errors_name_the_remedy(rng):
-    arrays, facts, _ = planar.product(rng, 2, 16, 64, 4, 64, "bfloat16")
+    arrays, spec, _ = planar.product(rng, 2, 16, 64, 4, 64, "bfloat16")
     x, packed, scales, codebook = arrays
     with pytest.raises(ValueError, match=r"fdk_jax\.prepare"):
-        pallas_kernels.matmul(x, packed[:, :0], scales, codebook, **facts, uniform=False)
+        pallas_kernels.matmul(x, packed[:, :0], scales, codebook, **spec, uniform=False)
     with pytest.raises(ValueError, match=r"scales\.shape"):
-        pallas_kernels.matmul(x, packed, scales[:0], codebook, **facts, uniform=False)
+        pallas_kernels.matmul(x, packed, scales[:0], codebook, **spec, uniform=False)
     with pytest.raises(ValueError, match=r"codebook\.shape"):
-        pallas_kernels.matmul(x, packed, scales, codebook[:, :3], **facts, uniform=False)
+        pallas_kernels.matmul(x, packed, scales, codebook[:, :3], **spec, uniform=False)
     with pytest.raises(NotImplementedError, match="diagonal"):
-        pallas_kernels.matmul(*arrays, **facts, uniform=False, config=matvec.Config(diagonal=True))
+        pallas_kernels.matmul(*arrays, **spec, uniform=False, config=matvec.Config(diagonal=True))
     with pytest.raises(NotImplementedError, match="cannot be persistent"):
         config = matvec.Config(programs=4, ring=True)
-        pallas_kernels.matmul(*arrays, **facts, uniform=False, config=config)
+        pallas_kernels.matmul(*arrays, **spec, uniform=False, config=config)
 
 
 def test_a_cache_file_wins_over_the_package(tmp_path, monkeypatch):
@@ -234,12 +234,12 @@ def test_a_cache_file_wins_over_the_package(tmp_path, monkeypatch):
 
 
 def test_a_product_with_sum_and_norm_is_one_launch(rng):
-    before, after, weight, facts, *_ = planar.residual_product(rng, 64, 1024)
-    facts |= dict(uniform=False, eps=1e-5)
+    before, after, weight, spec, *_ = planar.residual_product(rng, 64, 1024)
+    spec |= dict(uniform=False, eps=1e-5)
 
     def run(x, weight, residual, scale):
         return pallas_kernels.residual_matmul(
-            x, *weight, residual=residual, norm_scale=scale, **facts
+            x, *weight, residual=residual, norm_scale=scale, **spec
         )
 
     scaled = pallas_kernels.Scaled(*before)

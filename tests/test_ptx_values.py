@@ -230,9 +230,9 @@ def test_values_of_one_bit_are_exact(rng, codebook, dtype, m, config):
     half, single, n, k = jnp.dtype(dtype), jnp.dtype(jnp.float32), 32, 4096
     if dtype == "float16":
         codebook = [min(value, 60000.0) for value in codebook]
-    (_, packed, scales, _), facts, _ = planar.product(rng, m, n, k, 1, 64, dtype)
+    (_, packed, scales, _), spec, _ = planar.product(rng, m, n, k, 1, 64, dtype)
     x = jnp.asarray(1 + 0.1 * rng.normal(size=(m, k)), half)
-    interchange, plain = packing.from_planar(packed, scales, in_features=k, **facts)
+    interchange, plain = packing.from_planar(packed, scales, in_features=k, **spec)
     values = np.asarray(jnp.asarray(codebook, half), np.float64)
     weight = values[np.asarray(packing.unpack(interchange, 1, k))]
     weight *= np.repeat(np.asarray(plain, np.float64), 64, -1)
@@ -253,10 +253,10 @@ def test_evenly_spaced_values_are_exact(rng, bits, where, step, dtype, config):
     zero = {"first": 0, "last": last, "middle": last / 2, "code": 5, "between": 5.5}[where]
     codebook = ((np.arange(2**bits) - zero) * step).astype(np.float32)
     assert codebooks.is_uniform(codebook)
-    (_, packed, _, _), facts, _ = planar.product(rng, 1, n, k, bits, 64, dtype)
+    (_, packed, _, _), spec, _ = planar.product(rng, 1, n, k, bits, 64, dtype)
     x = jnp.asarray(1 + 0.1 * rng.normal(size=(1, k)), half)  # errors of all weights alike add up
     scales = jnp.full((2, k // 256, 64), 0.5, half)
-    interchange, _ = packing.from_planar(packed, scales, in_features=k, **facts)
+    interchange, _ = packing.from_planar(packed, scales, in_features=k, **spec)
     weight = 0.5 * codebook.astype(np.float64)[np.asarray(packing.unpack(interchange, bits, k))]
     case = Case(1, n, k, bits, 64, 1, half, half, None, single, True)
     y = _run_ptx(case, config, (x, packed, scales, jnp.asarray([codebook])), None)
@@ -277,12 +277,12 @@ def test_a_value_of_zero_stays_zero(rng):
 
 
 def test_integer_kernel_is_exact_for_integers(rng):
-    arrays, facts, _ = planar.product(rng, 1, 32, 1024, 1, 64, "bfloat16")
+    arrays, spec, _ = planar.product(rng, 1, 32, 1024, 1, 64, "bfloat16")
     _, packed, scales, _ = arrays
     x = rng.integers(-127, 128, (1, 1024)).astype(np.float32)
     x[:, ::64] = 127  # so that a unit of every plane is the same
     codebook = np.asarray([[-1.0, 3.0]], np.float32)
-    interchange, plain = packing.from_planar(packed, scales, in_features=1024, **facts)
+    interchange, plain = packing.from_planar(packed, scales, in_features=1024, **spec)
     weight = codebook[0][np.asarray(packing.unpack(interchange, 1, 1024))]
     weight = weight * np.repeat(np.asarray(plain, np.float64), 64, -1)
     case = planar.case(1, 32, 1024, 1, out=jnp.dtype(jnp.float32))
@@ -353,11 +353,11 @@ def test_sums_and_norms_around_a_product(
 )
 def test_integer_kernel_propagates_like_a_dense_product(rng, value, m, config):
     """Within its own token: the others' results are finite."""
-    arrays, facts, _ = planar.product(rng, m, 32, 1024, 1, 64, "bfloat16")
+    arrays, spec, _ = planar.product(rng, m, 32, 1024, 1, 64, "bfloat16")
     x, packed, scales, _ = arrays
     x = x.at[-1, 700].set(value)
     codebook = np.asarray([[-0.5, 0.75]], np.float32)
-    interchange, _ = packing.from_planar(packed, scales, in_features=1024, **facts)
+    interchange, _ = packing.from_planar(packed, scales, in_features=1024, **spec)
     weight = codebook[0][np.asarray(packing.unpack(interchange, 1, 1024))]
     case = planar.case(m, 32, 1024, 1)
     y = _run_ptx(case, config, (x, packed, scales, codebook), None).astype(np.float64)

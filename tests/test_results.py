@@ -56,10 +56,10 @@ def test_a_table_that_nobody_knows_is_refused():
 
 
 def _kernel_row(device, us, m=1, group_size=64, **others):
-    facts = {"suite": "kernels", "device": device, "k": 64, "n": 32, "m": m, "bits": 4}
-    facts |= {"dtype": "bfloat16", "commit": "abcdefgh", "group_size": group_size}
-    facts |= {"backend": "pallas", "arithmetic": "exact", "rel_rms_error": 0.001}
-    return facts | {"median_us": us, "samples_us": [us] * 3, "bound_us": 1.0} | others
+    fields = {"suite": "kernels", "device": device, "k": 64, "n": 32, "m": m, "bits": 4}
+    fields |= {"dtype": "bfloat16", "commit": "abcdefgh", "group_size": group_size}
+    fields |= {"backend": "pallas", "arithmetic": "exact", "rel_rms_error": 0.001}
+    return fields | {"median_us": us, "samples_us": [us] * 3, "bound_us": 1.0} | others
 
 
 def test_kernels_of_other_gpus_stand_beside_the_gpus_own():
@@ -101,9 +101,9 @@ def test_figures_of_several_commits_say_which_they_are_of():
 
 
 def _sweep_row(backend, name, bits, samples, **more):
-    facts = {"suite": "sweep", "device": "d", "k": 64, "n": 32, "threads": 2, "m": 3}
-    facts |= {"commit": "abcdefgh", "backend": backend, "name": name, "bits": bits}
-    return facts | {"samples_us": samples, "median_us": sorted(samples)[1]} | more
+    fields = {"suite": "sweep", "device": "d", "k": 64, "n": 32, "threads": 2, "m": 3}
+    fields |= {"commit": "abcdefgh", "backend": backend, "name": name, "bits": bits}
+    return fields | {"samples_us": samples, "median_us": sorted(samples)[1]} | more
 
 
 def test_the_sweep_compares_sample_by_sample():
@@ -138,19 +138,19 @@ def test_dense_rows_belong_to_the_bits_that_they_took_turns_with():
 
 
 def test_shares_of_the_read_bandwidth():
-    facts = {"suite": "cpu_threads", "device": "d", "threads": 2, "k": 64, "commit": "abcdefgh"}
-    probe = facts | {"k": None, "bits": None, "arithmetic": None, "bytes_rw": 3000}
+    fields = {"suite": "cpu_threads", "device": "d", "threads": 2, "k": 64, "commit": "abcdefgh"}
+    probe = fields | {"k": None, "bits": None, "arithmetic": None, "bytes_rw": 3000}
     rows = [
         probe | {"name": "probe_reduce_sum", "samples_us": [1.0, 2.0, 1.0], "median_us": 1.0},
         probe | {"name": "probe_copy", "samples_us": [2.0] * 3, "median_us": 2.0},
-        facts | {"name": "codebook_exact", "bits": 4, "arithmetic": "exact", "bytes_rw": 1500}
+        fields | {"name": "codebook_exact", "bits": 4, "arithmetic": "exact", "bytes_rw": 1500}
         | {"samples_us": [1.0, 1.0, 1.0], "median_us": 1.0},
     ]  # fmt: skip
     assert "| 2 | 3.0 | 1.5 | 50% |" in cpu_tables.read_shares(rows)
 
 
 def test_prompts_beside_llama_cpp():
-    facts = {
+    fields = {
         "suite": "prompts",
         "device": "d",
         "threads": 2,
@@ -158,7 +158,7 @@ def test_prompts_beside_llama_cpp():
         "type": "Q4_0",
         "prompt": 512,
     }
-    facts |= {"commit": "abcdefgh", "bytes_rw": 100, "base_bytes": 30, "peak_bytes": 140}
+    fields |= {"commit": "abcdefgh", "bytes_rw": 100, "base_bytes": 30, "peak_bytes": 140}
     ours = {"backend": "cpu", "arithmetic": "int8", "samples_us": [1e6] * 3, "median_us": 1e6}
     peer = {
         "backend": "llama.cpp",
@@ -167,18 +167,18 @@ def test_prompts_beside_llama_cpp():
         "median_us": 2e6,
     }
     rows = [
-        facts | ours | {"decode_us": [10.0] * 3, "tokens_per_s": 1e5},
-        facts | peer | {"decode_us": [25.0] * 3, "tokens_per_s": 4e4},
+        fields | ours | {"decode_us": [10.0] * 3, "tokens_per_s": 1e5},
+        fields | peer | {"decode_us": [25.0] * 3, "tokens_per_s": 4e4},
     ]
     text = cpu_tables.prompts(rows)
     assert "| 1B | Q4_0 | 512 | cpu int8 | 1.00 | 2.00 | 100000.0 | 2.50 | 1.10 |" in text
 
 
 def _network_row(bits, codebook, scale, rounding, kl, group_size=64, network="n"):
-    facts = {"suite": "networks", "network": network, "bits": bits, "codebook": codebook}
-    facts |= {"scale": scale, "rounding": rounding, "kl": kl, "kl_by_seed": [0.9 * kl, 1.1 * kl]}
-    facts |= {"group_size": group_size, "bytes_per_weight": 0.5, "calibration_seed": None}
-    return facts | {"loss": 1 + kl, "commit": "abcdefgh"}
+    fields = {"suite": "networks", "network": network, "bits": bits, "codebook": codebook}
+    fields |= {"scale": scale, "rounding": rounding, "kl": kl, "kl_by_seed": [0.9 * kl, 1.1 * kl]}
+    fields |= {"group_size": group_size, "bytes_per_weight": 0.5, "calibration_seed": None}
+    return fields | {"loss": 1 + kl, "commit": "abcdefgh"}
 
 
 def test_a_network_has_a_line_for_levels_and_a_column_for_what_was_done():
@@ -203,13 +203,13 @@ def test_a_network_has_a_line_for_levels_and_a_column_for_what_was_done():
 
 
 def test_calibrations_and_steps_of_training_have_tables():
-    facts = {"device": "G", "commit": "abcdefgh", "bits": 4, "parameters": 2_000_000_000}
-    facts |= {"peak_bytes": 3e9, "model_bytes": 1e9, "host_peak_bytes": 5e9, "seconds": 61.4}
-    row = facts | {"suite": "calibration", "name": "2B 4", "model": "custom-llama-2B"}
+    fields = {"device": "G", "commit": "abcdefgh", "bits": 4, "parameters": 2_000_000_000}
+    fields |= {"peak_bytes": 3e9, "model_bytes": 1e9, "host_peak_bytes": 5e9, "seconds": 61.4}
+    row = fields | {"suite": "calibration", "name": "2B 4", "model": "custom-llama-2B"}
     text = report.calibration([row])
     assert "| 2B | 2.00 billion | 4 | 61 | 3.0 | 1.0 | 5.0 |" in text
     assert report.calibration([]) == report.training_steps([]) == "(No rows yet.)"
-    step = facts | {"suite": "training", "median_us": 2500.0, "of_float": 1.0456}
+    step = fields | {"suite": "training", "median_us": 2500.0, "of_float": 1.0456}
     assert "| 2000.0M | 4 | 2.50 | 1.046 |" in report.training_steps([step])
 
 

@@ -204,13 +204,13 @@ def test_the_fit_finds_the_curve_that_rows_lie_on(tmp_path):
 
 
 def test_the_sentence_compares_the_best_model_of_one_bit():
-    facts = {"tokens": 39e6, "bits": 1}
+    fields = {"tokens": 39e6, "bits": 1}
     found = [
-        facts | {"bytes": 8e6, "loss": 2.7},
-        facts | {"bytes": 2e6, "loss": 3.0},
-        facts | {"bits": 16, "bytes": 9e6, "loss": 2.9},
-        facts | {"bits": 16, "bytes": 70e6, "loss": 2.6},
-        facts | {"bits": 16, "bytes": 1e6, "loss": 4.0},
+        fields | {"bytes": 8e6, "loss": 2.7},
+        fields | {"bytes": 2e6, "loss": 3.0},
+        fields | {"bits": 16, "bytes": 9e6, "loss": 2.9},
+        fields | {"bits": 16, "bytes": 70e6, "loss": 2.6},
+        fields | {"bits": 16, "bytes": 1e6, "loss": 4.0},
     ]
     told = "The best 1-bit model of 8.0 MB has a loss of 2.70 nats a token"
     assert scaling_report.sentence(found) == f"{told}, 16 bits in 9.0 MB 2.90 (39 million tokens)."

@@ -64,10 +64,10 @@ def test_packing(rng, bits, lead):
     packed = check(packing.pack, codes, bits)
     check(packing.unpack, packed, bits, 96)
     scales = jnp.ones((*lead, 24, 3), jnp.bfloat16)
-    facts = dict(bits=bits, group_size=32, out_features=24, in_features=96)
-    check(packing.from_planar, *check(packing.to_planar, packed, scales, **facts), **facts)
-    check(packing.from_tiled, *check(packing.to_tiled, packed, scales, **facts), **facts)
-    check(packing.convert, packed, scales, "interchange", "planar", **facts)
+    spec = dict(bits=bits, group_size=32, out_features=24, in_features=96)
+    check(packing.from_planar, *check(packing.to_planar, packed, scales, **spec), **spec)
+    check(packing.from_tiled, *check(packing.to_tiled, packed, scales, **spec), **spec)
+    check(packing.convert, packed, scales, "interchange", "planar", **spec)
 
 
 def test_quantisation(rng, weight):

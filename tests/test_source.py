@@ -94,8 +94,10 @@ def test_results_are_refused_from_a_tree_that_is_no_commits(monkeypatch):
 
 
 def _row(**values) -> dict:
-    facts = dict(suite="kernels", name="a", samples_us=[1.0] * records.MIN_SAMPLES, digest="d" * 16)
-    return records.make_row(facts, values)
+    fields = dict(
+        suite="kernels", name="a", samples_us=[1.0] * records.MIN_SAMPLES, digest="d" * 16
+    )
+    return records.make_row(fields, values)
 
 
 def test_rows_are_adopted_with_their_commit(monkeypatch, tmp_path):
@@ -133,6 +135,6 @@ def test_rows_that_prove_nothing_are_refused(values, message, monkeypatch, tmp_p
 def test_a_row_names_the_present_source():
     from fdk_jax.benchmark import environment
 
-    facts = environment.facts(types.SimpleNamespace(platform="cpu", device_kind="cpu"))
-    assert facts["digest"] == source.digest() and len(facts["digest"]) == 16
-    assert facts["commit"] is None or source.digest_of(facts["commit"]) == facts["digest"]
+    fields = environment.describe(types.SimpleNamespace(platform="cpu", device_kind="cpu"))
+    assert fields["digest"] == source.digest() and len(fields["digest"]) == 16
+    assert fields["commit"] is None or source.digest_of(fields["commit"]) == fields["digest"]

@@ -88,8 +88,8 @@ def test_what_a_kernel_asks_of_a_gpu_is_said():
     small = dataclasses.replace(H200, shared_bytes=10_000)
     assert "gives a thread block 10000" in choice.unsupported_reason(case, integer, small)
     with using(SM80), pytest.raises(NotImplementedError, match="sm_80 has no wgmma"):
-        arrays, facts, _ = planar.product(np.random.default_rng(0), 1, 16, 512, 1, 64, "bfloat16")
-        pallas_kernels.matmul(*arrays, **facts, uniform=False, config=wgmma)
+        arrays, spec, _ = planar.product(np.random.default_rng(0), 1, 16, 512, 1, 64, "bfloat16")
+        pallas_kernels.matmul(*arrays, **spec, uniform=False, config=wgmma)
 
 
 def _device(capability, kind, platform="gpu", cores=40, shared=65536):
@@ -133,8 +133,8 @@ def test_gpus_that_nobody_thought_of(rng, device, kernel, reason, monkeypatch):
             text = program.lower(lowering_platforms=("cuda",)).as_text()
             assert "custom_call @__gpu" not in text
             with pytest.raises(NotImplementedError, match="use backend='xla'"):
-                arrays, facts, _ = planar.product(rng, 1, 16, 512, 4, 64, "bfloat16")
-                pallas_kernels.matmul(*arrays, **facts, uniform=False)
+                arrays, spec, _ = planar.product(rng, 1, 16, 512, 4, 64, "bfloat16")
+                pallas_kernels.matmul(*arrays, **spec, uniform=False)
 
 
 def test_explain_names_the_architecture(rng):

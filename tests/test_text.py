@@ -298,8 +298,8 @@ def test_special_tokens_of_an_older_folder(folder):
     (folder / "tokenizer_config.json").unlink()
     (folder / "generation_config.json").unlink()
     assert Tokenizer(folder).stop_tokens == ()
-    facts = dict(eos_token=dict(content="<|stop|>", lstrip=False), bos_token="<|begin|>")
-    (folder / "special_tokens_map.json").write_text(json.dumps(facts))
+    special = dict(eos_token=dict(content="<|stop|>", lstrip=False), bos_token="<|begin|>")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
     assert Tokenizer(folder).stop_tokens == (2,)
     assert Tokenizer(folder).begin_token == "<|begin|>"
 
@@ -307,9 +307,9 @@ def test_special_tokens_of_an_older_folder(folder):
 def test_all_stop_tokens_of_all_files(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     config = json.loads((folder / "config.json").read_text())
-    for facts in (dict(eos_token_id=9), dict(text_config=dict(eos_token_id=9))):
+    for settings in (dict(eos_token_id=9), dict(text_config=dict(eos_token_id=9))):
         config.pop("eos_token_id", None)
-        (folder / "config.json").write_text(json.dumps(config | facts))
+        (folder / "config.json").write_text(json.dumps(config | settings))
         assert Tokenizer(folder).stop_tokens == (7, 8, 9, 1)
 
 

@@ -47,8 +47,8 @@ def test_what_only_triton_runs_is_left_to_xla(rng):
         told = fdk_jax.explain(x, w, platform="cuda")
         assert told.backend == "xla" and "no Triton lowering" in told.reason
         arrays = (x, w.packed, w.scales, w.codebook)
-        facts = dict(bits=4, group_size=64, out_features=64, uniform=w.uniform)
-        product = functools.partial(pallas_kernels.matmul, **facts)
+        spec = dict(bits=4, group_size=64, out_features=64, uniform=w.uniform)
+        product = functools.partial(pallas_kernels.matmul, **spec)
         with pytest.raises(NotImplementedError, match="no Triton lowering"):
             product(*arrays)
     with using(H200), for_a_gpu():

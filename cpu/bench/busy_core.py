@@ -40,7 +40,7 @@ def work(pipe: Any, k: int, bits: int, threads: int) -> None:
     product = jax.jit(lambda x, w: fdk_jax.matmul(x, w, backend="cpu", arithmetic="int8"))
     x = jnp.ones((1, k), jnp.bfloat16)
     product(x, weight).block_until_ready()
-    pipe.send(environment.facts(device) | {"bytes_rw": size + 4 * k})
+    pipe.send(environment.describe(device) | {"bytes_rw": size + 4 * k})
     calls = 0
     while pipe.recv():
         first, start = calls, time.perf_counter()
@@ -63,12 +63,12 @@ def main() -> None:
     if len(processors) < 2:
         sys.exit("busy_core.py needs two processors or more")
     context = multiprocessing.get_context("spawn")
-    pipes, facts = {}, {}
+    pipes, shared = {}, {}
     for threads in (1, len(processors)):
         pipes[threads], other = context.Pipe()
         arguments = (other, args.k, args.bits, threads)
         context.Process(target=work, args=arguments, daemon=True).start()
-        facts[threads] = pipes[threads].recv()
+        shared[threads] = pipes[threads].recv()
 
     def sample(threads: int) -> float:
         pipes[threads].send(True)
@@ -105,7 +105,7 @@ def main() -> None:
         with records.Writer(args.output) as writer:
             for threads, busy, values in rows:
                 extra = {"threads": threads, "busy_cores": busy}
-                row = records.make_row(facts[threads], case, records.statistics(values), extra)
+                row = records.make_row(shared[threads], case, records.statistics(values), extra)
                 writer.write(row)
 
 

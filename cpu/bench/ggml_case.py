@@ -267,17 +267,17 @@ def ggml_case(name: str, copies: Callable[[int], int]):
         process = context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         other.close()
-        facts = pipe.recv()
-        if not isinstance(facts, str):
+        answer = pipe.recv()
+        if not isinstance(answer, str):
             _started.append((process, pipe))
-        return pipe, facts
+        return pipe, answer
 
     def make(m: int, k: int, n: int, threads: int) -> Product:
         _check()
-        pipe, facts = server(k, n, threads)
-        if isinstance(facts, str):
-            raise Unavailable(facts)
-        size, kernel = facts
+        pipe, answer = server(k, n, threads)
+        if isinstance(answer, str):
+            raise Unavailable(answer)
+        size, kernel = answer
         pipe.send((m, 0))
         pipe.recv()
 

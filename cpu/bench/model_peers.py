@@ -72,8 +72,8 @@ def fdk_case(case: Case, config: ModelConfig, steps: int):
         )
     device = jax.devices("cpu")[0]
     read = probes.read_gb_s(device)
-    facts = dict(group_size=GROUP, codebook="kmeans") if case.bits < 16 else {}
-    return run, facts | environment.facts(device) | {
+    fields = dict(group_size=GROUP, codebook="kmeans") if case.bits < 16 else {}
+    return run, fields | environment.describe(device) | {
         "bytes_rw": size,
         "read_gb_s": round(read, 2),
         "bound_us": round(size / read / 1e3, 1),
@@ -186,19 +186,19 @@ def work(pipe: Any, index: int, config: ModelConfig, steps: int) -> None:
     """A process: makes its case, then decodes once for each message."""
     case = CASES[index]
     try:
-        run, facts = case.make(case, config, steps)
+        run, fields = case.make(case, config, steps)
         run()
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
         return
-    pipe.send(facts)
+    pipe.send(fields)
     with contextlib.suppress(EOFError):  # the end of the other process
         while pipe.recv():
             pipe.send(run())
 
 
 def start(index: int, config: ModelConfig, steps: int) -> tuple[Any, Any]:
-    """The pipe to a new process, and the facts of its case or the reason why there is none."""
+    """The pipe to a new process, and the fields of its case or the reason why there is none."""
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
     context.Process(target=work, args=(other, index, config, steps), daemon=True).start()
@@ -278,7 +278,7 @@ def main() -> None:
 
     from fdk_jax.benchmark import environment, records
 
-    here = environment.facts(jax.devices("cpu")[0])
+    here = environment.describe(jax.devices("cpu")[0])
     rows = []
     for row in measure(args):
         versions = here["versions"] | row.get("versions", {})

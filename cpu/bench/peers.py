@@ -132,7 +132,7 @@ def use_small_pages() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
-def facts() -> dict:
+def shared_fields() -> dict:
     """What all rows of a run share."""
     versions = {}
     for name in PACKAGES:
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     use_small_pages()
-    shared = facts()
+    shared = shared_fields()
     for k in args.k:
         for m in args.m:
             for bits in args.bits:

@@ -206,7 +206,7 @@ def main() -> None:
 
     from fdk_jax.benchmark import environment, records
 
-    here = environment.facts(jax.devices("cpu")[0])
+    here = environment.describe(jax.devices("cpu")[0])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_gguf(path, SHAPES[args.shape], args.type)

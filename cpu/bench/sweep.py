@@ -27,7 +27,7 @@ from pathlib import Path
 import clock
 import ggml_case
 from peer_cases import fdk_case, onnxruntime_case, torch_case
-from peers import copies, facts, measure, records, show, use_small_pages
+from peers import copies, measure, records, shared_fields, show, use_small_pages
 
 TOKENS = (*range(1, 41), 64, 128, 256, 512)
 GGML = {8: "q8_0", 4: "q4_0", 2: "q2_K", 1: "q1_0"}  # by bits
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     if args.processor_time:
         clock.take_processor_time()
     rotated = copies if args.rotate_mib is None else functools.partial(rotate, args.rotate_mib)
-    shared = facts() | {"suite": "sweep", "clock": clock.name(), "beside": args.bits}
+    shared = shared_fields() | {"suite": "sweep", "clock": clock.name(), "beside": args.bits}
     rows = []
     for shape in args.shapes:
         chosen = cases(args.bits, args.peers, rotated)

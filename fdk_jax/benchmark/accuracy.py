@@ -84,9 +84,9 @@ def half_ulp(value: np.ndarray, dtype) -> np.ndarray:
     """At most so much a value changes when it is rounded to a dtype; 0 for float64."""
     if np.dtype(dtype) == np.float64:
         return np.zeros(np.shape(value))
-    facts = ml_dtypes.finfo(dtype)
-    size = np.maximum(np.abs(np.asarray(value, np.float64)), float(facts.smallest_normal))
-    return np.exp2(np.floor(np.log2(size)) - facts.nmant - 1)
+    info = ml_dtypes.finfo(dtype)
+    size = np.maximum(np.abs(np.asarray(value, np.float64)), float(info.smallest_normal))
+    return np.exp2(np.floor(np.log2(size)) - info.nmant - 1)
 
 
 def product(

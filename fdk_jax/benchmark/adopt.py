@@ -66,14 +66,14 @@ def adopt(rows: list[dict[str, Any]], target: Path) -> int:
 
 def _identity(row: Mapping[str, Any]) -> str:
     """What two rows of the same measurement share."""
-    facts = [
+    values = [
         row.get(key) for key in ("suite", "backend", "name", "m", "k", "n", "bits", "group_size")
     ]
-    facts += [
+    values += [
         row.get(key) for key in ("dtype", "threads", "device", "arithmetic", "isa", "busy_cores")
     ]
-    facts += [row.get(key) for key in ("beside", "clock", "model", "type", "prompt")]
-    return json.dumps(facts)
+    values += [row.get(key) for key in ("beside", "clock", "model", "type", "prompt")]
+    return json.dumps(values)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,7 +31,7 @@ _CONTEXT = 512
 def measure(
     folder: Path, name: str, bits: int, *, layers: int | None, tokens: int, rotate: bool
 ) -> dict[str, Any]:
-    """The facts of a row.
+    """The fields of a row.
 
     Args:
         folder: where the float model is written, and removed again.
@@ -99,7 +99,7 @@ def main() -> None:
         tokens=arguments.tokens,
         rotate=arguments.rotate,
     )
-    row = records.make_row(environment.facts(jax.devices()[0]), found)
+    row = records.make_row(environment.describe(jax.devices()[0]), found)
     with records.Writer(arguments.out) as writer:
         writer.write(row)
     print(

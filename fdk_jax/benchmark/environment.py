@@ -1,4 +1,4 @@
-"""Facts about the machine, the software and the source that a row carries."""
+"""What a row says of the machine, the software and the source."""
 
 import functools
 import importlib.metadata
@@ -152,7 +152,7 @@ def probe_bytes(device: jax.Device) -> int:
     return (1 << 30) if device.platform != "cpu" else working_set_bytes(device)
 
 
-def facts(device: jax.Device) -> dict[str, Any]:
+def describe(device: jax.Device) -> dict[str, Any]:
     """The keys of a row that say where it was measured, and with what."""
     digest, commit = source.identity()
     return {

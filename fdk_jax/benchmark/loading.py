@@ -33,7 +33,7 @@ _DRAWN = 2**21 - 9  # random values of a matrix: odd, so that its rows differ
 def write(folder: Path, config: ModelConfig, bits: int, rng: np.random.Generator) -> None:
     """A Hugging Face folder with random weights: of 16 bits, or of compressed-tensors' integers of 4 or 8."""
     folder.mkdir(parents=True)
-    facts: dict = dict(
+    settings: dict = dict(
         architectures=["LlamaForCausalLM"],
         model_type="llama",
         vocab_size=config.vocab_size,
@@ -54,14 +54,14 @@ def write(folder: Path, config: ModelConfig, bits: int, rng: np.random.Generator
         weights = dict(
             num_bits=bits, type="int", symmetric=True, strategy="group", group_size=_GROUP
         )
-        facts["quantization_config"] = dict(
+        settings["quantization_config"] = dict(
             quant_method="compressed-tensors",
             format="pack-quantized",
             quantization_status="compressed",
             config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
             ignore=["lm_head"],
         )
-    (folder / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     for index in range(-1, config.num_layers):
         arrays = _ends(config, rng) if index < 0 else _layer(config, index, bits, rng)
         safetensors.numpy.save_file(arrays, folder / f"model-{index + 1:03d}.safetensors")

@@ -94,8 +94,8 @@ class ModelCase:
 
     def fields(self) -> dict[str, Any]:
         """The keys of a row that say what is measured."""
-        facts = dataclasses.asdict(self)
-        return {"suite": "models", "name": self.name, "m": self.batch, **facts}
+        fields = dataclasses.asdict(self)
+        return {"suite": "models", "name": self.name, "m": self.batch, **fields}
 
 
 def make_cases(
@@ -175,7 +175,7 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
     with jax.default_device(device):
         _check_memory(case, device)
         model, generator = _model(_without_batch(case))
-        result: dict[str, Any] = _facts(case, model, generator, device)
+        result: dict[str, Any] = _fields(case, model, generator, device)
         if case.bits != _DENSE_BITS:
             result |= (errors := _errors(model, generator.programs.peers, case))
             for key in ("rel_rms_error", "prefill_rel_rms_error"):
@@ -375,7 +375,7 @@ def _whole_prompt(
     return norm(x)
 
 
-def _facts(
+def _fields(
     case: ModelCase, model: Transformer, generator: Generator, device: jax.Device
 ) -> dict[str, Any]:
     """What one device's step has to read and compute, and how long it needs for that at best."""
@@ -391,9 +391,9 @@ def _facts(
     tables = config.vocab_size * config.hidden_size * (not config.tie_embeddings)
     products = config.num_parameters - tables
     ops = 2 * case.batch * products // shards
-    facts = {"dtype": config.dtype, "parameters": config.num_parameters}
-    facts |= probes.bound(device, size, ops, config.dtype, case.arithmetic)
-    return facts | {"first_token_bound_us": _first_token_bound(case, config, device, size)}
+    fields = {"dtype": config.dtype, "parameters": config.num_parameters}
+    fields |= probes.bound(device, size, ops, config.dtype, case.arithmetic)
+    return fields | {"first_token_bound_us": _first_token_bound(case, config, device, size)}
 
 
 def _first_token_bound(

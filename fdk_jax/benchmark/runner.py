@@ -184,7 +184,7 @@ class _Attempt:
             device = environment.device_for(self.case.backend)
         except NotImplementedError:
             device = environment.device_for("xla")
-        return records.make_row(self.case.fields(), environment.facts(device), self._result)
+        return records.make_row(self.case.fields(), environment.describe(device), self._result)
 
 
 def _reason(error: Exception) -> str:

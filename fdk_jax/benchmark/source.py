@@ -70,9 +70,9 @@ def digest_of(commit: str, root: Path = ROOT) -> str:
         raise NotACommit(f"git knows no commit {commit!r} in {root}")
     objects = []
     for line in filter(None, listing.split("\0")):
-        facts, path = line.split("\t", 1)
+        mode, path = line.split("\t", 1)
         if counts(path):
-            objects.append((path, facts.split()[2]))
+            objects.append((path, mode.split()[2]))
     return _combine(objects)
 
 

@@ -19,14 +19,15 @@ _COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def weights(
-    facts: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
+    settings: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
 ) -> dict[str, Stored]:
     """The weights of a checkpoint by name; see `fdk_jax.files.folder`.
 
     Raises:
         ValueError: a width or a version that is not supported.
     """
-    bits, version = facts.get("bits", facts.get("w_bit")), str(facts.get("version", "gemm")).lower()
+    bits = settings.get("bits", settings.get("w_bit"))
+    version = str(settings.get("version", "gemm")).lower()
     if bits != 4:
         raise ValueError(f"AWQ of {bits} bits is not supported, only 4")
     if version != "gemm":

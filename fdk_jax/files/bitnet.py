@@ -17,19 +17,19 @@ NAME = "BitNet"
 
 
 def weights(
-    facts: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
+    settings: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
 ) -> dict[str, Stored]:
     """The weights of a checkpoint by name; see `fdk_jax.files.folder`.
 
     Raises:
         ValueError: a variant that is not supported.
     """
-    kind = facts.get("linear_class", "bitlinear")
+    kind = settings.get("linear_class", "bitlinear")
     if kind not in ("bitlinear", "autobitlinear"):
         raise ValueError(f"BitNet with linear_class={kind!r} is not supported")
-    if facts.get("quantization_mode", "offline") != "offline":
+    if settings.get("quantization_mode", "offline") != "offline":
         raise ValueError("BitNet with quantization_mode=online (float weights) is not supported")
-    if facts.get("use_rms_norm"):
+    if settings.get("use_rms_norm"):
         raise ValueError("BitNet with use_rms_norm=true is not supported")
     groups, rest = split(stored, "weight_scale", ("weight",))
     notes.append("activations are exact here; BitNet was trained with 8-bit activations")

@@ -22,18 +22,18 @@ _PARTS = ("weight", "weight.absmax", "weight.nested_absmax", "weight.nested_quan
 
 
 def weights(
-    facts: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
+    settings: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
 ) -> dict[str, Stored]:
     """The weights of a checkpoint by name; see `fdk_jax.files.folder`.
 
     Raises:
         ValueError: codes of 8 bits, or a storage that is not bytes.
     """
-    if facts.get("load_in_8bit") or any(name.endswith(".SCB") for name in stored):
+    if settings.get("load_in_8bit") or any(name.endswith(".SCB") for name in stored):
         raise ValueError("bitsandbytes of 8 bits (LLM.int8) is not supported, only NF4 and FP4")
-    if facts.get("bnb_4bit_quant_storage", "uint8") != "uint8":
+    if settings.get("bnb_4bit_quant_storage", "uint8") != "uint8":
         raise ValueError(
-            f"bitsandbytes with bnb_4bit_quant_storage={facts['bnb_4bit_quant_storage']!r} is not"
+            f"bitsandbytes with bnb_4bit_quant_storage={settings['bnb_4bit_quant_storage']!r} is not"
             " supported, only uint8"
         )
     groups, rest = split(stored, "weight.quant_map", _PARTS)

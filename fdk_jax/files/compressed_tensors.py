@@ -29,29 +29,29 @@ _PARTS = (
 
 
 def weights(
-    facts: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
+    settings: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
 ) -> dict[str, Stored]:
     """The weights of a checkpoint by name; see `fdk_jax.files.folder`.
 
     Raises:
         ValueError: a format that is not supported, by its name.
     """
-    transforms = facts.get("transform_config") or {}
+    transforms = settings.get("transform_config") or {}
     if transforms.get("config_groups"):
         raise ValueError(
             "compressed-tensors with transform_config (Hadamard-rotated weights) is not supported"
         )
-    sparsity = (facts.get("sparsity_config") or {}).get("format", "dense")
+    sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":
         raise ValueError(f"compressed-tensors with sparsity {sparsity!r} is not supported")
-    if facts.get("quantization_status", "compressed") not in ("compressed", "frozen"):
+    if settings.get("quantization_status", "compressed") not in ("compressed", "frozen"):
         raise ValueError(
-            f"compressed-tensors with quantization_status={facts['quantization_status']!r} is not"
+            f"compressed-tensors with quantization_status={settings['quantization_status']!r} is not"
             " supported, only compressed"
         )
     groups, rest = split(stored, "weight_packed", _PARTS)
     whole, rest = split(rest, "weight_scale", ("weight", *_PARTS))
-    schemes = [_scheme(name, facts) for name in facts.get("config_groups") or {}]
+    schemes = [_scheme(name, settings) for name in settings.get("config_groups") or {}]
     if not schemes:
         raise ValueError("compressed-tensors without config_groups is not supported")
     made = {}
@@ -65,9 +65,9 @@ def weights(
     return made | rest
 
 
-def _scheme(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _scheme(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What one entry of `config_groups` says of its weights."""
-    entry = facts["config_groups"][name]
+    entry = settings["config_groups"][name]
     if not isinstance(entry, Mapping) or not entry.get("weights"):
         raise ValueError(f"compressed-tensors: config group {name!r} has no weights")
     args, inputs = entry["weights"], entry.get("input_activations")
@@ -77,7 +77,7 @@ def _scheme(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         f"{inputs.get('num_bits')}-bit {inputs.get('type')} activations" if inputs else None
     )
     return dict(
-        format=entry.get("format") or facts.get("format"),
+        format=entry.get("format") or settings.get("format"),
         bits=args.get("num_bits"),
         type=args.get("type", "int"),
         strategy=args.get("strategy"),

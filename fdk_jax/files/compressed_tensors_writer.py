@@ -90,7 +90,7 @@ def write(
         arrays |= {f"{module}.{part}": np.ascontiguousarray(a) for part, a in parts.items()}
         whole = w.group_size >= w.in_features
         schemes.setdefault((w.bits, None if whole else w.group_size), []).append(module)
-    config["quantization_config"] = _facts(schemes, plain)
+    config["quantization_config"] = _settings(schemes, plain)
     temporary = target.with_name(f".{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -109,7 +109,7 @@ def copy_texts(source: Path, target: Path) -> None:
                 shutil.copy(path, target)
 
 
-def _facts(schemes: Mapping[tuple, list[str]], plain: list[str]) -> dict[str, Any]:
+def _settings(schemes: Mapping[tuple, list[str]], plain: list[str]) -> dict[str, Any]:
     groups = {}
     several = len(schemes) > 1
     for i, ((bits, size), modules) in enumerate(schemes.items()):

@@ -1,6 +1,6 @@
 """Hugging Face folders: plain safetensors, or the quantisation that they name.
 
-A method's module has `weights(facts, stored, notes)`: what `quantization_config` says, every array of the
+A method's module has `weights(settings, stored, notes)`: what `quantization_config` says, every array of the
 folder, and a list to which it adds what a user should know; it returns the weights by name, a quantised matrix
 as one `Stored` called "....weight", and whatever it does not know as it is.
 """
@@ -70,18 +70,18 @@ def read(folder: Path) -> Checkpoint:
     """
     config = read_config(folder)
     stored, notes = read_stored(folder), []
-    facts = quantisation_facts(folder, config)
-    if facts is None:
+    settings = quantisation_settings(folder, config)
+    if settings is None:
         _check_plain(folder, stored)
         return Checkpoint(folder, "safetensors", config, stored)
-    method = facts.get("quant_method")
+    method = settings.get("quant_method")
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
             f"{folder}: quant_method={method!r} is not supported; one of {sorted(METHODS)} is"
         )
     name, weights = METHODS[method]
     try:
-        tensors = weights(facts, stored, notes)
+        tensors = weights(settings, stored, notes)
         _check_plain(folder, {n: s for n, s in tensors.items() if not s.quantised})
         if not any(one.quantised for one in tensors.values()):
             raise ValueError(
@@ -116,22 +116,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def quantisation_facts(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def quantisation_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a folder says of its quantisation, with `quant_method`; None where it says nothing."""
-    mlx_facts = config.get("quantization")
-    if isinstance(mlx_facts, Mapping) and "group_size" in mlx_facts and "bits" in mlx_facts:
-        return {"quant_method": "mlx", **mlx_facts}
-    facts = config.get("quantization_config") or config.get("compression_config")
-    if facts is None:
+    of_mlx = config.get("quantization")
+    if isinstance(of_mlx, Mapping) and "group_size" in of_mlx and "bits" in of_mlx:
+        return {"quant_method": "mlx", **of_mlx}
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if settings is None:
         for name, method in _FILES.items():
             if (folder / name).is_file():
-                facts = {"quant_method": method, **read_json(folder / name)}
+                settings = {"quant_method": method, **read_json(folder / name)}
                 break
-    if facts is None:
+    if settings is None:
         return None
-    if not isinstance(facts, Mapping):
-        raise ValueError(f"{folder}: quantization_config must be a JSON object, got {facts!r}")
-    return dict(facts)
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{folder}: quantization_config must be a JSON object, got {settings!r}")
+    return dict(settings)
 
 
 def _check_plain(folder: Path, stored: Mapping[str, Stored]) -> None:

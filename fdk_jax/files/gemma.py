@@ -19,17 +19,17 @@ _SCALES = ("input_activation_scale", "output_activation_scale")
 
 
 def weights(
-    facts: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
+    settings: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
 ) -> dict[str, Stored]:
     """The weights of a checkpoint by name; see `fdk_jax.files.folder`."""
     linears, rest = split(stored, "weight_scale", ("weight", *_SCALES))
     tables, rest = split(rest, "embedding_quantized", ("embedding_scale",))
     made = {
-        f"{g.module}.weight": _weight(g, "weight", "weight_scale", _bits(facts, g.module))
+        f"{g.module}.weight": _weight(g, "weight", "weight_scale", _bits(settings, g.module))
         for g in linears
     }
     for g in tables:
-        bits = _bits(facts, g.module)
+        bits = _bits(settings, g.module)
         made[f"{g.module}.weight"] = _weight(g, "embedding_quantized", "embedding_scale", bits)
     calibrated = any(
         float(g[name].array().ravel()[0]) for g in linears for name in _SCALES if name in g
@@ -39,10 +39,10 @@ def weights(
     return made | rest
 
 
-def _bits(facts: Mapping[str, Any], module: str) -> int:
+def _bits(settings: Mapping[str, Any], module: str) -> int:
     """The first pattern that a module's name matches says its width."""
-    default = int(facts.get("num_bits", 4))
-    for pattern, options in (facts.get("module_quant_configs") or {}).items():
+    default = int(settings.get("num_bits", 4))
+    for pattern, options in (settings.get("module_quant_configs") or {}).items():
         if re.search(pattern, module):
             return int((options or {}).get("num_bits", default))
     return default

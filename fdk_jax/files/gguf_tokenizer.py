@@ -54,7 +54,7 @@ def files(metadata: Mapping[str, Any]) -> TokenizerFiles:
         raise ImportError(
             "text needs the tokenizers package: pip install fdk-jax[models]"
         ) from error
-    kind, tokens = _fact(metadata, "model"), _fact(metadata, "tokens")
+    kind, tokens = _entry(metadata, "model"), _entry(metadata, "tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise ValueError("the GGUF file has no tokens: give the model's own tokenizer folder")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
@@ -66,7 +66,7 @@ def files(metadata: Mapping[str, Any]) -> TokenizerFiles:
         raise
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"the GGUF file's tokenizer is damaged: {error}") from error
-    types = _fact(metadata, "token_type") or []
+    types = _entry(metadata, "token_type") or []
     added = [(t, k) for t, k in zip(tokens, types, strict=False) if k in (_CONTROL, _USER_DEFINED)]
     for special in (True, False):
         tokenizer.add_tokens(
@@ -79,12 +79,12 @@ def files(metadata: Mapping[str, Any]) -> TokenizerFiles:
     config = {
         f"{name}_token": tokens[number]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if _is_token(number := _fact(metadata, f"{key}_token_id"), tokens)
+        if _is_token(number := _entry(metadata, f"{key}_token_id"), tokens)
     }
     if isinstance(template := metadata.get("tokenizer.chat_template"), str):
         config["chat_template"] = template
     _put_around(tokenizer, metadata, config, begins)
-    stops = [_fact(metadata, f"{name}_token_id") for name in ("eos", "eot", "eom")]
+    stops = [_entry(metadata, f"{name}_token_id") for name in ("eos", "eot", "eom")]
     stops += [tokens.index(text) for text, k in added if k == _CONTROL and text in _ENDS_OF_TURNS]
     return TokenizerFiles(
         tokenizer.to_str(), config, tuple(dict.fromkeys(s for s in stops if _is_token(s, tokens)))
@@ -95,7 +95,7 @@ def _is_token(number: Any, tokens: list[str]) -> bool:
     return type(number) is int and 0 <= number < len(tokens)
 
 
-def _fact(metadata: Mapping[str, Any], name: str) -> Any:
+def _entry(metadata: Mapping[str, Any], name: str) -> Any:
     return metadata.get(f"tokenizer.ggml.{name}")
 
 
@@ -103,10 +103,10 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Any, bo
     """(tokenizer, whether its texts begin with a token by default) of a byte-level BPE vocabulary."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    pre = _fact(metadata, "pre") or "default"
+    pre = _entry(metadata, "pre") or "default"
     if pre not in _WORDS:
         raise ValueError(f"GGUF with tokenizer.ggml.pre={pre!r} is not supported")
-    merges = [tuple(merge.split(" ", 1)) for merge in _fact(metadata, "merges") or []]
+    merges = [tuple(merge.split(" ", 1)) for merge in _entry(metadata, "merges") or []]
     whole = pre in _WHOLE_WORDS
     vocab = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=whole))
@@ -134,7 +134,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Any,
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     gemma = str(metadata.get("general.architecture")).startswith("gemma")
-    scores = _fact(metadata, "scores")
+    scores = _entry(metadata, "scores")
     if gemma:
         # Runs of spaces are spelled with spaces, and merges come in the order of the tokens.
         tokens = [text if text.strip(" ") else "▁" * len(text) for text in tokens]
@@ -142,7 +142,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Any,
     if not scores or len(scores) != len(tokens):
         raise ValueError("the GGUF file has no scores of its tokens")
     vocab = {token: number for number, token in enumerate(tokens)}
-    unknown = _fact(metadata, "unknown_token_id")
+    unknown = _entry(metadata, "unknown_token_id")
     tokenizer = Tokenizer(
         models.BPE(
             vocab,

@@ -14,7 +14,7 @@ NAME = "gpt-oss MXFP4"
 
 
 def weights(
-    facts: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
+    settings: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
 ) -> dict[str, Stored]:
     """The weights of a checkpoint by name; see `fdk_jax.files.folder`."""
     made = {}

@@ -18,14 +18,14 @@ NAME = "GPTQ"
 
 
 def weights(
-    facts: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
+    settings: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
 ) -> dict[str, Stored]:
     """The weights of a checkpoint by name; see `fdk_jax.files.folder`.
 
     Raises:
         ValueError: a width or a variant that is not supported.
     """
-    bits, version = facts.get("bits"), facts.get("checkpoint_format") or "gptq"
+    bits, version = settings.get("bits"), settings.get("checkpoint_format") or "gptq"
     if bits not in (2, 4, 8):
         raise ValueError(f"GPTQ of {bits} bits is not supported, only 2, 4 and 8")
     if version not in ("gptq", "gptq_v2"):

@@ -17,7 +17,7 @@ NAME = "MLX"
 
 
 def weights(
-    facts: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
+    settings: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
 ) -> dict[str, Stored]:
     """The weights of a checkpoint by name; see `fdk_jax.files.folder`.
 
@@ -27,8 +27,8 @@ def weights(
     groups, rest = split(stored, "scales", ("weight", "biases"))
     made = {}
     for group in groups:
-        own = facts.get(group.module)
-        options = {**facts, **own} if isinstance(own, Mapping) else facts
+        own = settings.get(group.module)
+        options = {**settings, **own} if isinstance(own, Mapping) else settings
         if options.get("mode", "affine") != "affine":
             raise ValueError(f"MLX with mode={options['mode']!r} is not supported, only affine")
         made[f"{group.module}.weight"] = _weight(group, options["bits"], options["group_size"])

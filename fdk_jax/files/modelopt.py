@@ -11,14 +11,14 @@ NAME = "ModelOpt"
 
 
 def weights(
-    facts: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
+    settings: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
 ) -> dict[str, Stored]:
     """The weights of a checkpoint by name; see `fdk_jax.files.folder`.
 
     Raises:
         ValueError: an algorithm other than NVFP4.
     """
-    algorithm = facts.get("quant_algo") or facts.get("quantization", {}).get("quant_algo")
+    algorithm = settings.get("quant_algo") or settings.get("quantization", {}).get("quant_algo")
     if algorithm not in ("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4"):
         raise ValueError(f"ModelOpt with quant_algo={algorithm!r} is not supported, only NVFP4")
     groups, rest = split(

@@ -12,10 +12,10 @@ NAME = "1-Bit-Wonder"
 
 
 def weights(
-    facts: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
+    settings: Mapping[str, Any], stored: Mapping[str, Stored], notes: list[str]
 ) -> dict[str, Stored]:
     """The weights of a checkpoint by name; see `fdk_jax.files.folder`."""
-    bits, group_size = int(facts["bits"]), int(facts["block_size"])
+    bits, group_size = int(settings["bits"]), int(settings["block_size"])
     groups, rest = split(stored, "weight_packed", ("scales", "centroids"))
     made = {f"{group.module}.weight": _weight(group, bits, group_size) for group in groups}
     return made | rest

@@ -104,18 +104,18 @@ def read_file(path: Path) -> dict[str, Stored]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            facts = {
+            headers = {
                 name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()
             }
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from None
-    for name, (kind, _) in facts.items():
+    for name, (kind, _) in headers.items():
         if kind not in _NUMPY:
             raise ValueError(f"{path}: {name} has dtype {kind}, which is not supported")
     places = _places(path)
     return {
         name: _stored(path, name, kind, shape, *places[name])
-        for name, (kind, shape) in facts.items()
+        for name, (kind, shape) in headers.items()
     }
 
 

@@ -127,15 +127,15 @@ def _packed_rows(w: Any, rows: Array) -> tuple[Array, Array]:
     if tile is None:  # the rows lie in no tiles of their own
         whole = w.to_layout("interchange")
         return jnp.take(whole.packed, rows, axis=0), jnp.take(whole.scales, rows, axis=0)
-    facts = w.facts | dict(out_features=tile)
-    structs = packing.layout_struct(w.layout, dtype=w.scales.dtype, **facts)
+    spec = w.spec | dict(out_features=tile)
+    structs = packing.layout_struct(w.layout, dtype=w.scales.dtype, **spec)
 
     def one(row: Array) -> tuple[Array, Array]:
         parts = (
             jax.lax.dynamic_slice_in_dim(array, row // tile * struct.shape[0], struct.shape[0])
             for array, struct in zip((w.packed, w.scales), structs, strict=True)
         )
-        packed, scales = packing.convert(*parts, source=w.layout, target="interchange", **facts)
+        packed, scales = packing.convert(*parts, source=w.layout, target="interchange", **spec)
         return packed[row % tile], scales[row % tile]
 
     return jax.vmap(one)(rows)
@@ -144,8 +144,8 @@ def _packed_rows(w: Any, rows: Array) -> tuple[Array, Array]:
 def _tile_of_rows(w: Any) -> int | None:
     """The fewest rows whose prepared form is a slice of the prepared weight along its first axis."""
     for tile in (1, 8, 16, 32, 64, 128):
-        facts = w.facts | dict(out_features=tile)
-        structs = packing.layout_struct(w.layout, dtype=w.scales.dtype, **facts)
+        spec = w.spec | dict(out_features=tile)
+        structs = packing.layout_struct(w.layout, dtype=w.scales.dtype, **spec)
         if w.out_features % tile == 0 and all(
             array.shape == (w.out_features // tile * struct.shape[0], *struct.shape[1:])
             for array, struct in zip((w.packed, w.scales), structs, strict=True)

@@ -50,10 +50,10 @@ def rounded(values: Float[Array, ...], dtype: Any) -> Float[Array, ...]:
     values = values.astype(jnp.float32)
     if dtype == jnp.float32:
         return values
-    facts = jnp.finfo(dtype)
-    kept = jax.lax.reduce_precision(values, facts.nexp, facts.nmant)
+    info = jnp.finfo(dtype)
+    kept = jax.lax.reduce_precision(values, info.nexp, info.nmant)
     # What is smaller than any normal number would become zero.
-    small = jnp.abs(values) < float(facts.smallest_normal)
+    small = jnp.abs(values) < float(info.smallest_normal)
     return jnp.where(small, values.astype(dtype).astype(jnp.float32), kept)
 
 

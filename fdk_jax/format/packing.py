@@ -327,17 +327,17 @@ def convert(
             raise ValueError(f"{layout=} is not one of {tuple(LAYOUTS)}")
     if source == target:
         return packed, scales
-    facts = dict(
+    spec = dict(
         bits=bits, group_size=group_size, out_features=out_features, in_features=in_features
     )
-    packed, scales = _converted(source, 1, packed, scales, facts)
-    return _converted(target, 0, packed, scales, facts)
+    packed, scales = _converted(source, 1, packed, scales, spec)
+    return _converted(target, 0, packed, scales, spec)
 
 
-def _converted(layout: str, way: int, packed, scales, facts) -> tuple[Array, Array]:
+def _converted(layout: str, way: int, packed, scales, spec) -> tuple[Array, Array]:
     """To a layout (`way` 0) or from it (1) by the backend's converter, if there is one that can."""
-    done = NATIVE[layout][way](packed, scales, **facts) if layout in NATIVE else None
-    return LAYOUTS[layout][way](packed, scales, **facts) if done is None else done
+    done = NATIVE[layout][way](packed, scales, **spec) if layout in NATIVE else None
+    return LAYOUTS[layout][way](packed, scales, **spec) if done is None else done
 
 
 @functools.lru_cache(maxsize=1024)

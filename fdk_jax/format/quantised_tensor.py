@@ -25,7 +25,7 @@ FLOAT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.f
 _DATA_FIELDS = ("packed", "scales", "codebook")
 _META_FIELDS = ("bits", "group_size", "shape", "axes", "layout", "uniform")
 # What a layout depends on: keyword arguments of `packing.convert`.
-FACTS = ("bits", "group_size", "out_features", "in_features")
+SPEC_FIELDS = ("bits", "group_size", "out_features", "in_features")
 # Codebooks whose values were found right, by (id, uniform). Reading one waits for the device, and a jax.Array
 # never changes, so each is read once.
 _checked: weakref.WeakValueDictionary[tuple[int, bool], Array] = weakref.WeakValueDictionary()
@@ -86,9 +86,9 @@ class QuantisedTensor(ArrayLike):
         return -(-self.in_features // self.group_size)
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, Any]:
         """The arguments of `packing.convert`."""
-        return {name: getattr(self, name) for name in FACTS}
+        return {name: getattr(self, name) for name in SPEC_FIELDS}
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -182,9 +182,7 @@ class QuantisedTensor(ArrayLike):
 
     def to_layout(self, layout: str) -> QuantisedTensor:
         """The same weight in another layout, a key of `packing.LAYOUTS`."""
-        packed, scales = packing.convert(
-            self.packed, self.scales, self.layout, layout, **self.facts
-        )
+        packed, scales = packing.convert(self.packed, self.scales, self.layout, layout, **self.spec)
         return dataclasses.replace(self, packed=packed, scales=scales, layout=layout)
 
     def dequantise(self, dtype: Any = None) -> Float[Array, " ..."]:
@@ -202,7 +200,7 @@ class QuantisedTensor(ArrayLike):
         return from_matrix(one(w.packed, w.scales, w.codebook), *w.orientation)
 
     def _struct(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        return packing.layout_struct(self.layout, dtype=self.scales.dtype, **self.facts)
+        return packing.layout_struct(self.layout, dtype=self.scales.dtype, **self.spec)
 
     def _metadata(self) -> str:
         return ", ".join(f"{f}={getattr(self, f)!r}" for f in _META_FIELDS)

@@ -69,7 +69,7 @@ class MixtureOfExperts(nnx.Module):
 
     Args:
         router: Maps [..., D] to E scores.
-        experts: The static facts.
+        experts: Their number and size.
         hidden: D.
         dtype: Of the parameters.
         activation: Of the gate.

@@ -89,7 +89,7 @@ def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array, cache: KVCache) -> 
     token = short_attention.Case(heads, kv_heads, dim, capacity, x.dtype, eps)
     if capacity >= short_attention.SLOTS:
         return None
-    cases = tuple(Case.of(arrays, **facts) for arrays, facts in products)
+    cases = tuple(Case.of(arrays, **spec) for arrays, spec in products)
     gpu = target.current()
     both = _there(first.attention_norm).eps, _there(first.mlp_norm).eps
     config = ring_arithmetic.config(cases, gpu, kernels.GATE_UP)

@@ -212,9 +212,9 @@ def _residual_kernel(linear: nnx.Module, x: Array) -> Callable | None:
     found = planar(linear, x)
     if found is None or pallas_kernels.residual_plan(found[0], **found[1]) is None:
         return None
-    arrays, facts = found
+    arrays, spec = found
     weight = {name: array for name, array in arrays._asdict().items() if name != "x"}
-    return functools.partial(pallas_kernels.residual_matmul, **weight, **facts)
+    return functools.partial(pallas_kernels.residual_matmul, **weight, **spec)
 
 
 def _chain_kernel(linears: Sequence[nnx.Module], x: Array, peers: Peers | None) -> Callable | None:
@@ -244,8 +244,8 @@ def planar(linear: nnx.Module, x: Array) -> tuple[Arrays, dict[str, Any]] | None
         return None
     row: Any = jax.ShapeDtypeStruct((x.shape[0], w.in_features), x.dtype)
     arrays = Arrays(row, w.packed, w.scales, w.codebook, None if bias is None else bias.get_value())
-    facts = {name: value for name, value in w.facts.items() if name != "in_features"}
-    return arrays, facts | {"uniform": w.uniform}
+    spec = {name: value for name, value in w.spec.items() if name != "in_features"}
+    return arrays, spec | {"uniform": w.uniform}
 
 
 def to_scaled(x: Array, scale: Array) -> Scaled:

@@ -126,13 +126,13 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
         """Device memory that the hungriest of the programs needs, weights included."""
         peak = 0
         for program in self._kept.values():
-            facts: Any = program.memory_analysis()
+            memory: Any = program.memory_analysis()
             peak = max(
                 peak,
-                facts.argument_size_in_bytes
-                + facts.output_size_in_bytes
-                + facts.temp_size_in_bytes
-                - facts.alias_size_in_bytes,
+                memory.argument_size_in_bytes
+                + memory.output_size_in_bytes
+                + memory.temp_size_in_bytes
+                - memory.alias_size_in_bytes,
             )
         return peak
 

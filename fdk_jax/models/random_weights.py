@@ -101,8 +101,8 @@ def random_model(
         placer.check_cut(cut, k, group_size)
         # Parts along the inputs lie side by side in the interchange layout, and end to end in all others.
         axis = int(layout == "interchange" and cut == "k")
-        facts = (bits, group_size, *local)
-        packed, scales = _codes(next(keys), parallel, axis, layout, *facts, dtype, k)
+        weight_shape = (bits, group_size, *local)
+        packed, scales = _codes(next(keys), parallel, axis, layout, *weight_shape, dtype, k)
         values = join_codebooks([_codebook(codebook, bits, rng) for _ in rows], rows, shards)
         uniform = codebook == "uniform" or bits == 1
         values = placer.codebook(values, cut)
@@ -154,10 +154,10 @@ def _on_each(parallel: Parallel | None, draw: Callable[[Array], Any], key: Array
     def own(key: Array) -> Any:
         return draw(jax.random.fold_in(key, jax.lax.axis_index(parallel.axis)))
 
-    spec = P(*[None] * axis, parallel.axis)
-    return jax.shard_map(own, mesh=parallel.mesh, in_specs=P(), out_specs=spec, check_vma=False)(
-        key
-    )
+    partition = P(*[None] * axis, parallel.axis)
+    return jax.shard_map(
+        own, mesh=parallel.mesh, in_specs=P(), out_specs=partition, check_vma=False
+    )(key)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))

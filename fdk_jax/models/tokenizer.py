@@ -207,16 +207,16 @@ def _read_parts(path: Path) -> TokenizerParts:
 
 
 def _read_folder(folder: Path) -> TokenizerParts:
-    facts = read_json(folder / "tokenizer_config.json", optional=True)
+    config = read_json(folder / "tokenizer_config.json", optional=True)
     if (
-        "added_tokens_decoder" not in facts
+        "added_tokens_decoder" not in config
     ):  # an older folder: its special tokens are in another file
-        facts |= read_json(folder / "special_tokens_map.json", optional=True)
-    special = {name: _text(folder, name, facts.get(name)) for name in _NAMED}
+        config |= read_json(folder / "special_tokens_map.json", optional=True)
+    special = {name: _text(folder, name, config.get(name)) for name in _NAMED}
     return TokenizerParts(
         backend=_read_backend(folder),
         special={name: text for name, text in special.items() if text},
-        templates=ChatTemplates.read(folder, facts),
+        templates=ChatTemplates.read(folder, config),
         stop_tokens=_stop_tokens(folder),
     )
 
@@ -275,10 +275,10 @@ def _text(folder: Path, name: str, token: Any) -> str:
 def _stop_tokens(folder: Path) -> list[int]:
     stops: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        facts = read_json(folder / name, optional=True)
-        inner = facts.get("text_config")
+        config = read_json(folder / name, optional=True)
+        inner = config.get("text_config")
         inner = inner if isinstance(inner, Mapping) else {}
-        ends = facts.get("eos_token_id", inner.get("eos_token_id"))
+        ends = config.get("eos_token_id", inner.get("eos_token_id"))
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         if any(type(end) is not int for end in ends):
             raise ValueError(

@@ -21,7 +21,7 @@ from fdk_jax.files import widening
 from fdk_jax.files.contents import Stored
 from fdk_jax.format import packing
 from fdk_jax.format.host_arrays import aligned
-from fdk_jax.format.quantised_tensor import QuantisedTensor
+from fdk_jax.format.quantised_tensor import SPEC_FIELDS, QuantisedTensor
 from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.models.parallel import Parallel
 from fdk_jax.product.choice import ARITHMETIC, LAYOUT_OF
@@ -110,14 +110,14 @@ class Placer:
     def embedding(self, pieces: Sequence[HostArray]) -> Array:
         """[V, D], cut along V; of pieces of its rows."""
         if len(pieces) == 1:
-            return self._put(pieces[0], self._spec("n")).astype(self.dtype)
+            return self._put(pieces[0], self._partition("n")).astype(self.dtype)
         return _as_table(list(pieces), self.dtype)
 
     def kernel(self, parts: Sequence[HostArray], cut: str) -> Array:
         """The kernel [K, N] of a Linear from matrices [n_i, K]."""
-        spec = self._spec(cut)
-        rows = [self._put(part, spec) for part in parts]
-        return _as_kernel(rows, self.dtype, self.parallel, spec)
+        partition = self._partition(cut)
+        rows = [self._put(part, partition) for part in parts]
+        return _as_kernel(rows, self.dtype, self.parallel, partition)
 
     def quantised(self, parts: Sequence[QuantisedTensor], cut: str) -> QuantisedTensor:
         """The weight of parts [n_i, K] joined along N, in the layout of the kernels.
@@ -139,13 +139,13 @@ class Placer:
         shards = self.shards if cut else 1
         codebook = join_codebooks([np.asarray(p.codebook) for p in parts], rows, shards)
         local = (n // shards, k) if cut == "n" else (n, k // shards)
-        facts = dict(
+        spec = dict(
             bits=first.bits,
             group_size=first.group_size,
             out_features=local[0],
             in_features=local[1],
         )
-        packed, scales = self._to_layout(parts, self._spec(cut), facts)
+        packed, scales = self._to_layout(parts, self._partition(cut), spec)
         return QuantisedTensor(
             packed,
             scales,
@@ -212,14 +212,14 @@ class Placer:
             factors: Any = join_rows([one.scales for one in found], 1)
             return codes, factors.astype(dtype, copy=False)
 
-        facts = dict(
+        spec = dict(
             bits=first.bits,
             group_size=first.group_size,
             out_features=sum(rows),
             in_features=first.shape[1],
         )
         convert = packing.STREAMED.get(self.layout, self._uploaded)
-        packed, scales = convert(read, each, dtype, **facts)
+        packed, scales = convert(read, each, dtype, **spec)
         return QuantisedTensor(
             packed,
             scales,
@@ -232,13 +232,13 @@ class Placer:
             uniform=all(head.uniform for head in heads),
         )
 
-    def _uploaded(self, read: Callable, each: Each, dtype: Any, **facts) -> tuple[Array, Array]:
+    def _uploaded(self, read: Callable, each: Each, dtype: Any, **spec) -> tuple[Array, Array]:
         """As `packing.STREAMED`: joined on the host, converted on the device. Waits, as `pieces` does."""
-        n, k, bits = facts["out_features"], facts["in_features"], facts["bits"]
+        n, k, bits = spec["out_features"], spec["in_features"], spec["bits"]
         dtype, width = np.dtype(dtype), -(-k * bits // 8)
         codes = aligned(n * width).reshape(n, width)
         scales = (
-            aligned(n * -(-k // facts["group_size"]) * dtype.itemsize).view(dtype).reshape(n, -1)
+            aligned(n * -(-k // spec["group_size"]) * dtype.itemsize).view(dtype).reshape(n, -1)
         )
         step = max(_RUN_BYTES // width, 1)
 
@@ -250,22 +250,22 @@ class Placer:
 
         each(fill, range(0, n, step))
         parts = [self._put(codes, P())], [self._put(scales, P())]
-        made = _converted(*parts, None, P(), target=self.layout, **facts)
+        made = _converted(*parts, None, P(), target=self.layout, **spec)
         return jax.block_until_ready(made)
 
     @property
     def _axis(self) -> str | None:
         return self.parallel.axis if self.parallel else None
 
-    def _spec(self, cut: str) -> P:
+    def _partition(self, cut: str) -> P:
         """Of a matrix [N, K] (or its codes or scales) cut along "n", "k" or not at all."""
         return {"n": P(self._axis, None), "k": P(None, self._axis), "": P(None, None)}[cut]
 
-    def _put(self, value: HostArray, spec: P) -> Array:
+    def _put(self, value: HostArray, partition: P) -> Array:
         if self.parallel is None:
             # It may share the memory: nobody writes to what was read.
             return jax.device_put(value, self.device)
-        return self.parallel.put(value, spec)
+        return self.parallel.put(value, partition)
 
     def codebook(self, values: np.ndarray, cut: str) -> Array:
         """A codebook, or one a run of rows, which lie with their rows."""
@@ -284,45 +284,46 @@ class Placer:
             )
 
     def _to_layout(
-        self, parts: Sequence[QuantisedTensor], spec: P, facts: dict
+        self, parts: Sequence[QuantisedTensor], partition: P, spec: dict
     ) -> tuple[Array, Array]:
         """Joined codes and scales on the device in the kernels' layout, each device's slice by itself."""
         if self.parallel is None and self.layout in packing.NATIVE:
             # On the host, from where the arrays lie.
             codes: Any = join_rows([part.packed for part in parts], 1)
             factors: Any = join_rows([part.scales for part in parts], 1)
-            return packing.convert(codes, factors, "interchange", self.layout, **facts)
-        packed = [self._put(part.packed, spec) for part in parts]
-        scales = [self._put(part.scales, spec) for part in parts]
-        return _converted(packed, scales, self.parallel, spec, target=self.layout, **facts)
-
-
-_FACTS = ("bits", "group_size", "out_features", "in_features")
+            return packing.convert(codes, factors, "interchange", self.layout, **spec)
+        packed = [self._put(part.packed, partition) for part in parts]
+        scales = [self._put(part.scales, partition) for part in parts]
+        return _converted(packed, scales, self.parallel, partition, target=self.layout, **spec)
 
 
 # Matrices of one shape share a compiled program.
-@functools.partial(jax.jit, static_argnames=("parallel", "spec", "target", *_FACTS))
+@functools.partial(jax.jit, static_argnames=("parallel", "partition", "target", *SPEC_FIELDS))
 def _converted(
     packed: list[Array],
     scales: list[Array],
     parallel: Parallel | None,
-    spec: P,
+    partition: P,
     target: str,
-    **facts: int,
+    **spec: int,
 ) -> tuple[Array, Array]:
     """Joins and converts on the device, or each device's slices by themselves."""
 
     def convert(packed: Any, scales: Any) -> tuple[Array, Array]:
         codes: Any = join_rows(packed, 1)
         factors: Any = join_rows(scales, 1)
-        return packing.convert(codes, factors, "interchange", target, **facts)
+        return packing.convert(codes, factors, "interchange", target, **spec)
 
     if parallel is None:
         return convert(packed, scales)
     # Slices are laid end to end along the first axis, whatever another layout makes of it.
-    laid = spec if target == "interchange" or not any(spec) else P(parallel.axis)
+    laid = partition if target == "interchange" or not any(partition) else P(parallel.axis)
     local = jax.shard_map(
-        convert, mesh=parallel.mesh, in_specs=(spec, spec), out_specs=laid, check_vma=False
+        convert,
+        mesh=parallel.mesh,
+        in_specs=(partition, partition),
+        out_specs=laid,
+        check_vma=False,
     )
     return local(packed, scales)
 
@@ -334,8 +335,8 @@ def _as_table(pieces: list[Array], dtype: Any) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _as_kernel(parts: list[Array], dtype: Any, parallel: Parallel | None, spec: P) -> Array:
-    """The kernel [K, N] of rows [n_i, K] that are cut as `spec` says."""
+def _as_kernel(parts: list[Array], dtype: Any, parallel: Parallel | None, partition: P) -> Array:
+    """The kernel [K, N] of rows [n_i, K] that are cut as `partition` says."""
 
     def turn(parts: Any) -> Array:
         rows: Any = join_rows(parts, 1)
@@ -343,9 +344,9 @@ def _as_kernel(parts: list[Array], dtype: Any, parallel: Parallel | None, spec: 
 
     if parallel is None:
         return turn(parts)
-    turned = P(*reversed(spec))
+    turned = P(*reversed(partition))
     local = jax.shard_map(
-        turn, mesh=parallel.mesh, in_specs=(spec,), out_specs=turned, check_vma=False
+        turn, mesh=parallel.mesh, in_specs=(partition,), out_specs=turned, check_vma=False
     )
     return local(parts)
 

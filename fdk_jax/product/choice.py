@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from fdk_jax.format.quantised_tensor import FACTS, QuantisedTensor
+from fdk_jax.format.quantised_tensor import SPEC_FIELDS, QuantisedTensor
 from fdk_jax.product import cpu_backend
 from pallas_kernels import target
 from pallas_kernels.case import Arrays
@@ -37,9 +37,9 @@ class Product:
     interpret: bool
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, Any]:
         """The arguments of `packing.convert`."""
-        return {name: getattr(self, name) for name in FACTS}
+        return {name: getattr(self, name) for name in SPEC_FIELDS}
 
     @classmethod
     def of(
@@ -54,7 +54,7 @@ class Product:
     ) -> "Product":
         """The product of x and a weight that is in the layout of `backend`, if there is one."""
         return cls(
-            **w.facts,
+            **w.spec,
             layout=w.layout if backend is None else LAYOUT_OF[backend],
             uniform=w.uniform,
             backend=backend,

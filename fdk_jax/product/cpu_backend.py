@@ -110,7 +110,7 @@ def kernel_name(x: Any, w: Any, arithmetic: str = "exact") -> str | None:
         return None
     return module.kernel_name(
         m=max(math.prod(x.shape[:-1]), 1),
-        k=w.facts["in_features"],
+        k=w.spec["in_features"],
         bits=w.bits,
         group_size=w.group_size,
         uniform=w.uniform,
@@ -284,28 +284,28 @@ def prompt_attention(
     return call(q, keys, values, starts, by_token=by_token, window=np.int64(window or 0))
 
 
-def _to_tiled(packed: Array, scales: Array, **facts) -> tuple[Array, Array] | None:
+def _to_tiled(packed: Array, scales: Array, **spec) -> tuple[Array, Array] | None:
     """`packing.to_tiled` of concrete arrays in this host's memory; None for any others."""
-    n, k = facts["out_features"], facts["in_features"]
-    if not _is_native(packed, scales, facts["group_size"]):
+    n, k = spec["out_features"], spec["in_features"]
+    if not _is_native(packed, scales, spec["group_size"]):
         return None
     tiles = -(-n // packing.TILE_ROWS)
     shapes = (
-        (tiles, -(-k * facts["bits"] // 32), packing.STEP_BYTES),
+        (tiles, -(-k * spec["bits"] // 32), packing.STEP_BYTES),
         (tiles, scales.shape[-1], packing.TILE_ROWS),
     )
     lead, heights = packed.shape[:-2], (packing.TILE_ROWS, 1)
-    return _convert(library().to_tiled, packed, scales, lead, shapes, heights, facts)
+    return _convert(library().to_tiled, packed, scales, lead, shapes, heights, spec)
 
 
-def _from_tiled(packed: Array, scales: Array, **facts) -> tuple[Array, Array] | None:
+def _from_tiled(packed: Array, scales: Array, **spec) -> tuple[Array, Array] | None:
     """The inverse of `_to_tiled`."""
-    n, k = facts["out_features"], facts["in_features"]
-    if not _is_native(packed, scales, facts["group_size"]):
+    n, k = spec["out_features"], spec["in_features"]
+    if not _is_native(packed, scales, spec["group_size"]):
         return None
-    shapes = ((n, -(-k * facts["bits"] // 8)), (n, scales.shape[-2]))
+    shapes = ((n, -(-k * spec["bits"] // 8)), (n, scales.shape[-2]))
     lead, heights = packed.shape[:-3], (1, packing.TILE_ROWS)
-    return _convert(library().from_tiled, packed, scales, lead, shapes, heights, facts)
+    return _convert(library().from_tiled, packed, scales, lead, shapes, heights, spec)
 
 
 packing.NATIVE["tiled"] = (_to_tiled, _from_tiled)
@@ -315,14 +315,14 @@ def _to_tiled_by_rows(
     read: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
     each: Callable[[Callable[[int], None], Iterable[int]], None],
     dtype: Any,
-    **facts,
+    **spec,
 ) -> tuple[Array, Array]:
     """`packing.to_tiled` of a matrix of which `read` gives runs of rows: see `packing.STREAMED`."""
-    n, k, bits = facts["out_features"], facts["in_features"], facts["bits"]
+    n, k, bits = spec["out_features"], spec["in_features"], spec["bits"]
     dtype, tiles = np.dtype(dtype), -(-n // packing.TILE_ROWS)
     shapes = (
         (tiles, -(-k * bits // 32), packing.STEP_BYTES),
-        (tiles, -(-k // facts["group_size"]), packing.TILE_ROWS),
+        (tiles, -(-k // spec["group_size"]), packing.TILE_ROWS),
     )
     targets = [
         host_arrays.aligned(math.prod(shape) * size).reshape(tiles, -1)
@@ -337,7 +337,7 @@ def _to_tiled_by_rows(
         library().to_tiled(
             *sources,
             *(a[first:last].reshape(-1) for a in targets),
-            **(facts | {"out_features": end - begin}),
+            **(spec | {"out_features": end - begin}),
             scale_size=dtype.itemsize,
         )
 
@@ -364,7 +364,7 @@ def _is_native(packed: Array, scales: Array, group_size: int) -> bool:
     )
 
 
-def _convert(function, packed, scales, lead, shapes, heights, facts) -> tuple[Array, Array]:
+def _convert(function, packed, scales, lead, shapes, heights, spec) -> tuple[Array, Array]:
     """Converts each matrix, a run of its tiles on each thread.
 
     Args:
@@ -374,9 +374,9 @@ def _convert(function, packed, scales, lead, shapes, heights, facts) -> tuple[Ar
         lead: the leading axes of both.
         shapes: of one converted (packed, scales).
         heights: lines of a tile in the arrays that are converted, and in those that they become.
-        facts: the arguments of `packing.convert`.
+        spec: the arguments of `packing.convert`.
     """
-    dtype, count, n = np.dtype(scales.dtype), math.prod(lead), facts["out_features"]
+    dtype, count, n = np.dtype(scales.dtype), math.prod(lead), spec["out_features"]
     sizes = 1, dtype.itemsize
     targets = [
         host_arrays.aligned(count * math.prod(shape) * size)
@@ -399,7 +399,7 @@ def _convert(function, packed, scales, lead, shapes, heights, facts) -> tuple[Ar
         last = min(first + each, tiles)
         parts = (a[matrix, first * h : last * h].reshape(-1) for a, h in views)
         rows = min(n, last * packing.TILE_ROWS) - first * packing.TILE_ROWS
-        function(*parts, **(facts | {"out_features": rows}), scale_size=dtype.itemsize)
+        function(*parts, **(spec | {"out_features": rows}), scale_size=dtype.itemsize)
 
     host_arrays.on_threads(convert, [(m, t) for m in range(count) for t in range(0, tiles, each)])
     packed, scales = (

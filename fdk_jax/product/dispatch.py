@@ -184,13 +184,13 @@ def _forward(product, operands):
 
 def _backward(product, operands, g):
     x, packed, scales, codebook, bias = operands
-    packed, scales = packing.convert(packed, scales, product.layout, "interchange", **product.facts)
+    packed, scales = packing.convert(packed, scales, product.layout, "interchange", **product.spec)
     widths = dict(bits=product.bits, group_size=product.group_size, in_features=product.in_features)
     dx = reference.transposed_matmul(g, packed, scales, codebook, out_dtype=x.dtype, **widths)
     dbias = None if bias is None else g.astype(jnp.float32).sum(0).astype(bias.dtype)
     # Compilers drop the gradients that nobody asks for.
     dscales, dcodebook = reference.weight_gradients(x, g, packed, scales, codebook, **widths)
-    _, dscales = packing.convert(packed, dscales, "interchange", product.layout, **product.facts)
+    _, dscales = packing.convert(packed, dscales, "interchange", product.layout, **product.spec)
     return (Arrays._make((dx, None, dscales, dcodebook, dbias)),)
 
 
@@ -251,7 +251,7 @@ def _run(backend: str, product: Product, operands: Arrays) -> Array:
     x, packed, scales, codebook, bias = operands
     if backend == "xla":
         packed, scales = packing.convert(
-            packed, scales, product.layout, "interchange", **product.facts
+            packed, scales, product.layout, "interchange", **product.spec
         )
         return reference.matmul(
             x,

@@ -120,15 +120,15 @@ def _differentiable(backend, out_dtype, x, w, group_sizes, bias) -> Array:
     if w.layout != "planar" or backend not in (None, "pallas") or dispatch.interpreted():
         return one_by_one(*operands)
     arrays = Arrays(x, w.packed, w.scales, w.codebook, bias)
-    facts: dict[str, Any] = dict(
+    spec: dict[str, Any] = dict(
         bits=w.bits, group_size=w.group_size, out_features=w.out_features, out_dtype=out_dtype
     )
-    if pallas_kernels.grouped_unsupported_reason(arrays, **facts) is not None:
+    if pallas_kernels.grouped_unsupported_reason(arrays, **spec) is not None:
         return one_by_one(*operands)
 
     def together(x, w, group_sizes, bias) -> Array:
         arrays = Arrays(x, w.packed, w.scales, w.codebook, bias)
-        return pallas_kernels.grouped_matmul(arrays, group_sizes, **facts)
+        return pallas_kernels.grouped_matmul(arrays, group_sizes, **spec)
 
     if backend == "pallas":
         return together(*operands)
@@ -189,7 +189,7 @@ def _weight_gradients(
     start = jnp.zeros(matrices.scales.shape, jnp.float32), jnp.zeros_like(w.codebook)
     sums = jax.lax.while_loop(lambda s: s[0] < count, step, (jnp.zeros_like(count), start))[1]
     scales = sums[0].astype(w.dtype)
-    _, scales = packing.convert(matrices.packed, scales, "interchange", w.layout, **w.facts)
+    _, scales = packing.convert(matrices.packed, scales, "interchange", w.layout, **w.spec)
     none = np.zeros(w.packed.shape, jax.dtypes.float0)
     return dataclasses.replace(w, packed=none, scales=scales, codebook=sums[1])
 

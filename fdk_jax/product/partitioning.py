@@ -40,11 +40,11 @@ def sharded(run: Callable[[Any, Any], Array], product: Any) -> Callable[[Any], A
         n, k = _weight_axes(product, operands.packed)
         local = dataclasses.replace(
             product,
-            **part_of(product.facts, product.layout, size(mesh, n), size(mesh, k)),
+            **part_of(product.spec, product.layout, size(mesh, n), size(mesh, k)),
         )
         m = _free_axis(_padded(operands.x.sharding.spec, 2)[0], n, k)
         specs = _specs(product, operands, m, n, k)
-        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        shardings = jax.tree.map(lambda partition: NamedSharding(mesh, partition), specs)
 
         def part(operands):
             # Traced while the whole program is compiled, perhaps under jax.set_mesh: a part has no mesh.
@@ -88,8 +88,8 @@ def with_automatic_axes(call: Callable[[Any], Array], product: Any, operands: An
     return automatic(operands)
 
 
-def _padded(spec: P, rank: int) -> tuple[Any, ...]:
-    return (*spec, *[None] * (rank - len(spec)))
+def _padded(partition: P, rank: int) -> tuple[Any, ...]:
+    return (*partition, *[None] * (rank - len(partition)))
 
 
 def _weight_axes(product, packed) -> tuple[Any, Any]:
@@ -99,9 +99,9 @@ def _weight_axes(product, packed) -> tuple[Any, Any]:
             f"the sharding of the weight is not named ({packed.sharding}); place it with"
             " fdk_jax.sharding.shard"
         )
-    spec = _padded(packed.sharding.spec, len(packed.shape))
+    partition = _padded(packed.sharding.spec, len(packed.shape))
     n_axis, k_axis = packing.SHARDED_AXES[product.layout][0]
-    return spec[n_axis] or None, spec[k_axis] or None
+    return partition[n_axis] or None, partition[k_axis] or None
 
 
 def _free_axis(m: Any, *used: Any) -> Any:
@@ -152,21 +152,21 @@ def size(mesh: Mesh | AbstractMesh, axis: Axis) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def part_of(facts: dict[str, int], layout: str, n_parts: int, k_parts: int) -> dict[str, int]:
-    """The facts of one part of a weight.
+def part_of(spec: dict[str, int], layout: str, n_parts: int, k_parts: int) -> dict[str, int]:
+    """The spec of one part of a weight.
 
     Raises:
         ValueError: a slice of the arrays would not be the arrays of a slice.
     """
-    n, k, group = facts["out_features"], facts["in_features"], facts["group_size"]
-    local = facts | dict(out_features=n // n_parts, in_features=k // k_parts)
+    n, k, group = spec["out_features"], spec["in_features"], spec["group_size"]
+    local = spec | dict(out_features=n // n_parts, in_features=k // k_parts)
     if n_parts * k_parts == 1:
         return local
     fits = n % n_parts == 0 and (k_parts == 1 or k % (k_parts * group) == 0)
     if fits:
         struct = functools.partial(packing.layout_struct, layout, dtype=jnp.float32)
         axes = packing.SHARDED_AXES[layout]
-        for whole, part, (i, j) in zip(struct(**facts), struct(**local), axes, strict=True):
+        for whole, part, (i, j) in zip(struct(**spec), struct(**local), axes, strict=True):
             expected = list(part.shape)
             expected[i] *= n_parts
             expected[j] *= k_parts
@@ -190,10 +190,10 @@ def local_codebook(codebook: Array, rows: int, local_rows: int, n: Axis) -> Arra
 
 
 def weight_specs(layout: str, ranks: tuple[int, int], n: Axis, k: Axis) -> tuple[P, P]:
-    """Partition specs of (packed, scales), given their ranks."""
+    """PartitionSpecs of (packed, scales), given their ranks."""
     specs = []
     for rank, (i, j) in zip(ranks, packing.SHARDED_AXES[layout], strict=True):
-        spec: list[Any] = [None] * rank
-        spec[i], spec[j] = n, k
-        specs.append(P(*spec))
+        partition: list[Any] = [None] * rank
+        partition[i], partition[j] = n, k
+        specs.append(P(*partition))
     return specs[0], specs[1]

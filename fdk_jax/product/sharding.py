@@ -86,7 +86,7 @@ def matmul(
 def local_part(w: QuantisedTensor, mesh: Mesh, n: Axis, k: Axis) -> QuantisedTensor:
     """Inside shard_map: one device's arrays as a weight of their own, an [N, K] matrix."""
     local = partitioning.part_of(
-        w.facts, w.layout, partitioning.size(mesh, n), partitioning.size(mesh, k)
+        w.spec, w.layout, partitioning.size(mesh, n), partitioning.size(mesh, k)
     )
     codebook = partitioning.local_codebook(w.codebook, w.out_features, local["out_features"], n)
     shape = (local["out_features"], local["in_features"])
@@ -94,6 +94,6 @@ def local_part(w: QuantisedTensor, mesh: Mesh, n: Axis, k: Axis) -> QuantisedTen
 
 
 def _specs(w: QuantisedTensor, mesh: Mesh, n: Axis, k: Axis) -> QuantisedTensor:
-    partitioning.part_of(w.facts, w.layout, partitioning.size(mesh, n), partitioning.size(mesh, k))
+    partitioning.part_of(w.spec, w.layout, partitioning.size(mesh, n), partitioning.size(mesh, k))
     packed, scales = partitioning.weight_specs(w.layout, (w.packed.ndim, w.scales.ndim), n, k)
     return dataclasses.replace(w, packed=packed, scales=scales, codebook=P())

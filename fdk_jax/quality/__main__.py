@@ -59,7 +59,7 @@ def measure(path: Path, recipe: language_model.Recipe) -> None:
         "training_steps": recipe.steps,
         "tuning_steps": recipe.tuning_steps,
     }
-    where = environment.facts(jax.devices()[0])
+    where = environment.describe(jax.devices()[0])
     unfinished = path.with_suffix(".tmp")
     unfinished.unlink(missing_ok=True)
     with records.Writer(unfinished) as writer:

@@ -40,7 +40,7 @@ def measure(
         "text": network.text,
         "weights": int(sum(m.size for m in network.matrices().values())),
     }
-    where = environment.facts(jax.devices()[0])
+    where = environment.describe(jax.devices()[0])
     # A GPU would round the operands of float32 products to 11 bits otherwise.
     with records.Writer(out) as writer, jax.default_matmul_precision("highest"):
         for row in rows(name, network, done, note, include):
@@ -53,7 +53,7 @@ def rows(
     """One row for each format that is not `done`, by its measures on the test text of each seed."""
     if (reference := f"{name} reference") not in done:
         scores = [network.score(network.model, seed) for seed in SEEDS]
-        yield {"name": reference, "bits": 16, "bytes_per_weight": 2.0} | _facts(network, scores)
+        yield {"name": reference, "bits": 16, "bytes_per_weight": 2.0} | _fields(network, scores)
     matrices = network.matrices()
     for form in FORMATS:
         trained = form.rounding == "trained"
@@ -80,17 +80,17 @@ def rows(
             "bytes_per_weight": size / sum(m.size for m in matrices.values()),
             "weight_error": _weight_error(matrices, made),
             "output_error": _output_error(matrices, made, network.moments(0)),
-            **_facts(network, scores),
+            **_fields(network, scores),
         }
 
 
-def _facts(network: Network, scores: list[tuple[float, ...]]) -> dict[str, Any]:
+def _fields(network: Network, scores: list[tuple[float, ...]]) -> dict[str, Any]:
     """Means over seeds, and each seed's."""
-    facts: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for index, measure_ in enumerate(network.measures):
         values = [score[index] for score in scores]
-        facts[measure_], facts[f"{measure_}_by_seed"] = float(np.mean(values)), values
-    return facts
+        fields[measure_], fields[f"{measure_}_by_seed"] = float(np.mean(values)), values
+    return fields
 
 
 def _weight_error(matrices: dict[str, Array], made: dict[str, Array]) -> float:

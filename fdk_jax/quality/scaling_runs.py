@@ -288,7 +288,7 @@ class Run:
         self.losses = np.asarray(found["losses"]).tolist()
         self.seconds = np.asarray(found["seconds"]).tolist()
 
-    def facts(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """What a row says of the training and of the model that came out of it."""
         curve = np.asarray(self.losses).reshape(-1, self.plan.chunk).mean(1)
         held_out = mean_loss(self.model, self.data.test)
@@ -302,24 +302,24 @@ class Run:
             "compile_seconds": self.compile_seconds,
         }
 
-    def packed_facts(self, note: Note) -> dict[str, Any]:
+    def packed_fields(self, note: Note) -> dict[str, Any]:
         """What the exported model takes and loses, multiplied by the kernels of this platform.
 
         Where these fail, by XLA: the trained model's figures stand, and the row says what was wrong.
         """
         packed = training.export(self.model)
-        facts: dict[str, Any] = {"bytes": stored_bytes(packed)}
+        fields: dict[str, Any] = {"bytes": stored_bytes(packed)}
         if not jax.tree.leaves(nnx.state(packed, QuantisedWeight)):
-            return facts
+            return fields
         for backend in dict.fromkeys((default_backend(), "xla")):
             try:
                 lost = mean_loss(fdk_jax.prepare(packed, backend), self.data.test)
             except Exception as error:  # any that a compiler or a driver may raise
-                facts["packed_error"] = f"{backend}: {type(error).__name__}: {error}"[:500]
-                note(f"the packed model failed on {facts['packed_error']}")
+                fields["packed_error"] = f"{backend}: {type(error).__name__}: {error}"[:500]
+                note(f"the packed model failed on {fields['packed_error']}")
                 continue
-            return facts | {"packed_backend": backend, "packed_loss": lost}
-        return facts
+            return fields | {"packed_backend": backend, "packed_loss": lost}
+        return fields
 
 
 def run(
@@ -366,7 +366,7 @@ def run(
         for row in known
         if all(row.get(k, plain.get(k)) == v for k, v in shared.items())
     }
-    where = environment.facts(jax.devices()[0])
+    where = environment.describe(jax.devices()[0])
     total, fine = 0.0, True
     for size, bits in grid:
         if (name := f"{size} {bits}{plan.variant}") in done:
@@ -425,19 +425,19 @@ def _one(
             note(f"{name}: out of time after {training_run.done} chunks; the same command goes on")
             return None
     trained = time.monotonic()
-    facts = {
+    fields = {
         "bits": bits,
         "size": size,
         "parameters": shape.parameters,
         "embedding_parameters": shape.vocabulary * shape.hidden,
         "attention": attention,
-        **training_run.facts(),
-        **training_run.packed_facts(note),
+        **training_run.fields(),
+        **training_run.packed_fields(note),
     }
     rest = (plan.chunks - training_run.done) * training_run.seconds[-1]
     note(
-        f"{name}: loss {facts['loss']:.4f}, packed {facts.get('packed_loss')},"
-        f" {facts['bytes']:,} bytes, {facts['step_ms']:.2f} ms a step,"
+        f"{name}: loss {fields['loss']:.4f}, packed {fields.get('packed_loss')},"
+        f" {fields['bytes']:,} bytes, {fields['step_ms']:.2f} ms a step,"
         f" evaluated in {time.monotonic() - trained:.1f} s"
     )
-    return facts, time.monotonic() - started + rest
+    return fields, time.monotonic() - started + rest

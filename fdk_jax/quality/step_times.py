@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     if unknown := set(_SIZES.value) - set(scaling_runs.SIZES):
         raise app.UsageError(f"{sorted(unknown)} are no sizes ({', '.join(scaling_runs.SIZES)})")
     compilation_cache.keep()
-    where = environment.facts(jax.devices()[0])
+    where = environment.describe(jax.devices()[0])
     plan = scaling_runs.Plan(chunk=25)
     with records.Writer(Path(_OUT.value)) as writer:
         for size in _SIZES.value:

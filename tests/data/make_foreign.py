@@ -32,8 +32,8 @@ def save(name: str, arrays: dict, expected: torch.Tensor, config: dict, *package
     save_file(arrays, FOLDER / f"{name}.safetensors", metadata)
 
 
-def compressed(name: str, format: str, dtype=torch.bfloat16, **facts) -> None:
-    args = QuantizationArgs(**facts)
+def compressed(name: str, format: str, dtype=torch.bfloat16, **arguments) -> None:
+    args = QuantizationArgs(**arguments)
     scheme = QuantizationScheme(targets=["Linear"], weights=args, format=format)
     weight = torch.randn(N, K) * 0.05
     groups = weight.reshape(N, -1, args.group_size or K)
@@ -70,7 +70,7 @@ def compressed(name: str, format: str, dtype=torch.bfloat16, **facts) -> None:
         expected = compressor.decompress(dict(wide), scheme)["weight"]
     group = {
         "targets": ["Linear"],
-        "weights": facts | {"symmetric": args.symmetric},
+        "weights": arguments | {"symmetric": args.symmetric},
         "format": format,
     }
     config = {

@@ -119,9 +119,9 @@ def write_kmeans(name: str, bits: int) -> None:
     folder = write(name, model)
     (folder / "model.safetensors").unlink()
     save_file(arrays, folder / "model.safetensors")
-    facts = dict(quant_method="nonlinear", bits=bits, block_size=GROUP, relative_scale="absmax")
-    facts |= dict(num_centroids=2**bits, centroids=[])
-    (folder / "quantization_config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    config = dict(quant_method="nonlinear", bits=bits, block_size=GROUP, relative_scale="absmax")
+    config |= dict(num_centroids=2**bits, centroids=[])
+    (folder / "quantization_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -138,8 +138,8 @@ def write_tokenizer(folder: Path) -> None:
     )
     tokenizer.train_from_iterator([__doc__, TEMPLATE, "the quick brown fox " * 4], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    facts = dict(bos_token="<|begin|>", eos_token="<|end|>", chat_template=TEMPLATE)
-    (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    config = dict(bos_token="<|begin|>", eos_token="<|end|>", chat_template=TEMPLATE)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     ends = [tokenizer.token_to_id("<|end|>"), tokenizer.token_to_id("<|stop|>")]
     (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=ends)) + "\n")
 

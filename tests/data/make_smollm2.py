@@ -36,13 +36,13 @@ def main() -> None:
         logits = model(torch.tensor([tokens])).logits[0, :-1].double()
         answer = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]))
-    facts = dict(
+    values = dict(
         tokens=tokens,
         perplexity=float(loss.exp()),
         prompt=prompt,
         answer=answer[0, len(prompt) :].tolist(),
     )
-    (Path(__file__).parent / "smollm2.json").write_text(json.dumps(facts) + "\n")
+    (Path(__file__).parent / "smollm2.json").write_text(json.dumps(values) + "\n")
 
 
 if __name__ == "__main__":
