@@ -218,18 +218,28 @@ def test_integers_by_the_library(rng, bits):
     assert 0 < jnp.linalg.norm(y - exact) < 0.02 * jnp.linalg.norm(exact)
 
 
+def _off(right, row):
+    """A kernel that is half a percent off everywhere, or by a percent in one row of the weight."""
+
+    def wrong(case, *arguments):
+        y = right(case, *arguments).astype(jnp.float32)
+        largest = jnp.argmax(jnp.abs(y).sum(0))
+        factor = jnp.where(jnp.arange(y.shape[1]) == largest, 1.01, 1.0) if row else 1.005
+        return (y * jnp.broadcast_to(factor, y.shape)).astype(case.out_dtype)
+
+    return wrong
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("row", [False, True])
 def test_a_kernel_that_is_off_fails(rng, row, dtype, monkeypatch):
-    """By half a percent everywhere, or one row of the weight by a percent."""
-    right = mosaic_matmul.matmul
-
-    def wrong(*arguments):
-        y = right(*arguments).astype(jnp.float32)
-        largest = jnp.argmax(jnp.abs(y).sum(0))
-        factor = jnp.where(jnp.arange(y.shape[1]) == largest, 1.01, 1.0) if row else 1.005
-        return (y * jnp.broadcast_to(factor, y.shape)).astype(dtype)
-
-    monkeypatch.setattr(mosaic_matmul, "matmul", wrong)
+    monkeypatch.setattr(mosaic_matmul, "matmul", _off(mosaic_matmul.matmul, row))
     with pytest.raises(AssertionError, match="worst element"):
         _check(rng, 70, 264, 1544, 4, 64, dtype, Config(64, 2, 1, 6, 2))
+
+
+@pytest.mark.parametrize("row", [False, True])
+def test_an_integer_kernel_that_is_off_fails(rng, row, monkeypatch):
+    monkeypatch.setattr(mosaic_integers, "matmul", _off(mosaic_integers.matmul, row))
+    with pytest.raises(AssertionError, match="worst element"):
+        test_integers(rng, 4, 300, 520, 2048, 64, "bfloat16", None, {})

@@ -13,6 +13,7 @@ import layered
 import numpy as np
 import pytest
 import test_chain
+import test_columns
 import test_cpu
 import test_cpu_decoding
 import test_cpu_prompt_attention
@@ -20,6 +21,7 @@ import test_decode_attention
 import test_grouped
 import test_layout
 import test_matmul
+import test_model_operations
 import test_pallas
 import test_ptx_values
 from backends import BACKENDS, CPU_MISSING
@@ -28,10 +30,13 @@ import fdk_jax
 import pallas_kernels
 from fdk_jax.product import cpu_backend, reference
 from pallas_kernels import (
+    columns,
+    dense,
     integer,
     integer_tokens,
     matvec,
     mma,
+    norm,
     plain,
     ring,
     wgmma,
@@ -271,6 +276,46 @@ def test_ptx_of_layers(rng):
             wrong = spoil(found[part].astype(np.float64)).astype(found[part].dtype)
             with pytest.raises(AssertionError, match="worst element"):
                 layered.check(*made, (found | {part: wrong}, *caches))
+
+
+@MUTATIONS
+def test_dense(spoil, rng, monkeypatch):
+    def test():
+        test_model_operations.test_dense_kernel(rng, 3, 256, 256, "bfloat16")
+
+    fails(test, spoil, monkeypatch, dense, "matmul", _product)
+
+
+@MUTATIONS
+@pytest.mark.parametrize("which", [0, 1])
+def test_sums_and_norms(which, spoil, rng, monkeypatch):
+    def make(right, spoil):
+        def wrong(*args, **options):
+            both = list(right(*args, **options))
+            both[which] = spoil(np.asarray(both[which], np.float64)).astype(both[which].dtype)
+            return tuple(both)
+
+        return wrong
+
+    def test():
+        test_model_operations.test_add_rms_norm_kernel(rng, 128, "bfloat16")
+
+    fails(test, spoil, monkeypatch, norm, "add_rms_norm", make)
+
+
+@MUTATIONS
+def test_a_block_of_columns(spoil, rng, monkeypatch):
+    def make(right, spoil):
+        def wrong(*args, **options):
+            out, codes = right(*args, **options)
+            return spoil(np.asarray(out, np.float64)).astype(np.float32), codes
+
+        return wrong
+
+    def test():
+        test_columns.test_a_block_of_columns(2, 40, False, True, rng)
+
+    fails(test, spoil, monkeypatch, columns, "rounded", make)
 
 
 @MUTATIONS
