@@ -1,7 +1,8 @@
 """Times reading a prompt and decoding after it, beside llama.cpp, by the same weights from one GGUF file.
 
 usage: prompt_peers.py [--shape 1B] [--type Q4_0|Q1_0|Q2_0] [--prompts 512,2048] [--steps 16] [--rounds 10]
-                       [--processor_time] [--site FOLDER] [--output FILE.jsonl]
+                       [--cases exact,int8,llama.cpp] [--processor_time] [--site FOLDER]
+                       [--output FILE.jsonl]
 
 The file has the shape of Llama 3.2 1B or of Bonsai 1.7B and random codes. Each case is a process of its own
 with all processors, and they take turns. A row is a case and a prompt: its samples are the time to the first
@@ -36,7 +37,7 @@ SHAPES = {
 }  # fmt: skip
 # Number, bits, weights and bytes of a block.
 TYPES = {"Q4_0": (2, 4, 32, 18), "Q1_0": (41, 1, 128, 18), "Q2_0": (42, 2, 64, 18)}
-CASES = (("cpu", "exact"), ("cpu", "int8"), ("llama.cpp", "llama.cpp"))
+CASES = {"exact": "cpu", "int8": "cpu", "llama.cpp": "llama.cpp"}  # their backends
 
 
 def write_gguf(path: Path, config: ModelConfig, kind: str) -> None:
@@ -131,7 +132,8 @@ def measure(args: argparse.Namespace, path: Path) -> list[dict]:
     size = path.stat().st_size
     context = multiprocessing.get_context("spawn")
     rows, running = [], []
-    for backend, name in CASES:
+    for name in args.cases:
+        backend = CASES[name]
         pipe, other = context.Pipe()
         longest = max(args.prompts) + args.steps + 8
         process = context.Process(target=serve, args=(other, name, path, longest), daemon=True)
@@ -192,6 +194,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1B")
     parser.add_argument("--type", choices=TYPES, default="Q4_0")
     parser.add_argument("--prompts", type=numbers, default=[512, 2048])
+    parser.add_argument("--cases", type=lambda text: text.split(","), default=list(CASES))
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--processor_time", action="store_true")
