@@ -177,6 +177,38 @@ def test_cases_of_a_group_are_sampled_in_turn(max_seconds, repetitions, expected
         assert found["samples_us"] == [2.0 * (warm + j) + i + 1 for j in range(kept)]
 
 
+def test_runs_that_share_a_file_measure_in_turn(tmp_path):
+    """Samples, and what XLA measures when it compiles its own products, wait for another run's turn to end."""
+    fcntl = pytest.importorskip("fcntl")
+    session = timing.Session(3, turns=tmp_path / "turns")
+
+    def free() -> bool:
+        with open(session.turns, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    def measure(case, session):
+        assert free()
+        samples = yield lambda: float(not free())
+        return records.statistics(samples)
+
+    (made,) = runner.measure(suite(measure), cases.make_cases(**SMALL), session)
+    assert made["status"] == "ok" and made["samples_us"] == [1.0] * 3 and free()
+
+    held = []
+    x = jnp.ones((4, 4))
+    for product in (True, False):
+        lowered = jax.jit(lambda x, p=product: x @ x if p else x + x).lower(x)
+        watched = types.SimpleNamespace(
+            as_text=lowered.as_text, compile=lambda: held.append(not free())
+        )
+        timing.compiled_in_turn(watched, session)
+    assert held == [True, False]
+
+
 def test_a_case_that_breaks_while_sampled_leaves_the_others_alone():
     def measure(case, session):
         samples = yield lambda: 1.0 if case.bits == 4 else 1 / 0

@@ -230,18 +230,21 @@ def test_more_copies_than_caches_hold():
     assert held <= max(300 << 20, environment.memory_bytes(work.device) // 15)
 
 
-@pytest.mark.parametrize(("seconds_a_pass", "wanted"), [(1e-3, 50), (2.4e-3, 21), (2.6e-3, 10)])
-def test_a_sample_that_was_too_short_gets_more_passes(seconds_a_pass, wanted, monkeypatch):
+@pytest.mark.parametrize(
+    ("seconds_a_pass", "wanted"), [(1e-3, 50), (2.4e-3, 21), (2.6e-3, 10), (9e-3, 10), (11e-3, 5)]
+)
+def test_a_sample_of_another_length_gets_other_passes(seconds_a_pass, wanted, monkeypatch):
     built = []
 
-    def build(work, copies, loops):
+    def build(work, copies, loops, session):
         built.append(loops)
         return lambda: loops * seconds_a_pass
 
     monkeypatch.setattr(kernels, "build", build)
-    monkeypatch.setattr(kernels, "_SAMPLE", {"cpu": 0.05})
     work = kernels.prepare(KernelCase("xla", 1, 64, 64, 32, dtype="float32"))
-    loops, run = kernels._long_enough(work, 1, 10)
+    session = timing.Session(sample_seconds=0.05)
+    loops, run = kernels._of_length(work, 1, 0.005, session)
+    assert built[0] == 10
     assert loops == built[-1] == wanted
     assert run() == wanted * seconds_a_pass
 

@@ -57,6 +57,12 @@ def _define_flags() -> None:
     )
     flags.DEFINE_integer("repetitions", 20, "Samples of each case.", 1)
     flags.DEFINE_float("max_seconds", 20.0, "A case takes 10 samples at least and stops here.", 0.0)
+    flags.DEFINE_float("sample_seconds", None, "About how long a sample takes.", 1e-3)
+    flags.DEFINE_string(
+        "turns",
+        None,
+        "File that several runs share on one GPU: they compile side by side and measure in turn.",
+    )
     flags.DEFINE_integer("threads", None, "Processors to run on (Linux); by default all.", 1)
     flags.DEFINE_string("include", "", "Regular expression: only cases whose name it finds.")
     flags.DEFINE_string("exclude", "", "Regular expression: no case whose name it finds.")
@@ -192,7 +198,15 @@ def _measure(suite: Any, cases: Sequence[Any]) -> int:
         source.require_commit(path)
     except source.NotACommit as error:
         _fail(f"--output={path}: {error}")
-    session = timing.Session(FLAGS.repetitions, FLAGS.copies, FLAGS.max_seconds, FLAGS.checked_rows)
+    turns = Path(FLAGS.turns) if FLAGS.turns else None
+    session = timing.Session(
+        FLAGS.repetitions,
+        FLAGS.copies,
+        FLAGS.max_seconds,
+        FLAGS.checked_rows,
+        FLAGS.sample_seconds,
+        turns,
+    )
     rows: list[dict[str, Any]] = []
     try:
         with records.Writer(path) as writer:

@@ -27,6 +27,7 @@ _ROWS_BELOW = 8
 _LEAST_CALL = 3e-6
 _START_NOISE = 1e-4
 _SAMPLE = {"cpu": 0.05, "gpu": 0.1}
+_TRIAL = {"cpu": 1.0, "gpu": 0.1}  # of a sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +112,18 @@ def _ready(case: KernelCase, session: timing.Session):
     """What is known of a case before it is timed, its compiled loop (None: it is wrong), its calls."""
     work = prepare(case, session.checked_rows)
     with jax.default_device(work.device):
-        result = probes.bound(work.device, work.bytes_rw, work.ops, case.dtype, case.arithmetic)
-        y, expected = _first_result(work)[:, work.reference.rows], work.reference.expected
+        with session.turn():
+            result = probes.bound(work.device, work.bytes_rw, work.ops, case.dtype, case.arithmetic)
+        y, seconds = _first_call(work, session)
+        y, expected = y[:, work.reference.rows], work.reference.expected
         result["rel_rms_error"] = inputs.relative_rms_error(y, expected[0].value)
         result["plain_rel_rms_error"] = work.reference.plain
         outcome = accuracy.compare(y, expected)
         if not outcome.ok:
             return result | {"status": "failed", "reason": str(outcome)}, None, 0
         copies = session.copies or copies_for(work)
-        loops, run = _long_enough(work, copies, _loops(work, copies, result["bound_us"]))
+        estimate = max(result["bound_us"] * 1e-6, seconds)
+        loops, run = _of_length(work, copies, estimate, session)
     held = {
         "checked_rows": len(work.reference.rows),
         "working_set_bytes": copies * work.weight_bytes,
@@ -128,32 +132,49 @@ def _ready(case: KernelCase, session: timing.Session):
     return result | {"copies": copies, "calls": copies * loops} | held, run, copies * loops
 
 
-def _first_result(work: Workload) -> np.ndarray:
-    """What the loop that is timed gives in its first call: the same program, of one pass over one weight."""
+def _first_call(work: Workload, session: timing.Session) -> tuple[np.ndarray, float]:
+    """What the loop that is timed gives in its first call, and about how long one takes.
+
+    By the same program, of one pass over one weight.
+    """
     program = timing.loop_program(work.step, work.x, [work.weight], loops=1, link_every=True)
-    last, results = jax.jit(program)(work.x, (work.weight,))
-    return np.asarray(results[0] if results else last)
+    arguments = work.x, (work.weight,)
+    compiled = timing.compiled_in_turn(jax.jit(program).lower(*arguments), session)
+    last, results = compiled(*arguments)
+    with session.turn():
+        seconds = timing.seconds_of_call(lambda: compiled(*arguments)) - timing.seconds_to_start()
+    if work.device.platform != "cpu":  # a single call takes far longer to start than to run
+        seconds = max(_LEAST_CALL, seconds - _START_NOISE)
+    return np.asarray(results[0] if results else last), seconds
 
 
-def _long_enough(work: Workload, copies: int, loops: int) -> tuple[int, Callable[[], float]]:
-    """The passes of a sample and its compiled loop: more of them if so many take less than half its time."""
-    run = build(work, copies, loops)
-    seconds = min(run(), run())
-    target = _SAMPLE[_kind(work)]
-    if 2 * seconds > target:
+def _of_length(
+    work: Workload, copies: int, seconds: float, session: timing.Session
+) -> tuple[int, Callable[[], float]]:
+    """The passes of a sample and its compiled loop, from about how long a call takes.
+
+    Made anew where that was off by half. On a GPU, where it is known badly, it is tried on a short loop first.
+    """
+    kind = "cpu" if work.device.platform == "cpu" else "gpu"
+    target = session.sample_seconds or _SAMPLE[kind]
+    loops = max(1, round(target * _TRIAL[kind] / seconds / copies))
+    run = build(work, copies, loops, session)
+    with session.turn():
+        seconds = min(run(), run())
+    if target / 2 < seconds < 2 * target or (loops == 1 and seconds > target):
         return loops, run
     del run  # and with it its copies of the weight
     loops = math.ceil(loops * target / seconds)
-    return loops, build(work, copies, loops)
+    return loops, build(work, copies, loops, session)
 
 
-def build(work: Workload, copies: int, loops: int) -> Callable[[], float]:
+def build(work: Workload, copies: int, loops: int, session: timing.Session) -> Callable[[], float]:
     """The compiled loop of a workload; see `timing.loop_program`."""
     weights = timing.copy_weight(work.weight, copies)
     # XLA runs independent calls side by side on a CPU, in order on a GPU.
     link_every = work.device.platform == "cpu"
     program = timing.loop_program(work.step, work.x, weights, loops=loops, link_every=link_every)
-    return timing.compile_loop(program, work.x, weights)
+    return timing.compile_loop(program, work.x, weights, session)
 
 
 def copies_for(work: Workload) -> int:
@@ -165,17 +186,3 @@ def copies_for(work: Workload) -> int:
         footprint += 4 * case.k * case.n
     needed = math.ceil(environment.working_set_bytes(work.device) / footprint)
     return min(max(2, needed), _MAX_COPIES)
-
-
-def _loops(work: Workload, copies: int, bound_us: float) -> int:
-    """Passes such that one sample is long against the clock and the start of a program."""
-    kind = _kind(work)
-    call = timing.seconds_of_call(lambda: work.step(work.x, work.weight))
-    if kind == "gpu":  # a single call takes far longer to start than to run
-        call = max(_LEAST_CALL, call - _START_NOISE)
-    estimate = max(bound_us * 1e-6, call - timing.seconds_to_start())
-    return max(1, round(_SAMPLE[kind] / estimate / copies))
-
-
-def _kind(work: Workload) -> str:
-    return "cpu" if work.device.platform == "cpu" else "gpu"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from fdk_jax.benchmark import kernels
+from fdk_jax.benchmark import kernels, timing
 from fdk_jax.benchmark.cases import KernelCase
 
 _LOOPS = 2
@@ -25,7 +25,8 @@ def profile(case: KernelCase, folder: Path, copies: int | None = None) -> str:
     """
     work = kernels.prepare(case)
     with jax.default_device(work.device):
-        run = kernels.build(work, copies or min(kernels.copies_for(work), _MAX_COPIES), _LOOPS)
+        copies = copies or min(kernels.copies_for(work), _MAX_COPIES)
+        run = kernels.build(work, copies, _LOOPS, timing.Session())
         run()
         with jax.profiler.trace(str(folder)):
             run()

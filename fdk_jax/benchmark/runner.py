@@ -113,11 +113,12 @@ def measure(
         announce(case.name)
         attempts.append(_Attempt(suite, case, session))
     active = [a for a in attempts if a.wants_sample]
-    while active:
-        for attempt in active:
-            announce(attempt.case.name)
-            attempt.take_sample()
-        active = [a for a in active if a.wants_sample]
+    with session.turn():
+        while active:
+            for attempt in active:
+                announce(attempt.case.name)
+                attempt.take_sample()
+            active = [a for a in active if a.wants_sample]
     for attempt in attempts:
         yield attempt.row()
 

@@ -1,9 +1,11 @@
 """Timing of one compiled loop over rotating copies of a weight."""
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,12 +27,28 @@ class Session:
         copies: copies of a weight; None for as many as caches cannot hold.
         max_seconds: a case whose samples have taken as long gets no more of them than ten.
         checked_rows: rows of a weight whose results are compared with float64, about so many; None for all.
+        sample_seconds: about how long a sample takes; None for what the suite holds enough.
+        turns: a file that several runs on one GPU share: they compile side by side and measure in turn.
     """
 
     repetitions: int = 20
     copies: int | None = None
     max_seconds: float = 20.0
     checked_rows: int | None = None
+    sample_seconds: float | None = None
+    turns: Path | None = None
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within it no other run that shares the file measures; not to be entered twice."""
+        if self.turns is None:
+            yield
+            return
+        import fcntl  # of POSIX systems alone
+
+        with open(self.turns, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield  # the lock ends with the file
 
 
 def loop_program(
@@ -80,11 +98,14 @@ def loop_program(
 
 
 def compile_loop(
-    program: Callable[[Array, Sequence[Any]], Any], x: Array, copies: Sequence[Any]
+    program: Callable[[Array, Sequence[Any]], Any],
+    x: Array,
+    copies: Sequence[Any],
+    session: Session,
 ) -> Callable[[], float]:
     """Compiles a `loop_program`; returns a function that runs it and returns the seconds it took."""
     weights = tuple(copies)
-    compiled = jax.jit(program).lower(x, weights).compile()
+    compiled = compiled_in_turn(jax.jit(program).lower(x, weights), session)
 
     def run() -> float:
         start = time.perf_counter()
@@ -92,6 +113,12 @@ def compile_loop(
         return time.perf_counter() - start
 
     return run
+
+
+def compiled_in_turn(lowered: jax.stages.Lowered, session: Session) -> jax.stages.Compiled:
+    """The compiled program, made in this run's turn where XLA measures how to compute it: its own products."""
+    with session.turn() if "dot_general" in lowered.as_text() else contextlib.nullcontext():
+        return lowered.compile()
 
 
 def copy_weight(weight: Any, copies: int) -> list[Any]:
