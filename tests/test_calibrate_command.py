@@ -119,10 +119,14 @@ def test_the_row_of_a_calibration(tmp_path, monkeypatch):
         num_layers=2, num_heads=1, num_kv_heads=1,
     )  # fmt: skip
     monkeypatch.setattr(calibrating_benchmark, "custom_llama", lambda name: config)
-    row = calibrating_benchmark.measure(tmp_path, "1B", 4, layers=1, tokens=1024, rotate=False)
-    assert (row["layers"], row["layers_of_model"], row["tokens"]) == (1, 2, 1024)
-    weights = (1 + 2 + 1) * 64 * 64 + 3 * 64 * 128
+    row = calibrating_benchmark.measure(tmp_path, "1B", 4, layers=3, tokens=1024, rotate=False)
+    assert (row["layers"], row["layers_of_model"], row["tokens"]) == (3, 2, 1024)
+    assert row["programs"] > 20 and row["programs_of_further_layers"] == 0  # they are alike
+    weights = 3 * ((1 + 2 + 1) * 64 * 64 + 3 * 64 * 128)
     assert row["parameters"] == weights + 320 * 64
     # The embedding and three norms as they are; codes, scales of groups of 64, codebooks of four matrices.
-    assert row["model_bytes"] == 2 * 320 * 64 + 3 * 2 * 64 + weights // 2 + weights // 32 + 4 * 64
+    assert (
+        row["model_bytes"]
+        == 2 * 320 * 64 + (1 + 2 * 3) * 2 * 64 + weights // 2 + weights // 32 + 3 * 4 * 64
+    )
     assert row["seconds"] > 0 and not list(tmp_path.iterdir())

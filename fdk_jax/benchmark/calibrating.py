@@ -9,7 +9,11 @@ process's.
 
 import argparse
 import dataclasses
+import itertools
+import logging
 import shutil
+import statistics
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -26,6 +30,46 @@ from fdk_jax.models.config import custom_llama
 
 SUITE = "calibration"
 _CONTEXT = 512
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class _Clock(logging.Handler):
+    """When the model was read and each layer was done, and what was compiled by then."""
+
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.times, self.programs = [time.perf_counter()], [0]
+        self.compiled: list[float] = []  # seconds of each program
+        calibrating.LOG.setLevel(logging.INFO)
+        calibrating.LOG.addHandler(self)
+        jax.monitoring.register_event_duration_secs_listener(self._compile)
+
+    def _compile(self, event: str, seconds: float, **_: Any) -> None:
+        if event == _COMPILED:
+            self.compiled.append(seconds)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.times.append(time.perf_counter())
+        self.programs.append(len(self.compiled))
+        new = self.compiled[self.programs[-2] :]
+        print(
+            f"{record.getMessage()}: {self.times[-1] - self.times[-2]:.2f} s, of them {sum(new):.2f} compiling"
+            f" {len(new)} programs",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Of a row. Further layers are those after the first, which compiles what all of them run."""
+        read, *layers = [b - a for a, b in itertools.pairwise(self.times)]
+        return {
+            "read_seconds": read,
+            "first_layer_seconds": layers[0],
+            "further_layer_seconds": statistics.median(layers[1:]) if layers[1:] else None,
+            "compile_seconds": sum(self.compiled),
+            "programs": len(self.compiled),
+            "programs_of_further_layers": self.programs[-1] - self.programs[2],
+        }
 
 
 def measure(
@@ -52,7 +96,7 @@ def measure(
         rows = np.random.default_rng(1).integers(
             0, config.vocab_size, (max(1, tokens // _CONTEXT), _CONTEXT)
         )
-        start = time.perf_counter()
+        clock = _Clock()
         with (
             warnings.catch_warnings()
         ):  # the text has fewer tokens than the widest layers have inputs
@@ -65,7 +109,7 @@ def measure(
                 progress=False,
             )
         jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - clock.times[0]
     finally:
         shutil.rmtree(place, ignore_errors=True)
     memory = jax.local_devices()[0].memory_stats() or {}
@@ -73,7 +117,8 @@ def measure(
         "suite": SUITE, "name": f"{name} {bits}" + " rotated" * rotate, "bits": bits, "group_size": 64,
         "codebook": "kmeans", "dtype": "bfloat16", "model": f"custom-llama-{name}", "layers": config.num_layers,
         "layers_of_model": whole, "parameters": config.num_parameters, "tokens": int(rows.size),
-        "seconds": seconds, "stored_bytes": stored, "peak_bytes": memory.get("peak_bytes_in_use"),
+        "seconds": seconds, **clock.facts(), "stored_bytes": stored,
+        "peak_bytes": memory.get("peak_bytes_in_use"),
         "model_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))),
         "host_peak_bytes": loading.peak_host_bytes(),
     }  # fmt: skip

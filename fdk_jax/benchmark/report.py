@@ -242,7 +242,15 @@ def networks_published(found: Iterable[Row]) -> str:
 def calibration(found: Iterable[Row]) -> str:
     """How long `load_calibrated` takes."""
     rows = [row for row in found if row["suite"] == "calibration"]
-    head = ["model", "weights", "bits", "seconds"]
+    head = [
+        "model",
+        "weights",
+        "bits",
+        "seconds",
+        "of them reading",
+        "the first layer",
+        "each further one",
+    ]
     head += ["GB at most on the device", "of them the model", "on the host"]
     lines = []
     for row in rows:
@@ -253,6 +261,9 @@ def calibration(found: Iterable[Row]) -> str:
                 f"{row['parameters'] / 1e9:.2f} billion",
                 str(row["bits"]),
                 f"{row['seconds']:.0f}",
+                f"{row['read_seconds']:.0f}",
+                f"{row['first_layer_seconds']:.0f}",
+                f"{row['further_layer_seconds']:.1f}" if row["further_layer_seconds"] else "",
                 f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else "",
                 f"{row['model_bytes'] / 1e9:.1f}",
                 f"{row['host_peak_bytes'] / 1e9:.1f}",

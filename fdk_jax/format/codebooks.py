@@ -181,8 +181,8 @@ def fit_parts(
     mass, first = np.zeros(_CELLS), np.zeros(_CELLS)
     for part in parts:
         values, importance = part()
-        weight = None if importance is None else jnp.ravel(jnp.asarray(importance))
-        more = _histogram(jnp.ravel(values), weight, low, high)
+        weight = None if importance is None else jnp.asarray(importance)
+        more = _histogram(values, weight, low, high)
         mass, first = mass + more[0], first + more[1]
     centroids = _lloyd(mass, first, entries, seed)
     return jnp.asarray((low + centroids * (high - low)).astype(np.float32))
@@ -194,13 +194,23 @@ def _check_sample(values: Array, importance: ArrayLike | None) -> tuple[int, flo
         importance = jnp.asarray(importance)
         if importance.shape != values.shape:
             raise ValueError(f"{importance.shape=} must match {values.shape=}")
-        if not bool(
-            jnp.all((importance >= 0) & jnp.isfinite(importance)) & jnp.any(importance > 0)
-        ):
+        if not bool(_is_importance(importance)):
             raise ValueError("importance must be finite, non-negative and not zero everywhere")
     if not values.size:
         return 0, 0.0, 0.0
-    return values.size, float(values.min()), float(values.max())
+    low, high = jax.device_get(_range(values))
+    return values.size, float(low), float(high)
+
+
+# Few programs for a fit: a GPU's take a tenth of a second each to compile, for every shape again.
+@jax.jit
+def _is_importance(values: Array) -> Array:
+    return jnp.all((values >= 0) & jnp.isfinite(values)) & jnp.any(values > 0)
+
+
+@jax.jit
+def _range(values: Array) -> tuple[Array, Array]:
+    return values.min(), values.max()
 
 
 @functools.partial(jax.jit, static_argnames="steps")
@@ -250,20 +260,25 @@ def _histogram(values, importance, low, high) -> tuple[np.ndarray, np.ndarray]:
     """Weight and weighted mean position of each cell; float64 sums over chunks."""
     mass, first = np.zeros(_CELLS), np.zeros(_CELLS)
     for start in range(0, values.size, _CHUNK):
-        part = values[start : start + _CHUNK]
-        weight = None if importance is None else importance[start : start + _CHUNK]
-        m, f = _chunk_histogram(part, weight, jnp.float32(low), jnp.float32(high))
+        ends = jnp.float32(low), jnp.float32(high)
+        count = min(_CHUNK, values.size - start)
+        m, f = _chunk_histogram(values, importance, jnp.int32(start), *ends, count)
         mass += np.asarray(m, np.float64)
         first += np.asarray(f, np.float64)
     # `first` holds offsets from the centre of a cell.
     return mass, first + mass * ((np.arange(_CELLS) + 0.5) / _CELLS)
 
 
-@jax.jit
-def _chunk_histogram(values, weight, low, high):
-    x = (values.astype(jnp.float32) - low) / (high - low)
+@functools.partial(jax.jit, static_argnums=5)
+def _chunk_histogram(values, weight, start, low, high, count):
+    """Of `count` values and their weights from `start` on."""
+
+    def cut(a: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(a.ravel(), start, count)
+
+    x = (cut(values).astype(jnp.float32) - low) / (high - low)
     cell = jnp.clip((x * _CELLS).astype(jnp.int32), 0, _CELLS - 1)
-    weight = jnp.ones_like(x) if weight is None else weight.astype(jnp.float32)
+    weight = jnp.ones_like(x) if weight is None else cut(weight).astype(jnp.float32)
     offset = x - (cell.astype(jnp.float32) + 0.5) / _CELLS
     zeros = jnp.zeros(_CELLS, jnp.float32)
     return zeros.at[cell].add(weight), zeros.at[cell].add(weight * offset)

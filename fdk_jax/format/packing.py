@@ -57,7 +57,7 @@ def pack(codes: UInt8[ArrayLike, "*B K"], bits: int) -> UInt8[Array, "*B bytes"]
         TypeError: the codes are not uint8.
         ValueError: a code does not fit (checked outside jit; inside, its higher bits are dropped).
     """
-    e = codes_per_byte(bits)
+    codes_per_byte(bits)
     codes = jnp.asarray(codes)
     if codes.dtype != jnp.uint8:
         raise TypeError(
@@ -67,7 +67,12 @@ def pack(codes: UInt8[ArrayLike, "*B K"], bits: int) -> UInt8[Array, "*B bytes"]
         raise ValueError("codes must have at least one axis, got a scalar")
     if not isinstance(codes, Tracer) and codes.size and int(codes.max()) >= 2**bits:
         raise ValueError(f"code {int(codes.max())} does not fit into {bits=}")
-    k = codes.shape[-1]
+    return _pack(codes, bits)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _pack(codes: Array, bits: int) -> Array:
+    k, e = codes.shape[-1], 8 // bits
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -k % e)])
     fields = codes.reshape(*codes.shape[:-1], -(-k // e), e) & jnp.uint8(2**bits - 1)
     packed = jnp.zeros(fields.shape[:-1], jnp.uint8)

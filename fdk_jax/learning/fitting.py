@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -121,14 +123,14 @@ def calibrate_array(
     form = Format(bits, group_size, codebook, scale, damping, sweeps, seed)
     form.check()
     matrix, batch, shape = as_matrix(weight, axes, dtype)
-    if not bool(jnp.isfinite(matrix).all()):
+    if not bool(_finite(matrix)):
         raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
     given = None if importance is None else importance_matrix(importance, matrix, axes)
     second = None if second_moment is None else jnp.asarray(second_moment, jnp.float32)
     k = matrix.shape[-1]
     if second is not None and second.shape != (*batch, k, k):
         raise ValueError(f"second_moment of shape {second.shape} must be {(*batch, k, k)}")
-    if second is not None and not bool(jnp.isfinite(second).all()):
+    if second is not None and not bool(_finite(second)):
         raise ValueError("second_moment holds NaN or infinity")
     parts = []
     for index in np.ndindex(*batch):
@@ -136,8 +138,9 @@ def calibrate_array(
         h = jnp.diagonal(here)[None] if given is None and here is not None else None
         h = given[index] if given is not None else h
         parts.append(_quantise_matrix(Matrix(matrix[index], usable(h), here), form))
-    stacked = [jnp.stack(a).reshape(*batch, *a[0].shape) for a in zip(*parts, strict=True)]
-    packed, scales, levels = stacked
+    if batch:
+        parts = [[jnp.stack(a).reshape(*batch, *a[0].shape) for a in zip(*parts, strict=True)]]
+    ((packed, scales, levels),) = parts
     uniform = bits == 1 or codebooks.is_uniform(np.asarray(levels))
     return QuantisedTensor(packed, scales, levels, bits, group_size, shape, axes, uniform=uniform)
 
@@ -154,23 +157,51 @@ def importance_matrix(importance: ArrayLike, matrix: Array, axes: str) -> Array:
         )
     else:
         out = to_matrix(importance, axes)[0]
-    if not bool(jnp.all((out >= 0) & jnp.isfinite(out))):
+    if not bool(_usable(out)):
         raise ValueError("importance must be finite and non-negative")
     return out
 
 
 def usable(importance: Array | None) -> Array | None:
     """An importance with mean 1, where dead inputs keep a little: their codes are then the nearest ones."""
-    if importance is None:
-        return None
+    return None if importance is None else _with_mean_one(importance)
+
+
+# A GPU's programs take a tenth of a second each to compile, for every shape again: so these are few.
+@jax.jit
+def _finite(values: Array) -> Array:
+    return jnp.isfinite(values).all()
+
+
+@jax.jit
+def _usable(importance: Array) -> Array:
+    return jnp.all((importance >= 0) & jnp.isfinite(importance))
+
+
+@jax.jit
+def _with_mean_one(importance: Array) -> Array:
     mean = importance.mean()
-    scaled_ = importance / jnp.where(mean > 0, mean, 1)
-    return jnp.maximum(scaled_, jnp.float32(1e-6))
+    return jnp.maximum(importance / jnp.where(mean > 0, mean, 1), jnp.float32(1e-6))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _base_scales(weight: Array, group_size: int, kind: str) -> Array:
+    return scaled(weight, group_size, kind)[1]
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _quotients(
+    weight: Array, scales: Array, importance: Array | None, group_size: int
+) -> tuple[Array, Array]:
+    """What a codebook is fitted to: weights by their scales, and how much an error of each matters."""
+    factors = spread(scales, group_size, weight.shape[-1])
+    squares = jnp.square(factors) * (1.0 if importance is None else importance)
+    return weight.astype(jnp.float32) / factors, squares
 
 
 def fit(matrices: list[Callable[[], Matrix]], form: Format) -> tuple[Array, list[Array]]:
     """One codebook float32 [2**bits] for some matrices, and the float32 scales of each."""
-    bases = [scaled(m().weight, form.group_size, form.kind)[1] for m in matrices]
+    bases = [_base_scales(m().weight, form.group_size, form.kind) for m in matrices]
     if not form.fitted:
         levels = jnp.asarray(resolve_codebook(form.codebook, form.bits, form.kind, form.group_size))
         if form.scale == "search":
@@ -181,9 +212,7 @@ def fit(matrices: list[Callable[[], Matrix]], form: Format) -> tuple[Array, list
     def part(i: int) -> Callable[[], tuple[Array, Array]]:
         def values() -> tuple[Array, Array]:
             m = matrices[i]()
-            factors = spread(scales[i], form.group_size, m.weight.shape[-1])
-            weight = jnp.square(factors) * (1.0 if m.importance is None else m.importance)
-            return m.wide() / factors, jnp.broadcast_to(weight, factors.shape)
+            return _quotients(m.weight, scales[i], m.importance, form.group_size)
 
         return values
 

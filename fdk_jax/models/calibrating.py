@@ -7,6 +7,7 @@ text, and what is quantised already. Layers that are alike share their compiled 
 import contextlib
 import functools
 import itertools
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from fdk_jax.models.tokenizer import Tokenizer
 from fdk_jax.models.transformer import Transformer
 from fdk_jax.models.weights import check_arithmetic, set_linear
 
+LOG = logging.getLogger(__name__)  # says at INFO when each layer is done
 _BATCH_TOKENS = 2048
 Batch = tuple[Array, Array, Array]  # the residual stream [B, T, D], cosines and sines [1, T, d / 2]
 
@@ -121,6 +123,7 @@ def load_calibrated(
         codebook=q.codebook,
         scale="search" if q.scale == "auto" else q.scale,
     )
+    LOG.info("read")
     rotation = Rotation.of(model.config) if rotate else None
     if rotation is not None:
         rotate_ends(model, rotation)
@@ -132,6 +135,7 @@ def load_calibrated(
                     one.arithmetic, one.backend = arithmetic, "cpu"
             model.layers[index] = prepare(layer, backend)
             advance(f"layer {index}")
+            LOG.info("layer %d", index)
     model = _moved_module(model)
     if q.head_bits is not None:
         head = model.lm_head

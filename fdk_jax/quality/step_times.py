@@ -7,6 +7,7 @@ program of 25 steps, in which codebooks are refreshed once. Time that something 
 shared by all of them.
 """
 
+import concurrent.futures
 import dataclasses
 import statistics
 import sys
@@ -50,7 +51,13 @@ def measure(plan: scaling_runs.Plan, size: str, rounds: int) -> list[dict[str, A
     test = jnp.asarray(windows[None, : plan.batch])
     data = scaling_runs.Data(jnp.asarray(windows), test, 1.0, "random", shape.vocabulary)
     attention = best_attention(plan.batch, plan.context)
-    runs = {bits: scaling_runs.Run(plan, shape, bits, data, attention, None) for bits in WIDTHS}
+
+    def made(bits: int) -> scaling_runs.Run:
+        return scaling_runs.Run(plan, shape, bits, data, attention, None)
+
+    # Each is compiled for most of a minute, on a GPU.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        runs = dict(zip(WIDTHS, pool.map(made, WIDTHS), strict=True))
     for _ in range(rounds + 1):
         for run in runs.values():
             run.advance()
