@@ -59,7 +59,7 @@ class _Clock(logging.Handler):
             flush=True,
         )
 
-    def facts(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """Of a row. Further layers are those after the first, which compiles what all of them run."""
         read, *layers = [b - a for a, b in itertools.pairwise(self.times)]
         return {
@@ -117,7 +117,7 @@ def measure(
         "suite": SUITE, "name": f"{name} {bits}" + " rotated" * rotate, "bits": bits, "group_size": 64,
         "codebook": "kmeans", "dtype": "bfloat16", "model": f"custom-llama-{name}", "layers": config.num_layers,
         "layers_of_model": whole, "parameters": config.num_parameters, "tokens": int(rows.size),
-        "seconds": seconds, **clock.facts(), "stored_bytes": stored,
+        "seconds": seconds, **clock.fields(), "stored_bytes": stored,
         "peak_bytes": memory.get("peak_bytes_in_use"),
         "model_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))),
         "host_peak_bytes": loading.peak_host_bytes(),
