@@ -6,13 +6,18 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from model_data import relative, wide_config, write_folder
 
 import fdk_jax
 from fdk_jax import models
 from fdk_jax.benchmark import models as suite
 from fdk_jax.benchmark import runner, timing
+from fdk_jax.models import parallel
 from fdk_jax.models.weights import Placer
+from fdk_jax.product import sharding
 
 
 @pytest.mark.parametrize(
@@ -142,3 +147,53 @@ def test_each_devices_slice_in_the_layout_of_the_kernels(rng, bits, cut, backend
         else:
             wanted = whole[0][:, device * k // 2 : (device + 1) * k // 2]
         np.testing.assert_array_equal(np.asarray(own.dequantise("float32")), wanted)
+
+
+@pytest.mark.parametrize("spec", [P(), P("model"), P(None, "model"), P("model", "data")])
+def test_few_bytes_are_on_their_way_at_a_time(spec, monkeypatch):
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    value = np.arange(40 * 48, dtype=np.float32).reshape(40, 48)
+    under_way, most = [0], [0]
+    put, wait = jax.device_put, jax.block_until_ready
+
+    def counting(array, where):
+        copies = 1 if isinstance(where, jax.Device) else len(where.device_set)
+        part = array.nbytes if copies == 1 else copies * np.prod(where.shard_shape(array.shape)) * 4
+        under_way[0] += int(part)
+        most[0] = max(most[0], under_way[0])
+        return put(array, where)
+
+    def waiting(arrays):
+        under_way[0] = 0
+        return wait(arrays)
+
+    monkeypatch.setattr(jax, "device_put", counting)
+    monkeypatch.setattr(jax, "block_until_ready", waiting)
+    limit, row = 2048, 48 * 4 * 8
+    placed = sharding.place_in_runs(value, NamedSharding(mesh, spec), limit)
+    np.testing.assert_array_equal(placed, value)
+    assert placed.sharding == NamedSharding(mesh, spec) and placed.committed
+    # A run has a row of each device's slice at the least.
+    assert 0 < most[0] <= max(limit, row) and under_way[0] == 0
+    whole = sharding.place_in_runs(value, NamedSharding(mesh, spec), 1 << 20)
+    np.testing.assert_array_equal(whole, value)
+    assert under_way[0] == 0 and most[0] >= value.nbytes
+
+
+def test_several_devices_are_given_what_one_is_whatever_is_under_way(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "model", wide_config(tie_embeddings=False))
+    of = models.Parallel(jax.make_mesh((2,), ("model",), devices=jax.devices()[:2]))
+    q = models.Quantisation(4, 16)
+    wanted = jax.tree.leaves(nnx.state(models.load(folder, quantisation=q, parallel=of)))
+    put, limits = parallel.place_in_runs, []
+
+    def in_runs(value, sharding, limit):
+        limits.append(limit)
+        return put(value, sharding, 1000)
+
+    monkeypatch.setattr(parallel, "place_in_runs", in_runs)
+    found = jax.tree.leaves(nnx.state(models.load(folder, quantisation=q, parallel=of)))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        assert a.sharding == b.sharding
+    assert len(limits) >= len(found) and max(limits) <= 64 << 20

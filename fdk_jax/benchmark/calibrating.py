@@ -44,9 +44,9 @@ class _Clock(logging.Handler):
         calibrating.LOG.addHandler(self)
         jax.monitoring.register_event_duration_secs_listener(self._compile)
 
-    def _compile(self, event: str, seconds: float, **_: Any) -> None:
+    def _compile(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILED:
-            self.compiled.append(seconds)
+            self.compiled.append(duration_secs)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.times.append(time.perf_counter())

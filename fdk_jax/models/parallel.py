@@ -17,7 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fdk_jax.models.config import ModelConfig
-from fdk_jax.product.sharding import place
+from fdk_jax.product.sharding import place, place_in_runs
+
+_RUN_BYTES = 64 << 20  # under way to the devices for each thread that makes parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,10 @@ class Parallel:
     def put(self, value: Any, spec: P) -> Array:
         """An array, the same in every process, cut over the mesh's devices as `spec` says."""
         return place(value, NamedSharding(self.mesh, spec))
+
+    def put_parameter(self, value: Any, spec: P) -> Array:
+        """The same of an array that may be large: waits for it, and bounds what is under way."""
+        return place_in_runs(value, NamedSharding(self.mesh, spec), _RUN_BYTES)
 
     def first_row(self, rows: int) -> Array | int:
         """Inside shard_map: which sequence of the batch is the first of this device's `rows`."""

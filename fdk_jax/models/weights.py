@@ -265,7 +265,7 @@ class Placer:
         if self.parallel is None:
             # It may share the memory: nobody writes to what was read.
             return jax.device_put(value, self.device)
-        return self.parallel.put(value, partition)
+        return self.parallel.put_parameter(value, partition)
 
     def codebook(self, values: np.ndarray, cut: str) -> Array:
         """A codebook, or one a run of rows, which lie with their rows."""

@@ -44,6 +44,30 @@ def place(value: Any, sharding: NamedSharding) -> Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
+def place_in_runs(value: Any, sharding: NamedSharding, limit: int) -> Array:
+    """`place` of an array of this host that waits until it is there; no more than `limit` bytes are under way.
+
+    The bytes of a transfer lie in memory that a device can read: what is under way takes as much again.
+    """
+    whole = np.asarray(value)
+    slices = {
+        device: whole[index]
+        for device, index in sharding.addressable_devices_indices_map(whole.shape).items()
+    }
+    size = sum(one.nbytes for one in slices.values())
+    if size <= limit or not whole.ndim:
+        return jax.block_until_ready(place(whole, sharding))
+    rows = len(next(iter(slices.values())))
+    step = max(rows * limit // size, 1)
+    pieces: dict[jax.Device, list[Array]] = {device: [] for device in slices}
+    for begin in range(0, rows, step):
+        for device, one in slices.items():
+            pieces[device].append(jax.device_put(one[begin : begin + step], device))
+        jax.block_until_ready([one[-1] for one in pieces.values()])
+    arrays = [jnp.concatenate(one) for one in pieces.values()]
+    return jax.make_array_from_single_device_arrays(whole.shape, sharding, arrays)
+
+
 def matmul(
     x: Array,
     w: QuantisedTensor,
