@@ -82,17 +82,19 @@ def product(
         zero = rng.integers(0, 2 ** (bits + 1) - 1, (codebooks, 1)) / 2
         step = rng.uniform(0.5, 2, (codebooks, 1)) / 2**bits
         codebook = ((np.arange(2**bits) - zero) * step).astype(np.float32)
-    scales = jnp.asarray(scale * rng.uniform(0.5, 2, (n, -(-k // group_size))), scale_dtype)
-    x = jnp.asarray(rng.normal(size=(m, k)), dtype)
+    # NumPy rounds to a dtype without a program for each shape.
+    factors = (scale * rng.uniform(0.5, 2, (n, -(-k // group_size)))).astype(np.float32)
+    scales = factors.astype(scale_dtype)
+    x = jnp.asarray(rng.normal(size=(m, k)).astype(np.float32).astype(dtype))
     spec = dict(bits=bits, group_size=group_size, out_features=n)
-    packed, planar = packing.to_planar(packing.pack(codes, bits), scales, in_features=k, **spec)
+    packed, planar = packing.to_planar(
+        packing.pack(codes, bits), jnp.asarray(scales), in_features=k, **spec
+    )
     matrices = []
     # Scales of another dtype multiply sums as they are, and weights as the dtype of x rounds them.
-    for factors in (np.asarray(scales), np.asarray(scales.astype(dtype)))[
-        : 1 + (scale_dtype != dtype)
-    ]:
+    for factors in (scales, scales.astype(dtype))[: 1 + (scale_dtype != dtype)]:
         decode = functools.partial(oracle.decode, codes, scales=factors, group=group_size)
-        matrices.append(decode(np.asarray(jnp.asarray(codebook, dtype))))
+        matrices.append(decode(codebook.astype(dtype)))
         if uniform:
             # Kernels multiply by distances from zero in steps, and by the step in the end; those that scale
             # weights divide the distances by a power of two before: float16 notices where scales are tiny.

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float, UInt, UInt8, UInt16
 
 BITS = (1, 2, 4, 8)
+# Outside of a trace a conversion is one program, where each of its steps would be one for every new shape; in a
+# trace it is inlined.
+_one_program = functools.partial(jax.jit, inline=True)
+_SPEC = ("bits", "group_size", "out_features", "in_features")
 
 
 def codes_per_byte(bits: int) -> int:
@@ -67,12 +71,12 @@ def pack(codes: UInt8[ArrayLike, "*B K"], bits: int) -> UInt8[Array, "*B bytes"]
         raise ValueError("codes must have at least one axis, got a scalar")
     if not isinstance(codes, Tracer) and codes.size and int(codes.max()) >= 2**bits:
         raise ValueError(f"code {int(codes.max())} does not fit into {bits=}")
-    return _pack(codes, bits)
+    return _packed(codes, bits)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _pack(codes: Array, bits: int) -> Array:
-    k, e = codes.shape[-1], 8 // bits
+@functools.partial(_one_program, static_argnames="bits")
+def _packed(codes: Array, bits: int) -> Array:
+    e, k = codes_per_byte(bits), codes.shape[-1]
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -k % e)])
     fields = codes.reshape(*codes.shape[:-1], -(-k // e), e) & jnp.uint8(2**bits - 1)
     packed = jnp.zeros(fields.shape[:-1], jnp.uint8)
@@ -98,6 +102,12 @@ def unpack(packed: UInt8[ArrayLike, "*B bytes"], bits: int, k: int) -> UInt8[Arr
         raise TypeError(f"packed must be uint8, got {packed.dtype}")
     if packed.ndim == 0 or packed.shape[-1] != -(-k // e):
         raise ValueError(f"{packed.shape=} does not hold rows of {k=} codes of {bits=}")
+    return _unpacked(packed, bits, k)
+
+
+@functools.partial(_one_program, static_argnames=("bits", "k"))
+def _unpacked(packed: Array, bits: int, k: int) -> Array:
+    e = codes_per_byte(bits)
     shifts = jnp.expand_dims(jnp.arange(8 - bits, -1, -bits, dtype=jnp.uint8), range(packed.ndim))
     fields = (packed[..., None] >> shifts) & jnp.uint8(2**bits - 1)
     return fields.reshape(*packed.shape[:-1], packed.shape[-1] * e)[..., :k]
@@ -119,6 +129,7 @@ TILE_ROWS = 16
 SCALE_GROUPS = 4
 
 
+@functools.partial(_one_program, static_argnames=_SPEC)
 def to_planar(
     packed: UInt8[Array, "*B N bytes"],
     scales: Float[Array, "*B N groups"],
@@ -166,6 +177,7 @@ def to_planar(
     )
 
 
+@functools.partial(_one_program, static_argnames=_SPEC)
 def from_planar(
     packed: UInt16[Array, "*B tiles blocks 2 8 32"],
     scales: Float[Array, "*B tiles fours 64"],
@@ -206,6 +218,7 @@ def from_planar(
 STEP_BYTES = 64
 
 
+@functools.partial(_one_program, static_argnames=_SPEC)
 def to_tiled(
     packed: UInt8[Array, "*B N bytes"],
     scales: Float[Array, "*B N groups"],
@@ -241,6 +254,7 @@ def to_tiled(
     return tiled, _permute(scales, len(lead), (0, 2, 1))
 
 
+@functools.partial(_one_program, static_argnames=_SPEC)
 def from_tiled(
     packed: UInt8[Array, "*B tiles steps 64"],
     scales: Float[Array, "*B tiles groups 16"],
