@@ -193,12 +193,23 @@ def models(found: Iterable[Row]) -> str:
         head = ["model", "bits", "GB", "prompt", "batch", "first token, ms", "tokens/s"]
         head += ["of the bound", "spread"]
         lines = []
-        here.sort(key=lambda r: (r["model"], -r["bits"], r.get("devices", 1), r["m"], r["prompt"]))
+        here.sort(
+            key=lambda r: (
+                r["model"],
+                -r["bits"],
+                r.get("devices", 1),
+                r["m"],
+                r["prompt"],
+                r["backend"],
+            )
+        )
         sources = table.Lettered(here)
         for r in here:
             low, high = min(r["samples_us"]), max(r["samples_us"])
             share = f"{r['bound_us'] / r['median_us']:.0%}" if r["bound_us"] else ""
             name = r["model"].removeprefix("custom-llama-")
+            if r["backend"] == "transformers":
+                name += ", transformers"
             if r.get("devices", 1) > 1:
                 name += f" on {r['devices']}"
             if guesses := r.get("speculate"):
