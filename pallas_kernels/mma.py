@@ -51,10 +51,11 @@ class Config:
     def for_groups(self, case: Case) -> "Config":
         """Itself, or with one tile a warp where two would leave registers too few.
 
-        Scales of groups smaller than a plane multiply weights, in registers of their own; 16 warps have 128
-        each, and 64 tokens of one bit already take all 255.
+        Groups smaller than a plane have more scales, in registers of their own; a thread of 16 warps has 128,
+        which are enough for 16 tokens, and 64 tokens of one bit already take all 255.
         """
-        full = self.warps >= 16 or (self.tokens >= 64 and case.bits == 1)
+        few = self.tokens <= 16 and case.bits > 1 and case.group_size >= 32
+        full = (self.warps >= 16 and not few) or (self.tokens >= 64 and case.bits == 1)
         return dataclasses.replace(self, tiles=1) if case.group_size < PLANE and full else self
 
 
