@@ -1,12 +1,18 @@
 """Checkpoints of models for tests: golden folders, and folders of random weights."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+import fdk_jax
+from fdk_jax.models import Transformer
 from fdk_jax.models.config import ModelConfig
 
 DATA = Path(__file__).parent / "data" / "models"
@@ -21,6 +27,17 @@ def relative(found, wanted) -> float:
 def expected(name: str) -> dict[str, np.ndarray]:
     """What `transformers` computed for a folder."""
     return dict(np.load(DATA / name / "expected.npz"))
+
+
+def in_float32(model: Transformer) -> Transformer:
+    """The same weights, dequantised, with float32 arithmetic."""
+    # A quantised table that is the head, too, becomes two matrices.
+    tied = model.lm_head is None
+    config = dataclasses.replace(model.config, dtype="float32", tie_embeddings=tied)
+    copy = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    state = nnx.state(fdk_jax.dequantise(model, jnp.dtype("float32")))
+    nnx.update(copy, jax.tree.map(lambda leaf: leaf.astype("float32"), state))
+    return copy
 
 
 def rewrite(folder: Path, change) -> None:

@@ -1,17 +1,13 @@
 """Several real GPUs: sums through each other's memory, and what models make of them."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from model_data import relative, wide_config, write_folder
+from model_data import in_float32, relative, wide_config, write_folder
 
-import fdk_jax
 from fdk_jax import models
 from fdk_jax.benchmark import models as suite
 from fdk_jax.models import peers
@@ -116,19 +112,10 @@ def test_logits_of_several_gpus_are_as_far_from_float32_as_those_of_one(tmp_path
     several = models.load(folder, quantisation=quantisation, parallel=parallel)
     tokens = np.random.default_rng(0).integers(0, 4096, (2, 20))
     with jax.default_matmul_precision("highest"):
-        exact = np.asarray(models.Generator(_in_float32(one)).logits(tokens))
+        exact = np.asarray(models.Generator(in_float32(one)).logits(tokens))
     found = [np.asarray(models.Generator(model).logits(tokens)) for model in (one, several)]
     lost = [relative(logits, exact) for logits in found]
     apart = relative(*found)
     print(f"{bits} bits: one GPU {lost[0]:.4f}, several {lost[1]:.4f}, apart {apart:.4f}")
     assert lost[1] < 1.3 * lost[0] + 1e-3
     assert apart < 1.3 * np.hypot(*lost) + 1e-3
-
-
-def _in_float32(model):
-    """The same weights, dequantised, with float32 arithmetic."""
-    config = dataclasses.replace(model.config, dtype="float32")
-    copy = nnx.eval_shape(lambda: models.Transformer(config, rngs=nnx.Rngs(0)))
-    state = nnx.state(fdk_jax.dequantise(model, jnp.dtype("float32")))
-    nnx.update(copy, jax.tree.map(lambda leaf: leaf.astype("float32"), state))
-    return copy
