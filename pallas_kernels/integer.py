@@ -17,29 +17,20 @@ The program is that of `ring`. A block of 512 weights a row is two fours of plan
 be larger than a plane, or halves of one: then each half has sums of its own.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from pallas_kernels import decoding, ring, ring_product
+from pallas_kernels import decoding, ring
 from pallas_kernels.case import PLANE, TILE_ROWS, Case
 from pallas_kernels.integer_plan import CODEBOOK_BYTES, INTEGERS, PLANES, Plan
-from pallas_kernels.outputs import Load
-from pallas_kernels.ptx import over_lanes
+from pallas_kernels.integer_x import Integers
 from pallas_kernels.registers import Memory, Register, at, vector, wide
 from pallas_kernels.ring_plan import CODES, unsupported_groups
 from pallas_kernels.target import Target
 
 LEAST_GROUP = PLANE // 2  # the least group
 MULTIPLY = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
-_X = 1024  # bytes of these
-_LARGEST = 32512.0  # of the integers: its high byte, rounded, is 127
-# The last bits of a float of this size are an integer. Low bytes have a bias of 128.
-_MAGIC = 1.5 * 2**23 + 128
-_MAGIC_BITS = 0x4B400080
-_FINITE = 2.0**127
-_TINY = 2.0**-112  # smaller x are not told apart from zero, if there are no others
 
 
 Config = ring.Config
@@ -80,7 +71,7 @@ def join(high: Register, low: Register) -> Register:
     return low + high * 256
 
 
-class Product(ring_product.Product):
+class Product(Integers):
     """Writes a product by integers."""
 
     plan_class = Plan
@@ -90,52 +81,7 @@ class Product(ring_product.Product):
         super().__init__(*args, **options)
         self.decoder = decoding.decoder(self.ptx, 1, self.case.x_dtype, exact=True)
 
-    # Before the loop: x
-
-    def prepare_x(self, meanwhile: Callable[[], object]) -> None:
-        """Makes integers of x, a block a warp at a time."""
-        ptx, case = self.ptx, self.case
-        self.infinite = ptx.register("pred")
-        self._locate_bytes()
-        address = (
-            self._row("x") + self.warp * _X + self.row * (2 * PLANE) + self.thread_in_group * 16
-        )
-        rows = self.plan.chunks * case.m  # of x, 512 each: those of a token follow each other
-        rounds = -(-rows // self.workers)
-        for first in range(0, rounds, 3):
-            here = range(first, min(first + 3, rounds))
-            blocks = [self.warp + i * self.workers for i in here]
-            in_bounds = [b < rows for b in blocks]
-            pairs = [ptx.registers("b32", 8) for _ in here]
-            loads = []
-            for i, registers, guard in zip(here, pairs, in_bounds, strict=True):
-                for half in range(2):
-                    source = at(address, i * self.workers * _X + half * PLANE)
-                    loads.append(Load(registers[4 * half : 4 * half + 4], source, guard))
-                    self._load(loads[-1])
-            if not first:
-                meanwhile()
-            self._settle(loads)
-            for i, registers, block, guard in zip(here, pairs, blocks, in_bounds, strict=True):
-                ptx.do("bra", f"fdk_no_x_{i}", when=~guard)
-                halves = (decoding.unpack(ptx, pair, case.x_dtype) for pair in registers)
-                self._prepare_block([x for half in halves for x in half], block, f"{i}")
-                ptx.label(f"fdk_no_x_{i}")
-
-    def _locate_bytes(self) -> None:
-        """Which bytes of an operand are of the plane that the lane's row counts.
-
-        Planes 0 and 1 of four have the even bytes, planes 2 and 3 the odd ones.
-        """
-        self.upper = (self.row & 2).ne(0)
-        self.bytes = self.ptx.op("selp.b32", "0xFF00FF00", "0x00FF00FF", self.upper)
-
-    # How the two integers of a register of B lie there, each twice: their high bytes, their low ones.
-    selectors = "0x5511", "0x4400"
-
-    def paired(self, x: list[Register]) -> list[tuple[Register, Register]]:
-        """The lane's x in pairs, one for each register of B: the second of two pairs are a quarter."""
-        return list(zip(x[::2], x[1::2], strict=True))
+    # Before the loop: the codebooks, and x in `integer_x`
 
     def load_codebooks(self) -> Callable[[], None]:
         """Loads of each codebook the first value and the step to the second one."""
@@ -156,89 +102,6 @@ class Product(ring_product.Product):
                 ptx.do("st.shared.v2.b32", target, vector([first, step]), when=in_bounds)
 
         return store
-
-    def _prepare_block(self, x: list[Register], block: Register, name: str) -> None:
-        """Stores the integers of a block of x, and of each of its planes the scale and the sums.
-
-        The lane has 16 x of the plane that its row counts, 8 of each half.
-        """
-        ptx, parts = self.ptx, self.plan.parts
-        scale, inverses = self._scale_of(x, name)
-        high, low, sums = [], [], [ptx.op("mov.u32", 0) for _ in range(2 * parts)]
-        for i, pair in enumerate(self.paired(x)):
-            part = i * parts // 8
-            values = [
-                ptx.op("fma.rn.f32", value, inverses[i % 2], _MAGIC, kind="b32") for value in pair
-            ]
-            for value in values:
-                sums[2 * part + i % 2] = sums[2 * part + i % 2] + value
-            # A byte of two integers, each twice.
-            both = ptx.op("prmt.b32", *values, self.selectors[0])
-            high.append(self._of_plane(both))
-            both = ptx.op("prmt.b32", *values, self.selectors[1])
-            both = both ^ "0x80808080"
-            low.append(self._of_plane(both))
-        self._store_integers(block, high, low)
-        wholes = []
-        for once, four_times in zip(sums[::2], sums[1::2], strict=True):
-            sum_ = once + four_times * 4
-            # In one part eight addends, and eight times four.
-            count = 8 // parts
-            sum_ = sum_ - ((count + count * 4) * _MAGIC_BITS % 2**32)
-            sum_ = over_lanes(ptx, "add.u32", sum_, (1, 2))
-            wholes.append(ptx.op("cvt.rn.f32.s32", sum_))
-        address = self._plane_sums_address(block)
-        is_owner = self.thread_in_group.eq(0)
-        target = at(address, self.offsets["plane_sums"])
-        # Two words, or four, the last one of which nobody reads.
-        width, values = wide([scale, *wholes] if parts == 1 else [scale, *wholes, wholes[0]])
-        ptx.do(f"st.shared{width}.b32", target, values, when=is_owner)
-
-    def _of_plane(self, both: Register) -> Register:
-        """A byte of two integers, each twice, where the codes of the lane's plane are in an operand."""
-        return both & self.bytes
-
-    def _store_integers(self, block: Register, high: list[Register], low: list[Register]) -> None:
-        """Stores the bytes of the lane's integers, eight words each, as operands."""
-        ptx = self.ptx
-        half, plane = self.row >> 2, self.row & 3
-        address = self.shared + block * (2 * INTEGERS) + half * INTEGERS
-        # Plane p is in rows 2 p and 2 p + 1 of lanes.
-        address = address + plane * (8 * 16) + self.thread_in_group * 16
-        for row, words in enumerate((high, low)):
-            for half in range(2):
-                offset = self.offsets["integers"] + row * 4 * 16 + half * INTEGERS // 2
-                part = vector(words[4 * half : 4 * half + 4])
-                ptx.do("st.shared.v4.b32", at(address, offset), part)
-
-    def _plane_sums_address(self, block: Register) -> Register:
-        """Where the scale of x and the sums of x of the lane's plane are."""
-        size = self.plan.sums_bytes
-        return self.shared + block * (2 * PLANES * size) + self.row * size
-
-    def _scale_of(self, x: list[Register], name: str) -> tuple[Register, list[Register]]:
-        """The scale of the lane's plane, and what makes integers of its x: all of them, a quarter of them.
-
-        Where there is an infinity, all x are brought into the finite range first.
-        """
-        ptx = self.ptx
-        sizes = [ptx.op("abs.f32", value) for value in x]
-        largest = functools.reduce(lambda a, b: ptx.op("max.NaN.f32", a, b), sizes)
-        largest = over_lanes(ptx, "max.NaN.f32", largest, (1, 2))
-        scale = largest * (1 / _LARGEST)
-
-        ptx.do("setp.eq.f32", self.infinite, largest, jnp.inf)
-        somewhere = ptx.register("pred")
-        ptx.do("vote.sync.any.pred", somewhere, self.infinite, "0xffffffff")
-        ptx.do("bra", f"fdk_finite{name}", when=~somewhere)
-        for value in x:
-            ptx.do("max.f32", value, value, -_FINITE)
-            ptx.do("min.f32", value, value, _FINITE)
-        ptx.do("selp.f32", largest, _FINITE, largest, self.infinite)
-        ptx.label(f"fdk_finite{name}")
-        largest = ptx.op("max.f32", largest, _TINY)
-        inverse = ptx.op("rcp.approx.f32", largest)
-        return scale, [inverse * (_LARGEST / divisor) for divisor in (1, 4)]
 
     # The loop over the program's blocks
 

@@ -35,6 +35,13 @@ class Plan(ProductPlan):
         """Parts of a token's x that a warp makes integers of at a time."""
         return self.case.blocks * self.case.span // _CHUNK
 
+    @property
+    def sharers(self) -> int:
+        """Warps that share a chunk of x: as many as there are for each one, four at most."""
+        if self.case.m > 1:
+            return 1
+        return max(n for n in (1, 2, 4) if n == 1 or n * self.chunks <= self.workers)
+
     def areas(self) -> dict[str, int]:
         """Integers, scales and sums of x, and codebooks."""
         return {

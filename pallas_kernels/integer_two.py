@@ -73,7 +73,7 @@ class Product(integer.Product):
 
     def _locate_bytes(self) -> None:
         """Even planes have the lower bytes of an operand, odd ones the upper ones."""
-        odd = (self.row & 1).ne(0)
+        odd = (self.plane & 1).ne(0)
         self.bytes = self.ptx.op("selp.b32", "0xFFFF0000", "0x0000FFFF", odd)
 
     def _locate_sums(self) -> None:

@@ -126,13 +126,16 @@ def test_a_chain_whose_producers_are_late(rng):
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "scales"),
-    [(1, 128, "float16"), (2, 128, "float16"), (4, 32, "float32"), (8, 16, "bfloat16")],
+    ("bits", "uniform", "group_size", "scales"),
+    [
+        *((1, False, 128, "float16"), (2, False, 128, "float16"), (2, True, 32, "bfloat16")),
+        *((4, False, 32, "float32"), (8, False, 16, "bfloat16")),
+    ],
 )
-def test_a_chain_of_other_groups_and_scales(rng, bits, group_size, scales):
+def test_a_chain_of_other_groups_and_scales(rng, bits, uniform, group_size, scales):
     config, codebooks = ring.Config(4, 3), (1, 2, 1, 1)
     kind = dict(group_size=group_size, scales=scales)
-    _check_chain(rng, SHAPES, bits, False, codebooks, config, bias=False, chance=rng, **kind)
+    _check_chain(rng, SHAPES, bits, uniform, codebooks, config, bias=False, chance=rng, **kind)
 
 
 def _check_chain(rng, shapes, bits, uniform, codebooks, config, *, bias, chance=None, **kind):

@@ -156,6 +156,8 @@ def test_integer_kernel_whose_lanes_copy(rng, n, k, group_size, scale_dtype, con
     [
         (33, 1100, 1, 32, integer.Config(3, 2)),
         (64, 2048, 2, 32, integer.Config(7, 3)),
+        (33, 2000, 1, 32, integer.Config(9, 2)),  # two warps a chunk of x
+        (33, 1100, 1, 32, integer.Config(22, 2)),  # four
         (33, 1100, 1, 128, integer.Config(5, 2)),
         (64, 2048, 2, 128, integer.Config(22, 3)),
         (48, 3000, 1, 256, integer.Config(22, 2)),
@@ -349,7 +351,12 @@ def test_sums_and_norms_around_a_product(
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
-    ("m", "config"), [(1, integer.Config(2, 3)), (4, integer_tokens.Config(2, 3))], ids=str
+    ("m", "config"),
+    [
+        *((1, integer.Config(workers, 3)) for workers in (2, 4, 9)),
+        (4, integer_tokens.Config(2, 3)),
+    ],
+    ids=str,
 )
 def test_integer_kernel_propagates_like_a_dense_product(rng, value, m, config):
     """Within its own token: the others' results are finite."""

@@ -1,0 +1,212 @@
+"""What a product by integers does before its loop: x becomes integers in shared memory, see `integer`."""
+
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from pallas_kernels import decoding, ring_product
+from pallas_kernels.case import PLANE
+from pallas_kernels.integer_plan import INTEGERS, PLANES, Plan
+from pallas_kernels.outputs import Load
+from pallas_kernels.ptx import over_lanes
+from pallas_kernels.registers import Register, at, wide
+
+_X = 1024  # bytes of the x of a chunk
+_LARGEST = 32512.0  # of the integers: its high byte, rounded, is 127
+# The last bits of a float of this size are an integer. Low bytes have a bias of 128.
+_MAGIC = 1.5 * 2**23 + 128
+_MAGIC_BITS = 0x4B400080
+_FINITE = 2.0**127
+_TINY = 2.0**-112  # smaller x are not told apart from zero, if there are no others
+
+
+class Integers(ring_product.Product):
+    """Writes the part of a product that makes integers of x.
+
+    A chunk of 512 x is eight planes. A warp makes one, with four lanes a plane and 16 x a lane; where there are
+    warps for it, two or four share a chunk (`Plan.sharers`), with eight or sixteen lanes a plane.
+
+    Attributes:
+        plane: register with the plane of the chunk that the lane has x of.
+        upper: whether that is one of the last two planes of its four.
+    """
+
+    plan: Plan
+
+    def prepare_x(self, meanwhile: Callable[[], object]) -> None:
+        """Makes integers of x, a chunk or a part of one a warp at a time."""
+        ptx, case, sharers = self.ptx, self.case, self.plan.sharers
+        self.infinite = ptx.register("pred")
+        self._locate_x()
+        self._locate_bytes()
+        rows = self.plan.chunks * case.m  # of x, 512 each: those of a token follow each other
+        # With sharers each has one part: there are warps for all.
+        rounds = -(-rows * sharers // self.workers)
+        own = self.warp // sharers if sharers > 1 else self.warp
+        address = self._x_address(own)
+        words = (4, 4) if sharers == 1 else (8 // sharers,)
+        for first in range(0, rounds, 3):
+            here = range(first, min(first + 3, rounds))
+            blocks = [own + i * self.workers for i in here]
+            in_bounds = [b < rows for b in blocks]
+            registers = [[ptx.registers("b32", count) for count in words] for _ in here]
+            loads = []
+            for i, halves, guard in zip(here, registers, in_bounds, strict=True):
+                for half, target in enumerate(halves):
+                    source = at(address, i * self.workers * _X + half * PLANE)
+                    loads.append(Load(target, source, guard))
+                    self._load(loads[-1])
+            if not first:
+                meanwhile()
+            self._settle(loads)
+            for i, halves, block, guard in zip(here, registers, blocks, in_bounds, strict=True):
+                ptx.do("bra", f"fdk_no_x_{i}", when=~guard)
+                pairs = (decoding.unpack(ptx, p, case.x_dtype) for half in halves for p in half)
+                self._prepare_block([x for pair in pairs for x in pair], block, f"{i}")
+                ptx.label(f"fdk_no_x_{i}")
+
+    def _locate_x(self) -> None:
+        """Which plane of a chunk the lane has x of; with sharers also which half, and which half of that."""
+        sharers, row = self.plan.sharers, self.row
+        self.plane = row
+        if sharers > 1:
+            bits = (
+                sharers // 2
+            )  # of the row that are within a plane: its half, and which x of eight
+            self.plane = (self.warp & (sharers - 1)) * (8 // sharers) + (row >> bits)
+            self.half = (row >> (bits - 1)) & 1
+            self.eighth = row & 1 if bits == 2 else None
+
+    def _x_address(self, chunk: Register) -> Register:
+        """The address of the lane's x, or of the first ones of two halves."""
+        sharers, own = self.plan.sharers, self.thread_in_group * 16
+        address = self._row("x") + chunk * _X
+        if sharers == 1:
+            return address + self.row * (2 * PLANE) + own
+        address = address + (self.warp & (sharers - 1)) * (_X // sharers)
+        if sharers == 2:
+            return address + self.row * PLANE + own
+        return address + (self.row >> 1) * PLANE + (self.row & 1) * 8 + own
+
+    def _locate_bytes(self) -> None:
+        """Which bytes of an operand are of the lane's plane.
+
+        Planes 0 and 1 of four have the even bytes, planes 2 and 3 the odd ones.
+        """
+        self.upper = (self.plane & 2).ne(0)
+        self.bytes = self.ptx.op("selp.b32", "0xFF00FF00", "0x00FF00FF", self.upper)
+
+    # How the two integers of a register of B lie there, each twice: their high bytes, their low ones.
+    selectors = "0x5511", "0x4400"
+
+    def paired(self, x: list[Register]) -> list[tuple[Register, Register]]:
+        """The lane's x in pairs, one for each register of B: the second of two pairs are a quarter."""
+        return list(zip(x[::2], x[1::2], strict=True))
+
+    def _prepare_block(self, x: list[Register], block: Register, name: str) -> None:
+        """Stores the integers of the lane's x of a chunk, and of each of its planes the scale and the sums.
+
+        The x of a lane are as many of each half of a plane, or all of one half.
+        """
+        ptx = self.ptx
+        parts = self.plan.parts if self.plan.sharers == 1 else 1
+        scale, inverses = self._scale_of(x, name)
+        high, low, sums = [], [], [ptx.op("mov.u32", 0) for _ in range(2 * parts)]
+        pairs = self.paired(x)
+        for i, pair in enumerate(pairs):
+            part = i * parts // len(pairs)
+            values = [
+                ptx.op("fma.rn.f32", value, inverses[i % 2], _MAGIC, kind="b32") for value in pair
+            ]
+            for value in values:
+                sums[2 * part + i % 2] = sums[2 * part + i % 2] + value
+            # A byte of two integers, each twice.
+            both = ptx.op("prmt.b32", *values, self.selectors[0])
+            high.append(self._of_plane(both))
+            both = ptx.op("prmt.b32", *values, self.selectors[1])
+            both = both ^ "0x80808080"
+            low.append(self._of_plane(both))
+        self._store_integers(block, high, low)
+        wholes = []
+        for once, four_times in zip(sums[::2], sums[1::2], strict=True):
+            sum_ = once + four_times * 4
+            # Half of the addends, and four times the other half.
+            count = len(x) // 2 // parts
+            sum_ = sum_ - ((count + count * 4) * _MAGIC_BITS % 2**32)
+            sum_ = over_lanes(ptx, "add.u32", sum_, self._neighbours(of_half=self.plan.parts == 2))
+            wholes.append(ptx.op("cvt.rn.f32.s32", sum_))
+        self._store_sums(block, scale, wholes)
+
+    def _neighbours(self, *, of_half: bool) -> tuple[int, ...]:
+        """Distances to the lanes with which a lane shares a plane, or half of one."""
+        within = {1: (1, 2), 2: (1, 2, 4), 4: (1, 2, 4, 8)}[self.plan.sharers]
+        return within[:-1] if of_half and self.plan.sharers > 1 else within
+
+    def _store_sums(self, block: Register, scale: Register, wholes: list[Register]) -> None:
+        """The first lane of a plane stores its scale and its sum; of a half, where halves have sums."""
+        ptx, plan, address = self.ptx, self.plan, self._plane_sums_address(block)
+        target = at(address, self.offsets["plane_sums"])
+        lanes = 4 * plan.sharers
+        if plan.parts == 2 and plan.sharers > 1:
+            first = (self.lane & (lanes // 2 - 1)).eq(0)
+            ptx.do("st.shared.f32", target, scale, when=first)
+            own = address + self.half * 4
+            ptx.do("st.shared.f32", at(own, self.offsets["plane_sums"] + 4), *wholes, when=first)
+            return
+        first = (self.lane & (lanes - 1)).eq(0)
+        # Two words, or four, the last one of which nobody reads.
+        values = [scale, *wholes] if plan.parts == 1 else [scale, *wholes, wholes[0]]
+        width, words = wide(values)
+        ptx.do(f"st.shared{width}.b32", target, words, when=first)
+
+    def _of_plane(self, both: Register) -> Register:
+        """A byte of two integers, each twice, where the codes of the lane's plane are in an operand."""
+        return both & self.bytes
+
+    def _store_integers(self, block: Register, high: list[Register], low: list[Register]) -> None:
+        """Stores the bytes of the lane's integers as operands: eight words each, or with sharers fewer."""
+        ptx, sharers = self.ptx, self.plan.sharers
+        four, plane = self.plane >> 2, self.plane & 3
+        address = self.shared + block * (2 * INTEGERS) + four * INTEGERS
+        # Plane p is in rows 2 p and 2 p + 1 of lanes.
+        address = address + plane * (8 * 16) + self.thread_in_group * 16
+        if sharers > 1:
+            address = address + self.half * (INTEGERS // 2)
+            if self.eighth is not None:
+                address = address + self.eighth * 8
+        each = min(4, 8 // sharers)
+        for row, words in enumerate((high, low)):
+            for half in range(len(words) // each):
+                offset = self.offsets["integers"] + row * 4 * 16 + half * INTEGERS // 2
+                width, part = wide(words[each * half : each * half + each])
+                ptx.do(f"st.shared{width}.b32", at(address, offset), part)
+
+    def _plane_sums_address(self, block: Register) -> Register:
+        """Where the scale of x and the sums of x of the lane's plane are."""
+        size = self.plan.sums_bytes
+        return self.shared + block * (2 * PLANES * size) + self.plane * size
+
+    def _scale_of(self, x: list[Register], name: str) -> tuple[Register, list[Register]]:
+        """The scale of the lane's plane, and what makes integers of its x: all of them, a quarter of them.
+
+        Where there is an infinity, all x are brought into the finite range first.
+        """
+        ptx = self.ptx
+        sizes = [ptx.op("abs.f32", value) for value in x]
+        largest = functools.reduce(lambda a, b: ptx.op("max.NaN.f32", a, b), sizes)
+        largest = over_lanes(ptx, "max.NaN.f32", largest, self._neighbours(of_half=False))
+        scale = largest * (1 / _LARGEST)
+
+        ptx.do("setp.eq.f32", self.infinite, largest, jnp.inf)
+        somewhere = ptx.register("pred")
+        ptx.do("vote.sync.any.pred", somewhere, self.infinite, "0xffffffff")
+        ptx.do("bra", f"fdk_finite{name}", when=~somewhere)
+        for value in x:
+            ptx.do("max.f32", value, value, -_FINITE)
+            ptx.do("min.f32", value, value, _FINITE)
+        ptx.do("selp.f32", largest, _FINITE, largest, self.infinite)
+        ptx.label(f"fdk_finite{name}")
+        largest = ptx.op("max.f32", largest, _TINY)
+        inverse = ptx.op("rcp.approx.f32", largest)
+        return scale, [inverse * (_LARGEST / divisor) for divisor in (1, 4)]
