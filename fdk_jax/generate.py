@@ -253,17 +253,17 @@ class _Talk:
         Raises:
             ValueError: the newest message alone is too long, or the template refuses it.
         """
-        room = self._wanted or max(1, min(_NEW_TOKENS, self._context // 4))
+        reserved = self._wanted or max(1, min(_NEW_TOKENS, self._context // 4))
         starts = [i for i, turn in enumerate(self._turns) if i == 0 or turn["role"] == "user"]
         for start in starts:
             kept = self._turns[start:]
             tokens = self._tokenizer.chat([*self._system, *kept], **self._options)
-            if len(tokens) + room <= self._context:
+            if len(tokens) + reserved <= self._context:
                 self._turns = kept
                 new = self._wanted or min(_NEW_TOKENS, self._context - len(tokens))
                 return tokens, new, start
         raise ValueError(
-            f"this message makes a prompt of {len(tokens)} tokens, and {room} new ones do not fit a"
+            f"this message makes a prompt of {len(tokens)} tokens, and {reserved} new ones do not fit a"
             f" context of {self._context} with it"
         )
 

@@ -173,7 +173,7 @@ _FIXED = ("stream", "rows", "squares", "cos", "sin", "lengths")  # operands besi
 _LEFT = ("total", "rows", "squares")  # results besides the caches
 
 
-def most_layers(plan: Plan) -> int:
+def max_layers(plan: Plan) -> int:
     """How many layers like those of a plan a launch may have; zero if not even one."""
     each = (
         dataclasses.replace(plan, layers=1).operands - dataclasses.replace(plan, layers=0).operands

@@ -54,8 +54,8 @@ def choose(case: Case, target: Target) -> tuple[Config | None, str]:
 
 def guess(case: Case, target: Target) -> Config | None:
     """The configuration that should be fastest, by a count of programs and lines of x; None if none runs."""
-    most = -(-case.m // 16) * 16
-    parts = range(-(-most // 256), -(-most // 256) + 3)
+    rows = -(-case.m // 16) * 16
+    parts = range(-(-rows // 256), -(-rows // 256) + 3)
     tokens = {min(256, -(-case.m // (16 * part)) * 16) for part in parts}
     configs = (Config(t, 2, 1, s, 2) for t, s in itertools.product(sorted(tokens), (6, 4, 3)))
     found = [c for c in configs if not unsupported_reason(case, c, target)]

@@ -162,9 +162,9 @@ def guess(case: Case, target: Target) -> Config | None:
 
 def _guesses(case: Case) -> Iterator[Config]:
     """Configurations whose programs share the rows of x evenly, of any number of stages."""
-    most = -(-case.m // 16) * 16
+    rows = -(-case.m // 16) * 16
     # More programs along m than the fewest pay off where the last one would be nearly empty.
-    parts = range(-(-most // 256), -(-most // 256) + 3)
+    parts = range(-(-rows // 256), -(-rows // 256) + 3)
     tokens = {min(256, -(-case.m // (16 * part)) * 16) for part in parts}
     kinds = _plane_us(case)
     sizes = itertools.product(sorted(tokens), kinds, (3, 2), (1, 2))

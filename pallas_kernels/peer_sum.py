@@ -68,9 +68,9 @@ def unsupported_reason(case: PeerSum, target: Target) -> str | None:
         return f"{target.architecture} is not known"
     if not 2 <= case.devices <= 8:
         return f"{case.devices} devices are not 2 to 8"
-    if not 1 <= case.rows <= (most := min(MOST_ROWS, target.multiprocessors)):
+    if not 1 <= case.rows <= (max_rows := min(MOST_ROWS, target.multiprocessors)):
         # Each waits for the same one on the other devices, so that all have to run at once.
-        return f"{case.rows} rows are not 1 to {most}"
+        return f"{case.rows} rows are not 1 to {max_rows}"
     if case.features % case.piece or not 0 < case.features <= _MOST_FEATURES:
         return f"{case.features} features are not a multiple of {case.piece} up to {_MOST_FEATURES}"
     if case.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):

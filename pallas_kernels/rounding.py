@@ -41,10 +41,10 @@ def integers(x: Array, rows: int, *, interpret: bool = False) -> tuple[Array, Ar
 
 
 def _integers(x, y, factors, *, size):
-    k, row, place = x.shape[1], pl.program_id(0), jnp.arange(size)
+    k, row, index = x.shape[1], pl.program_id(0), jnp.arange(size)
     # Where the operand has 4 c to 4 c + 3, and 16 further the next 4, a lane has columns 8 c to 8 c + 7.
-    column = place // RUN * RUN + place // 4 % 4 * 8 + place // 16 % 2 * 4 + place % 4
-    mask = None if size == k else place < k
+    column = index // RUN * RUN + index // 4 % 4 * 8 + index // 16 % 2 * 4 + index % 4
+    mask = None if size == k else index < k
     other = None if mask is None else 0.0
     wide = triton_compat.load(x.at[row, column], mask=mask, other=other).astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide))
@@ -53,7 +53,7 @@ def _integers(x, y, factors, *, size):
     poison = jnp.sum(jnp.where(jnp.abs(wide) < jnp.inf, 0.0, jnp.nan))
     inverse = jnp.where(is_zero, 0.0, LARGEST / jnp.where(is_zero, 1.0, largest))
     rounded = jnp.floor(wide * inverse + 0.5)
-    triton_compat.store(y.at[row, place], rounded.astype(jnp.int32).astype(jnp.int8), mask=mask)
+    triton_compat.store(y.at[row, index], rounded.astype(jnp.int32).astype(jnp.int8), mask=mask)
     factors[row] = jnp.where(is_zero, 1.0, largest * (1 / LARGEST)) + poison
 
 
@@ -93,14 +93,14 @@ def _relative(scales, codebook, by_row, table, factors, *, case, size):
     triton_compat.store(table.at[book, code], values / peak)
     # Of a tile and four groups: row g, group, and whether it is row g + 8; see `fdk_jax.format.packing`.
     group, row = jnp.arange(size)[:, None], jnp.arange(TILE_ROWS)[None]
-    place = row % 8 * 8 + group % 4 * 2 + row // 8
-    four, place = jnp.broadcast_arrays(group // 4, place)
+    index = row % 8 * 8 + group % 4 * 2 + row // 8
+    four, index = jnp.broadcast_arrays(group // 4, index)
     mask = four < case.scale_fours
-    wide = triton_compat.load(scales.at[tile, four, place], mask=mask, other=0.0)
+    wide = triton_compat.load(scales.at[tile, four, index], mask=mask, other=0.0)
     wide = wide.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=0)
     largest = jnp.where(largest == 0, 1.0, largest)
     found = (wide * (LARGEST / largest)[None]).astype(jnp.float16)
-    triton_compat.store(by_row.at[tile, four, place], found, mask=mask)
+    triton_compat.store(by_row.at[tile, four, index], found, mask=mask)
     rows = tile * TILE_ROWS + jnp.arange(TILE_ROWS)
     triton_compat.store(factors.at[rows], largest * (1 / LARGEST) * peak)

@@ -185,7 +185,7 @@ def plan_of_layers(hidden, inner, qkv, norms, target) -> layers.Plan:
     products = tuple(case(1, n, k, 1) for n, k in shapes)
     config = ring_arithmetic.config(products, target, layers.GATE_UP)
     plan = layers.Plan(products, attention, (1e-6, 1e-6), 1, config, target)
-    return dataclasses.replace(plan, layers=layers.most_layers(plan))
+    return dataclasses.replace(plan, layers=layers.max_layers(plan))
 
 
 def _layers() -> Iterator[tuple[str, str]]:

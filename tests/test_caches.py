@@ -106,7 +106,7 @@ class _Model(nnx.Module):
 
 
 def test_a_generator_keeps_a_bounded_number_of_programs():
-    programs = Programs(_Model(), most=2)
+    programs = Programs(_Model(), max_programs=2)
     for name in ("first", "second", "first", "third"):
         program = programs.program(name, lambda m, x: x + m.weight[...].sum(), [jax.Array], 1.0)
         assert program(1.0) == 3

@@ -210,7 +210,7 @@ def test_prompts_in_runs_give_the_same_tokens(generator, monkeypatch):
 
 
 def test_as_many_programs_are_kept_as_the_bound_says():
-    kept = Programs(models.load(DATA / "qwen2", dtype="float32"), most=2)
+    kept = Programs(models.load(DATA / "qwen2", dtype="float32"), max_programs=2)
     for name in "abac":
         kept.program(name, lambda model, x: (x,), (jax.Array,), jnp.zeros(2))
     assert list(kept) == ["a", "c"]

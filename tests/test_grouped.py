@@ -116,9 +116,9 @@ def test_gradients_of_scales_and_codebooks(backend, sizes, rng):
     )
     start = 0
     for e, size in enumerate(sizes):
-        mine, one = slice(start, start + size), jax.tree.map(lambda a: a[e], w)  # noqa: B023
+        rows, one = slice(start, start + size), jax.tree.map(lambda a: a[e], w)  # noqa: B023
         start += size
-        dense = np.asarray(g[mine], np.float64).T @ np.asarray(x[mine], np.float64)
+        dense = np.asarray(g[rows], np.float64).T @ np.asarray(x[rows], np.float64)
         codes = oracle.unpack(np.asarray(one.packed), 4, 96)
         values = np.asarray(one.codebook, np.float64)[codes]
         spread = np.repeat(np.asarray(one.scales, np.float64), 64, axis=1)[:, :96]

@@ -127,7 +127,7 @@ def test_what_no_launch_takes(change, reason):
 
 def test_as_many_layers_as_a_launch_has_parameters_for():
     plan = _plan()
-    most = layers.most_layers(plan)
+    most = layers.max_layers(plan)
     assert layers.unsupported_reason(dataclasses.replace(plan, layers=most)) is None
     assert "operands" in str(layers.unsupported_reason(dataclasses.replace(plan, layers=most + 1)))
 

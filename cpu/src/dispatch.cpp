@@ -279,11 +279,11 @@ void run_prompt_attention(const PromptAttention &args, const Team &team, int thr
 
 void run_few_tokens(const FewTokens &args, const Team &team, int threads) {
   const Decoding &loops = *first_of(&Isa::decoding);
-  const int64_t most = args.rows ? args.n : kDenseColumns;
+  const int64_t step = args.rows ? args.n : kDenseColumns;
   for_pieces(team, threads, args.n, args.rows ? kTileRows : kDenseColumns,
              [&](int64_t begin, int64_t end) {
-               for (; begin < end; begin += most)
-                 loops.dense(args, begin, std::min(begin + most, end));
+               for (; begin < end; begin += step)
+                 loops.dense(args, begin, std::min(begin + step, end));
              });
 }
 

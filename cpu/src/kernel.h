@@ -124,7 +124,7 @@ struct Attention {
   }
 };
 
-// Causal attention of `tokens` tokens a sequence over the keys that lie in `slots` places, their
+// Causal attention of `tokens` tokens a sequence over the keys that lie in `slots` slots, their
 // own among them.
 inline constexpr int64_t kPromptKeys = 128;  // of which all scores exist at a time
 struct PromptAttention {
@@ -135,7 +135,7 @@ struct PromptAttention {
   fdk_dtype dtype;
   const void *q;              // [batch, tokens, heads, head_dim]
   const void *keys, *values;  // [batch, kv_heads, slots, head_dim] in the order of their steps
-  const int32_t *starts;      // the place of each sequence's first token,
+  const int32_t *starts;      // the slot of each sequence's first token,
   int64_t start_step;         // 0 where all begin at the same
   void *out;                  // like q
 

@@ -70,14 +70,14 @@ struct PromptScratch {
         peaks(values + kPromptKeys * width),
         higher(peaks + queries_a_block),
         totals(higher + queries_a_block),
-        places(totals + queries_a_block) {}
+        positions(totals + queries_a_block) {}
   int64_t queries_a_block, width;
-  float *queries;                           // [head_dim][queries], scaled
-  float *scores;                            // [keys][queries]
-  float *mixed;                             // [queries][width]
-  float *keys;                              // [keys][head_dim]
-  float *values;                            // [keys][width]
-  float *peaks, *higher, *totals, *places;  // [queries]; places as floats, exact below 2**24
+  float *queries;                              // [head_dim][queries], scaled
+  float *scores;                               // [keys][queries]
+  float *mixed;                                // [queries][width]
+  float *keys;                                 // [keys][head_dim]
+  float *values;                               // [keys][width]
+  float *peaks, *higher, *totals, *positions;  // [queries]; positions as floats, exact below 2**24
 };
 
 // Scores become weights e**(score - highest), and what was summed before shrinks to the new highest
@@ -122,7 +122,7 @@ inline void hide(const PromptScratch &w, int64_t first_key, int64_t count, float
     const auto key = static_cast<float>(first_key + s);
 #pragma omp simd
     for (int64_t r = 0; r < n; ++r) {
-      const float before = w.places[r] - key;
+      const float before = w.positions[r] - key;
       row[r] = before >= 0.0F && before < window ? row[r] : kHidden;
     }
   }
@@ -151,10 +151,10 @@ void attend_block_of(const PromptAttention &a, int64_t sequence, int64_t kv_head
   std::fill(w.values, w.values + kPromptKeys * w.width, 0.0F);
   std::fill(w.totals, w.totals + n, 0.0F);
   std::fill(w.peaks, w.peaks + n, kHidden);
-  std::fill(w.places, w.places + n, static_cast<float>(last));
+  std::fill(w.positions, w.positions + n, static_cast<float>(last));
   const float scale = 1.0F / std::sqrt(static_cast<float>(d));
   for (int64_t r = 0; r < tokens * group; ++r) {
-    w.places[r] = static_cast<float>(first + r / group);
+    w.positions[r] = static_cast<float>(first + r / group);
     for (int64_t i = 0; i < d; ++i)
       w.queries[i * n + r] = scale * element<dtype>(a.q, query(r) + i);
   }

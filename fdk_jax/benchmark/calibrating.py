@@ -88,11 +88,11 @@ def measure(
     config = custom_llama(name)
     whole = config.num_layers
     config = dataclasses.replace(config, num_layers=layers or whole)
-    place = folder / f"calibrating-{name}-{config.num_layers}"
-    shutil.rmtree(place, ignore_errors=True)
+    where = folder / f"calibrating-{name}-{config.num_layers}"
+    shutil.rmtree(where, ignore_errors=True)
     try:
-        loading.write(place, config, 16, np.random.default_rng(0))
-        stored = sum(path.stat().st_size for path in place.iterdir())
+        loading.write(where, config, 16, np.random.default_rng(0))
+        stored = sum(path.stat().st_size for path in where.iterdir())
         rows = np.random.default_rng(1).integers(
             0, config.vocab_size, (max(1, tokens // _CONTEXT), _CONTEXT)
         )
@@ -102,7 +102,7 @@ def measure(
         ):  # the text has fewer tokens than the widest layers have inputs
             warnings.simplefilter("ignore")
             model = calibrating.load_calibrated(
-                place,
+                where,
                 models.Quantisation(bits),
                 rows.astype(np.int32),
                 rotate=rotate,
@@ -111,7 +111,7 @@ def measure(
         jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
         seconds = time.perf_counter() - clock.times[0]
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(where, ignore_errors=True)
     memory = jax.local_devices()[0].memory_stats() or {}
     return {
         "suite": SUITE, "name": f"{name} {bits}" + " rotated" * rotate, "bits": bits, "group_size": 64,

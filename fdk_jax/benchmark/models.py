@@ -369,9 +369,9 @@ def _whole_prompt(
     del peers, config
     *layers, norm = part
     length = jnp.asarray([[x.shape[1]]], jnp.int32)
-    turns = decoding.turns(layers, jnp.arange(x.shape[1])[None], length, length)
-    for layer, turn in zip(layers, turns, strict=True):
-        x, *_ = layer.prompt(x, *turn)
+    angles = decoding.rotations(layers, jnp.arange(x.shape[1])[None], length, length)
+    for layer, angle in zip(layers, angles, strict=True):
+        x, *_ = layer.prompt(x, *angle)
     return norm(x)
 
 

@@ -121,12 +121,12 @@ def _q2_0(header: gguf_header.Header) -> gguf_types.BlockType:
         ValueError: the space fits neither or both.
     """
     kinds = (gguf_types.EXACT[42], gguf_types.OLDER_Q2_0)
-    places = [*sorted(info.offset for info in header.tensors.values()), header.size]
+    offsets = [*sorted(info.offset for info in header.tensors.values()), header.size]
     fits = set(kinds)
     for info in header.tensors.values():
         if info.type != 42:
             continue
-        space = places[places.index(info.offset) + 1] - info.offset
+        space = offsets[offsets.index(info.offset) + 1] - info.offset
         count = int(np.prod(info.shape))
         for kind in kinds:
             size = count * kind.size // kind.weights

@@ -25,10 +25,10 @@ def read(path: str | Path, *, requantise: int | None = None) -> Checkpoint:
     """
     if requantise not in (None, 4, 8, 16):
         raise ValueError(f"{requantise=} is not one of 4, 8 and 16 bits, or None")
-    place = _place(path)
-    if place.is_dir():
-        return folder.read(place)
-    return gguf_file.read(place, requantise=requantise)
+    path = _resolved(path)
+    if path.is_dir():
+        return folder.read(path)
+    return gguf_file.read(path, requantise=requantise)
 
 
 def read_config(path: str | Path) -> Mapping[str, Any]:
@@ -38,10 +38,10 @@ def read_config(path: str | Path) -> Mapping[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: a damaged file, or an architecture of GGUF that is not supported.
     """
-    place = _place(path)
-    if place.is_dir():
-        return folder.read_config(place)
-    return gguf_file.read(place, requantise=16).config
+    path = _resolved(path)
+    if path.is_dir():
+        return folder.read_config(path)
+    return gguf_file.read(path, requantise=16).config
 
 
 def read_tokenizer(path: str | Path) -> TokenizerFiles | None:
@@ -51,11 +51,11 @@ def read_tokenizer(path: str | Path) -> TokenizerFiles | None:
         FileNotFoundError: there is no such file.
         ValueError: a damaged file, or a kind of tokenizer that is not supported.
     """
-    place = _place(path)
-    return None if place.is_dir() else gguf_file.read_tokenizer(place)
+    path = _resolved(path)
+    return None if path.is_dir() else gguf_file.read_tokenizer(path)
 
 
-def _place(path: str | Path) -> Path:
+def _resolved(path: str | Path) -> Path:
     """A Hugging Face folder, or a GGUF file."""
     path = Path(path)
     if path.is_file():

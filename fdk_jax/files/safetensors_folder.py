@@ -112,9 +112,9 @@ def read_file(path: Path) -> dict[str, Stored]:
     for name, (kind, _) in headers.items():
         if kind not in _NUMPY:
             raise ValueError(f"{path}: {name} has dtype {kind}, which is not supported")
-    places = _places(path)
+    ranges = _byte_ranges(path)
     return {
-        name: _stored(path, name, kind, shape, *places[name])
+        name: _stored(path, name, kind, shape, *ranges[name])
         for name, (kind, shape) in headers.items()
     }
 
@@ -122,7 +122,7 @@ def read_file(path: Path) -> dict[str, Stored]:
 def _stored(
     path: Path, name: str, kind: str, shape: tuple[int, ...], begin: int, end: int
 ) -> Stored:
-    """The array whose bytes are at a place of a file."""
+    """The array whose bytes are in a range of a file."""
 
     def rows(first: int, last: int, out: np.ndarray | None) -> np.ndarray:
         size = (end - begin) // max(shape[0], 1)
@@ -133,7 +133,7 @@ def _stored(
     return Stored(shape, kind, read, rows=rows if shape else None)
 
 
-def _places(path: Path) -> dict[str, tuple[int, int]]:
+def _byte_ranges(path: Path) -> dict[str, tuple[int, int]]:
     """Where in a file that the library has found whole the bytes of each array begin and end."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -155,7 +155,7 @@ def _read(
     end: int,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The array whose bytes are at a place of a file, read to `out` if that has their size."""
+    """The array whose bytes are in a range of a file, read to `out` if that has their size."""
     fits = out is not None and out.nbytes == end - begin and out.flags.c_contiguous
     array = out.reshape(-1) if out is not None and fits else aligned(end - begin)
     with path.open("rb", buffering=0) as file:

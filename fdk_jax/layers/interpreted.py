@@ -156,16 +156,16 @@ def _as_params(modules: Any) -> Callable[[], None]:
         A function that puts the weights back.
     """
     params: dict[int, nnx.Param] = {}
-    places = []
+    replaced = []
     for _, module in nnx.iter_modules(modules):
         for name, weight in list(vars(module).items()):
             if isinstance(weight, QuantisedWeight) and _reads_params(module):
                 param = params.setdefault(id(weight), nnx.Param(weight.get_value()))
-                places.append((module, name, weight))
+                replaced.append((module, name, weight))
                 setattr(module, name, param)
 
     def restore() -> None:
-        for module, name, weight in places:
+        for module, name, weight in replaced:
             weight.set_value(getattr(module, name).get_value())
             setattr(module, name, weight)
 

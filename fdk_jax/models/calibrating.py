@@ -155,16 +155,18 @@ def _calibrated_layers(
     """The layers of a float model, quantised on the default device one after another."""
     graph, state = nnx.split(model)
     embed = jax.jit(lambda state, rows: nnx.merge(graph, state).embed(rows))
-    streams, turns = [], []
+    streams, angles = [], []
     for rows in _runs(windows):
         streams.append(_moved(embed(state, rows)))
         length = jnp.asarray([[rows.shape[1]]], jnp.int32)
-        turns.append(decoding.turns(model.layers, jnp.arange(rows.shape[1])[None], length, length))
+        angles.append(
+            decoding.rotations(model.layers, jnp.arange(rows.shape[1])[None], length, length)
+        )
     for index, layer in enumerate(model.layers):
         layer = _moved_module(layer)
         if rotation is not None:
             rotate_layer(layer, rotation)
-        inputs = [(x, *turn[index]) for x, turn in zip(streams, turns, strict=True)]
+        inputs = [(x, *angle[index]) for x, angle in zip(streams, angles, strict=True)]
         with _named(f"layers.{index}"):
             calibrate(layer, bits, inputs, in_place=True, progress=False, forward=_after, **options)
         streams = [_step(*nnx.split(layer), one) for one in inputs]

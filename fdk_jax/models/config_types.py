@@ -93,9 +93,9 @@ def check(config: Mapping[str, Any]) -> None:
 def _wanted(key: str, value: Any) -> str | None:
     """What a value must be and is not."""
     if key in _COUNTS or key in _COUNTS_OR_NONE:
-        least, most = int(key in _COUNTS), _MOST.get(key, 2**40)
-        right = type(value) is int and least <= value <= most
-        return None if right else f"an integer from {least} to {most}"
+        low, high = int(key in _COUNTS), _MOST.get(key, 2**40)
+        right = type(value) is int and low <= value <= high
+        return None if right else f"an integer from {low} to {high}"
     if key in _POSITIVE:
         return None if _is_number(value) and value > 0 else "a number above 0"
     if key in _NUMBERS:

@@ -19,10 +19,12 @@ from fdk_jax.models.cache import KVCache
 from fdk_jax.models.modules import Layer, RMSNorm, add_and_norm, normed
 from fdk_jax.models.peers import Peers
 
-Turn = tuple[Array, Array]
+Rotation = tuple[Array, Array]
 
 
-def turns(layers: Sequence[Layer], positions: Array, lengths: Array, ends: Array) -> list[Turn]:
+def rotations(
+    layers: Sequence[Layer], positions: Array, lengths: Array, ends: Array
+) -> list[Rotation]:
     """Each layer's (cosines, sines); layers of equal options share theirs.
 
     Args:
@@ -31,14 +33,14 @@ def turns(layers: Sequence[Layer], positions: Array, lengths: Array, ends: Array
         lengths: int32, tokens of each sequence so far, these included.
         ends: int32, tokens that each sequence will have: one set of frequencies has to do for all of them.
     """
-    shared: dict[Any, Turn] = {}
+    shared: dict[Any, Rotation] = {}
     for layer in layers:
         rope = layer.attention.rope
         if rope not in shared:
             at_once = (
                 rope is not None and rope.scaling is not None and rope.scaling.kind == "longrope"
             )
-            shared[rope] = layer.attention.turns(positions, ends if at_once else lengths)
+            shared[rope] = layer.attention.rotation(positions, ends if at_once else lengths)
     return [shared[layer.attention.rope] for layer in layers]
 
 
@@ -63,8 +65,8 @@ def step(
     """
     longer = cache.lengths + 1
     ends = longer if cache.ends is None else cache.ends
-    turned = turns(layers, cache.lengths, longer, ends)
-    arrays = x, turned, cache.lengths, cache.keys, cache.values
+    angles = rotations(layers, cache.lengths, longer, ends)
+    arrays = x, angles, cache.lengths, cache.keys, cache.values
     apart = functools.partial(_run, _Apart(), layers, norm)
     whole = fused_layers.choose(layers, norm, x, cache)
     if whole is not None:
@@ -77,14 +79,14 @@ def step(
     return jax.lax.platform_dependent(*arrays, cuda=fused, default=apart)
 
 
-def _run(plan, layers, norm, x, turns, lengths, cache_keys, cache_values):
+def _run(plan, layers, norm, x, angles, lengths, cache_keys, cache_values):
     stream, projected = plan.enter(x, layers[0].attention_norm, layers[0].attention.qkv)
     keys, values = [], []
-    for block, turn, k, v in zip(
-        blocks(layers, norm), turns, cache_keys, cache_values, strict=True
+    for block, angle, k, v in zip(
+        blocks(layers, norm), angles, cache_keys, cache_values, strict=True
     ):
         stream, projected, k, v = _run_layer(
-            plan, *nnx.split(tuple(block)), stream, projected, *turn, lengths, k, v
+            plan, *nnx.split(tuple(block)), stream, projected, *angle, lengths, k, v
         )
         keys.append(k)
         values.append(v)

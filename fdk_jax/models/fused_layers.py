@@ -31,18 +31,18 @@ class InLayers:
 
     Attributes:
         plan: of a launch of one layer.
-        most: layers of a launch.
+        max_layers: of a launch.
     """
 
     plan: kernels.Plan
-    most: int
+    max_layers: int
 
     def run(
         self,
         layers: Sequence[Layer],
         norm: RMSNorm,
         x: Array,
-        turns: Sequence[tuple[Array, Array]],
+        angles: Sequence[tuple[Array, Array]],
         lengths: Array,
         keys: Sequence[Array],
         values: Sequence[Array],
@@ -56,19 +56,19 @@ class InLayers:
         missing = self.plan.square_parts(kernels.DOWN) - first.squares.size
         stream = kernels.Stream(first.total, first.scaled, jnp.pad(first.squares, (0, missing)))
         new_keys, new_values = (), ()
-        for part in _parts(arrays, self.most):
+        for part in _parts(arrays, self.max_layers):
             plan = dataclasses.replace(self.plan, layers=len(part))
-            stream, k, v = kernels.run(plan, part, stream, *turns[0], lengths)
+            stream, k, v = kernels.run(plan, part, stream, *angles[0], lengths)
             new_keys, new_values = (*new_keys, *k), (*new_values, *v)
         left = fused_products.Scaled(stream.total, stream.scaled, stream.squares)
         return fused_products.from_scaled(left, norm.eps), new_keys, new_values
 
 
-def _parts(layers: Sequence[kernels.Layer], most: int) -> list[Sequence[kernels.Layer]]:
+def _parts(layers: Sequence[kernels.Layer], max_layers: int) -> list[Sequence[kernels.Layer]]:
     """As few parts as there can be, about as large as each other; all but the last one even, see `Stream`."""
-    if len(layers) <= most:
+    if len(layers) <= max_layers:
         return [layers]
-    launches = -(-len(layers) // (most - most % 2))
+    launches = -(-len(layers) // (max_layers - max_layers % 2))
     each = -(-len(layers) // launches)
     each += each % 2
     return [layers[start : start + each] for start in range(0, len(layers), each)]
@@ -96,8 +96,8 @@ def choose(layers: Sequence[Layer], norm: RMSNorm, x: Array, cache: KVCache) -> 
     plan = kernels.Plan(cases, token, both, 1, config, gpu)
     if kernels.unsupported_reason(plan) is not None:
         return None
-    most = kernels.most_layers(plan)
-    return InLayers(plan, most) if most > 1 else None
+    count = kernels.max_layers(plan)
+    return InLayers(plan, count) if count > 1 else None
 
 
 def _switched_on() -> bool:

@@ -117,7 +117,7 @@ class Generator:
         loop = request.loop(max_tokens - 1)
         request.compile(loop if max_tokens > 1 else None)
         fetch, steps, model_steps = self.programs.fetch, 0, 0
-        most = request.most(max_tokens - 1)  # a GPU would wait for it later
+        limit = request.limit(max_tokens - 1)  # a GPU would wait for it later
         # The decoding is handed over while the prompts are read, and where the program looks, that call returns
         # with the last token: so another thread, which is there before, sees the first one come.
         with concurrent.futures.ThreadPoolExecutor(1) as clock:
@@ -127,10 +127,10 @@ class Generator:
             if max_tokens > 1:
                 text = None
                 if speculate:
-                    after = request.guess(cache, progress, request.text(), most, loop)
+                    after = request.guess(cache, progress, request.text(), limit, loop)
                     _, at, text, out = after
                 else:
-                    _, at, out = request.decode(cache, progress, most, loop)
+                    _, at, out = request.decode(cache, progress, limit, loop)
                 out.copy_to_host_async()
                 steps = int(at.step) - 1
                 model_steps = steps
@@ -178,8 +178,8 @@ class Generator:
         while left > 0:
             # Queued before the tokens in hand are read: the device does not wait for the reader. At the
             # end this computes a few tokens that nobody reads.
-            most = request.most(loop.run)
-            cache, progress, following = request.decode(cache, progress, most, loop)
+            limit = request.limit(loop.run)
+            cache, progress, following = request.decode(cache, progress, limit, loop)
             yield self.programs.fetch(waiting)
             if self.programs.fetch(done).all():
                 return
@@ -196,7 +196,7 @@ class Generator:
         while count < max_tokens and not self.programs.fetch(progress.done).all():
             left = max_tokens - count
             cache, progress, text, out = request.guess(
-                cache, progress, text, request.most(left), loop
+                cache, progress, text, request.limit(left), loop
             )
             new = int(progress.step) - count
             yield self.programs.fetch(out)[:, : min(new, left)]

@@ -83,7 +83,7 @@ class Attention(nnx.Module):
         )
         self.sinks = nnx.Param(jnp.zeros(config.num_heads)) if config.attention_sinks else None
 
-    def turns(self, positions: Array, lengths: Array) -> tuple[Array, Array]:
+    def rotation(self, positions: Array, lengths: Array) -> tuple[Array, Array]:
         """Cosines and sines for this layer's heads, float32 [..., d / 2]; see `rope.cos_sin`."""
         return rope.cos_sin(self.config, self.rope, positions, lengths)
 

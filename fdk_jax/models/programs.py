@@ -24,7 +24,7 @@ from fdk_jax.models.peers import Peers
 from fdk_jax.models.transformer import Transformer
 
 _IN_ORDER = threading.Lock()
-_MOST = 64  # programs that are kept: each holds device code and, on a GPU, a graph of its launches
+_MAX_PROGRAMS = 64  # that are kept: each holds device code and, on a GPU, a graph of its launches
 
 
 class Programs(Mapping[Hashable, jax.stages.Compiled]):
@@ -32,10 +32,10 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
 
     Args:
         model: Whose arrays the programs read.
-        most: Programs that are kept.
+        max_programs: That are kept.
     """
 
-    def __init__(self, model: Transformer, most: int = _MOST):
+    def __init__(self, model: Transformer, max_programs: int = _MAX_PROGRAMS):
         self.config: ModelConfig = model.config
         self.parallel = model.parallel
         self._graphdef, state = nnx.split(model)
@@ -46,7 +46,7 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
             features = self.config.hidden_size
             if peers.unsupported_reason(self.parallel, features) is None:
                 self.peers = peers.make(self.parallel, features)
-        self._most = most
+        self._max_programs = max_programs
         self._kept: collections.OrderedDict[Hashable, jax.stages.Compiled] = (
             collections.OrderedDict()
         )
@@ -76,7 +76,7 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
         """
         if name not in self._kept:
             self._kept[name] = self._compile(run, results, args)
-            while len(self._kept) > self._most:
+            while len(self._kept) > self._max_programs:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(name)
         compiled = self._kept[name]

@@ -115,16 +115,16 @@ class Request:
             start += tokens.shape[1]
         return self._finish_program(cache, reading)(cache, reading, self._options)
 
-    def most(self, steps: int) -> Array:
+    def limit(self, steps: int) -> Array:
         """A number of tokens as `decode` and `guess` take it."""
         return self._programs.place(jnp.int32(steps))
 
     def decode(
-        self, cache: KVCache, progress: Progress, most: Array, loop: Loop
+        self, cache: KVCache, progress: Progress, limit: Array, loop: Loop
     ) -> tuple[KVCache, Progress, Array]:
         """At most so many more tokens, rounded up to a multiple of `loop.run`: int32 [B, loop.max_tokens]."""
-        program = self._decode_program(cache, progress, most, loop)
-        return program(cache, progress, most, self._options)
+        program = self._decode_program(cache, progress, limit, loop)
+        return program(cache, progress, limit, self._options)
 
     def text(self) -> Text:
         """The prompt, from which guesses are made."""
@@ -134,18 +134,18 @@ class Request:
         return Text(jnp.asarray(tokens), jnp.int32(0))
 
     def guess(
-        self, cache: KVCache, progress: Progress, text: Text, most: Array, loop: Loop
+        self, cache: KVCache, progress: Progress, text: Text, limit: Array, loop: Loop
     ) -> tuple[KVCache, Progress, Text, Array]:
         """Like `decode`, with guesses; see `speculation.decode`."""
-        program = self._guess_program(cache, progress, text, most, loop)
-        return program(cache, progress, text, most, self._options)
+        program = self._guess_program(cache, progress, text, limit, loop)
+        return program(cache, progress, text, limit, self._options)
 
-    def _guess_program(self, cache, progress, text, most, loop: Loop):
+    def _guess_program(self, cache, progress, text, limit, loop: Loop):
         run = functools.partial(
             speculation.decode, method=self._method, loop=loop, guesses=self._guesses
         )
         results = KVCache, Progress, Text, Array
-        args = cache, progress, text, most, self._options
+        args = cache, progress, text, limit, self._options
         name = ("guess", loop, self._guesses, *self._key)
         return self._programs.program(name, run, results, *args)
 
@@ -216,8 +216,8 @@ def plan_runs(batch: int, longest: int, max_tokens: int, max_context: int) -> tu
         max_context: Most tokens of a prompt and its continuation.
     """
     on_cpu = jax.default_backend() == "cpu"
-    most, together = (_CPU_RUN_TOKENS,) * 2 if on_cpu else (_RUN_TOKENS, _ALL_RUN_TOKENS)
-    limit = min(most, together // batch, _SCORES // (longest + max_tokens))
+    per_run, together = (_CPU_RUN_TOKENS,) * 2 if on_cpu else (_RUN_TOKENS, _ALL_RUN_TOKENS)
+    limit = min(per_run, together // batch, _SCORES // (longest + max_tokens))
     run = max(_SHORTEST_RUN, 1 << max(limit, 1).bit_length() - 1)
     full, rest = divmod(longest, run)
     runs = [run] * full
@@ -227,7 +227,7 @@ def plan_runs(batch: int, longest: int, max_tokens: int, max_context: int) -> tu
     return runs, cache_bucket(max(sum(runs), longest + max_tokens))
 
 
-def prompt_bucket(tokens: int, most: int) -> int:
+def prompt_bucket(tokens: int, max_context: int) -> int:
     """The padded length of a prompt, at most the context.
 
     Powers of two from 16 to 512, then multiples of 256, from 4096 on of 512, and so on: at most an eighth
@@ -238,7 +238,7 @@ def prompt_bucket(tokens: int, most: int) -> int:
     else:
         step = max(256, 1 << (tokens - 1).bit_length() - 4)
         bucket = -(-tokens // step) * step
-    return min(bucket, max(most, tokens))
+    return min(bucket, max(max_context, tokens))
 
 
 def cache_bucket(tokens: int) -> int:

@@ -43,20 +43,20 @@ def guess(tokens: Array, length: Array, count: int) -> tuple[Array, Array]:
         count: Most guesses.
 
     Returns:
-        (int32 [count], how many of them are guesses); a place with three equal tokens is preferred.
+        (int32 [count], how many of them are guesses); a position with three equal tokens is preferred.
     """
-    places, last = jnp.arange(tokens.shape[0]), length - 1
+    positions, last = jnp.arange(tokens.shape[0]), length - 1
 
     def equal(back: int) -> Array:
-        """Where the token so many places before is the one so many before the last."""
-        return (jnp.roll(tokens, back) == tokens[last - back]) & (places >= back)
+        """Where the token so many positions before is the one so many before the last."""
+        return (jnp.roll(tokens, back) == tokens[last - back]) & (positions >= back)
 
-    two = equal(0) & equal(1) & (places < last) & (last >= 1)
+    two = equal(0) & equal(1) & (positions < last) & (last >= 1)
     three = two & equal(2) & (last >= 2)
-    score = jnp.where(two, places + 1, 0) + jnp.where(three, tokens.shape[0], 0)
-    place = jnp.argmax(score)
-    found = jax.lax.dynamic_slice(jnp.pad(tokens, (0, count)), (place + 1,), (count,))
-    return found, jnp.where(score[place] > 0, jnp.minimum(count, last - place), 0)
+    score = jnp.where(two, positions + 1, 0) + jnp.where(three, tokens.shape[0], 0)
+    position = jnp.argmax(score)
+    found = jax.lax.dynamic_slice(jnp.pad(tokens, (0, count)), (position + 1,), (count,))
+    return found, jnp.where(score[position] > 0, jnp.minimum(count, last - position), 0)
 
 
 def decode(
@@ -64,21 +64,21 @@ def decode(
     cache: KVCache,
     progress: Progress,
     text: Text,
-    most: Array,
+    limit: Array,
     options: Options,
     *,
     method: Method,
     loop: Loop,
     guesses: int,
 ) -> tuple[KVCache, Progress, Text, Array]:
-    """Chooses tokens of one sequence until it is done or there are `most` of them, or for `loop.run` steps.
+    """Chooses tokens of one sequence until it is done or there are `limit` of them, or for `loop.run` steps.
 
     Args:
         model: Which chooses.
         cache: Of all tokens but the newest.
         progress: Where the sequence stands.
         text: The same tokens as in the cache.
-        most: int32 scalar.
+        limit: int32 scalar.
         options: How tokens are chosen.
         method: See `Options.choose`.
         loop: Steps between two polls, and `max_tokens`, of which this needs `guesses` more of.
@@ -89,10 +89,10 @@ def decode(
         chosen ones mean nothing.
     """
     begin, width = progress.step, guesses + 1
-    places = jnp.arange(width)
+    positions = jnp.arange(width)
 
     def unfinished(at: Progress) -> Array:
-        return ~at.done[0] & (at.step - begin < most)
+        return ~at.done[0] & (at.step - begin < limit)
 
     def step(_, carry):
         cache, at, text, out = carry
@@ -105,10 +105,10 @@ def decode(
         def choose(logits: Array, step: Array) -> Array:
             return options.choose(logits[None], step, method, None)[0]
 
-        chosen = jax.vmap(choose)(logits[0], at.step + places)
-        right = (chosen[:-1] == guessed) & (places[:-1] < known)
+        chosen = jax.vmap(choose)(logits[0], at.step + positions)
+        right = (chosen[:-1] == guessed) & (positions[:-1] < known)
         new = jnp.where(running, 1 + jnp.cumprod(right.astype(jnp.int32)).sum(), 0)
-        done = at.done | (options.is_stop(chosen) & (places < new)).any()
+        done = at.done | (options.is_stop(chosen) & (positions < new)).any()
         token = jnp.where(running, chosen[jnp.maximum(new - 1, 0)], at.token[0])
         out = jax.lax.dynamic_update_slice(out, chosen[None], (0, at.step - begin))
         tokens = jax.lax.dynamic_update_slice(text.tokens, read, (length,))

@@ -194,10 +194,10 @@ class Transformer(nnx.Module):
         if starts is not None:
             positions = positions + starts[:, None]
         keys, values = [], []
-        turns = decoding.turns(self.layers, positions, lengths, ends)
-        for index, (layer, turn) in enumerate(zip(self.layers, turns, strict=True)):
+        angles = decoding.rotations(self.layers, positions, lengths, ends)
+        for index, (layer, angle) in enumerate(zip(self.layers, angles, strict=True)):
             before = () if cache is None else (starts, cache.keys[index], cache.values[index])
-            x, k, v = _run_layer(*nnx.split(layer), x, *turn, *before)
+            x, k, v = _run_layer(*nnx.split(layer), x, *angle, *before)
             keys.append(k)
             values.append(v)
         return x, keys, values

@@ -338,15 +338,15 @@ def _as_table(pieces: list[Array], dtype: Any) -> Array:
 def _as_kernel(parts: list[Array], dtype: Any, parallel: Parallel | None, partition: P) -> Array:
     """The kernel [K, N] of rows [n_i, K] that are cut as `partition` says."""
 
-    def turn(parts: Any) -> Array:
+    def transposed(parts: Any) -> Array:
         rows: Any = join_rows(parts, 1)
         return rows.astype(dtype).T
 
     if parallel is None:
-        return turn(parts)
+        return transposed(parts)
     turned = P(*reversed(partition))
     local = jax.shard_map(
-        turn, mesh=parallel.mesh, in_specs=(partition,), out_specs=turned, check_vma=False
+        transposed, mesh=parallel.mesh, in_specs=(partition,), out_specs=turned, check_vma=False
     )
     return local(parts)
 
@@ -355,15 +355,17 @@ def _as_kernel(parts: list[Array], dtype: Any, parallel: Parallel | None, partit
 def _as_stack(weight: Any, dtype: Any, parallel: Parallel | None, layout: str) -> Any:
     """Stacked matrices as the layers have them, each device's by themselves."""
 
-    def turn(weight: Any) -> Any:
+    def transposed(weight: Any) -> Any:
         if isinstance(weight, QuantisedTensor):
             return weight.to_layout(layout)
         return weight.astype(dtype).swapaxes(-1, -2)
 
     if parallel is None:
-        return turn(weight)
+        return transposed(weight)
     cut = P(parallel.axis)
-    local = jax.shard_map(turn, mesh=parallel.mesh, in_specs=(cut,), out_specs=cut, check_vma=False)
+    local = jax.shard_map(
+        transposed, mesh=parallel.mesh, in_specs=(cut,), out_specs=cut, check_vma=False
+    )
     return local(weight)
 
 

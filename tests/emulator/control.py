@@ -39,9 +39,9 @@ def order(machine: Machine, what: Instruction, active: np.ndarray) -> None:
 def meet_warp(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     """Joins the threads of whole warps."""
     for warp in machine.warps(active):
-        mine = np.zeros(machine.threads, bool)
-        mine[32 * warp : 32 * warp + 32] = active[32 * warp : 32 * warp + 32]
-        machine.meet(_WARPS + int(warp), 32, mine)
+        own = np.zeros(machine.threads, bool)
+        own[32 * warp : 32 * warp + 32] = active[32 * warp : 32 * warp + 32]
+        machine.meet(_WARPS + int(warp), 32, own)
 
 
 @instruction(r"nanosleep\.u32")
@@ -60,9 +60,9 @@ def meet(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     for number in np.unique(values[0]):
         if number > 15:
             raise Fault(f"there is no barrier {number}")
-        mine = active.copy()
-        mine[active] = values[0] == number
-        machine.meet(int(number), count, mine)
+        own = active.copy()
+        own[active] = values[0] == number
+        machine.meet(int(number), count, own)
 
 
 @instruction(r"barrier\.cluster\.arrive(\.release|\.relaxed)?(\.aligned)?")

@@ -25,15 +25,15 @@ def copy(machine: Machine, what: Instruction, active: np.ndarray) -> None:
     machine.check_aligned(sources[active], size)
     warps = np.arange(machine.threads) // 32
     for warp in np.unique(warps[active]):
-        mine = active & (warps == warp)
+        own = active & (warps == warp)
         late = machine.chance.random() < 0.5
         for i in range(0, size, 4):
-            values, _ = machine.memory.load(sources[mine] + i, 4)
+            values, _ = machine.memory.load(sources[own] + i, 4)
             if late:
-                machine.copies[warp].append((targets[mine] + i, values))
-                machine.shared.load(targets[mine] + i, 4)  # is within it
+                machine.copies[warp].append((targets[own] + i, values))
+                machine.shared.load(targets[own] + i, 4)  # is within it
             else:
-                machine.shared.store(targets[mine] + i, 4, values)
+                machine.shared.store(targets[own] + i, 4, values)
 
 
 @instruction(r"cp\.async\.commit_group")

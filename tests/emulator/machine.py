@@ -199,9 +199,9 @@ class Machine:
         """Lets those go on that have met at a barrier, and says whether any have."""
         waiting, count, anybody = self._at[number], self._counts[number], False
         for window in np.unique(self.window[waiting]):
-            mine = self.window == window
-            here = waiting & mine
-            expected = (mine & self._running()).sum() if count is None else count
+            own = self.window == window
+            here = waiting & own
+            expected = (own & self._running()).sum() if count is None else count
             if here.sum() > expected:
                 raise Fault(f"{here.sum()} threads are at a barrier of {expected}")
             if here.sum() == expected:

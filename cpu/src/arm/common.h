@@ -140,11 +140,12 @@ inline const uint8_t *column_bytes(const Plan &plan, int64_t tile, const Columns
   return plan.tile_packed(tile) + columns.first * plan.bits * kTileRows / 8;
 }
 
-// Room for any block's columns in the prepared activations.
+// Space for any block's columns in the prepared activations.
 inline int64_t columns_stride(const Plan &plan) {
-  int64_t most = 0;
-  for (const Block &block : plan.blocks) most = std::max(most, block_columns(plan, block).count);
-  return round_up_to(most, 16);
+  int64_t widest = 0;
+  for (const Block &block : plan.blocks)
+    widest = std::max(widest, block_columns(plan, block).count);
+  return round_up_to(widest, 16);
 }
 
 // Blocks at the front that hold exactly 64 columns in whole steps: the kernels' fast path.

@@ -1,6 +1,6 @@
 // AVX2 kernels for a few tokens at 1 bit: sums of activations from tables.
 //
-// Three bits of a row are three codes, of 8 kinds. For each of their places along K, prepare()
+// Three bits of a row are three codes, of 8 kinds. For each of their positions along K, prepare()
 // writes what the 8 kinds add to y: a table is a register, and a permutation by 8 rows' bits finds
 // three products a row. The integer arithmetics do the same with int32.
 #pragma once
@@ -82,7 +82,7 @@ struct Sums {
     const Layout layout(plan);
     for (int64_t token = token_begin; token < token_end; ++token) {
       BlockFactor *factors = layout.token_factors(prepared, token);
-      int64_t place = 0;
+      int64_t offset = 0;
       for (size_t b = 0; b < plan.blocks.size(); ++b) {
         const Block &block = plan.blocks[b];
         float x[kMaxBlock] = {};
@@ -95,12 +95,12 @@ struct Sums {
         for (int64_t c = 0; c < plan.num_codebooks; ++c) {
           Element values[2];
           load_values(plan, c, values);
-          Element *table = layout.token_tables(prepared, token, c) + place;
+          Element *table = layout.token_tables(prepared, token, c) + offset;
           for (int64_t s = 0; s < steps; ++s)
             for (int64_t t = 0; t < kTables; ++t, table += 8)
               fill_table(natural + s * step_k(1) + t * kColumns, t, values, table);
         }
-        place += steps * kTables * 8;
+        offset += steps * kTables * 8;
       }
     }
   }
@@ -137,7 +137,7 @@ struct Sums {
       tables[j] = layout.token_tables(prepared, token + j, range.codebook);
       for (auto &of_tile : totals[j]) of_tile[0] = of_tile[1] = _mm256_setzero_ps();
     }
-    int64_t place = 0;
+    int64_t offset = 0;
     for (size_t b = 0; b < plan.blocks.size(); ++b) {
       const Block &block = plan.blocks[b];
       Sum sums[kTokens][kTiles][2];
@@ -150,12 +150,12 @@ struct Sums {
           _mm_prefetch(reinterpret_cast<const char *>(step + kAhead), _MM_HINT_T0);
           for (int half = 0; half < 2; ++half) bits[i][half] = load_half<1>(step, half);
         }
-        for (int t = 0; t < kTables; ++t, place += 8)
+        for (int t = 0; t < kTables; ++t, offset += 8)
           for (int i = 0; i < kTiles; ++i)
             for (int half = 0; half < 2; ++half) {
               const __m256i index = shift_right(bits[i][half], static_cast<int>(kColumns) * t);
               for (int j = 0; j < kTokens; ++j)
-                sums[j][i][half] = add(sums[j][i][half], index, tables[j] + place);
+                sums[j][i][half] = add(sums[j][i][half], index, tables[j] + offset);
             }
       }
       for (int i = 0; i < kTiles; ++i)

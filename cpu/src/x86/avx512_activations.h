@@ -110,7 +110,7 @@ inline void write_words(const Element *natural, int64_t steps, int32_t *words) {
   }
 }
 
-// Up to kMaxBlock columns and the steps around them, with room for whole vectors.
+// Up to kMaxBlock columns and the steps around them, with space for whole vectors.
 inline constexpr size_t kNaturalElements = 192;
 
 template <typename A, typename Element>

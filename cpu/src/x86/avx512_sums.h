@@ -1,6 +1,6 @@
 // AVX-512 kernels for a few tokens at 1 and 2 bits: float32 sums of activations from tables.
 //
-// Four bits of a row are four (or two) codes, of 16 kinds. For each of their places along K,
+// Four bits of a row are four (or two) codes, of 16 kinds. For each of their positions along K,
 // prepare() writes what the 16 kinds add to y, one float32 each: a table is a register, and a
 // permutation by 16 rows' bits finds four (two) products a row. One by one they cost a permutation
 // and a multiply-add each.
@@ -114,7 +114,7 @@ struct Sums {
     using Natural = std::conditional_t<kInteger, int16_t, float>;
     const Layout layout(plan);
     for (int64_t token = token_begin; token < token_end; ++token) {
-      int64_t place = 0;
+      int64_t offset = 0;
       for (size_t b = 0; b < plan.blocks.size(); ++b) {
         const Block &block = plan.blocks[b];
         alignas(64) Natural natural[kNaturalElements] = {};
@@ -129,7 +129,7 @@ struct Sums {
         for (int64_t c = 0; c < plan.num_codebooks; ++c) {
           Vector values[kCodes];
           load_values(plan, c, values);
-          auto *table = const_cast<Element *>(layout.token_tables(prepared, token, c)) + place;
+          auto *table = const_cast<Element *>(layout.token_tables(prepared, token, c)) + offset;
           const Natural *step = natural;
           for (int64_t s = 0; s < steps; ++s, step += step_k(kBits))
             for (int t = 0; t < kSumTables; ++t, table += 16) {
@@ -139,7 +139,7 @@ struct Sums {
               Vectors::store(table, sums);
             }
         }
-        place += steps * kSumTables * 16;
+        offset += steps * kSumTables * 16;
       }
     }
   }
@@ -155,7 +155,7 @@ struct Sums {
       tables[j] = layout.token_tables(prepared, token + j, range.codebook);
       for (__m512 &total : totals[j]) total = _mm512_setzero_ps();
     }
-    int64_t place = 0;
+    int64_t offset = 0;
     for (size_t b = 0; b < plan.blocks.size(); ++b) {
       const Block &block = plan.blocks[b];
       Vector sums[kTokens][kTiles];
@@ -165,12 +165,12 @@ struct Sums {
         const int64_t ahead = streams.ahead(s);
         __m512i bits[kTiles];
         for (int i = 0; i < kTiles; ++i) bits[i] = load_step<kBits>(streams.step(s, i, ahead));
-        for (int t = 0; t < kSumTables; ++t, place += 16)
+        for (int t = 0; t < kSumTables; ++t, offset += 16)
           for (int i = 0; i < kTiles; ++i) {
             const auto shift = static_cast<unsigned>(4 * t);
             const __m512i kind = t == 0 ? bits[i] : _mm512_srli_epi32(bits[i], shift);
             for (int j = 0; j < kTokens; ++j)
-              sums[j][i] = Vectors::add_looked_up(sums[j][i], kind, tables[j] + place);
+              sums[j][i] = Vectors::add_looked_up(sums[j][i], kind, tables[j] + offset);
           }
       }
       for (int i = 0; i < kTiles; ++i) {
