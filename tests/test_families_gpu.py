@@ -12,7 +12,8 @@ if jax.default_backend() != "gpu":
 
 __all__ = ["expected"]  # a fixture
 QUANTISATION = models.Quantisation(4, 32)
-# Of a token that is not the best one: bfloat16 leaves no order among those that are nearer.
+# Of a token that is not the best one, in standard deviations of the logits: bfloat16 leaves no order among those
+# that are nearer, or nearer than what it loses.
 NEAR = 0.15
 
 
@@ -52,7 +53,7 @@ def test_quantised_weights_in_the_kernels(name, expected, tmp_path):
     whole = np.concatenate([tokens[:, :prompt], np.asarray(found)], axis=1)
     logits = np.asarray(ours.logits(whole), np.float64)[:, prompt - 1 : -1]
     chosen = np.take_along_axis(logits, np.asarray(found)[..., None], -1)[..., 0]
-    far = np.mean(logits.max(-1) - chosen > NEAR * logits.std())
+    far = np.mean(logits.max(-1) - chosen > max(NEAR, plain) * logits.std())
     if "dynamic" in name:
         return  # cached keys keep the rotation of the length that the text had then
     # Where two experts are nearly tied, one roundings' difference takes the other one.

@@ -17,12 +17,14 @@ import numpy as np
 import oracle
 import planar
 import pytest
+import rounding_bits
 from golden import DECODERS
 
 import fdk_jax
 import pallas_kernels
 from fdk_jax import models
 from fdk_jax.format import packing
+from fdk_jax.format.dequantisation import round_to
 from fdk_jax.models import fused_layers, fused_products
 from fdk_jax.models.config import ModelConfig
 from pallas_kernels import attention, chain, choice, integer, layers, matvec, ring_arithmetic, wgmma
@@ -120,6 +122,11 @@ def test_shapes(rng, dtype, bits, uniform, m, n, k, group_size, codebooks):
             _check(rng, m, n, k, bits, uniform, group_size, dtype, codebooks=codebooks)
         return
     _check(rng, m, n, k, bits, uniform, group_size, dtype, codebooks=codebooks)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_gives_numpys_bits(rng, dtype):
+    rounding_bits.check(rng, dtype, round_to)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import rounding_bits
 from flax import nnx
 from flax.core import FrozenDict
 
@@ -18,6 +19,11 @@ BITS = [1, 2, 4, 8]
 
 def heavy_tailed(rng, shape, dtype="float32"):
     return (rng.standard_t(4, shape) * 0.02).astype(oracle.DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_gives_numpys_bits(rng, dtype):
+    rounding_bits.check(rng, dtype, dequantisation.round_to)
 
 
 @pytest.mark.parametrize("scale", ["absmean", "rms"])
@@ -329,12 +335,7 @@ def test_which_codebooks_are_uniform():
 
 @pytest.mark.parametrize("dtype", sorted(oracle.DTYPES))
 def test_a_codebook_is_rounded_by_what_no_compiler_takes_for_nothing(dtype, rng):
-    """On a GPU XLA leaves out casts to a narrower type and back, unless it is told that it must not."""
-    near = rng.normal(size=2000).astype(np.float32) * np.exp2(rng.integers(-26, 15, 2000))
-    values = np.concatenate([near, [0, -0.0, 6e-8, 6.1e-5, 65519]]).astype(np.float32)
-    wanted = values.astype(oracle.DTYPES[dtype]).astype(np.float32)
-    found = np.asarray(jax.jit(dequantisation.rounded, static_argnums=1)(values, jnp.dtype(dtype)))
-    np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
+    """On a GPU XLA leaves out casts to a narrower type and back, unless something stands between them."""
     w = fdk_jax.quantise(rng.normal(size=(16, 128)).astype(np.float32), 1, dtype=jnp.dtype(dtype))
     for run in (lambda w: w.dequantise("float32"), lambda w: fdk_jax.matmul(jnp.ones((1, 128)), w)):
-        assert ("reduce_precision" in str(jax.make_jaxpr(run)(w))) == (dtype != "float32")
+        assert ("optimization_barrier" in str(jax.make_jaxpr(run)(w))) == (dtype != "float32")

@@ -11,7 +11,7 @@ from jax import Array
 from fdk_jax.format import packing
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, UInt8
+    from jaxtyping import Float, Float32, UInt8
 
 
 def lookup(codes: UInt8[Array, "N K"], codebook: Float[Array, "*C values"]) -> Float[Array, "N K"]:
@@ -41,20 +41,17 @@ def spread(
     return jnp.repeat(scales, repeats, axis=-1)[..., :in_features]
 
 
-def rounded(values: Float[Array, ...], dtype: Any) -> Float[Array, ...]:
-    """Values as `dtype` holds them, in float32: a codebook, as the format says.
+def round_to(x: Float[Array, ...], dtype: Any) -> Float32[Array, ...]:
+    """Values in float32 on the grid of `dtype`, to the bit as numpy rounds, small numbers and infinities too.
 
-    There and back again by casts alone, XLA would leave float32 as it is where it may be more exact than it
-    was asked to be, as on GPUs: an error of all weights alike, which the kernels do not have.
+    Without the barrier XLA leaves a pair of casts out where it may be more exact than it was asked to be, as on
+    GPUs: an error of all weights alike, which the kernels do not have. `lax.reduce_precision` has no numbers
+    below the smallest normal one.
     """
-    values = values.astype(jnp.float32)
+    x = x.astype(jnp.float32)
     if dtype == jnp.float32:
-        return values
-    info = jnp.finfo(dtype)
-    kept = jax.lax.reduce_precision(values, info.nexp, info.nmant)
-    # What is smaller than any normal number would become zero.
-    small = jnp.abs(values) < float(info.smallest_normal)
-    return jnp.where(small, values.astype(dtype).astype(jnp.float32), kept)
+        return x
+    return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
 
 
 def dequantise_matrix(
@@ -69,5 +66,5 @@ def dequantise_matrix(
 ) -> Float[Array, "N K"]:
     """[N, K] in `dtype` from arrays in the interchange layout."""
     codes = packing.unpack(packed, bits, in_features)
-    values = lookup(codes, rounded(codebook, scales.dtype))
+    values = lookup(codes, round_to(codebook, scales.dtype))
     return (values * spread(scales.astype(jnp.float32), group_size, in_features)).astype(dtype)

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from fdk_jax.format import codebooks, densities, packing
-from fdk_jax.format.dequantisation import spread
+from fdk_jax.format.dequantisation import round_to, spread
 from fdk_jax.format.orientation import check_axes, to_matrix
 from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
 
@@ -58,7 +58,8 @@ def quantise_array(
 
     Each group of `group_size` weights along K is divided by its scale; a code is the number of midpoints
     between codebook entries strictly below the quotient (ties go to the lower code). Everything is computed
-    in the weight's dtype, bit for bit as in the published format (docs/format.md).
+    in the weight's dtype, bit for bit as in the published format (docs/format.md); on a GPU, scales of float32
+    weights by a mean may be one bit apart.
 
     Args:
         weight: float [..., *shape] with one axis of `shape` for each letter of `axes`.
@@ -176,13 +177,6 @@ def as_matrix(
     if weight.ndim < len(axes):
         raise ValueError(f"a weight of shape {weight.shape} has too few axes for {axes=}")
     return to_matrix(weight.astype(dtype), axes)
-
-
-def round_to(x: Array, dtype: Any) -> Array:
-    """Rounds float32 to the grid of `dtype`; the barrier keeps XLA from holding excess precision."""
-    if dtype == jnp.float32:
-        return x
-    return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
 
 
 def _mean(x: Array) -> Array:

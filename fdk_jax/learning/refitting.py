@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fdk_jax.format.dequantisation import lookup, spread
-from fdk_jax.format.quantisation import round_to
+from fdk_jax.format.dequantisation import lookup, round_to, spread
 from fdk_jax.learning.rounding import EXACT, elements, grouped
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fdk_jax.format.dequantisation import lookup, spread
-from fdk_jax.format.quantisation import middle_of, nearest_codes, round_to
+from fdk_jax.format.dequantisation import lookup, round_to, spread
+from fdk_jax.format.quantisation import middle_of, nearest_codes
 from pallas_kernels import columns as columns_kernel
 
 # Multiples of the rule's scale that the search tries; 1 is one of them.

@@ -23,7 +23,7 @@ from flax import nnx
 from jax import Array
 
 from fdk_jax.format import codebooks
-from fdk_jax.format.dequantisation import lookup
+from fdk_jax.format.dequantisation import lookup, round_to
 from fdk_jax.format.orientation import from_matrix, to_matrix
 from fdk_jax.format.quantisation import (
     as_matrix,
@@ -32,7 +32,6 @@ from fdk_jax.format.quantisation import (
     quantise_array,
     resolve_auto,
     resolve_codebook,
-    round_to,
     scaled,
 )
 from fdk_jax.format.quantised_tensor import QuantisedTensor

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fdk_jax.format import packing
-from fdk_jax.format.dequantisation import dequantise_matrix, lookup, rounded, spread
+from fdk_jax.format.dequantisation import dequantise_matrix, lookup, round_to, spread
 
 
 def matmul(
@@ -83,7 +83,7 @@ def weight_gradients(
         g.astype(jnp.float32), x.astype(jnp.float32), contract=(0, 0)
     )  # of the weight: [N, K]
     codes = packing.unpack(packed, bits, in_features)
-    values = lookup(codes, rounded(codebook, scales.dtype))
+    values = lookup(codes, round_to(codebook, scales.dtype))
     groups = scales.shape[-1]
     group = jnp.arange(in_features) // group_size
     dscales = jax.ops.segment_sum((dense * values).T, group, groups).T
