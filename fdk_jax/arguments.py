@@ -14,6 +14,7 @@ import rich.progress
 from flax import nnx
 
 from fdk_jax import models
+from fdk_jax.format.packing import BITS
 from fdk_jax.models import calibrating
 from fdk_jax.models.tokenizer import Tokenizer
 
@@ -58,12 +59,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Adds how weights are quantised."""
     weights = parser.add_argument_group("weights")
-    weights.add_argument("--bits", type=int, choices=(1, 2, 4, 8), help="quantise while loading")
+    weights.add_argument("--bits", type=int, choices=BITS, help="quantise while loading")
     weights.add_argument("--group_size", type=int, default=64)
     weights.add_argument(
         "--codebook", default="auto", choices=CODEBOOKS, help="default: the best for the bits"
     )
-    weights.add_argument("--head_bits", type=int, choices=(1, 2, 4, 8), help="of the last layer")
+    weights.add_argument("--head_bits", type=int, choices=BITS, help="of the last layer")
     weights.add_argument(
         "--calibrate",
         metavar="FILE",

@@ -21,6 +21,7 @@ import numpy as np
 import fdk_jax
 import pallas_kernels
 from fdk_jax import usage
+from fdk_jax.format import packing
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.product import cpu_backend
 from pallas_kernels import target
@@ -99,7 +100,7 @@ def backends() -> dict[str, str]:
 
 def plans(n: int = 4096, k: int = 4096) -> Iterator[str]:
     """The kernel of each width and several numbers of tokens for the GPU at hand, and why; runs nothing."""
-    for bits, m in itertools.product((1, 2, 4, 8), (1, 16, 64, 512)):
+    for bits, m in itertools.product(packing.BITS, (1, 16, 64, 512)):
         spec: dict[str, Any] = dict(
             bits=bits, group_size=64, out_features=n, in_features=k, uniform=bits == 1
         )

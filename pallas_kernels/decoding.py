@@ -300,9 +300,8 @@ class _Scaled(_Bits):
     have to be: over thousands of x that are not balanced, an error of all weights alike adds up.
     """
 
-    _LOWEST = (
-        11  # bits 11 to 14 have finite t and 1 / t in both types; the others are shifted there
-    )
+    # Bits 11 to 14 have finite t and 1 / t in both types; the others are shifted there.
+    _LOWEST = 11
 
     def set_up(self, codebook: Register, thread: Register, threads: int) -> None:
         """Computes the first value and the differences."""

@@ -87,9 +87,8 @@ class Product(integer.Product):
 
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
-        self.lane_totals = (
-            2 * self.plan.pairs
-        )  # of each pair the upper and the lower row, of one token
+        # Of each pair the upper and the lower row, of one token.
+        self.lane_totals = 2 * self.plan.pairs
 
     # Before the loop: x
 

@@ -155,9 +155,8 @@ class Plan:
     @property
     def operands(self) -> int:
         """Operands and results of the launch."""
-        return (
-            len(_FIXED) + len(_LEFT) + self.layers * (len(self.record) + 2)
-        )  # the cache is a result, too
+        # The cache is a result, too.
+        return len(_FIXED) + len(_LEFT) + self.layers * (len(self.record) + 2)
 
     @property
     def exchange(self) -> ExchangePlan:

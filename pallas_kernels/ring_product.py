@@ -263,9 +263,8 @@ class Product(OutputWriter, abc.ABC):
             ptx.do("bra", f"fdk_no_row_{start}", when=none)
             self._store_outputs(index, number, f"fdk_no_row_{start}")
             ptx.label(f"fdk_no_row_{start}")
-            if (
-                case.devices > 1
-            ):  # which wait for the others' words, each lane as long as its own takes
+            # Devices wait for each other's words, each lane as long as its own takes.
+            if case.devices > 1:
                 ptx.do("bar.warp.sync", "0xffffffff")
         if case.residual:
             self._store_squares(self.squares, self.plan.square_parts)

@@ -64,9 +64,8 @@ def pytest_collection_modifyitems(config, items) -> None:
         for item in alike[QUICK_CASES:]:
             if item.get_closest_marker("whole") is None:
                 item.add_marker(pytest.mark.slow)
-    if (
-        RANDOM_SEEDS
-    ):  # other tests first in every run, as the time may be over before all have begun
+    # Other tests first in every run, as the time may be over before all have begun.
+    if RANDOM_SEEDS:
         random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).shuffle(items)
     if part := config.getoption("--part"):
         number, count = map(int, part.split("/"))

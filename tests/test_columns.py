@@ -62,9 +62,8 @@ def test_a_block_of_columns(bits, n, descends, interpret, rng):
     wanted, wanted_codes, margin = loop(
         wide[0], wide[1] if descends else None, *wide[2:], levels.astype(np.float64)
     )
-    assert (
-        margin > 1e-6
-    )  # no quotient is so near to an edge that float32 may fall on its other side
+    # No quotient is so near to an edge that float32 may fall on its other side.
+    assert margin > 1e-6
     np.testing.assert_array_equal(codes, wanted_codes)
     oracle.check_values(out, wanted, slack=1e-5)
 

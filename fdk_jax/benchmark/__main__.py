@@ -230,9 +230,8 @@ def _measure(suite: Any, cases: Sequence[Any]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status."""
-    if (
-        FLAGS.verbosity == logging.INFO
-    ):  # The default; JAX informs of each platform it did not find.
+    # The default; JAX informs of each platform it did not find.
+    if FLAGS.verbosity == logging.INFO:
         logging.set_verbosity(logging.WARNING)
     files = argv[1:]
     if files and not FLAGS.plot:

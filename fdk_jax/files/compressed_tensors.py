@@ -14,6 +14,7 @@ from fdk_jax.files.bits import turn, turned, unpack
 from fdk_jax.files.contents import Stored, quantised_tensor
 from fdk_jax.files.groups import Group, split
 from fdk_jax.files.zero_points import with_zeros
+from fdk_jax.format import packing
 
 NAME = "compressed-tensors"
 _PARTS = (
@@ -138,7 +139,7 @@ def _integers(group: Group, schemes: list[dict[str, Any]]) -> Stored:
             f"{group.module}: {packed.shape} words do not hold [{n}, {k}] codes of {sorted(widths)} bits"
         )
     (bits,) = fits
-    if bits not in (1, 2, 4, 8):
+    if bits not in packing.BITS:
         raise ValueError(f"{group.module}: compressed-tensors of {bits} bits is not supported")
     g = _group_size(group, scale.shape, n, k)
     zero = group.parts.get("weight_zero_point")

@@ -12,6 +12,7 @@ import numpy as np
 from fdk_jax.files.bits import turned
 from fdk_jax.files.contents import Stored, quantised_tensor
 from fdk_jax.files.groups import Group, split
+from fdk_jax.format import packing
 
 NAME = "MLX"
 
@@ -37,7 +38,7 @@ def weights(
 
 def _weight(group: Group, bits: int, group_size: int) -> Stored:
     words, scale = group.dtype("weight", "U32"), group.dtype("scales", "BF16", "F16", "F32")
-    if bits not in (1, 2, 4, 8):
+    if bits not in packing.BITS:
         raise ValueError(f"{group.module}: MLX weights of {bits} bits are not supported")
     n, k, bias = words.shape[0], words.shape[1] * 32 // bits, group["biases"]
 

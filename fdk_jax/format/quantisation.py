@@ -36,9 +36,8 @@ DEFAULTS = {
     1: ("uniform", "absmean"),
 }
 _MIN_SCALE = 1e-12
-_LEAST_SQUARE = (
-    1e-30  # of a scale by the largest one: groups of zeros count, but for next to nothing
-)
+# Of a scale by the largest one: groups of zeros count, but for next to nothing.
+_LEAST_SQUARE = 1e-30
 _BLOCK = 1 << 24  # weights whose float32 intermediates exist at a time
 
 

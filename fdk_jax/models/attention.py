@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-_BLOCK = (
-    512  # queries and keys of which all scores exist at a time: bounds the memory of long prompts
-)
+# Queries and keys of which all scores exist at a time: bounds the memory of long prompts.
+_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)

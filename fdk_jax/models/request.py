@@ -195,9 +195,8 @@ class Request:
 
 _GUESS_RUN = 4  # steps on a GPU before it polls
 _RUN_TOKENS = 8192  # of one prompt that are read at once on a GPU,
-_ALL_RUN_TOKENS = (
-    16384  # and of all prompts together: activations of a layer stay below a gigabyte or two
-)
+# Of all prompts together: activations of a layer stay below a gigabyte or two.
+_ALL_RUN_TOKENS = 16384
 _CPU_RUN_TOKENS = 512  # both on a CPU, whose kernels are no faster with more
 _SCORES = 1 << 28  # elements of the mask between a run and the cache
 _SHORTEST_RUN = 256

@@ -208,9 +208,8 @@ def _read_parts(path: Path) -> TokenizerParts:
 
 def _read_folder(folder: Path) -> TokenizerParts:
     config = read_json(folder / "tokenizer_config.json", optional=True)
-    if (
-        "added_tokens_decoder" not in config
-    ):  # an older folder: its special tokens are in another file
+    # An older folder: its special tokens are in another file.
+    if "added_tokens_decoder" not in config:
         config |= read_json(folder / "special_tokens_map.json", optional=True)
     special = {name: _text(folder, name, config.get(name)) for name in _NAMED}
     return TokenizerParts(
