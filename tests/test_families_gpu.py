@@ -12,8 +12,8 @@ if jax.default_backend() != "gpu":
 
 __all__ = ["expected"]  # a fixture
 QUANTISATION = models.Quantisation(4, 32)
-# Of a token that is not the best one, in standard deviations of the logits: bfloat16 leaves no order among those
-# that are nearer, or nearer than what it loses.
+# Of a token that is not the best one, in standard deviations of the logits: bfloat16 leaves no order among
+# those that are nearer, or nearer than what it loses.
 NEAR = 0.15
 
 
