@@ -155,7 +155,7 @@ def test_a_wrong_kernel_fails_and_is_not_timed(factor, monkeypatch):
 
 @pytest.mark.parametrize(
     "max_seconds, repetitions, expected",
-    [(60.0, 15, (2, 15)), (-1.0, 15, (0, 10)), (-1.0, 2, (0, 2))],
+    [(60.0, 15, (1, 15)), (-1.0, 15, (0, 10)), (-1.0, 2, (0, 2))],
 )
 def test_cases_of_a_group_are_sampled_in_turn(max_seconds, repetitions, expected):
     ran = []

@@ -243,7 +243,7 @@ def test_a_sample_of_another_length_gets_other_passes(seconds_a_pass, wanted, mo
     monkeypatch.setattr(kernels, "build", build)
     work = kernels.prepare(KernelCase("xla", 1, 64, 64, 32, dtype="float32"))
     session = timing.Session(sample_seconds=0.05)
-    loops, run = kernels._of_length(work, 1, 0.005, session)
+    loops, run = kernels._of_length(work, 1, 10, session)
     assert built[0] == 10
     assert loops == built[-1] == wanted
     assert run() == wanted * seconds_a_pass

@@ -123,7 +123,9 @@ def _ready(case: KernelCase, session: timing.Session):
             return result | {"status": "failed", "reason": str(outcome)}, None, 0
         copies = session.copies or copies_for(work)
         estimate = max(result["bound_us"] * 1e-6, seconds)
-        loops, run = _of_length(work, copies, estimate, session)
+        # On a GPU, where that is known badly, it is tried on a short loop.
+        trial = (session.sample_seconds or _SAMPLE[_kind(work)]) * _TRIAL[_kind(work)]
+        loops, run = _of_length(work, copies, max(1, round(trial / estimate / copies)), session)
     held = {
         "checked_rows": len(work.reference.rows),
         "working_set_bytes": copies * work.weight_bytes,
@@ -149,23 +151,22 @@ def _first_call(work: Workload, session: timing.Session) -> tuple[np.ndarray, fl
 
 
 def _of_length(
-    work: Workload, copies: int, seconds: float, session: timing.Session
+    work: Workload, copies: int, loops: int, session: timing.Session, tries: int = 3
 ) -> tuple[int, Callable[[], float]]:
-    """The passes of a sample and its compiled loop, from about how long a call takes.
-
-    Made anew where that was off by half. On a GPU, where it is known badly, it is tried on a short loop first.
-    """
-    kind = "cpu" if work.device.platform == "cpu" else "gpu"
-    target = session.sample_seconds or _SAMPLE[kind]
-    loops = max(1, round(target * _TRIAL[kind] / seconds / copies))
+    """The passes of a sample and its compiled loop, made anew where its time is off by half."""
     run = build(work, copies, loops, session)
     with session.turn():
         seconds = min(run(), run())
-    if target / 2 < seconds < 2 * target or (loops == 1 and seconds > target):
+    target = session.sample_seconds or _SAMPLE[_kind(work)]
+    alright = target / 2 < seconds < 2 * target or (loops == 1 and seconds > target)
+    if alright or tries == 1:
         return loops, run
     del run  # and with it its copies of the weight
-    loops = math.ceil(loops * target / seconds)
-    return loops, build(work, copies, loops, session)
+    return _of_length(work, copies, math.ceil(loops * target / seconds), session, tries - 1)
+
+
+def _kind(work: Workload) -> str:
+    return "cpu" if work.device.platform == "cpu" else "gpu"
 
 
 def build(work: Workload, copies: int, loops: int, session: timing.Session) -> Callable[[], float]:

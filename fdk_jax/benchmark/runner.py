@@ -130,7 +130,7 @@ class _Attempt:
         self.case = case
         self._session = session
         self._samples: list[float] = []
-        self._warm_ups = 2
+        self._warm_ups = 1
         self._spent = 0.0
         self._run: Callable[[], float] | None = None
         self._result: dict[str, Any] = {}
@@ -162,7 +162,7 @@ class _Attempt:
         return self._run is not None
 
     def take_sample(self) -> None:
-        """Runs once: to warm up, twice at first, then for a sample; ends with the last one."""
+        """Runs once: to warm up at first, then for a sample; ends with the last one."""
         if self._run is None:
             return
         late = self._spent > self._session.max_seconds
