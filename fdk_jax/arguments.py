@@ -19,6 +19,7 @@ from fdk_jax.models import calibrating
 from fdk_jax.models.tokenizer import Tokenizer
 
 CODEBOOKS = ("auto", "uniform", "nf4", "kmeans")
+SCALES = ("auto", "absmax", "absmean", "rms", "search")
 
 
 def exit_status(action: Callable[[], object], *, debug: bool) -> int:
@@ -63,6 +64,12 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     weights.add_argument("--group_size", type=int, default=64)
     weights.add_argument(
         "--codebook", default="auto", choices=CODEBOOKS, help="default: the best for the bits"
+    )
+    weights.add_argument(
+        "--scale",
+        default="auto",
+        choices=SCALES,
+        help="of each group; search: that of least error, much slower to load and better at 4 bits",
     )
     weights.add_argument("--head_bits", type=int, choices=BITS, help="of the last layer")
     weights.add_argument(
@@ -110,7 +117,7 @@ def load(
     quantisation = None
     if args.bits is not None:
         quantisation = models.Quantisation(
-            args.bits, args.group_size, args.codebook, head_bits=args.head_bits
+            args.bits, args.group_size, args.codebook, args.scale, head_bits=args.head_bits
         )
     options: dict[str, Any] = dict(
         requantise=args.requantise, dtype=args.dtype, backend=backend, arithmetic=arithmetic

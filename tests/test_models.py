@@ -189,3 +189,18 @@ def test_a_tied_embedding_has_the_bits_of_the_head():
     config = ModelConfig(256, 128, 192, 2, 4, 2, 32, tie_embeddings=True)
     with pytest.raises(ValueError, match="head_bits=1"):
         models.random_model(config, bits=2, head_bits=1, embedding_bits=2)
+
+
+def test_scales_may_be_searched_while_loading():
+    """They lose less than the default's, and what they give is what `calibrate_array` gives."""
+    plain = models.load(DATA / "qwen2", dtype="float32")
+    searched = models.Quantisation(4, scale="search")
+    found = models.load(DATA / "qwen2", dtype="float32", quantisation=searched)
+    default = models.load(DATA / "qwen2", dtype="float32", quantisation=models.Quantisation(4))
+    kernel = plain.layers[0].mlp.down.kernel[...]
+    one = found.layers[0].mlp.down.weight.get_value()
+    wanted = fdk_jax.calibrate_array(kernel, 4, axes="kn")
+    np.testing.assert_array_equal(one.dequantise(), np.asarray(wanted.dequantise()).T)
+    other = default.layers[0].mlp.down.weight.get_value()
+    errors = [float(np.square(w.dequantise() - np.asarray(kernel).T).sum()) for w in (one, other)]
+    assert errors[0] < 0.95 * errors[1]

@@ -4,9 +4,19 @@ import json
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from fdk_jax.benchmark import adopt, cpu_tables, group_table, records, report, source
+from fdk_jax.benchmark import (
+    adopt,
+    cpu_tables,
+    group_table,
+    quantising,
+    records,
+    report,
+    source,
+)
 from fdk_jax.format.quantisation import DEFAULTS, SCALES, resolve_auto
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,3 +264,19 @@ def test_group_sizes_are_compared_at_equal_bytes():
     text = group_table.group_sizes([*found, row | dict(group_size=64, bits=16)])
     assert "| 30.0 (1.50) | 11.0 (1.00) | 10.0 (1.00) | 19.0 (2.00) |" in text
     assert group_table.group_sizes(found[1:]) == "(No rows yet.)"
+
+
+def test_formats_have_a_time_for_each_device():
+    weight = jax.random.normal(jax.random.key(0), (8, 128), jnp.bfloat16)
+    found = [quantising.measure(weight, *form, 2) for form in quantising.FORMATS[2:6]]
+    assert [row["name"] for row in found] == [
+        "4 nf4 absmax", "4 kmeans absmax", "4 nf4 search", "4 kmeans search",
+    ]  # fmt: skip
+    errors = [row["weight_rms_error"] for row in found]
+    assert errors[3] < errors[1] < 0.1 and errors[2] < errors[0] < 0.11
+    for row in found:
+        assert row["seconds_per_billion"] == pytest.approx(row["median_us"] * 1000 / 1024)
+    rows = [row | {"device": d, "commit": "c" * 40} for d in ("A", "B") for row in found]
+    text = report.quantising(rows[:-1])
+    assert "| bits | levels | scales | error of the weights | A | B |" in text
+    assert f"| 4 | nf4 | absmax | {errors[0]:.4f} |" in text and text.count("|  |") == 1

@@ -283,6 +283,23 @@ def calibration(found: Iterable[Row]) -> str:
     return _of_one_device(head, lines, rows)
 
 
+def quantising(found: Iterable[Row]) -> str:
+    """How long each format takes to quantise to, on each device."""
+    rows = [row for row in found if row["suite"] == "quantising"]
+    if not rows:
+        return "(No rows yet.)"
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    cells = {(row["name"], row["device"]): row for row in rows}
+    head = ["bits", "levels", "scales", "error of the weights", *devices]
+    lines = []
+    for row in {row["name"]: row for row in rows}.values():
+        here = [cells.get((row["name"], device)) for device in devices]
+        times = [f"{one['seconds_per_billion']:.2f}" if one else "" for one in here]
+        error = f"{row['weight_rms_error']:.4f}"
+        lines.append([str(row["bits"]), row["codebook"], row["scale"], error, *times])
+    return f"{table.markdown(head, lines)}\n\n({table.commits(rows)})"
+
+
 def training_steps(found: Iterable[Row]) -> str:
     """A step of training through the quantisation beside the float step, sample by sample."""
     rows = [row for row in found if row["suite"] == "training"]
@@ -351,6 +368,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "networks-smollm2-rotated": lambda found: networks(found, "smollm2-rotated"),
     "networks-published": networks_published,
     "calibration": calibration,
+    "quantising": quantising,
     "training-steps": training_steps,
 }
 

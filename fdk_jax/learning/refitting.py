@@ -11,10 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from fdk_jax.format.dequantisation import lookup, round_to, spread
+from fdk_jax.learning import compiling
 from fdk_jax.learning.rounding import EXACT, elements, grouped
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
+@functools.partial(
+    jax.jit, static_argnames=("group_size", "dtype"), compiler_options=compiling.OPTIONS
+)
 def refit_scales(
     weight: Array,
     codes: Array,
@@ -69,7 +72,9 @@ def refit_scales(
     return jax.lax.map(some, parts).reshape(-1, groups)[:n]
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
+@functools.partial(
+    jax.jit, static_argnames=("group_size", "dtype"), compiler_options=compiling.OPTIONS
+)
 def refit_levels(
     weight: Array,
     codes: Array,

@@ -17,6 +17,7 @@ from jax import Array
 
 from fdk_jax.format.dequantisation import lookup, round_to, spread
 from fdk_jax.format.quantisation import middle_of, nearest_codes
+from fdk_jax.learning import compiling
 from pallas_kernels import columns as columns_kernel
 
 # Multiples of the rule's scale that the search tries; 1 is one of them.
@@ -211,7 +212,9 @@ def _inverse_root(second: Array, damping: Array) -> tuple[Array, Array]:
     return jax.scipy.linalg.solve_triangular(upper, identity, lower=False), order
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "dtype", "fused"))
+@functools.partial(
+    jax.jit, static_argnames=("group_size", "dtype", "fused"), compiler_options=compiling.OPTIONS
+)
 def _corrected(weight, scales, codebook, root, order, *, group_size, dtype, fused) -> Array:
     n, k = weight.shape
     levels = round_to(codebook, dtype)
@@ -303,7 +306,9 @@ def descend(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "dtype", "fused"))
+@functools.partial(
+    jax.jit, static_argnames=("group_size", "dtype", "fused"), compiler_options=compiling.OPTIONS
+)
 def _descend(
     weight, codes, scales, codebook, second, damping, *, group_size, dtype, fused
 ) -> Array:

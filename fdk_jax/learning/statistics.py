@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array
 
 from fdk_jax.layers.surgery import axes_of, plain_linear, replace_layers
+from fdk_jax.learning import compiling
 from fdk_jax.learning.losses import next_token_loss
 
 Forward = Callable[[nnx.Module, Any], Any]
@@ -212,7 +213,9 @@ def second_moments(
     return {name: _moments(name, _at(total, name, "second"), count[name]) for name in layers}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@functools.partial(
+    jax.jit, static_argnums=(0, 1), donate_argnums=2, compiler_options=compiling.OPTIONS
+)
 def _with_batch(forward: Forward, graph: Any, total: Any, rest: Any, batch: Any) -> Any:
     """Adds what the taps record of one batch to the sums of second moments; the tokens are the batch's own.
 

@@ -23,6 +23,7 @@ from fdk_jax.format.orientation import to_matrix
 from fdk_jax.format.quantisation import quantise_array
 from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.layers.trees import default_backend, prepare
+from fdk_jax.learning import compiling
 from fdk_jax.learning.calibration import calibrate, progress_bar
 from fdk_jax.learning.evaluation import read_tokens
 from fdk_jax.models import decoding, names
@@ -178,7 +179,7 @@ def _after(layer: Any, batch: Batch) -> Array:
     return layer.prompt(*batch)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=compiling.OPTIONS)
 def _step(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Array:
     return _after(nnx.merge(graph, state), batch)
 
