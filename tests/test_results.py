@@ -147,6 +147,22 @@ def test_dense_rows_belong_to_the_bits_that_they_took_turns_with():
     assert "| 3 | 6.00 / 3.00 | 10.00 / 5.00 |" in text
 
 
+def test_the_table_of_few_rows_has_the_most_threads():
+    shape = dict(k=8192, n=8192, m=16)
+    rows = [
+        _sweep_row("cpu", "codebook_exact", 4, [9.0] * 3, **shape),
+        _sweep_row("cpu", "codebook_exact", 4, [4.0] * 3, **(shape | {"threads": 8})),
+        _sweep_row("cpu", "codebook_exact", 1, [2.0] * 3, **(shape | {"threads": 8})),
+        _sweep_row("torch", "dense", 16, [12.0] * 3, **(shape | {"threads": 8}), beside=[4]),
+        _sweep_row("torch", "dense", 16, [10.0] * 3, **(shape | {"threads": 8}), beside=[1]),
+        _sweep_row("cpu", "codebook_exact", 4, [1.0] * 3, **(shape | {"threads": 8, "m": 3})),
+    ]
+    text = cpu_tables.few(rows)
+    assert "| tokens | bf16 (PyTorch) | 4 bit, `exact` | 1 bit, `exact` |" in text
+    assert text.endswith("| 8192 x 8192 | 16 | 10 | 4 (3.00) | 2 (5.00) |")
+    assert cpu_tables.few(rows[-1:]) == "(No rows yet.)"
+
+
 def test_shares_of_the_read_bandwidth():
     fields = {"suite": "cpu_threads", "device": "d", "threads": 2, "k": 64, "commit": "abcdefgh"}
     probe = fields | {"k": None, "bits": None, "arithmetic": None, "bytes_rw": 3000}

@@ -7,6 +7,8 @@ from typing import Any
 from fdk_jax.benchmark.table import commits, markdown
 
 NO_ROWS = "(No rows yet.)"
+FEW = (1, 16, 64, 128, 512)  # tokens in the README's tables
+_SHAPE = (8192, 8192)  # k, n of the README's table
 _PLACE = ("device", "isa", "clock", "threads")  # of a run whose cases took turns
 
 Row = dict[str, Any]
@@ -67,6 +69,34 @@ def dense(found: Iterable[Row]) -> str:
                 cells.append(" / ".join(pairs))
             lines.append(cells)
         head = ["tokens", *(f"{k} x {n}, {bits} bits" for _, k, n, bits in columns)]
+        texts.append(f"{_title(here)}, {commits(here)}:\n\n{markdown(head, lines)}")
+    return "\n\n".join(texts) or NO_ROWS
+
+
+def few(found: Iterable[Row]) -> str:
+    """Microseconds of a few numbers of tokens, and PyTorch's dense time over them; one table a device."""
+    texts = []
+    chosen = [r for r in _of(found, "sweep") if (r["k"], r["n"]) == _SHAPE and r["m"] in FEW]
+    chosen = [r for r in chosen if r["backend"] == "cpu" or r["name"] == "dense"]
+    chosen = [r for r in chosen if r.get("clock") != "processor"]
+    for of_device in _by(chosen, lambda r: r["device"]):
+        threads = max(r["threads"] for r in of_device)
+        here = [r for r in of_device if r["threads"] == threads]
+        kinds = sorted({(-r["bits"], r["name"]) for r in here if r["backend"] == "cpu"})
+        lines = []
+        for m in sorted({r["m"] for r in here}):
+            same = [r for r in here if r["m"] == m]
+            plain = [r for r in same if r["name"] == "dense"]
+            cells = [f"{_SHAPE[0]} x {_SHAPE[1]}", str(m)]
+            cells.append(f"{min(r['median_us'] for r in plain):.0f}" if plain else "")
+            for bits, name in kinds:
+                own = [r for r in same if (-r["bits"], r["name"]) == (bits, name)]
+                peer = [r for r in plain if -bits in _beside(r)]
+                text = f"{own[0]['median_us']:.0f}" if own else ""
+                cells.append(text + (f" ({_ratio(peer[0], own[0])})" if own and peer else ""))
+            lines.append(cells)
+        names = (f"{-bits} bit, `{name.removeprefix('codebook_')}`" for bits, name in kinds)
+        head = ["k x n", "tokens", "bf16 (PyTorch)", *names]
         texts.append(f"{_title(here)}, {commits(here)}:\n\n{markdown(head, lines)}")
     return "\n\n".join(texts) or NO_ROWS
 

@@ -27,7 +27,6 @@ FILES = (
     "docs/gpu/many.md",
     "docs/gpu/support.md",
 )
-_FEW = (1, 16, 64, 128, 512)  # tokens in the README's table
 _MARK = re.compile(r"(<!-- report: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _DENSE = 16
 _GROUP = 64  # weights that share a scale, in tables that do not name it
@@ -59,7 +58,7 @@ def kernels(found: Iterable[Row], *, spread: bool = False) -> str:
         here = [r for r in chosen if r["device"] == device]
         widths = sorted({r["bits"] for r in here}, reverse=True)
         head = ["k x n", "tokens", *(f"{b} bit" if b != _DENSE else "bf16 (XLA)" for b in widths)]
-        shapes = {(r["k"], r["n"], r["m"]) for r in here if spread or r["m"] in _FEW}
+        shapes = {(r["k"], r["n"], r["m"]) for r in here if spread or r["m"] in cpu_tables.FEW}
         shown: dict[tuple, Row] = {}
         for shape in sorted(shapes, key=lambda s: (-s[0], -s[1], s[2])):
             for bits in widths:
@@ -353,6 +352,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality": quality,
     "sweep": cpu_tables.sweep,
     "dense": cpu_tables.dense,
+    "cpu": cpu_tables.few,
     "read-shares": cpu_tables.read_shares,
     "prompts": cpu_tables.prompts,
     "scaling": lambda found: scaling(found, "table"),
