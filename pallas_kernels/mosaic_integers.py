@@ -85,14 +85,14 @@ def rounded(case: Case, arrays: Arrays, rows: int) -> tuple[Arrays, tuple[Array,
         arrays: as `matmul` has them.
         rows: of which x has factors, M at least.
     """
-    books = arrays.codebook.reshape(case.codebooks, -1)
+    codebooks = arrays.codebook.reshape(case.codebooks, -1)
     if current().has_pallas and case.k <= rounding.MAX_FEATURES:
         x, of_x = rounding.integers(arrays.x, rows)
-        scales, table, of_rows = rounding.relative(case, arrays.scales, books)
+        scales, table, of_rows = rounding.relative(case, arrays.scales, codebooks)
     else:
         x, of_x = integers(arrays.x)
         of_x = jnp.pad(of_x, (0, rows - case.m))
-        scales, table, of_rows = relative(case, arrays.scales, books)
+        scales, table, of_rows = relative(case, arrays.scales, codebooks)
     return arrays._replace(x=x, scales=scales, codebook=table), (of_x, of_rows)
 
 

@@ -84,13 +84,13 @@ def relative(
 
 def _relative(scales, codebook, by_row, table, factors, *, case, size):
     tile = pl.program_id(0)
-    book = tile * TILE_ROWS * case.codebooks // case.n  # changes at multiples of programs' rows
-    book = jnp.minimum(book, case.codebooks - 1)
+    which = tile * TILE_ROWS * case.codebooks // case.n  # changes at multiples of programs' rows
+    which = jnp.minimum(which, case.codebooks - 1)
     code = jnp.arange(2**case.bits)
-    values = triton_compat.load(codebook.at[book, code])
+    values = triton_compat.load(codebook.at[which, code])
     peak = jnp.max(jnp.abs(values))
     peak = jnp.where(peak == 0, 1.0, peak)
-    triton_compat.store(table.at[book, code], values / peak)
+    triton_compat.store(table.at[which, code], values / peak)
     # Of a tile and four groups: row g, group, and whether it is row g + 8; see `fdk_jax.format.packing`.
     group, row = jnp.arange(size)[:, None], jnp.arange(TILE_ROWS)[None]
     index = row % 8 * 8 + group % 4 * 2 + row // 8

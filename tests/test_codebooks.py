@@ -55,10 +55,10 @@ def test_cube_root_codebooks_suit_their_distribution(name, rng):
     w = draw().astype(np.float32)
     for bits in (2, 4):
         error = {
-            book: oracle.relative_rms(
-                fdk_jax.quantise(w, bits, codebook=book, scale="rms").dequantise(), w
+            codebook: oracle.relative_rms(
+                fdk_jax.quantise(w, bits, codebook=codebook, scale="rms").dequantise(), w
             )
-            for book in (name, "uniform", "kmeans")
+            for codebook in (name, "uniform", "kmeans")
         }
         assert error["kmeans"] * 0.999 <= error[name] < error["uniform"]
         assert error[name] < 1.25 * error["kmeans"]

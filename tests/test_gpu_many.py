@@ -175,8 +175,8 @@ def _integer_product(rng, m, n, k, bits, group, dtype, codebooks=1, scales=None)
     packed, _ = packing.from_planar(
         arrays.packed, arrays.scales, bits=bits, group_size=group, out_features=n, in_features=k
     )
-    codes, book = np.asarray(packing.unpack(packed, bits, k)), np.arange(n) * codebooks // n
-    values = np.asarray(made.codebook, np.float16).astype(np.float64)[book[:, None], codes]
+    codes, which = np.asarray(packing.unpack(packed, bits, k)), np.arange(n) * codebooks // n
+    values = np.asarray(made.codebook, np.float16).astype(np.float64)[which[:, None], codes]
     weight = np.rint(values * np.repeat(by_row, group, 1)[:, :k]) * of_rows[:n, None]
     return (
         case,

@@ -187,12 +187,12 @@ def test_rows_of_x_that_are_zero_or_not_finite():
 def test_integers_of_a_weight_are_within_half_a_step(rng, bits, group, scales):
     product = case(n=48, k=1024, bits=bits, group=group, codebooks=3, scales=scales)
     codes = rng.integers(0, 2**bits, (48, 1024)).astype(np.uint8)
-    books = rng.normal(size=(3, 2**bits)).astype(np.float32)
+    levels = rng.normal(size=(3, 2**bits)).astype(np.float32)
     factors = jnp.asarray(rng.normal(size=(48, 1024 // group)), scales).at[5].set(0)
     spec = dict(bits=bits, group_size=group, out_features=48, in_features=1024)
     _, planar = packing.to_planar(packing.pack(codes, bits), factors, **spec)
     relative, table, rows = (
-        np.asarray(a, np.float64) for a in mosaic_integers.relative(product, planar, books)
+        np.asarray(a, np.float64) for a in mosaic_integers.relative(product, planar, levels)
     )
     # A tile's scales of four groups: row g, group, row g or g + 8.
     by_row = relative.reshape(3, -1, 8, 4, 2).transpose(0, 4, 2, 1, 3).reshape(48, -1)
@@ -201,7 +201,7 @@ def test_integers_of_a_weight_are_within_half_a_step(rng, bits, group, scales):
         * np.repeat(by_row, group, 1)[:, :1024]
     )
     assert np.abs(integers).max() <= 127
-    wanted = books[np.arange(48)[:, None] // 16, codes] * np.repeat(
+    wanted = levels[np.arange(48)[:, None] // 16, codes] * np.repeat(
         np.asarray(factors, np.float64), group, 1
     )
     # And what the table and the scales lose as float16.
@@ -275,9 +275,9 @@ def test_relative_scales_in_one_launch_are_those_of_xla(rng, n, codebooks, group
     product = case(n=n, k=1024, group=group, codebooks=codebooks)
     shape = product.tiles, product.scale_fours, 64
     scales = jnp.asarray(rng.normal(size=shape), BF16).at[0, :, ::8].set(0)
-    books = jnp.asarray(rng.normal(size=(codebooks, 16)), jnp.float32)
-    found = rounding.relative(product, scales, books, interpret=True)
-    wanted = mosaic_integers.relative(product, scales, books)
+    levels = jnp.asarray(rng.normal(size=(codebooks, 16)), jnp.float32)
+    found = rounding.relative(product, scales, levels, interpret=True)
+    wanted = mosaic_integers.relative(product, scales, levels)
     for a, b in zip(found, wanted, strict=True):
         a = np.asarray(a, np.float64)[: len(b)]
         np.testing.assert_allclose(a, np.asarray(b, np.float64), rtol=2e-3, atol=1e-6)

@@ -36,8 +36,8 @@ BITS = [1, 2, 4, 8]
 )
 def test_fake_quantise_is_quantise_bit_for_bit(bits, scale, axes, shape, rng):
     w = jnp.asarray(rng.standard_t(4, shape), jnp.float32)
-    books = ["uniform", "normal", np.sort(rng.standard_normal(2**bits)).astype(np.float32)]
-    for codebook in books:
+    codebooks = ["uniform", "normal", np.sort(rng.standard_normal(2**bits)).astype(np.float32)]
+    for codebook in codebooks:
         for dtype in (jnp.float32, jnp.bfloat16):
             options = dict(group_size=32, codebook=codebook, scale=scale, axes=axes)
             q = fdk_jax.format.quantisation.quantise_array(w, bits, dtype=dtype, **options)

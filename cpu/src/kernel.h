@@ -143,7 +143,7 @@ struct PromptAttention {
     const int64_t at = starts[sequence * start_step];
     return at < 0 ? 0 : at;
   }
-  // Tokens of a piece of work: some 256 queries meet a block of keys.
+  // Tokens of a piece of work: some 256 queries are multiplied by a block of keys.
   int64_t block_tokens() const {
     const int64_t fitting = 256 / (heads / kv_heads);
     return fitting < 1 ? 1 : fitting < tokens ? fitting : tokens;

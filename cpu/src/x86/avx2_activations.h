@@ -68,7 +68,7 @@ BlockFactor convert_block(const Plan &plan, const float x[kMaxBlock], Element *n
 
 template <typename A>
 void prepare(const Plan &plan, void *prepared, int64_t token_begin, int64_t token_end) {
-  // A gathered level meets one activation: the other half of its word stays 0.
+  // A gathered level is multiplied by one activation: the other half of its word stays 0.
   using Element = std::conditional_t<A::kInteger, int16_t, float>;
   constexpr int64_t columns = step_k(A::kBits);
   constexpr int64_t spread = A::kInteger && A::kColumns == 1 ? 2 : 1;
