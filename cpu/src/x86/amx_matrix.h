@@ -23,7 +23,8 @@ inline constexpr int64_t kMatrixTiles = 16;
 constexpr int64_t tiles_together(int64_t tokens) {
   return tokens <= 2 * kMatrixRows ? 2 : tokens <= 4 * kMatrixRows ? 8 : kMatrixTiles;
 }
-// Tokens that tiles are multiplied by before the next ones are decoded: their totals stay in the L2 cache.
+// Tokens that tiles are multiplied by before the next ones are decoded: their totals stay in the L2
+// cache.
 inline constexpr int64_t kMatrixTokens = 512;
 // Of a tile's registers so many are decoded at a time: the L1 cache holds two tiles' and 32
 // tokens'.
@@ -244,7 +245,8 @@ void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &fi
     else multiply_range<A, false>(plan, layout, prepared, range.codebook, block_range, work);
   };
   for (; block_range.begin < plan.blocks.size(); block_range.begin = block_range.end) {
-    // The first tokens are multiplied by two tiles while what was decoded of them lies in the L1 cache.
+    // The first tokens are multiplied by two tiles while what was decoded of them lies in the L1
+    // cache.
     for (int64_t i = 0; i < tiles; i += 2) {
       for (int64_t j = i; j < std::min(i + 2, tiles); ++j)
         block_range.end = decode_range(plan, arithmetic, finish, block_range.begin, tile + j,

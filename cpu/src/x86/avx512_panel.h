@@ -1,4 +1,5 @@
-// Many tokens in AVX-512: weights are decoded once into a panel, which all tokens are multiplied by.
+// Many tokens in AVX-512: weights are decoded once into a panel, which all tokens are multiplied
+// by.
 #pragma once
 
 #include <immintrin.h>
@@ -15,8 +16,8 @@ inline constexpr int64_t kPanelTiles = 4;          // the register block of the 
 inline constexpr int64_t kPanelTokens = 6;         // 24 sums, 4 weights, 1 activation word
 inline constexpr int64_t kPanelBytes = 192 << 10;  // decoded weights that stay in the L2 cache
 
-// Many tokens: kPanelTiles tiles are decoded once for a range of blocks, then multiplied by all tokens.
-// panel [vector][kPanelTiles][16 x 32 bits]; totals [token][kPanelTiles][16] float32.
+// Many tokens: kPanelTiles tiles are decoded once for a range of blocks, then multiplied by all
+// tokens. panel [vector][kPanelTiles][16 x 32 bits]; totals [token][kPanelTiles][16] float32.
 template <typename A>
 size_t panel_scratch_bytes(const Plan &plan) {
   if (plan.m <= kDirectTokens) return 0;
