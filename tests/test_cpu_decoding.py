@@ -49,6 +49,12 @@ def test_dense_refuses_what_does_not_fit(rng):
         cpu_backend.dense(x[:2], w, rows=True, out_dtype=jnp.float32).block_until_ready()
 
 
+def test_norms_refuse_what_does_not_fit(rng):
+    x, scale = random(rng, "float32", 2, 8), random(rng, "float32", 7)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
+        cpu_backend.add_rms_norm(x, x, scale, eps=1e-5)[0].block_until_ready()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 4)])
 def test_take_rows(rng, dtype, shape):

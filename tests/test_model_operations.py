@@ -1,5 +1,7 @@
 """The operations of a model by platform: values, and what a decoding step lowers to for a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from fdk_jax.benchmark import accuracy
 from fdk_jax.models import attention, fused_layers, platforms
 from fdk_jax.models.cache import append
 from fdk_jax.models.config import ModelConfig
+from fdk_jax.product import cpu_backend
 from pallas_kernels import dense, norm, ring_arithmetic
 from pallas_kernels.target import H200, using
 
@@ -40,15 +43,16 @@ def test_linear_of_rows(rng, m, dtype):
 
 
 @pytest.mark.parametrize("features", [96, 128, 3072])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_add_rms_norm_kernel(rng, features, dtype):
     x, delta = (jnp.asarray(rng.normal(size=(2, features)), dtype) for _ in range(2))
     scale = jnp.asarray(rng.normal(size=features), dtype)
     total = np.asarray(x, np.float64) + np.asarray(delta, np.float64)
-    for found in (
-        norm.add_rms_norm(x, delta, scale, eps=1e-5, interpret=True),
-        platforms.add_rms_norm(x, delta, scale, 1e-5),
-    ):
+    ways = [functools.partial(norm.add_rms_norm, interpret=True), platforms.add_rms_norm]
+    if cpu_backend.unavailable_reason() is None:
+        ways.insert(0, cpu_backend.add_rms_norm)
+    for way in ways:
+        found = way(x, delta, scale, eps=1e-5)
         oracle.check_values(found[0], total)
         # Some normalise the sum as it was rounded, and some round what is normalised before they scale it.
         sums = (total, np.asarray(found[0], np.float64))

@@ -301,6 +301,8 @@ def test_sums_and_norms(which, spoil, rng, monkeypatch):
         test_model_operations.test_add_rms_norm_kernel(rng, 128, "bfloat16")
 
     fails(test, spoil, monkeypatch, norm, "add_rms_norm", make)
+    if cpu_backend.unavailable_reason() is None:
+        fails(test, spoil, monkeypatch, cpu_backend, "add_rms_norm", make)
 
 
 @MUTATIONS

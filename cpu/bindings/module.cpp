@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -14,6 +15,7 @@
 #include "api.h"
 #include "compiler.h"
 #include "fdk.h"
+#include "numeric.h"
 #include "residents.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -303,6 +305,63 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     fdk_ffi_take_rows, take_rows,
     ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<ffi::BufferR1<ffi::S32>>().Ret<ffi::AnyBuffer>());
 
+// Of each row of x + delta [M, D]: the sum, and its RMS norm times `scale` [D], which as in the
+// models is rounded before it is scaled. What XLA makes of it is six operations.
+template <fdk_dtype dtype>
+void add_norm_of(const ffi::AnyBuffer &x, const ffi::AnyBuffer &delta, const ffi::AnyBuffer &scale,
+                 ffi::AnyBuffer &total, ffi::AnyBuffer &normed, float eps) {
+  const int64_t width = x.dimensions()[1];
+  std::vector<float> row(static_cast<size_t>(width));
+  for (int64_t r = 0; r < x.dimensions()[0]; ++r) {
+    float squares = 0.0F;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t at = r * width + i;
+      const float sum = fdk::load_as_f32(x.untyped_data(), dtype, at) +
+                        fdk::load_as_f32(delta.untyped_data(), dtype, at);
+      const float value = fdk::round_to(sum, dtype);
+      row[static_cast<size_t>(i)] = value;
+      squares += value * value;
+    }
+    const float factor = 1.0F / std::sqrt(squares / static_cast<float>(width) + eps);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      const float value = row[static_cast<size_t>(i)];
+      fdk::store_from_f32(total.untyped_data(), dtype, r * width + i, value);
+      const float scaled =
+          fdk::round_to(value * factor, dtype) * fdk::load_as_f32(scale.untyped_data(), dtype, i);
+      fdk::store_from_f32(normed.untyped_data(), dtype, r * width + i, scaled);
+    }
+  }
+}
+
+ffi::Error add_norm(ffi::AnyBuffer x, ffi::AnyBuffer delta, ffi::AnyBuffer scale,
+                    ffi::Result<ffi::AnyBuffer> total, ffi::Result<ffi::AnyBuffer> normed,
+                    float eps) {
+  const auto like_x = [&](auto &buffer) {
+    return buffer.element_type() == x.element_type() && buffer.dimensions() == x.dimensions();
+  };
+  fdk_dtype dtype{};
+  if (x.dimensions().size() != 2 || x.dimensions()[1] < 1 || !like_x(delta) || !like_x(*total) ||
+      !like_x(*normed) || scale.element_type() != x.element_type() ||
+      scale.element_count() != static_cast<size_t>(x.dimensions()[1]) ||
+      !to_dtype(x.element_type(), dtype))
+    return ffi::Error::InvalidArgument("fdk: the norm's arrays do not fit one another");
+  if (dtype == FDK_F32) add_norm_of<FDK_F32>(x, delta, scale, *total, *normed, eps);
+  else if (dtype == FDK_F16) add_norm_of<FDK_F16>(x, delta, scale, *total, *normed, eps);
+  else add_norm_of<FDK_BF16>(x, delta, scale, *total, *normed, eps);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fdk_ffi_add_norm, add_norm,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("eps"));
+
 void check(fdk_status status) {
   if (status == FDK_OK) return;
   const std::string message = fdk_last_error();
@@ -421,7 +480,7 @@ int64_t reduce_sum(const py::array_t<int32_t, py::array::c_style> &source) {
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The CPU library: XLA FFI handlers and the layout conversion.";
-  module.attr("interface") = 5;  // raised with every change that fdk_jax/cpu_backend.py must follow
+  module.attr("interface") = 6;  // raised with every change that fdk_jax/cpu_backend.py must follow
   module.attr("compiler") = fdk::kCompiler;
   module.def(
       "ffi_handlers",
@@ -432,6 +491,7 @@ PYBIND11_MODULE(_cpu, module) {
             py::capsule(reinterpret_cast<void *>(fdk_ffi_prompt_attention));
         handlers["fdk_attention"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_attention));
         handlers["fdk_dense"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_dense));
+        handlers["fdk_add_norm"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_add_norm));
         handlers["fdk_take_rows"] = py::capsule(reinterpret_cast<void *>(fdk_ffi_take_rows));
         return handlers;
       },

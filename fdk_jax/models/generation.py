@@ -238,6 +238,7 @@ class Generator:
                 f"{speculate=} is for one prompt on one device, not for {len(prompts)} prompts"
                 + (" on several devices" if self.programs.parallel is not None else "")
             )
+        self.programs.return_memory()
         how = sampling or Sampling(), stop_tokens, speculate
         return Request(self.programs, prompts, max_tokens, self.max_context, *how)
 

@@ -89,7 +89,16 @@ def add_rms_norm(
         return norm.add_rms_norm(x, delta, scale, eps=eps)
 
     good = offset == 0 and norm.supported(x.shape[1], x.dtype)
-    return jax.lax.platform_dependent(x, delta, scale, cuda=fused if good else plain, default=plain)
+    on_cpu = offset == 0 and x.ndim == 2 and x.dtype == delta.dtype == scale.dtype
+    on_cpu = on_cpu and cpu_backend.unavailable_reason() is None
+    return jax.lax.platform_dependent(
+        x,
+        delta,
+        scale,
+        cuda=fused if good else plain,
+        cpu=functools.partial(cpu_backend.add_rms_norm, eps=eps) if on_cpu else plain,
+        default=plain,
+    )
 
 
 def rms_norm(x: Array, scale: Array, eps: float, offset: float = 0.0) -> Array:

@@ -90,6 +90,11 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
 
         return in_order
 
+    def return_memory(self) -> None:
+        """What earlier generations needed, caches above all, to the system: on a CPU malloc keeps it."""
+        if self.parallel is None and jax.default_backend() == "cpu":
+            return_freed_memory()
+
     def place(self, tree: Any) -> Any:
         """Arrays where the programs take them: a batch cut over the devices that share it, all else whole."""
         if self.parallel is None:

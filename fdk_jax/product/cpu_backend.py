@@ -24,7 +24,7 @@ from jax.core import Tracer
 from fdk_jax.format import host_arrays, packing
 
 ARITHMETIC = {"exact": 0, "int16": 1, "int8": 2}
-INTERFACE = 5  # of cpu/bindings/module.cpp
+INTERFACE = 6  # of cpu/bindings/module.cpp
 FEW_TOKENS = 16  # that `dense` takes at most
 _ONE_THREAD = 1 << 20  # bytes of a weight that one thread converts sooner than several start
 _RUN_BYTES = 1 << 20  # of codes that are read and converted at a time, so that they stay in a cache
@@ -209,6 +209,20 @@ def take_rows(table: Array, index: Array) -> Array:
     library()
     struct = jax.ShapeDtypeStruct((index.shape[0], table.shape[1]), table.dtype)
     return jax.ffi.ffi_call("fdk_take_rows", struct)(table, index)
+
+
+def add_rms_norm(x: Array, delta: Array, scale: Array, *, eps: float) -> tuple[Array, Array]:
+    """(x + delta, its RMS norm times `scale`) of [M, D] each, in one call; see `pallas_kernels.norm`.
+
+    Raises:
+        NotImplementedError: there is no library.
+    """
+    library()
+    struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    total, normed = jax.ffi.ffi_call("fdk_add_norm", (struct, struct))(
+        x, delta, scale, eps=np.float32(eps)
+    )
+    return total, normed
 
 
 def attention(
