@@ -1,10 +1,14 @@
 """The examples in the documentation run and print what they say."""
 
 import doctest
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+import fdk_jax
+from fdk_jax import models
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +32,15 @@ def test_links_to_files_lead_somewhere():
         links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if ":" not in link]
         dead += [(page.name, link) for link in links if not (page.parent / link).exists()]
     assert not dead
+
+
+@pytest.mark.parametrize("package", [fdk_jax, models], ids=lambda package: package.__name__)
+def test_the_reference_has_every_public_name(package):
+    text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    imported = re.findall(r"^from .* as (\w+)$", inspect.getsource(package), re.MULTILINE)
+    names = [name for name in imported if not inspect.ismodule(getattr(package, name))]
+    assert names
+    assert not [n for n in names if not re.search(rf"::? {package.__name__}\.{n}$", text, re.M)]
 
 
 def test_decisions_are_numbered_one_by_one():

@@ -285,6 +285,9 @@ def dequantise(source: Any, dtype: Any = None) -> Any:
         source: a `QuantisedTensor`, a tree that holds some, or an `nnx.Module` (whose QuantisedLinears
             become Linears again, in a new module).
         dtype: dtype of the weights; None for the compute dtype of each.
+
+    Returns:
+        An array, or the same structure with arrays; everything that is not quantised stays as it is.
     """
     if isinstance(source, nnx.Module):
 
@@ -318,6 +321,9 @@ def prepare(source: Any, backend: str | None = None) -> Any:
 
     Returns:
         The same structure; the weights are exactly the same numbers.
+
+    Raises:
+        ValueError: an unknown backend.
     """
     backend = default_backend() if backend is None else check_backend(backend)
     if isinstance(source, nnx.Module):

@@ -59,6 +59,9 @@ def explain(
         arithmetic: as given to `matmul`.
         platform: "cpu", "cuda", ... that the program is lowered for; None for JAX's default.
 
+    Returns:
+        The backend, the kernel with its launch configuration, and the reason; printed, they are a line.
+
     Raises:
         ValueError: an unknown backend, or an x that does not end in K.
     """
