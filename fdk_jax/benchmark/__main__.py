@@ -32,7 +32,7 @@ _CHOICES = {
 
 
 def _define_flags() -> None:
-    flags.DEFINE_enum("suite", "kernels", ["kernels", "models"], "What to measure.")
+    flags.DEFINE_enum("suite", "kernels", ["kernels", "models", "attention"], "What to measure.")
     flags.DEFINE_list("backend", ["xla"], "Backends: pallas, cpu, xla.")
     flags.DEFINE_list("m", ["1", "4", "16", "64", "256"], "Tokens of a product.")
     flags.DEFINE_list("k", ["4096"], "Input features.")
@@ -77,6 +77,7 @@ def _define_flags() -> None:
     )
     flags.DEFINE_list("batch", ["1", "4", "16", "64", "256"], "Models suite: sequences at once.")
     flags.DEFINE_list("prompt", ["2"], "Models suite: tokens of a prompt.")
+    flags.DEFINE_list("slots", ["1024", "8192", "32768"], "Attention suite: tokens of a cache.")
     flags.DEFINE_list(
         "speculate", ["0"], "Models suite: tokens guessed a step, in a text that repeats itself."
     )
@@ -84,7 +85,7 @@ def _define_flags() -> None:
 
     flags.DEFINE_list("devices", ["1"], "Models suite: devices that share a model.")
 
-    for name in ("m", "k", "group_size", "batch", "prompt", "devices"):
+    for name in ("m", "k", "group_size", "batch", "prompt", "slots", "devices"):
         flags.register_validator(name, _all(_is_size), "must list positive integers")
     flags.register_validator(
         "speculate", _all(lambda v: v == "0" or _is_size(v)), "must list integers of at least 0"
@@ -153,6 +154,10 @@ def _load_suite() -> tuple[Any, list[Any]]:
             steps=FLAGS.steps,
             devices=_integers("devices"),
             speculates=_integers("speculate"),
+        )
+    if FLAGS.suite == "attention":
+        return suite, suite.make_cases(
+            batches=_integers("batch"), slots=_integers("slots"), dtypes=FLAGS.dtype
         )
     return suite, suite.make_cases(
         backends=FLAGS.backend,

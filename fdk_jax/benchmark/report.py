@@ -222,6 +222,26 @@ def models(found: Iterable[Row]) -> str:
     return "\n\n".join(texts) or "(No rows yet.)"
 
 
+def attention(found: Iterable[Row]) -> str:
+    """Microseconds of one token's attention over a cache."""
+    rows = [r for r in found if r["suite"] == "attention"]
+    texts = []
+    for device in sorted({r["device"] for r in rows}):
+        here = sorted(
+            (r for r in rows if r["device"] == device), key=lambda r: (r["batch"], r["slots"])
+        )
+        sources = table.Lettered(here)
+        lines = []
+        for r in here:
+            time = f"{r['median_us']:.1f}{sources.of(r)}"
+            share = f"{r['bound_us'] / r['median_us']:.0%}"
+            error = f"{r['rel_rms_error']:.4f}"
+            lines.append([str(r["batch"]), str(r["slots"]), time, share, error])
+        head = ["sequences", "tokens in the cache", "us a layer", "of the bound", "error"]
+        texts.append(f"{device}, {sources}:\n\n{table.markdown(head, lines)}")
+    return "\n\n".join(texts) or "(No rows yet.)"
+
+
 def quality(found: Iterable[Row], *, variants: bool = False) -> str:
     """Perplexity a character of the small language model, by bits and method."""
     from fdk_jax.quality import table as quality_table
@@ -346,6 +366,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "portable": portable,
     "groups": group_sizes,
     "integers": integers,
+    "attention": attention,
     "tuned": lambda _: tuned(),
     "kernels-spread": lambda found: kernels(found, spread=True),
     "models": models,
