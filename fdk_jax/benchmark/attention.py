@@ -133,7 +133,6 @@ def _turned(a: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 def _compiled(token: tuple, cache: tuple, copies: int, loops: int) -> Callable[[], float]:
     """A function that runs so many passes over the caches, whose token they keep, and returns its seconds."""
-
     first, cos, sin, lengths = token
 
     def one_pass(_, carry):
