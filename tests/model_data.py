@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import fdk_jax
+from fdk_jax.benchmark import shapes
 from fdk_jax.models import Transformer
 from fdk_jax.models.config import ModelConfig
 
@@ -61,17 +62,8 @@ def write_folder(folder: Path, config: ModelConfig) -> Path:
 
     rng = np.random.default_rng(3)
     folder.mkdir()
-    settings = dict(
-        model_type="qwen3" if config.qk_norm else "llama",
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        tie_word_embeddings=config.tie_embeddings,
-        dtype=config.dtype,
+    settings = shapes.of_hugging_face(config) | dict(
+        model_type="qwen3" if config.qk_norm else "llama", dtype=config.dtype
     )
     (folder / "config.json").write_text(json.dumps(settings))
     arrays = {

@@ -85,18 +85,10 @@ def torch_case(case: Case, config: ModelConfig, steps: int):
     import torch
     import transformers
 
+    from fdk_jax.benchmark import shapes
+
     torch.set_grad_enabled(False)
-    shape = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_context,
-        tie_word_embeddings=config.tie_embeddings,
-    )
+    shape = transformers.LlamaConfig(**shapes.of_hugging_face(config))
     torch.set_default_dtype(getattr(torch, case.dtype))
     model = transformers.LlamaForCausalLM(shape).eval()
     step = torch.compile(model, dynamic=False) if case.options.get("compiled") else model

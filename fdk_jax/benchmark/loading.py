@@ -21,6 +21,7 @@ import safetensors.numpy
 from flax import nnx
 
 from fdk_jax import compilation_cache, models, usage
+from fdk_jax.benchmark import shapes
 from fdk_jax.models import names
 from fdk_jax.models.config import ModelConfig, custom_llama
 from fdk_jax.models.exporting import export
@@ -33,21 +34,12 @@ _DRAWN = 2**21 - 9  # random values of a matrix: odd, so that its rows differ
 def write(folder: Path, config: ModelConfig, bits: int, rng: np.random.Generator) -> None:
     """A Hugging Face folder with random weights: of 16 bits, or of compressed-tensors' integers of 4 or 8."""
     folder.mkdir(parents=True)
-    settings: dict = dict(
+    settings = shapes.of_hugging_face(config) | dict(
         architectures=["LlamaForCausalLM"],
         model_type="llama",
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_context,
         rms_norm_eps=1e-5,
         rope_theta=config.rope_theta,
         hidden_act="silu",
-        tie_word_embeddings=config.tie_embeddings,
         torch_dtype="bfloat16",
     )
     if bits < 16:

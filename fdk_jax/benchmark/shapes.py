@@ -2,12 +2,28 @@
 
 import dataclasses
 import re
+from typing import Any
 
 from fdk_jax.models import ModelConfig, custom_llama, qwen3
 
 # After a name bits of the head ("-head1") or of it and the embedding ("-tables1").
 _SHAPES = {"custom-llama-": custom_llama, "qwen3-": qwen3}
 _SUFFIX = re.compile(r"-(head|tables)(\w*)$")
+
+
+def of_hugging_face(config: ModelConfig) -> dict[str, Any]:
+    """The sizes of a Llama by the keys of Hugging Face's config.json."""
+    return dict(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_context,
+        tie_word_embeddings=config.tie_embeddings,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from fdk_jax import usage
-from fdk_jax.benchmark import records
-from fdk_jax.benchmark.shapes import Shape
+from fdk_jax.benchmark import records, shapes
 from fdk_jax.models import ModelConfig
 
 _WARM_UPS = 2
@@ -49,17 +48,7 @@ def make_model(config: ModelConfig, device: str) -> Any:
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
-    shape = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_context,
-        tie_word_embeddings=config.tie_embeddings,
-    )
+    shape = transformers.LlamaConfig(**shapes.of_hugging_face(config))
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
@@ -142,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from fdk_jax.benchmark import environment
 
-    shape = Shape.of(arguments.model)
+    shape = shapes.Shape.of(arguments.model)
     if shape is None:
         parser.error(f"--model={arguments.model} is no shape of the models suite")
     device = "cuda" if torch.cuda.is_available() else "cpu"
