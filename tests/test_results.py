@@ -12,6 +12,7 @@ from fdk_jax.benchmark import (
     adopt,
     cpu_tables,
     group_table,
+    many_table,
     quantising,
     records,
     report,
@@ -70,6 +71,22 @@ def _kernel_row(device, us, m=1, group_size=64, **others):
     fields |= {"dtype": "bfloat16", "commit": "abcdefgh", "group_size": group_size}
     fields |= {"backend": "pallas", "arithmetic": "exact", "rel_rms_error": 0.001}
     return fields | {"median_us": us, "samples_us": [us] * 3, "bound_us": 1.0} | others
+
+
+def test_speed_ups_are_over_bfloat16_of_the_same_product():
+    own = dict(codebook="kmeans", driver="1")
+    rows = [
+        _kernel_row("G", 6.0, bits=16, group_size=None, backend="xla", driver="1"),
+        _kernel_row("G", 2.0, **own),
+        _kernel_row("G", 4.0, **own | dict(bits=1)),
+        _kernel_row("G", 1.0, **own | dict(codebook="uniform")),
+        _kernel_row("G", 1.0, m=7, **own),
+        _kernel_row("G", 1.0, arithmetic="int8", **own),
+        _kernel_row("a CPU", 1.0, **own | dict(driver=None)),
+    ]
+    text = many_table.speed_ups(rows)
+    assert "for 4 / 1 bits" in text and text.endswith("| 1 | 3.00 / 1.50 |")
+    assert many_table.speed_ups(rows[1:]) == "(No rows yet.)"
 
 
 def test_kernels_of_other_gpus_stand_beside_the_gpus_own():

@@ -18,6 +18,7 @@ from typing import Any
 from fdk_jax import usage
 from fdk_jax.benchmark import cpu_tables, records, source, table
 from fdk_jax.benchmark.group_table import group_sizes
+from fdk_jax.benchmark.many_table import speed_ups
 
 FILES = (
     "README.md",
@@ -367,6 +368,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "groups": group_sizes,
     "integers": integers,
     "attention": attention,
+    "speed-ups": speed_ups,
     "tuned": lambda _: tuned(),
     "kernels-spread": lambda found: kernels(found, spread=True),
     "models": models,

@@ -1,0 +1,53 @@
+"""The table of a sweep over tokens and shapes: how many times as long as a quantised product bfloat16 takes."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from fdk_jax.benchmark import table
+
+_DENSE = 16
+_GROUP = 64
+
+Row = dict[str, Any]
+
+
+def speed_ups(found: Iterable[Row]) -> str:
+    """bfloat16's time over each width's, by tokens and shape, of GPUs' own kernels and fitted codebooks."""
+    chosen = [r for r in found if r["suite"] == "kernels" and r.get("dtype") == "bfloat16"]
+    chosen = [r for r in chosen if r.get("driver") and " as " not in r["device"]]
+    texts = []
+    for device in sorted({r["device"] for r in chosen}):
+        here = [r for r in chosen if r["device"] == device]
+        dense = {_shape(r): r for r in here if r["bits"] == _DENSE}
+        ours = {(*_shape(r), r["bits"]): r for r in here if _counts(r)}
+        ours = {key: r for key, r in ours.items() if key[:-1] in dense}
+        widths = sorted({key[-1] for key in ours}, reverse=True)
+        sizes = sorted({key[:2] for key in ours}, key=lambda s: (-s[0] * s[1], -s[0]))
+        lines = []
+        for m in sorted({key[2] for key in ours}):
+            cells = [str(m)]
+            for size in sizes:
+                rows = [ours.get((*size, m, bits)) for bits in widths]
+                base = dense.get((*size, m))
+                cells.append(" / ".join(_ratio(base, row) for row in rows) if base else "")
+            lines.append(cells)
+        if lines:
+            rows = [*ours.values(), *(dense[key[:-1]] for key in ours)]
+            head = ["tokens", *(f"{k} x {n}" for k, n in sizes)]
+            names = " / ".join(map(str, widths))
+            told = f"{device}, {table.commits(rows)}, for {names} bits"
+            texts.append(f"{told}:\n\n{table.markdown(head, lines)}")
+    return "\n\n".join(texts) or "(No rows yet.)"
+
+
+def _shape(row: Row) -> tuple[int, int, int]:
+    return row["k"], row["n"], row["m"]
+
+
+def _counts(row: Row) -> bool:
+    fitted = row["codebook"] == "kmeans" and row["group_size"] == _GROUP
+    return fitted and row["backend"] == "pallas" and row["arithmetic"] == "exact"
+
+
+def _ratio(base: Row, row: Row | None) -> str:
+    return "-" if row is None else f"{base['median_us'] / row['median_us']:.2f}"
