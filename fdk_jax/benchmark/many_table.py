@@ -45,7 +45,7 @@ def _shape(row: Row) -> tuple[int, int, int]:
 
 
 def _counts(row: Row) -> bool:
-    fitted = row["codebook"] == "kmeans" and row["group_size"] == _GROUP
+    fitted = row.get("codebook") == "kmeans" and row["group_size"] == _GROUP
     return fitted and row["backend"] == "pallas" and row["arithmetic"] == "exact"
 
 
