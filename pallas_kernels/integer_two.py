@@ -20,7 +20,6 @@ from pallas_kernels.ring_plan import CODES, unsupported_groups
 
 _CHUNK = 512  # x that a warp makes integers of at a time
 _LEAST_GROUP = 32
-_CODES = 4  # of a codebook
 _MASK = 0x03030303
 # Bits of the masks, for the registers of A: upper and lower rows of the first neighbours, then of the second.
 _SHIFTS = (0, 4, 2, 6)
@@ -46,17 +45,17 @@ class Product(integer.Product):
 
     def load_codebooks(self) -> Callable[[], None]:
         """Loads of each codebook the first value and the step."""
-        ptx, case, loads = self.ptx, self.case, []
+        ptx, case, loads, codes = self.ptx, self.case, [], 2**self.case.bits
         for start in range(0, case.codebooks, 32 * self.workers):
             codebook_index = self.thread + start
             in_bounds = codebook_index < case.codebooks
             index = ptx.op("min.u32", codebook_index, case.codebooks - 1)
-            index = (index * _CODES).low()
+            index = (index * codes).low()
             first, last = (
                 load_float(ptx, self.operands["codebook"], index + code, jnp.float32)
-                for code in (0, _CODES - 1)
+                for code in (0, codes - 1)
             )
-            step = (last - first) * (1 / (_CODES - 1))
+            step = (last - first) * (1 / (codes - 1))
             loads.append((self.shared + codebook_index * 8, [first, step], in_bounds))
 
         def store() -> None:

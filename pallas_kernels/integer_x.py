@@ -97,11 +97,12 @@ class Integers(ring_product.Product):
         self.upper = (self.plane & 2).ne(0)
         self.bytes = self.ptx.op("selp.b32", "0xFF00FF00", "0x00FF00FF", self.upper)
 
+    divisor = 4  # of the x of every second pair
     # How the two integers of a register of B lie there, each twice: their high bytes, their low ones.
     selectors = "0x5511", "0x4400"
 
     def paired(self, x: list[Register]) -> list[tuple[Register, Register]]:
-        """The lane's x in pairs, one for each register of B: the second of two pairs are a quarter."""
+        """The lane's x in pairs, one for each register of B: the second of two pairs are divided."""
         return list(zip(x[::2], x[1::2], strict=True))
 
     def _prepare_block(self, x: list[Register], block: Register, name: str) -> None:
@@ -112,28 +113,23 @@ class Integers(ring_product.Product):
         ptx = self.ptx
         parts = self.plan.parts if self.plan.sharers == 1 else 1
         scale, inverses = self._scale_of(x, name)
-        high, low, sums = [], [], [ptx.op("mov.u32", 0) for _ in range(2 * parts)]
-        pairs = self.paired(x)
-        for i, pair in enumerate(pairs):
-            part = i * parts // len(pairs)
+        pairs, sums = [], [ptx.op("mov.u32", 0) for _ in range(2 * parts)]
+        paired = self.paired(x)
+        for i, pair in enumerate(paired):
+            part = i * parts // len(paired)
             values = [
                 ptx.op("fma.rn.f32", value, inverses[i % 2], _MAGIC, kind="b32") for value in pair
             ]
             for value in values:
                 sums[2 * part + i % 2] = sums[2 * part + i % 2] + value
-            # A byte of two integers, each twice.
-            both = ptx.op("prmt.b32", *values, self.selectors[0])
-            high.append(self._of_plane(both))
-            both = ptx.op("prmt.b32", *values, self.selectors[1])
-            both = both ^ "0x80808080"
-            low.append(self._of_plane(both))
-        self._store_integers(block, high, low)
+            pairs.append(values)
+        self._store_integers(block, *self._operands(pairs))
         wholes = []
-        for once, four_times in zip(sums[::2], sums[1::2], strict=True):
-            sum_ = once + four_times * 4
-            # Half of the addends, and four times the other half.
+        for once, divided in zip(sums[::2], sums[1::2], strict=True):
+            sum_ = once + divided * self.divisor
+            # Half of the addends, and those of the other half so often.
             count = len(x) // 2 // parts
-            sum_ = sum_ - ((count + count * 4) * _MAGIC_BITS % 2**32)
+            sum_ = sum_ - ((count + count * self.divisor) * _MAGIC_BITS % 2**32)
             sum_ = over_lanes(ptx, "add.u32", sum_, self._neighbours(of_half=self.plan.parts == 2))
             wholes.append(ptx.op("cvt.rn.f32.s32", sum_))
         self._store_sums(block, scale, wholes)
@@ -159,6 +155,15 @@ class Integers(ring_product.Product):
         values = [scale, *wholes] if plan.parts == 1 else [scale, *wholes, wholes[0]]
         width, words = wide(values)
         ptx.do(f"st.shared{width}.b32", target, words, when=first)
+
+    def _operands(self, pairs: list[list[Register]]) -> tuple[list[Register], list[Register]]:
+        """Words of the high and of the low bytes of integers: a byte of a pair each, twice."""
+        ptx, found = self.ptx, []
+        for selector, flipped in zip(self.selectors, (None, "0x80808080"), strict=True):
+            words = [ptx.op("prmt.b32", *pair, selector) for pair in pairs]
+            words = words if flipped is None else [word ^ flipped for word in words]
+            found.append([self._of_plane(word) for word in words])
+        return found[0], found[1]
 
     def _of_plane(self, both: Register) -> Register:
         """A byte of two integers, each twice, where the codes of the lane's plane are in an operand."""
@@ -188,7 +193,7 @@ class Integers(ring_product.Product):
         return self.shared + block * (2 * PLANES * size) + self.plane * size
 
     def _scale_of(self, x: list[Register], name: str) -> tuple[Register, list[Register]]:
-        """The scale of the lane's plane, and what makes integers of its x: all of them, a quarter of them.
+        """The scale of the lane's plane, and what makes integers of its x: of all of them, of the divided ones.
 
         Where there is an infinity, all x are brought into the finite range first.
         """
@@ -209,4 +214,4 @@ class Integers(ring_product.Product):
         ptx.label(f"fdk_finite{name}")
         largest = ptx.op("max.f32", largest, _TINY)
         inverse = ptx.op("rcp.approx.f32", largest)
-        return scale, [inverse * (_LARGEST / divisor) for divisor in (1, 4)]
+        return scale, [inverse * (_LARGEST / divisor) for divisor in (1, self.divisor)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pallas_kernels import integer, integer_two, ring_product, stream
+from pallas_kernels import integer, integer_four, integer_two, ring_product, stream
 from pallas_kernels.case import Case
 from pallas_kernels.ring_plan import Config
 from pallas_kernels.target import Target
@@ -52,16 +52,16 @@ def config(products: Sequence[Case], target: Target, gated: int | None = None) -
 
 def _takes(case: Case, workers: int) -> bool:
     """Whether a product by so many warps is a sum of integers."""
-    arithmetic = integer if case.bits == 1 else integer_two
-    return arithmetic.unsupported_product(case, workers) is None
+    return of(case, workers) is not stream.Product and unsupported_product(case, workers, 1) is None
 
 
 def of(case: Case, workers: int) -> type[ring_product.Product]:
     """What multiplies by the weight."""
     if case.bits == 1:
         return integer.Product
-    if integer_two.unsupported_product(case, workers) is None:
-        return integer_two.Product
+    for arithmetic in (integer_two, integer_four):
+        if arithmetic.unsupported_product(case, workers) is None:
+            return arithmetic.Product
     return stream.Product
 
 
@@ -69,6 +69,6 @@ def unsupported_product(case: Case, workers: int, programs: int) -> str | None:
     """Why no arithmetic takes a product, or None."""
     if case.bits == 1:
         return integer.unsupported_product(case, workers)
-    if of(case, workers) is integer_two.Product:
-        return None
-    return stream.unsupported_product(case, workers, programs)
+    if of(case, workers) is stream.Product:
+        return stream.unsupported_product(case, workers, programs)
+    return None

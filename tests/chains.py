@@ -138,11 +138,19 @@ def _expectations(x, weight):
     found = []
     for matrix in matrices:
         value, size = x @ matrix.T + bias, np.sqrt(x**2 @ (matrix**2).T)
-        integers = case.bits == 1 or (case.bits == 2 and case.uniform)
-        noise, slack = planar.of_integers(x, matrix) if integers else (2.0**-12 * size, 0.0)
+        noise, slack = 2.0**-12 * size, 0.0
+        if _of_integers(case):
+            noise, slack = planar.of_integers(x, matrix, quarters=case.bits < 4)
         slack = slack + 1e-5 * (size + np.abs(value))
         found.append(accuracy.Expected.of(value, slack, noise))
     return found
+
+
+def _of_integers(case):
+    """Whether activations become integers."""
+    return case.bits == 1 or (
+        case.bits in (2, 4) and case.uniform and case.group_size >= 32 and case.k % 512 == 0
+    )
 
 
 def _norm_of_error(got, value, x, matrix):

@@ -56,15 +56,16 @@ class Wanted:
         return found
 
 
-def of_integers(x, matrix):
+def of_integers(x, matrix, *, quarters=True):
     """Noise and slack of x [M, K] times matrix [N, K] transposed where activations become integers.
 
-    Each is rounded by up to half a step. Of four neighbours two are a quarter of what they measure: their codes
-    are read from a higher bit.
+    Each is rounded by up to half a step. With `quarters` two of four neighbours are a quarter of what they
+    measure: their codes are read from a higher bit.
     """
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % _UNIT))).reshape(len(x), -1, _UNIT)
     steps = np.repeat(np.abs(padded).max(-1), _UNIT, -1)[:, : x.shape[1]] / _LARGEST
-    steps[:, np.arange(x.shape[1]) % 4 > 1] *= 4
+    if quarters:
+        steps[:, np.arange(x.shape[1]) % 4 > 1] *= 4
     noise = np.sqrt(steps**2 @ (matrix**2).T / 12)
     # Where both values have the same sign, columns share a part of it, which no mean takes out.
     shared = np.sqrt((steps**2).sum(1) / 12)[:, None] * np.abs(matrix.mean(1))

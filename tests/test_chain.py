@@ -129,7 +129,8 @@ def test_a_chain_whose_producers_are_late(rng):
     ("bits", "uniform", "group_size", "scales"),
     [
         *((1, False, 128, "float16"), (2, False, 128, "float16"), (2, True, 32, "bfloat16")),
-        *((4, False, 32, "float32"), (8, False, 16, "bfloat16")),
+        *((4, False, 32, "float32"), (4, True, 32, "float16"), (4, True, 128, "float32")),
+        (8, False, 16, "bfloat16"),
     ],
 )
 def test_a_chain_of_other_groups_and_scales(rng, bits, uniform, group_size, scales):
