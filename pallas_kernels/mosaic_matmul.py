@@ -148,8 +148,8 @@ _SELECTED_US = {
     (2, 1): ((16, 0.172), (64, 0.231), (96, 0.307), (128, 0.366), (192, 0.5), (256, 0.675)),
     (2, 2): ((16, 0.189), (32, 0.206), (64, 0.252)),
 }
-# Rows in all stages. More fit in places and are slower: 6 stages of 256 took 108 us where 4 took 96 (1 bit), and of
-# 192 42.0 where 4 took 40.9 (4 bits).
+# Rows in all stages. More fit in places and are slower: 6 stages of 256 took 108 us where 4 took 96 (1 bit),
+# 6 of 192 took 42.0 where 4 took 40.9 (4 bits).
 _MOST_X = 1024
 _PROGRAM_US, _SPLIT_US = 6.0, 2.0  # the start and the end of a program, and of sums over two
 
