@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import numpy as np
 import pytest
 
 from fdk_jax.benchmark import attention as suite
@@ -32,12 +33,15 @@ def test_a_case_is_checked_and_timed(interpreted):
     assert (row["copies"], row["calls"], len(row["samples_us"])) == (2, 2, 3)
 
 
-def test_a_wrong_kernel_is_not_timed(interpreted):
+@pytest.mark.parametrize("one_head", [False, True])
+def test_a_wrong_kernel_is_not_timed(interpreted, one_head):
     right = attention.decode
 
     def off(*arguments):
         mixed, *cache = right(*arguments)
-        return mixed * mixed.dtype.type(1.01), *cache
+        factor = np.full(mixed.shape, 1.01, np.float32)
+        factor[:, 128 * one_head :] = 1 if one_head else 1.01
+        return (mixed.astype(np.float32) * factor).astype(mixed.dtype), *cache
 
     interpreted.setattr(attention, "decode", off)
     (row,) = runner.measure(suite, [CASE], timing.Session(3))

@@ -331,7 +331,7 @@ def training_steps(found: Iterable[Row]) -> str:
             f"{row['median_us'] / 1000:.2f}",
             f"{row['of_float']:.3f}",
         ]
-        for row in rows
+        for row in sorted(rows, key=lambda row: (-row["parameters"], -row["bits"]))
     ]
     return _of_one_device(head, lines, rows)
 
