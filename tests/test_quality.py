@@ -1,5 +1,6 @@
 """The table on real networks: prose, formats, rows; and the networks themselves where their packages are."""
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fdk_jax.quality import measure, networks, prose, tuning
+from fdk_jax.models.transformer import Transformer
+from fdk_jax.quality import language_model, measure, networks, prose, tuning
 from fdk_jax.quality.formats import FORMATS, Format
 from fdk_jax.quality.networks import Network
 from fdk_jax.quality.scaling_model import LanguageModel as ScanModel
@@ -212,6 +214,27 @@ def test_a_network_trained_through_its_quantisation(monkeypatch):
     for matrix in made.values():  # two values in each group of 64
         groups = np.sort(np.asarray(matrix).reshape(len(matrix), -1, 64), -1)
         assert (np.diff(groups, axis=-1) > 0).sum(-1).max() == 1
+
+
+@pytest.mark.slow
+def test_a_language_model_is_trained_towards_the_float_one_on_no_test_text(monkeypatch):
+    config = dataclasses.replace(language_model.SMALL.config, num_layers=1)
+    network = object.__new__(networks.LanguageModel)
+    Network.__init__(network, Transformer(config, rngs=nnx.Rngs(0)), "noise")
+    rows = np.random.default_rng(0).integers(0, config.vocab_size, (12, 16)).astype(np.int32)
+    network._windows = {0: rows, 1: rows[::-1]}
+    tested = {row.tobytes() for row in (*rows[:2], *rows[-2:])}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        loss, batch = network.tuning()
+        seen = {row.tobytes() for index in range(5) for row in np.asarray(batch(index)[0])}
+        assert len(seen) == 8 and not seen & tested
+        assert abs(float(loss(network.model, batch(0)))) < 1e-6
+        monkeypatch.setattr(networks.tuning, "tuned", functools.partial(tuning.tuned, steps=4))
+        made = network.trained(2)
+        assert {k: m.shape for k, m in made.items()} == {
+            k: m.shape for k, m in network.matrices().items()
+        }
+        assert 1e-6 < float(loss(network.with_matrices(made), batch(0))) < 1
 
 
 @pytest.mark.slow
