@@ -303,15 +303,17 @@ def _lloyd(mass: np.ndarray, first: np.ndarray, entries: int, seed: int) -> np.n
         starts.append(np.sort(np.searchsorted(cdf / cdf[-1], generator.random(entries)) / _CELLS))
     sums = np.stack([np.cumsum(mass), np.cumsum(first)])
     sums = np.pad(sums, ((0, 0), (1, 0)))
-    runs = [_lloyd_run(sums, start) for start in starts]
+    runs = _lloyd_runs(sums, np.stack(starts))
     # The starting points of the first run are evenly spaced levels: they take part as they are.
     return max([*runs, uniform_start], key=functools.partial(_explained, sums))
 
 
 def _cells(sums: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    edges = np.clip(np.rint((centroids[1:] + centroids[:-1]) / 2 * _CELLS), 0, _CELLS).astype(int)
-    edges = np.concatenate([[0], edges, [_CELLS]])
-    return np.diff(sums[0, edges]), np.diff(sums[1, edges])
+    """Weight and weighted positions of what is nearest to each of centroids [..., entries]."""
+    middle = np.rint((centroids[..., 1:] + centroids[..., :-1]) / 2 * _CELLS)
+    ends = np.zeros((*centroids.shape[:-1], 1))
+    edges = np.concatenate([ends, np.clip(middle, 0, _CELLS), ends + _CELLS], axis=-1).astype(int)
+    return np.diff(sums[0][edges]), np.diff(sums[1][edges])
 
 
 def _explained(sums: np.ndarray, centroids: np.ndarray) -> float:
@@ -320,11 +322,15 @@ def _explained(sums: np.ndarray, centroids: np.ndarray) -> float:
     return float(np.sum(2 * centroids * first - centroids**2 * mass))
 
 
-def _lloyd_run(sums: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+def _lloyd_runs(sums: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Where runs from starts [runs, entries] converge; side by side, since a step of numpy takes its time."""
+    found, going = starts.copy(), np.arange(len(starts))
     for _ in range(_MAX_STEPS):
+        centroids = found[going]
         mass, first = _cells(sums, centroids)
         moved = np.sort(np.where(mass > 0, first / np.where(mass > 0, mass, 1), centroids))
-        if np.abs(moved - centroids).max() < 1e-9:
-            return moved
-        centroids = moved
-    return centroids
+        found[going] = moved
+        going = going[np.abs(moved - centroids).max(-1) >= 1e-9]
+        if not len(going):
+            break
+    return found
