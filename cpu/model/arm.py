@@ -6,11 +6,14 @@
 A model, not a measurement: every load hits the first-level cache, and branches are free. What is
 modelled is the hot loop as compiled (64 columns of one or two tiles of 16 rows, scales in
 bfloat16, a step of y included), found in the assembly as the block of code with most of the
-kernel's characteristic instruction. Needs `cpu/toolchain/install.sh model`.
+kernel's characteristic instruction. Of many tokens (`m`) it is the decoding of a block, and for each
+eight tokens the function that multiplies it, with its loop over a group of 64 columns unrolled.
+Needs `cpu/toolchain/install.sh model`.
 """
 
 import argparse
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -94,7 +97,32 @@ KERNELS = (
 )
 
 
-def assemble(kernel: Kernel) -> str:
+class Panel(NamedTuple):
+    """A kernel of many tokens: weights are decoded once, then multiplied by eight tokens at a time."""
+
+    name: str
+    bits: int
+    source: str
+    march: str
+    decoding: str  # pattern of the mangled name
+    lookups: int  # "tbl" of the block that decodes `decoded` weights
+    decoded: int
+    multiplying: str  # of half a tile by eight tokens
+    instruction: str
+    repeated: int  # times that its loop runs in a group of 64 columns
+
+
+PANELS = (
+    Panel(
+        "i8mm.panel_int8", 4, "i8mm", "armv8.2-a+dotprod+i8mm",
+        r"MmlaINS0_9Int8PairsEE3run", 8, 128, r"MmlaINS0_9Int8PairsEE8add_halfILi4E", "smmla", 8,
+    ),
+)  # fmt: skip
+TOKENS = (16, 64)
+HALF = 8 * 64  # weights that one call multiplies
+
+
+def assemble(kernel: Kernel | Panel) -> str:
     """The assembly of a kernel's translation unit, with the options of arm64_rules.ninja."""
     llvm = SYSROOT / "usr/lib/llvm-19"
     command = ["clang++-19", "--target=aarch64-linux-gnu", f"--sysroot={SYSROOT}"]
@@ -105,31 +133,47 @@ def assemble(kernel: Kernel) -> str:
     return subprocess.run(command, cwd=CPU, check=True, capture_output=True, text=True).stdout
 
 
-def hot_block(assembly: str, kernel: Kernel) -> list[str]:
-    """The basic block of the kernel's function that has most of the instruction."""
-    best: list[str] = []
-    block: list[str] = []
+def blocks(assembly: str, function: str) -> list[list[str]]:
+    """The basic blocks of the functions whose mangled names match, each a list of instructions."""
+    found: list[list[str]] = []
     inside = False
-
-    def count(lines: list[str]) -> int:
-        return sum(line.startswith(kernel.instruction) for line in lines)
-
     for line in assembly.splitlines():
         label = re.match(r"([\w.$]+):", line)
         text = line.split("//")[0].strip()
         if label:
             if not label[1].startswith(".L"):
-                inside = re.search(kernel.function, label[1]) is not None
-            block = []
+                inside = re.search(function, label[1]) is not None
+            found.append([])
         elif inside and text and not text.startswith("."):
-            block.append(text)
-            if count(block) > count(best):
-                best = block
+            found[-1].append(text)
             if re.match(r"(b|b\.\w+|cbn?z|tbn?z|ret|br)\s", text + " "):
-                block = []
-    if not best:
+                found.append([])
+    return [block for block in found if block]
+
+
+def count(block: list[str], instruction: str) -> int:
+    """How many lines begin with it."""
+    return sum(line.startswith(instruction) for line in block)
+
+
+def hot_block(assembly: str, kernel: Kernel) -> list[str]:
+    """The basic block of the kernel's function that has most of the instruction."""
+    found = blocks(assembly, kernel.function)
+    if not found:
         sys.exit(f"{kernel.name}: no function matches {kernel.function}")
-    return best
+    return max(found, key=lambda block: count(block, kernel.instruction))
+
+
+def panel_blocks(assembly: str, panel: Panel) -> tuple[list[str], list[str]]:
+    """The block that decodes, and the function that multiplies, its loop as often as it runs."""
+    found = blocks(assembly, panel.decoding)
+    decoding = next((block for block in found if count(block, "tbl") == panel.lookups), None)
+    found = blocks(assembly, panel.multiplying)
+    if decoding is None or not found:
+        sys.exit(f"{panel.name}: no loops match {panel.decoding} and {panel.multiplying}")
+    loop = max(found, key=lambda block: count(block, panel.instruction))
+    whole = [line for block in found for line in block * (panel.repeated if block is loop else 1)]
+    return decoding, [line for line in whole if not line.startswith("ret")]
 
 
 def cycles(block: list[str], machine: str, tool: str) -> float:
@@ -163,25 +207,42 @@ def model(tool: str) -> list[dict]:
             if kernel.target:
                 row["target"] = kernel.target[place]
             rows.append(row)
+    for panel in PANELS:
+        decoding, multiplying = panel_blocks(assemble(panel), panel)
+        for machine in MACHINES:
+            once = cycles(decoding, machine, tool) / panel.decoded
+            each = cycles(multiplying, machine, tool) / HALF
+            for m in TOKENS:
+                row = {"suite": "arm_model", "modelled": True, "kernel": panel.name, "m": m}
+                row |= {"bits": panel.bits, "arithmetic": "int8", "machine": machine}
+                row |= {"cycles_per_weight": round(once + m / 8 * each, 4)}
+                row |= {"instructions": len(decoding) + len(multiplying), "group_size": 64}
+                row |= {"tool": f"llvm-mca {version}", "compiler": "clang 19"}
+                rows.append(row)
     return rows
+
+
+def label(row: dict) -> str:
+    """A kernel, and its number of tokens if that is not one."""
+    return f"{row['kernel']}, m={row['m']}" if "m" in row else row["kernel"]
 
 
 def print_table(rows: list[dict]) -> None:
     """Kernels down, machines across."""
     print("modelled cycles per weight (llvm-mca, cache hits), not measured")
     print(f"{'kernel':26}" + "".join(f"{m:>14}" for m in MACHINES))
-    for kernel in dict.fromkeys(row["kernel"] for row in rows):
-        values = [row for row in rows if row["kernel"] == kernel]
-        print(f"{kernel:26}" + "".join(f"{row['cycles_per_weight']:14.4f}" for row in values))
+    for name in dict.fromkeys(map(label, rows)):
+        values = [row for row in rows if label(row) == name]
+        print(f"{name:26}" + "".join(f"{row['cycles_per_weight']:14.4f}" for row in values))
     for row in rows:
-        if row["cycles_per_weight"] > row.get("target", 1.0):
+        if row["cycles_per_weight"] > row.get("target", math.inf):
             print(f"above its target of {row['target']}: {row['kernel']} on {row['machine']}")
 
 
 def regressions(rows: list[dict], kept: list[dict]) -> list[str]:
     """What became more than a tenth slower than the table says, or is missing from either."""
-    before = {(row["kernel"], row["machine"]): row["cycles_per_weight"] for row in kept}
-    now = {(row["kernel"], row["machine"]): row["cycles_per_weight"] for row in rows}
+    before = {(label(row), row["machine"]): row["cycles_per_weight"] for row in kept}
+    now = {(label(row), row["machine"]): row["cycles_per_weight"] for row in rows}
     wrong = [f"{k} on {m}: not in both tables" for k, m in before.keys() ^ now.keys()]
     for key in before.keys() & now.keys():
         if now[key] > before[key] * WORSE:

@@ -64,6 +64,7 @@ struct Int8Panel {
   static void run_bits(const Plan &plan, const void *prepared, void *scratch, const Range &range) {
     const Levels &levels = plan.levels[range.codebook];
     const Int8Tables tables(levels, kBits, plan.uniform);
+    const int64_t stride = columns_stride(plan);
     int8_t *panel = static_cast<int8_t *>(scratch);
     float *sums = reinterpret_cast<float *>(panel + kPanelBytes);
     const int64_t tokens = range.token_end - range.token_begin;
@@ -72,14 +73,8 @@ struct Int8Panel {
       for (size_t b = 0; b < plan.blocks.size(); ++b) {
         const Columns columns = block_columns(plan, plan.blocks[b]);
         decode_int8_panel<kBits>(column_bytes(plan, tile, columns), columns.count, tables, panel);
-        Part part{plan,
-                  prepared,
-                  columns_stride(plan),
-                  static_cast<int64_t>(b),
-                  columns.count,
-                  panel,
-                  {},
-                  Affine(levels, kBits, tables.bias)};
+        Part part{plan,          prepared, stride, static_cast<int64_t>(b),
+                  columns.count, panel,    {},     Affine(levels, kBits, tables.bias)};
         load_scales4(plan, tile, plan.blocks[b].group, part.scales);
         int64_t t = 0;
         for (; t + Dot::kTokens <= tokens; t += Dot::kTokens)

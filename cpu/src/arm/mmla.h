@@ -26,36 +26,37 @@ struct Mmla {
   static constexpr int64_t kSumsFloats = kTileRows * kTokens;
 
   // Prepared: for each group of eight tokens [blocks][units][8 tokens][8 bytes], then scales and
-  // sums [blocks][8 tokens]. Tokens beyond m are zero.
+  // sums [blocks][8 tokens]. Tokens beyond m are zero. To find the strides takes a look at every
+  // block: once a call.
+  struct Layout {
+    int64_t blocks, block_bytes;
+    explicit Layout(const Plan &plan)
+        : blocks(static_cast<int64_t>(plan.blocks.size())),
+          block_bytes(columns_stride(plan) / Kind::kColumns * kTokenUnitBytes) {}
+    int64_t bytes() const { return blocks * (block_bytes + kTokens * 8); }
+  };
   struct Group {
     int8_t *x;
     float *scales;
     float *sums;
 
-    Group(const Plan &plan, const void *prepared, int64_t group) {
-      const int64_t blocks = static_cast<int64_t>(plan.blocks.size());
-      char *base = static_cast<char *>(const_cast<void *>(prepared)) + group * bytes(plan);
+    Group(const Layout &layout, const void *prepared, int64_t group) {
+      char *base = static_cast<char *>(const_cast<void *>(prepared)) + group * layout.bytes();
       x = reinterpret_cast<int8_t *>(base);
-      scales = reinterpret_cast<float *>(base + blocks * block_bytes(plan));
-      sums = scales + blocks * kTokens;
-    }
-    static int64_t block_bytes(const Plan &plan) {
-      return columns_stride(plan) / Kind::kColumns * kTokenUnitBytes;
-    }
-    static int64_t bytes(const Plan &plan) {
-      return static_cast<int64_t>(plan.blocks.size()) * (block_bytes(plan) + kTokens * 8);
+      scales = reinterpret_cast<float *>(base + layout.blocks * layout.block_bytes);
+      sums = scales + layout.blocks * kTokens;
     }
   };
 
   static size_t prepared_bytes(const Plan &plan) {
-    return static_cast<size_t>(ceil_div(plan.m, kTokens) * Group::bytes(plan));
+    return static_cast<size_t>(ceil_div(plan.m, kTokens) * Layout(plan).bytes());
   }
 
   // A token beyond m is written as zeros.
-  static void prepare_token(const Plan &plan, void *prepared, int64_t token) {
-    const Group out(plan, prepared, token / kTokens);
+  static void prepare_token(const Plan &plan, const Layout &layout, void *prepared, int64_t token) {
+    const Group out(layout, prepared, token / kTokens);
     const int64_t slot = token % kTokens;
-    const int64_t block_bytes = Group::block_bytes(plan);
+    const int64_t block_bytes = layout.block_bytes;
     for (size_t b = 0; b < plan.blocks.size(); ++b) {
       const int64_t index = static_cast<int64_t>(b);
       alignas(16) int8_t row[(kMaxColumns + 16) * kRowBytes / Kind::kColumns] = {};
@@ -72,7 +73,9 @@ struct Mmla {
 
   static void prepare(const Plan &plan, void *prepared, int64_t token_begin, int64_t token_end) {
     const int64_t end = token_end == plan.m ? round_up_to(plan.m, kTokens) : token_end;
-    for (int64_t token = token_begin; token < end; ++token) prepare_token(plan, prepared, token);
+    const Layout layout(plan);
+    for (int64_t token = token_begin; token < end; ++token)
+      prepare_token(plan, layout, prepared, token);
   }
 
   // Scratch: the panel, then for each group the sums [8 pairs of rows][4 pairs][2 rows][2 tokens].
@@ -82,6 +85,7 @@ struct Mmla {
 
   struct Part {
     const Plan &plan;
+    const Layout &layout;
     int64_t block;
     int64_t units;
     const int8_t *panel;
@@ -93,7 +97,7 @@ struct Mmla {
   template <int P>
   static void add_half(const Part &part, const Group &in, int half, float *sums) {
     typename Kind::Accumulator acc[4][P] = {};
-    const int8_t *x = in.x + part.block * Group::block_bytes(part.plan);
+    const int8_t *x = in.x + part.block * part.layout.block_bytes;
     const int8_t *w = part.panel + half * kPanelUnitBytes / 2;
     for (int64_t u = 0; u < part.units; ++u, x += kTokenUnitBytes, w += kPanelUnitBytes) {
       int8x16_t tokens[P];
@@ -103,18 +107,27 @@ struct Mmla {
         for (int p = 0; p < P; ++p) acc[r][p] = Kind::multiply(acc[r][p], rows, tokens[p]);
       }
     }
+    // Read before the first store, which might change them for all that the compiler knows.
+    const float factor = part.factor;
+    const float offset = part.offset;
+    float32x4_t scales[4];
+    for (int r = 0; r < 4; ++r) {
+      const float32x4_t four = part.scales[2 * half + r / 2];
+      scales[r] = r % 2 == 0 ? vzip1q_f32(four, four) : vzip2q_f32(four, four);
+    }
+    float32x2_t x_scales[P], x_sums[P];
     for (int p = 0; p < P; ++p) {
-      const int64_t at = part.block * kTokens + 2 * p;
-      const float32x2_t x_scale = vld1_f32(in.scales + at);
-      const float32x2_t slope = vmul_n_f32(x_scale, part.factor);
-      const float32x2_t shift = vmul_f32(x_scale, vmul_n_f32(vld1_f32(in.sums + at), part.offset));
+      x_scales[p] = vld1_f32(in.scales + part.block * kTokens + 2 * p);
+      x_sums[p] = vld1_f32(in.sums + part.block * kTokens + 2 * p);
+    }
+    for (int p = 0; p < P; ++p) {
+      const float32x2_t slope = vmul_n_f32(x_scales[p], factor);
+      const float32x2_t shift = vmul_f32(x_scales[p], vmul_n_f32(x_sums[p], offset));
       for (int r = 0; r < 4; ++r) {
-        const float32x4_t four = part.scales[2 * half + r / 2];
-        const float32x4_t scales = r % 2 == 0 ? vzip1q_f32(four, four) : vzip2q_f32(four, four);
         const float32x4_t value =
             Kind::value(acc[r][p], vcombine_f32(slope, slope), vcombine_f32(shift, shift));
         float *sum = sums + ((4 * half + r) * kPairs + p) * 4;
-        vst1q_f32(sum, vfmaq_f32(vld1q_f32(sum), scales, value));
+        vst1q_f32(sum, vfmaq_f32(vld1q_f32(sum), scales[r], value));
       }
     }
   }
@@ -126,7 +139,7 @@ struct Mmla {
   }
 
   static void add_group(const Part &part, const void *prepared, int64_t group, float *sums) {
-    const Group in(part.plan, prepared, group);
+    const Group in(part.layout, prepared, group);
     const int64_t tokens = part.plan.m - group * kTokens;
     if (tokens > 6) return add_pairs<4>(part, in, sums);
     if (tokens > 4) return add_pairs<3>(part, in, sums);
@@ -150,6 +163,7 @@ struct Mmla {
   template <int kBits>
   static void run_bits(const Plan &plan, const void *prepared, void *scratch, const Range &range) {
     const typename Kind::Tables tables(plan, range.codebook);
+    const Layout layout(plan);
     int8_t *panel = static_cast<int8_t *>(scratch);
     float *sums = reinterpret_cast<float *>(panel + kPanelBytes);
     const int64_t first = range.token_begin / kTokens;
@@ -160,8 +174,13 @@ struct Mmla {
         const Columns columns = block_columns(plan, plan.blocks[b]);
         Kind::template decode<kBits>(column_bytes(plan, tile, columns), columns.count, tables,
                                      panel);
-        Part part{plan,  static_cast<int64_t>(b), ceil_div(columns.count, Kind::kColumns),
-                  panel, tables.factor(),         tables.offset(),
+        Part part{plan,
+                  layout,
+                  static_cast<int64_t>(b),
+                  ceil_div(columns.count, Kind::kColumns),
+                  panel,
+                  tables.factor(),
+                  tables.offset(),
                   {}};
         load_scales4(plan, tile, plan.blocks[b].group, part.scales);
         for (int64_t g = 0; g < groups; ++g)
