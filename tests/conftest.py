@@ -29,6 +29,13 @@ def _strict_jax():
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_module():
+    """Compiled programs go with the module whose tests they are of: all of them together take 7 MB a test."""
+    yield
+    jax.clear_caches()
+
+
 # Of a test with more cases than these, others are marked slow: `make test` runs it for this many.
 QUICK_CASES = 3
 # `make fuzz` sets it: seeds that differ from run to run.
