@@ -309,7 +309,11 @@ def test_formats_have_a_time_for_each_device():
     assert errors[3] < errors[1] < 0.1 and errors[2] < errors[0] < 0.11
     for row in found:
         assert row["seconds_per_billion"] == pytest.approx(row["median_us"] * 1000 / 1024)
-    rows = [row | {"device": d, "commit": "c" * 40} for d in ("A", "B") for row in found]
+    rows = [
+        row | {"device": d, "threads": threads, "commit": "c" * 40}
+        for d, threads in (("A", None), ("B", 2))
+        for row in found
+    ]
     text = report.quantising(rows[:-1])
-    assert "| bits | levels | scales | error of the weights | A | B |" in text
+    assert "| bits | levels | scales | error of the weights | A | B, processor seconds |" in text
     assert f"| 4 | nf4 | absmax | {errors[0]:.4f} |" in text and text.count("|  |") == 1

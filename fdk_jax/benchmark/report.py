@@ -308,13 +308,16 @@ def quantising(found: Iterable[Row]) -> str:
     rows = [row for row in found if row["suite"] == "quantising"]
     if not rows:
         return "(No rows yet.)"
-    devices = list(dict.fromkeys(row["device"] for row in rows))
+    # The processors of a CPU are counted: what else they did would be in the time.
+    kinds = {True: "processor_seconds_per_billion", False: "seconds_per_billion"}
+    devices = {row["device"]: row["threads"] is not None for row in rows}
     cells = {(row["name"], row["device"]): row for row in rows}
-    head = ["bits", "levels", "scales", "error of the weights", *devices]
+    head = ["bits", "levels", "scales", "error of the weights"]
+    head += [f"{device}, processor seconds" * cpu or device for device, cpu in devices.items()]
     lines = []
     for row in {row["name"]: row for row in rows}.values():
-        here = [cells.get((row["name"], device)) for device in devices]
-        times = [f"{one['seconds_per_billion']:.2f}" if one else "" for one in here]
+        here = [(cells.get((row["name"], device)), cpu) for device, cpu in devices.items()]
+        times = [f"{one[kinds[cpu]]:.2g}" if one else "" for one, cpu in here]
         error = f"{row['weight_rms_error']:.4f}"
         lines.append([str(row["bits"]), row["codebook"], row["scale"], error, *times])
     return f"{table.markdown(head, lines)}\n\n({table.commits(rows)})"
