@@ -157,7 +157,7 @@ def test_python_module_under_arm64_python(programs, tmp_path):
     package = tmp_path / "fdk_jax"
     package.mkdir()
     (package / "__init__.py").touch()
-    for name in ("product/cpu_backend.py", "format/packing.py"):
+    for name in ("product/cpu_backend.py", "format/host_arrays.py", "format/packing.py"):
         (package / name).parent.mkdir(exist_ok=True)
         (package / name).symlink_to(CPU.parent / "fdk_jax" / name)
     module = "_cpu.cpython-311-aarch64-linux-gnu.so"
