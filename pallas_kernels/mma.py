@@ -24,6 +24,7 @@ from pallas_kernels.tile_sums import SumsWriter
 from pallas_kernels.tile_writer import Block
 
 _ROW_BYTES = 2 * PLANE  # of a token's part of a plane
+_TEAMS = 15  # named barriers of a thread block, without that of all its threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,8 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         return (
             f"{config.stages} blocks of {case.planes} planes are no multiple of {config.x_stages}"
         )
+    if config.teams > _TEAMS:
+        return f"{config.teams} teams need a barrier each, of which there are {_TEAMS}"
     if config.tokens % 8 or 8 * config.tokens % (32 * config.row_warps):
         return f"{config.tokens} tokens are not divided among {config.row_warps} warps"
     if case.computes_values and config.warps > 8 and config.tiles * config.tokens > 32:
@@ -176,10 +179,15 @@ class _Writer(SumsWriter):
         eighth = self.lane & 7
         line = (self.lane >> 3) + self.row_warp * 4
         self.x_target = self._swapped(team, line, eighth)
-        self.x = []
+        self.x, self.is_token = [], []
         self.lines = 4 * plan.row_warps  # tokens that the team copies at a time
-        for i in range(plan.tokens // self.lines):
+        parts = plan.tokens // self.lines
+        # What is past the last token stays as it was: nobody stores its sums. To copy that token instead would
+        # have all thread blocks read the same few lines of the cache. More parts have no registers left.
+        skips = case.m % plan.tokens and parts <= 2
+        for i in range(parts):
             token = (line + i * self.lines) + self.first_token
+            self.is_token.append(token < case.m if skips else None)
             token = ptx.op("min.u32", token, case.m - 1)
             row_bytes = case.blocks * case.span * 2
             address = self.operands["x"] + token * row_bytes + self.k_warp * (case.span * 2)
@@ -205,11 +213,12 @@ class _Writer(SumsWriter):
         """Starts copying a plane of x, of the block `ahead` steps of this warp after the current one."""
         ptx, case, plan = self.ptx, self.case, self.plan
         in_bounds = self.left > ahead
+        wanted = [in_bounds if own is None else in_bounds & own for own in self.is_token]
         offset = (ahead * self.plan.k_warps * case.span + plane * PLANE) * 2
         slot = flat % plan.x_stages * plan.plane_bytes
-        for i, address in enumerate(self.x):
+        for i, (address, when) in enumerate(zip(self.x, wanted, strict=True)):
             target = at(self.x_target, slot + i * self.lines * _ROW_BYTES)
-            ptx.do("cp.async.cg.shared.global", target, at(address, offset), 16, when=in_bounds)
+            ptx.do("cp.async.cg.shared.global", target, at(address, offset), 16, when=when)
         ptx.do("cp.async.commit_group")
 
     def addresses_along_k(self) -> list[Register]:

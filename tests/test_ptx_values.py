@@ -87,6 +87,7 @@ def _run_ptx(case, config, arrays, bias, target=H200):
         (35, 70, 1300, 64, 1, "bfloat16", mma.Config(32, 2, 2, 2, 2, 2)),
         (19, 96, 900, 32, 3, "float16", mma.Config(32, 1, 2, 3, 4, 4)),
         (9, 33, 600, 16, 1, "bfloat16", mma.Config(16, 1, 1, 4, 4, 4)),
+        (3, 70, 1100, 64, 1, "bfloat16", mma.Config(16, 2, 2, 4, 2, 2)),
         (19, 48, 900, 64, 1, "float16", mma.Config(32, 1, 2, 3, 4, 4)),
         (70, 40, 520, 128, 1, "float16", mma.Config(64, 1, 2, 2, 2, 2)),
         (41, 40, 700, 64, 1, "bfloat16", mma.Config(48, 1, 2, 4, 2, 2)),

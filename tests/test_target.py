@@ -92,6 +92,13 @@ def test_what_a_kernel_asks_of_a_gpu_is_said():
         pallas_kernels.matmul(*arrays, **spec, uniform=False, config=wgmma)
 
 
+def test_teams_are_no_more_than_the_barriers_of_a_thread_block():
+    mma = choice.KERNELS["mma"].Config
+    fits, too_many = mma(16, 1, 1, 15, 2, 2), mma(16, 1, 1, 16, 2, 2)
+    assert choice.unsupported_reason(_case(16, 4), fits, H200) is None
+    assert "barrier" in choice.unsupported_reason(_case(16, 4), too_many, H200)
+
+
 def _device(capability, kind, platform="gpu", cores=40, shared=65536):
     return types.SimpleNamespace(
         compute_capability=capability,
