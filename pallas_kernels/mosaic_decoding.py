@@ -4,8 +4,7 @@ The planar layout (`fdk_jax.format.packing`) gives a lane 8 neighbours of a row,
 that lie 8 apart. So a lane reads the codes of its pairs from shared memory, chunk by chunk (8 columns), see
 `code_offsets`. Copies with the 128-byte swizzle put what the lanes of a warp read into different banks.
 
-2, 4 and 8 bits look values up in a table with a copy for each lane's banks, or (`Config.in_registers`, 2 and 4
-bits) in registers; 1 bit selects one of two values.
+2, 4 and 8 bits look values up in a table with a copy for each lane's banks; 1 bit selects one of two values.
 """
 
 import dataclasses
@@ -19,7 +18,6 @@ from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 
-from pallas_kernels import mosaic_permuting
 from pallas_kernels.case import Case
 from pallas_kernels.mosaic_values import (
     U32,
@@ -134,7 +132,6 @@ class Decoder:
         half: bfloat16 or float16, of the values.
         integers: whether these are rounded to integers of 8 bits, of two planes.
         scales: "bf16", "f16" or "f32", of the scales in memory; they are rounded to `half`.
-        in_registers: whether values are looked up there; integers in tables of products for each row and group.
     """
 
     bits: int
@@ -142,24 +139,20 @@ class Decoder:
     half: str
     scales: str
     integers: bool = False
-    in_registers: bool = False
 
     @classmethod
-    def of(cls, case: Case, in_registers: bool) -> "Decoder":
+    def of(cls, case: Case) -> "Decoder":
         """The decoder of a case."""
         single = case.scale_dtype == jnp.float32
         kind = "f32" if single else half_kind(case.scale_dtype)
         if case.x_dtype == jnp.int8:
-            return cls(case.bits, case.group_size, "f16", kind, True, in_registers)
-        half = half_kind(case.x_dtype)
-        return cls(case.bits, case.group_size, half, kind, in_registers=in_registers)
+            return cls(case.bits, case.group_size, "f16", kind, True)
+        return cls(case.bits, case.group_size, half_kind(case.x_dtype), kind)
 
     @property
     def table_bytes(self) -> int:
         """Shared memory of the table."""
-        if self.bits == 1 or self.in_registers:
-            return max(16, 2 * 2**self.bits)
-        return 256 * _TABLE_ROW
+        return 16 if self.bits == 1 else 256 * _TABLE_ROW
 
     @property
     def entry_bytes(self) -> int:
@@ -182,13 +175,6 @@ class Decoder:
             for i in range(2):  # all threads store the same
                 both = value(U32(i))
                 do(f"st.shared.b32 [$0+{4 * i}], $1;", start, pack(both, both, self.half))
-            sync_warpgroups(threads)
-            return
-        if self.in_registers:
-            values = [value(U32(i)) for i in range(2**self.bits)]
-            both = [pack(*two, self.half) for two in zip(values[::2], values[1::2], strict=True)]
-            for i, part in enumerate(both if self.integers else mosaic_permuting.table(both)):
-                do(f"st.shared.b32 [$0+{4 * i}], $1;", start, part)
             sync_warpgroups(threads)
             return
         values = [value((byte >> i) % 2**self.bits) for i in range(0, 8, self.bits)]
@@ -216,8 +202,6 @@ class Decoder:
             plane: which one of the slab, or which two.
         """
         decode = self._select if self.bits == 1 else self._looked_up
-        if self.in_registers:
-            decode = self._permuted_integers if self.integers else self._permuted
         planes = [plane * 2, plane * 2 + 1] if self.integers else [plane]
         values = []
         for one in planes:
@@ -225,13 +209,12 @@ class Decoder:
         element = ir.BF16Type.get() if self.half == "bf16" else ir.F16Type.get()
         count, layout, signed = 2, mgpu.WGMMA_LAYOUT, None
         if self.integers:
-            if not self.in_registers:
-                # The lower bytes of four halves: what two pairs have of a row.
-                pairs = zip(values[::2], values[1::2], strict=True)
-                values = [
-                    [op("prmt.b32 $0, $1, $2, 0x6420;", *two) for two in zip(*chunks, strict=True)]
-                    for chunks in pairs
-                ]
+            # The lower bytes of four halves: what two pairs have of a row.
+            pairs = zip(values[::2], values[1::2], strict=True)
+            values = [
+                [op("prmt.b32 $0, $1, $2, 0x6420;", *two) for two in zip(*chunks, strict=True)]
+                for chunks in pairs
+            ]
             element, count = ir.IntegerType.get_signless(8), 4
             layout, signed = mgpu.WGMMA_LAYOUT_8BIT, True
         vector = ir.VectorType.get((count,), element)
@@ -272,33 +255,6 @@ class Decoder:
                 pairs = self._bytes(word, bit, copy)
             values.append([self._multiply(*two) for two in zip(pairs, scale, strict=True)])
         return values
-
-    def _permuted(self, codes, table, scales, plane: U32) -> list[list[U32]]:
-        """As `_looked_up`, from registers."""
-        looked_up, values = self._table(table), []
-        for (word, _), scale in zip(self._codes(codes, plane), scales, strict=True):
-            pairs = mosaic_permuting.halves(word, looked_up, self.bits)
-            values.append([self._multiply(*two) for two in zip(pairs, scale, strict=True)])
-        return values
-
-    def _permuted_integers(self, codes, table, scales, plane: U32) -> list[list[U32]]:
-        """For each word of a lane's own columns the integers of both rows: all of one group."""
-        pairs = self._table(table)
-        tables = [mosaic_permuting.products(pairs, scale) for scale in scales[0]]
-        (offset,), _ = own_codes(self.bits, thread(), plane, ir.MemRefType(codes.type).shape[1])
-        unit = load(address(codes) + offset, ir.VectorType.get((4,), i32()))
-        words = [U32(llvm.extractelement(unit, U32(i).value)) for i in range(4)]
-        return [mosaic_permuting.integers(word, tables) for word in words]
-
-    def _table(self, table: ir.Value) -> list[U32]:
-        """The registers of the table, which are the same for all threads."""
-        parts = max(1, 2**self.bits // 8)
-        four = ir.VectorType.get((2**self.bits // (2 * parts),), i32())
-        found = [load(address(table) + 16 * part, four) for part in range(parts)]
-        count = 2**self.bits // (2 * parts)
-        return [
-            U32(llvm.extractelement(part, U32(i).value)) for part in found for i in range(count)
-        ]
 
     def _row(self, word: U32, bit: U32, copy: U32) -> U32:
         """Where the table has the values of the byte that starts at a bit of a word."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import mosaic_matmul, rounding
-from pallas_kernels.case import PLANE, Arrays, Case
+from pallas_kernels.case import Arrays, Case
 from pallas_kernels.mosaic_matmul import Config
 from pallas_kernels.rounding import LARGEST, RUN
 from pallas_kernels.target import Target, current
@@ -36,8 +36,6 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         return f"k={case.k} is no multiple of {RUN}"
     if config.k_groups * config.splits * config.cluster > 1:
         return "programs and warpgroups do not share K or x"
-    if config.in_registers and (case.bits != 4 or case.group_size < PLANE):
-        return "tables of products are of 4 bits and groups of a plane at least"
     if (reason := mosaic_matmul.unsupported_reason(case, config, target)) is not None:
         return reason
     needed = mosaic_matmul.shared_bytes(integer_case(case), config)

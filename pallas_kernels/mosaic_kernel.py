@@ -133,9 +133,7 @@ def _scratch(case: Case, config: Config) -> dict[str, Any]:
         s_smem=plgpu.SMEM(
             (config.w_stages, tiles, scale_fours(case, config), 64), case.scale_dtype
         ),
-        table=plgpu.SMEM(
-            (max(16, Decoder.of(case, config.in_registers).table_bytes) // 4,), jnp.uint32
-        ),
+        table=plgpu.SMEM((max(16, Decoder.of(case).table_bytes) // 4,), jnp.uint32),
         x_full=plgpu.Barrier(num_barriers=config.x_stages),
         w_full=plgpu.Barrier(num_arrivals=2, num_barriers=config.w_stages),
         x_free=free(num_arrivals=users, num_barriers=config.x_stages),
@@ -303,8 +301,7 @@ def _consume(
 ):
     """Decodes a plane while the products of the one before are under way."""
     x_smem, x_flat = x_smem[0], x_smem[-1]
-    size, width = slab(case, config), columns(case)
-    decoder = Decoder.of(case, config.in_registers)
+    size, width, decoder = slab(case, config), columns(case), Decoder.of(case)
     planes = size // width
     slabs, step = tile.slabs, config.k_groups
     row_group = jax.lax.rem(warpgroup, config.row_groups)

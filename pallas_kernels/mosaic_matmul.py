@@ -29,7 +29,6 @@ class Config:
         w_stages: slabs of codes and scales in shared memory.
         cluster: programs that share the copies of x, each with rows of its own: 1 or 2.
         splits: programs that share the K of their rows, of a cluster too: 1 or 2.
-        in_registers: whether codes of 2 and 4 bits are looked up in registers, not in shared memory.
     """
 
     tokens: int = 128
@@ -39,7 +38,6 @@ class Config:
     w_stages: int = 2
     cluster: int = 1
     splits: int = 1
-    in_registers: bool = False
 
     @property
     def rows(self) -> int:
@@ -86,7 +84,7 @@ def shared_bytes(case: Case, config: Config) -> int:
     scale_bytes = 4 * jnp.dtype(case.scale_dtype).itemsize
     codes = slab(case, config) * case.bits // 8
     w = config.rows * (codes + scale_fours(case, config) * scale_bytes)
-    table = 32 if case.bits == 1 or config.in_registers else _TABLE_BYTES
+    table = 16 if case.bits == 1 else _TABLE_BYTES
     return x + config.w_stages * w + table + _BARRIER_BYTES
 
 
@@ -120,8 +118,6 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         return f"{config.x_stages} stages of x do not divide over {config.k_groups} warpgroups"
     if slab(case, config) // PLANE % config.k_groups:
         return f"{config.k_groups} warpgroups do not divide the planes of a slab"
-    if config.in_registers and case.bits not in (2, 4):
-        return f"codes of {case.bits} bits are not looked up in registers"
     if config.cluster * config.splits > 2:
         return "a cluster is of two programs at most"
     if -(-case.k // slab(case, config)) < config.splits:

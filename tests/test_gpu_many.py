@@ -75,16 +75,6 @@ def test_groups(rng, bits, group, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("group", [8, 32, 64, 512])
-@pytest.mark.parametrize("config", [Config(64, 2, 2, 8, 2), Config(256, 2, 1, 4, 2)], ids=str)
-def test_codes_looked_up_in_registers(rng, config, bits, group, dtype):
-    config = dataclasses.replace(config, in_registers=True)
-    scales = "float32" if group == 32 else None
-    _check(rng, 70, 264, 1544, bits, group, dtype, config, bias=True, scales=scales)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("scales", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
     ("bits", "group"), [(1, 128), (2, 128), (2, 1544), (4, 16), (4, 32), (4, 768), (8, 32)]
@@ -195,16 +185,6 @@ def _integer_product(rng, m, n, k, bits, group, dtype, codebooks=1, scales=None)
         (513, 512, 4096, 512, "bfloat16", Config(128, 2, 1, 4, 2), dict(codebooks=2)),
         (257, 136, 1568, 8, "bfloat16", Config(256, 2, 1, 3, 2), dict(scales="float32")),
         (1, 128, 256, 128, "float16", Config(16, 2, 1, 6, 2), dict(scales="bfloat16")),
-        (257, 264, 1568, 64, "bfloat16", Config(256, 2, 1, 4, 2, in_registers=True), {}),
-        (
-            70,
-            512,
-            2048,
-            512,
-            "float16",
-            Config(64, 2, 1, 6, 2, in_registers=True),
-            dict(codebooks=2),
-        ),
     ],
 )
 def test_integers(rng, bits, m, n, k, group, dtype, config, kind):

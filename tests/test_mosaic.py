@@ -97,8 +97,6 @@ def test_a_thread_finds_the_codes_of_its_operands(bits, rng):
         (case(bits=4, bias=BF16), Config(64, 2, 2, 8, 2, splits=2)),
         (case(bits=8, n=256, codebooks=2), Config(64, 1, 2, 8, 2)),
         (case(bits=4, k=2056), Config(64, 1, 4, 8, 2, splits=2)),
-        (case(bits=4, group=32), Config(256, 2, 1, 4, 2, in_registers=True)),
-        (case(bits=2, dtype=F16), Config(128, 2, 1, 4, 2, in_registers=True)),
     ],
 )
 def test_lowers_for_a_gpu(product, config):
@@ -133,7 +131,6 @@ def test_lowers_for_a_gpu(product, config):
         ({}, Config(144, 1, 4, 8), "registers"),
         ({}, Config(64, 1, 1, 4), "one warpgroup"),
         ({}, Config(cluster=2, splits=2), "two programs"),
-        (dict(bits=8), Config(in_registers=True), "in registers"),
     ],
 )
 def test_refuses_what_it_cannot_do(change, config, words):
@@ -206,14 +203,6 @@ def test_integers_of_a_weight_are_within_half_a_step(rng, bits, group, scales):
     )
     # And what the table and the scales lose as float16.
     assert np.all(np.abs(integers * rows[:, None] - wanted) <= 0.63 * rows[:, None])
-
-
-@pytest.mark.parametrize("group", [32, 64])
-def test_tables_of_products_are_of_whole_planes(group):
-    product = case(m=300, k=1056, group=group)
-    config = Config(256, 2, 1, 4, 2, in_registers=True)
-    reason = mosaic_integers.unsupported_reason(product, config, H200)
-    assert (reason is None) == (group == 64) and (reason is None or "groups of a plane" in reason)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
