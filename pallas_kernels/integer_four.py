@@ -37,6 +37,8 @@ def unsupported_product(case: Case, workers: int) -> str | None:
 class Plan(integer_plan.Plan):
     """A product by integers, of four bits."""
 
+    ahead = 4  # it waits for memory, which by two slots would stand still
+
     @property
     def sharers(self) -> int:
         """As in `integer_plan`; two at most, whose lanes have whole words of operands."""

@@ -8,7 +8,7 @@ from pallas_kernels.exchange import Exchange
 from pallas_kernels.layers_parts import HeadPart, Part
 from pallas_kernels.ptx import Ptx
 from pallas_kernels.registers import Register, at
-from pallas_kernels.ring_launch import AHEAD, Launch
+from pallas_kernels.ring_launch import Launch
 from pallas_kernels.ring_plan import LaunchPlan
 from pallas_kernels.ring_slots import Position
 
@@ -157,7 +157,9 @@ class LayersLaunch(Launch):
             for run in range(product.plan.runs):
                 weight_range = product.weight_range(run)
                 if not run:
-                    self._copy(product, weight_range, position, f"{number}_ahead", AHEAD)
+                    self._copy(
+                        product, weight_range, position, f"{number}_ahead", product.plan.ahead
+                    )
                     # Where nothing is left to copy, the consumers could be through the next layer before this
                     # looks, and the barrier in the phase that it waits for again.
                     ptx.do("bra", f"fdk_all_ahead_{number}", when=weight_range[2].eq(0))

@@ -14,7 +14,6 @@ _WORKERS = 1  # the barrier of the consumer warps
 # waiting for ever: some other launch holds multiprocessors, and waits for this one.
 _LOOKS = 1 << 26
 _READ_ONCE = "evict_first"  # whatever else is in L2 shall stay
-AHEAD = 2  # slots copied of a product before the outputs of the one before it are in memory
 
 Range = tuple[Register, Register]  # where in memory it starts, and its bytes
 
@@ -98,7 +97,9 @@ class Launch(Writer):
             for run in range(0 if number else 1, product.plan.runs):
                 weight_range = product.weight_range(run)
                 if number and not run:
-                    self._copy(product, weight_range, position, f"{number}_ahead", AHEAD)
+                    self._copy(
+                        product, weight_range, position, f"{number}_ahead", product.plan.ahead
+                    )
                     # Each barrier is used once: however late the producer looks, its first phase is over.
                     self.ring.wait(self._signalled(number - 1), 0, f"signalled_{number}")
                 self._copy(product, weight_range, position, f"{number}_{run}")

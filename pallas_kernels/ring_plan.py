@@ -44,6 +44,10 @@ class ProductPlan(abc.ABC):
         gated: whether an output is the product of a row of the second half and of the SiLU of the first's.
     """
 
+    ahead: ClassVar[int] = (
+        2  # slots copied before the outputs of the product before it are in memory
+    )
+
     case: Case
     workers: int
     programs: int
