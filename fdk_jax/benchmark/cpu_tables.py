@@ -10,6 +10,9 @@ NO_ROWS = "(No rows yet.)"
 FEW = (1, 16, 64, 128, 512)  # tokens in the README's tables
 _SHAPE = (8192, 8192)  # k, n of the README's table
 _PLACE = ("device", "isa", "clock", "threads")  # of a run whose cases took turns
+_SHOWN = frozenset(
+    1 << i for i in range(10)
+)  # tokens that have a line of a table; the figure has all
 
 Row = dict[str, Any]
 
@@ -27,7 +30,7 @@ def sweep(found: Iterable[Row]) -> str:
         if all(backend == "cpu" or bits > 4 for backend, _, bits in kinds):
             continue  # beside dense products alone: `dense` has it
         lines = []
-        for m in sorted({r["m"] for r in here}):
+        for m in sorted({r["m"] for r in here} & _SHOWN):
             rows_of = {(r["backend"], r["name"], r["bits"]): r for r in here if r["m"] == m}
             ours = [rows_of["cpu", f"codebook_{a}", 4] for a in ("int8", "exact")]
             cells = [str(m)]
@@ -46,7 +49,10 @@ def sweep(found: Iterable[Row]) -> str:
 
 
 def dense(found: Iterable[Row]) -> str:
-    """PyTorch's dense bfloat16 time over that of `int8` / of `exact`, sample by sample."""
+    """PyTorch's dense bfloat16 time over that of `int8` / of `exact`, sample by sample.
+
+    The last line has the least of all numbers of tokens that were measured, and where that is.
+    """
     texts = []
     chosen = [r for r in _of(found, "sweep") if r["backend"] in ("cpu", "torch")]
     for here in _by(chosen, lambda r: tuple(r.get(key) for key in _PLACE)):
@@ -54,20 +60,11 @@ def dense(found: Iterable[Row]) -> str:
             {(r["k"] * r["n"], r["k"], r["n"], r["bits"]) for r in here if r["backend"] == "cpu"},
             key=lambda c: (c[:3], -c[3]),
         )
-        lines = []
-        for m in sorted({r["m"] for r in here}):
-            cells = [str(m)]
-            for _, k, n, bits in columns:
-                same = [r for r in here if (r["m"], r["k"], r["n"]) == (m, k, n)]
-                peer = [r for r in same if r["name"] == "dense" and bits in _beside(r)]
-                ours = {r["name"]: r for r in same if r["backend"] == "cpu" and r["bits"] == bits}
-                pairs = [
-                    _ratio(peer[0], ours[f"codebook_{a}"])
-                    for a in ("int8", "exact")
-                    if peer and ours
-                ]
-                cells.append(" / ".join(pairs))
-            lines.append(cells)
+        lines = [
+            [str(m), *(" / ".join(_beside_dense(here, column, m)) for column in columns)]
+            for m in sorted({r["m"] for r in here} & _SHOWN)
+        ]
+        lines.append(["least of all", *(_least_beside_dense(here, column) for column in columns)])
         head = ["tokens", *(f"{k} x {n}, {bits} bits" for _, k, n, bits in columns)]
         texts.append(f"{_title(here)}, {commits(here)}:\n\n{markdown(head, lines)}")
     return "\n\n".join(texts) or NO_ROWS
@@ -99,6 +96,26 @@ def few(found: Iterable[Row]) -> str:
         head = ["k x n", "tokens", "bf16 (PyTorch)", *names]
         texts.append(f"{_title(here)}, {commits(here)}:\n\n{markdown(head, lines)}")
     return "\n\n".join(texts) or NO_ROWS
+
+
+def _beside_dense(here: list[Row], column: tuple, m: int) -> list[str]:
+    """The ratios of `int8` and of `exact` at (size, k, n, bits); none where a row is missing."""
+    _, k, n, bits = column
+    same = [r for r in here if (r["m"], r["k"], r["n"]) == (m, k, n) and r["status"] == "ok"]
+    peer = [r for r in same if r["name"] == "dense" and bits in _beside(r)]
+    ours = {r["name"]: r for r in same if r["backend"] == "cpu" and r["bits"] == bits}
+    return [_ratio(peer[0], ours[f"codebook_{a}"]) for a in ("int8", "exact") if peer and ours]
+
+
+def _least_beside_dense(here: list[Row], column: tuple) -> str:
+    """The least ratio of `int8` and of `exact`, and its number of tokens."""
+    found = {m: _beside_dense(here, column, m) for m in sorted({r["m"] for r in here})}
+    texts = []
+    for i in range(2):
+        of = {m: float(pair[i]) for m, pair in found.items() if pair}
+        least = min(of, key=of.__getitem__, default=None)
+        texts += [] if least is None else [f"{of[least]:.2f} at {least}"]
+    return " / ".join(texts)
 
 
 def read_shares(found: Iterable[Row]) -> str:
