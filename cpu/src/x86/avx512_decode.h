@@ -165,18 +165,14 @@ struct Words {
   void decode(const uint8_t *step, __m512i out[kVectors]) const {
     const __m512i v = load_step<kBits>(step);
     if constexpr (kBits == 8) {
-      // A row's planes (l0 l1 l2 l3), (h0 h1 h2 h3) -> (l0 h0 l1 h1), (l2 h2 l3 h3).
-      alignas(64) static constexpr auto kIndex = [] {
-        std::array<std::array<uint8_t, 64>, 2> index{};
-        for (size_t half = 0; half < 2; ++half)
-          for (size_t b = 0; b < 64; ++b)
-            index[half][b] = static_cast<uint8_t>(b / 4 * 4 + half * 2 + b % 4 / 2 + b % 2 * 64);
-        return index;
-      }();
+      // A row's planes (l0 l1 l2 l3), (h0 h1 h2 h3) -> (l0 h0 l2 h2), (l1 h1 l3 h3): without
+      // permutations, of which the look-ups take all that one port does.
+      const __m512i first_bytes = _mm512_set1_epi16(0x00ff);
       const __m512i l = low(v);
       const __m512i h = high(v);
-      for (size_t half = 0; half < 2; ++half)
-        out[half] = _mm512_permutex2var_epi8(l, _mm512_load_si512(kIndex[half].data()), h);
+      constexpr int select = 0xca;  // a bit of the second operand where the first has one
+      out[0] = _mm512_ternarylogic_epi32(first_bytes, l, _mm512_slli_epi16(h, 8), select);
+      out[1] = _mm512_ternarylogic_epi32(first_bytes, _mm512_srli_epi16(l, 8), h, select);
     } else {
       for (int s = 0; s < 4; ++s) {
         const __m512i w = s == 0 ? v : _mm512_srli_epi32(v, static_cast<unsigned>(4 * s));
@@ -187,7 +183,7 @@ struct Words {
   }
 
   static constexpr int word_column(int vector, int i) {
-    if (kBits == 8) return vector * 2 + i;
+    if (kBits == 8) return vector + 2 * i;
     const int s = vector / kTables;
     return column_at(kBits, s / 2 + 2 * i, s % 2 * 4 + vector % kTables * kBits);
   }
@@ -288,8 +284,8 @@ struct Float32Wide8 : Words<8> {
     Words<8>::decode(step, pairs);
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000U));
     for (int i = 0; i < 2; ++i) {
-      out[2 * i] = _mm512_slli_epi32(pairs[i], 16);
-      out[2 * i + 1] = _mm512_and_si512(pairs[i], upper);
+      out[i] = _mm512_slli_epi32(pairs[i], 16);
+      out[i + 2] = _mm512_and_si512(pairs[i], upper);
     }
   }
   static constexpr int word_column(int vector, int) { return vector; }
