@@ -16,7 +16,6 @@
 #include "compiler.h"
 #include "fdk.h"
 #include "numeric.h"
-#include "residents.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace py = pybind11;
@@ -24,8 +23,8 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// XLA's own threads as a team, for callers that find the residents at work. Tasks that start after
-// the work is done find the door closed and leave; nobody waits for a task that has not started.
+// XLA's own threads as a team. Tasks that start after the work is done find the door closed and
+// leave; nobody waits for a task that has not started.
 struct Door {
   static constexpr int kClosed = 1 << 30;
   std::atomic<int> inside{0};
@@ -46,7 +45,6 @@ struct Door {
 
 void run_inside_xla(const fdk::Team &team, int threads, fdk::Body body, void *context) {
   if (threads <= 1) return body(context);
-  if (fdk::Residents::team().run(threads, body, context)) return;
   auto &pool = *static_cast<ffi::ThreadPool *>(const_cast<void *>(team.handle));
   const auto door = std::make_shared<Door>();
   door->body = body;

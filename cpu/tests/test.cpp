@@ -24,7 +24,6 @@
 #include "fdk.h"
 #include "guarded.h"
 #include "numbers.h"
-#include "residents.h"
 
 namespace {
 
@@ -617,32 +616,6 @@ void test_callers_in_threads() {
   for (const double error : errors) expect(error < 1e-5, "a caller's error is %g", error);
 }
 
-// The threads that stay, called by several threads: every piece of every caller is done once, by
-// whom ever.
-void test_residents() {
-  const fdk::Team team{[](const fdk::Team &, int threads, fdk::Body body, void *context) {
-                         if (!fdk::Residents::team().run(threads, body, context)) body(context);
-                       },
-                       nullptr};
-  std::vector<std::thread> callers;
-  for (int caller = 0; caller < 4; ++caller)
-    callers.emplace_back([&team, caller] {
-      for (int job = 0; job < 500; ++job) {
-        std::vector<int> done(static_cast<size_t>(3 + (job * 7 + caller) % 90));
-        fdk::for_pieces(team, 2 + job % 3, static_cast<int64_t>(done.size()), 4,
-                        [&done](int64_t begin, int64_t end) {
-                          for (int64_t i = begin; i < end; ++i) ++done[static_cast<size_t>(i)];
-                        });
-        const auto once = std::count(done.begin(), done.end(), 1);
-        expect(once == static_cast<std::ptrdiff_t>(done.size()), "%td of %zu pieces were done once",
-               once, done.size());
-        // Long enough, now and then, that they sleep.
-        if (job % 50 == caller) std::this_thread::sleep_for(std::chrono::milliseconds(2));
-      }
-    });
-  for (std::thread &caller : callers) caller.join();
-}
-
 #if !defined(_WIN32)
 // A child of fork() multiplies, after its parent's threads have been at work.
 void test_fork() {
@@ -683,7 +656,6 @@ constexpr Test kTests[] = {
     {"probes", test_probes},
     {"errors", test_errors},
     {"callers_in_threads", test_callers_in_threads},
-    {"residents", test_residents},
 #if !defined(_WIN32)
     {"fork", test_fork},
 #endif
