@@ -74,9 +74,10 @@ def _kernel_row(device, us, m=1, group_size=64, **others):
 
 
 def test_speed_ups_are_over_bfloat16_of_the_same_product():
-    own = dict(codebook="kmeans", driver="1")
+    own = dict(codebook="kmeans", driver="1", date="2")
     rows = [
-        _kernel_row("G", 6.0, bits=16, group_size=None, backend="xla", driver="1"),
+        _kernel_row("G", 6.0, bits=16, group_size=None, backend="xla", driver="1", date="1"),
+        _kernel_row("G", 1.0, **own | dict(date="3", commit="another")),
         _kernel_row("G", 2.0, **own),
         _kernel_row("G", 4.0, **own | dict(bits=1)),
         _kernel_row("G", 1.0, **own | dict(codebook="uniform")),

@@ -1,4 +1,7 @@
-"""The table of a sweep over tokens and shapes: how many times as long as a quantised product bfloat16 takes."""
+"""The table of a sweep over tokens and shapes: how many times as long as a quantised product bfloat16 takes.
+
+Both are of one commit.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -18,21 +21,25 @@ def speed_ups(found: Iterable[Row]) -> str:
     texts = []
     for device in sorted({r["device"] for r in chosen}):
         here = [r for r in chosen if r["device"] == device]
-        dense = {_shape(r): r for r in here if r["bits"] == _DENSE}
-        ours = {(*_shape(r), r["bits"]): r for r in here if _counts(r)}
-        ours = {key: r for key, r in ours.items() if key[:-1] in dense}
+        here.sort(key=lambda r: r["date"])  # of several the newest
+        of_run = {(*_shape(r), r["commit"]): r for r in here if r["bits"] == _DENSE}
+        ours: dict[tuple, Row] = {}
+        dense: dict[tuple, Row] = {}
+        for r in here:
+            if _counts(r) and (base := of_run.get((*_shape(r), r["commit"]))):
+                ours[*_shape(r), r["bits"]], dense[*_shape(r), r["bits"]] = r, base
         widths = sorted({key[-1] for key in ours}, reverse=True)
         sizes = sorted({key[:2] for key in ours}, key=lambda s: (-s[0] * s[1], -s[0]))
         lines = []
         for m in sorted({key[2] for key in ours}):
             cells = [str(m)]
             for size in sizes:
-                rows = [ours.get((*size, m, bits)) for bits in widths]
-                base = dense.get((*size, m))
-                cells.append(" / ".join(_ratio(base, row) for row in rows) if base else "")
+                keys = [(*size, m, bits) for bits in widths]
+                ratios = [_ratio(dense[key], ours[key]) if key in ours else "-" for key in keys]
+                cells.append(" / ".join(ratios) if any(key in ours for key in keys) else "")
             lines.append(cells)
         if lines:
-            rows = [*ours.values(), *(dense[key[:-1]] for key in ours)]
+            rows = [*ours.values(), *dense.values()]
             head = ["tokens", *(f"{k} x {n}" for k, n in sizes)]
             names = " / ".join(map(str, widths))
             told = f"{device}, {table.commits(rows)}, for {names} bits"
@@ -49,5 +56,5 @@ def _counts(row: Row) -> bool:
     return fitted and row["backend"] == "pallas" and row["arithmetic"] == "exact"
 
 
-def _ratio(base: Row, row: Row | None) -> str:
-    return "-" if row is None else f"{base['median_us'] / row['median_us']:.2f}"
+def _ratio(base: Row, row: Row) -> str:
+    return f"{base['median_us'] / row['median_us']:.2f}"
