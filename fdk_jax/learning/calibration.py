@@ -63,7 +63,7 @@ def calibrate(
 
     Layers are treated in runs: the statistics of a run are collected on the model as it is by then
     (earlier layers quantised), its layers are quantised one after another, and the statistics are dropped.
-    The same arguments give the same bits.
+    The same arguments give the same bits on a CPU; on a GPU fitted levels may differ in their last ones.
 
     Args:
         model: an nnx model with `nnx.Linear`s or `nnx.LinearGeneral`s.
