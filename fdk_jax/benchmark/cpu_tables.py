@@ -8,7 +8,7 @@ from fdk_jax.benchmark.table import commits, markdown
 
 NO_ROWS = "(No rows yet.)"
 FEW = (1, 16, 64, 128, 512)  # tokens in the README's tables
-_SHAPE = (8192, 8192)  # k, n of the README's table
+SHAPE = (8192, 8192)  # k, n of the README's table
 _PLACE = ("device", "isa", "clock", "threads")  # of a run whose cases took turns
 _SHOWN = frozenset(
     1 << i for i in range(10)
@@ -73,7 +73,7 @@ def dense(found: Iterable[Row]) -> str:
 def few(found: Iterable[Row]) -> str:
     """Microseconds of a few numbers of tokens, and PyTorch's dense time over them; one table a device."""
     texts = []
-    chosen = [r for r in _of(found, "sweep") if (r["k"], r["n"]) == _SHAPE and r["m"] in FEW]
+    chosen = [r for r in _of(found, "sweep") if (r["k"], r["n"]) == SHAPE and r["m"] in FEW]
     chosen = [r for r in chosen if r["backend"] == "cpu" or r["name"] == "dense"]
     chosen = [r for r in chosen if r.get("clock") != "processor"]
     for of_device in _by(chosen, lambda r: r["device"]):
@@ -84,7 +84,7 @@ def few(found: Iterable[Row]) -> str:
         for m in sorted({r["m"] for r in here}):
             same = [r for r in here if r["m"] == m]
             plain = [r for r in same if r["name"] == "dense"]
-            cells = [f"{_SHAPE[0]} x {_SHAPE[1]}", str(m)]
+            cells = [f"{SHAPE[0]} x {SHAPE[1]}", str(m)]
             cells.append(f"{min(r['median_us'] for r in plain):.0f}" if plain else "")
             for bits, name in kinds:
                 own = [r for r in same if (-r["bits"], r["name"]) == (bits, name)]

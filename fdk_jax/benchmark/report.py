@@ -78,6 +78,11 @@ def kernels(found: Iterable[Row], *, spread: bool = False) -> str:
     return "\n\n".join(texts) or "(No rows yet.)"
 
 
+def _of_one_shape(found: Iterable[Row]) -> list[Row]:
+    """The rows of the shape that the README shows."""
+    return [r for r in found if (r.get("k"), r.get("n")) == cpu_tables.SHAPE]
+
+
 def portable(found: Iterable[Row]) -> str:
     """Microseconds a product by the kernels that other GPUs get, on one that pretends to be them."""
     found = _products(found)
@@ -366,7 +371,7 @@ def scaling_variants(found: Iterable[Row]) -> str:
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
-    "kernels": kernels,
+    "kernels": lambda found: kernels(_of_one_shape(found)),
     "portable": portable,
     "groups": group_sizes,
     "integers": integers,
