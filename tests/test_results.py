@@ -129,8 +129,9 @@ def test_figures_of_several_commits_say_which_they_are_of():
 
 
 def _sweep_row(backend, name, bits, samples, **more):
-    fields = {"suite": "sweep", "device": "d", "k": 64, "n": 32, "threads": 2, "m": 3}
+    fields = {"suite": "sweep", "device": "d", "k": 64, "n": 32, "threads": 2, "m": 4}
     fields |= {"commit": "abcdefgh", "backend": backend, "name": name, "bits": bits}
+    fields |= {"status": "ok", "date": "1", "digest": "d"}
     return fields | {"samples_us": samples, "median_us": sorted(samples)[1]} | more
 
 
@@ -142,12 +143,12 @@ def test_the_sweep_compares_sample_by_sample():
         _sweep_row("torch", "int4", 4, [6.0, 8.0, 9.0]),
     ]
     text = cpu_tables.sweep(rows)
-    assert "| 3 | 2 | 2 | 4 (3.00 / 2.00) | 8 (4.00 / 4.00) |" in text
+    assert "| 4 | 2 | 2 | 4 (3.00 / 2.00) | 8 (4.00 / 4.00) |" in text
     assert "k x n = 64 x 32, commit abcdefg" in text
     assert cpu_tables.sweep(rows[:0]) == "(No rows yet.)"
     # Beside dense products alone there is no table of peers.
     assert cpu_tables.sweep(rows[:3]) == "(No rows yet.)"
-    assert "| 3 | 3.00 / 2.00 |" in cpu_tables.dense(rows)
+    assert "| 4 | 3.00 / 2.00 |" in cpu_tables.dense(rows)
 
 
 def test_dense_rows_belong_to_the_bits_that_they_took_turns_with():
@@ -162,7 +163,7 @@ def test_dense_rows_belong_to_the_bits_that_they_took_turns_with():
     ]
     text = cpu_tables.dense(rows)
     assert "| tokens | 64 x 32, 4 bits | 64 x 32, 1 bits |" in text
-    assert "| 3 | 6.00 / 3.00 | 10.00 / 5.00 |" in text
+    assert "| 4 | 6.00 / 3.00 | 10.00 / 5.00 |" in text
 
 
 def test_the_table_of_few_rows_has_the_most_threads():
@@ -170,7 +171,7 @@ def test_the_table_of_few_rows_has_the_most_threads():
     rows = [
         _sweep_row("cpu", "codebook_exact", 4, [9.0] * 3, **shape),
         _sweep_row("cpu", "codebook_exact", 4, [4.0] * 3, **(shape | {"threads": 8})),
-        _sweep_row("cpu", "codebook_exact", 1, [2.0] * 3, **(shape | {"threads": 8})),
+        _sweep_row("cpu", "codebook_exact", 1, [2.0] * 3, **(shape | {"threads": 8}), beside=[1]),
         _sweep_row("torch", "dense", 16, [12.0] * 3, **(shape | {"threads": 8}), beside=[4]),
         _sweep_row("torch", "dense", 16, [10.0] * 3, **(shape | {"threads": 8}), beside=[1]),
         _sweep_row("cpu", "codebook_exact", 4, [1.0] * 3, **(shape | {"threads": 8, "m": 3})),

@@ -10,9 +10,7 @@ NO_ROWS = "(No rows yet.)"
 FEW = (1, 16, 64, 128, 512)  # tokens in the README's tables
 SHAPE = (8192, 8192)  # k, n of the README's table
 _PLACE = ("device", "isa", "clock", "threads")  # of a run whose cases took turns
-_SHOWN = frozenset(
-    1 << i for i in range(10)
-)  # tokens that have a line of a table; the figure has all
+_SHOWN = frozenset(1 << i for i in range(10))  # tokens with a line of a table; the figure has all
 
 Row = dict[str, Any]
 
@@ -87,10 +85,15 @@ def few(found: Iterable[Row]) -> str:
             cells = [f"{SHAPE[0]} x {SHAPE[1]}", str(m)]
             cells.append(f"{min(r['median_us'] for r in plain):.0f}" if plain else "")
             for bits, name in kinds:
-                own = [r for r in same if (-r["bits"], r["name"]) == (bits, name)]
-                peer = [r for r in plain if -bits in _beside(r)]
-                text = f"{own[0]['median_us']:.0f}" if own else ""
-                cells.append(text + (f" ({_ratio(peer[0], own[0])})" if own and peer else ""))
+                kept = [r for r in same if (-r["bits"], r["name"]) == (bits, name)]
+                if not kept:
+                    cells.append("")
+                    continue
+                own = max(kept, key=lambda r: r["date"])
+                run = own["digest"], _beside(own)  # samples are compared with those of the same run
+                peer = next((r for r in plain if (r["digest"], _beside(r)) == run), None)
+                ratio = "" if peer is None else f" ({_ratio(peer, own)})"
+                cells.append(f"{own['median_us']:.0f}{ratio}")
             lines.append(cells)
         names = (f"{-bits} bit, `{name.removeprefix('codebook_')}`" for bits, name in kinds)
         head = ["k x n", "tokens", "bf16 (PyTorch)", *names]
