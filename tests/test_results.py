@@ -13,6 +13,7 @@ from fdk_jax.benchmark import (
     cpu_tables,
     group_table,
     many_table,
+    model_table,
     quantising,
     records,
     report,
@@ -319,3 +320,25 @@ def test_formats_have_a_time_for_each_device():
     text = report.quantising(rows[:-1])
     assert "| bits | levels | scales | error of the weights | A | B, processor seconds |" in text
     assert f"| 4 | nf4 | absmax | {errors[0]:.4f} |" in text and text.count("|  |") == 1
+
+
+def test_models_of_equal_memory_are_those_of_one_run():
+    """Of the newest commit that has all three; rows of several sequences or GPUs do not count."""
+
+    def row(model, bits, commit, date, speed, **others):
+        facts = dict(
+            suite="models", model=model, bits=bits, commit=commit, date=date, m=1, prompt=2
+        )
+        facts |= dict(devices=1, speculate=0, codebook=None, backend="pallas", device="H200")
+        facts |= dict(samples_us=[1.0], median_us=1.0, bound_us=0.5, tokens_per_s=speed)
+        return facts | dict(peak_bytes=8e9, first_token_us=1e3) | others
+
+    names = {"custom-llama-4B": 16, "custom-llama-12B": 4, "custom-llama-31B": 1}
+    whole = [row(name, bits, "a" * 40, "2026-01-01", bits) for name, bits in names.items()]
+    newer = [row("custom-llama-12B", 4, "b" * 40, "2026-01-02", 999.0)]
+    others = [row("custom-llama-31B", 1, "b" * 40, "2026-01-02", 888.0, devices=2)]
+    others += [row("custom-llama-4B", 16, "b" * 40, "2026-01-02", 777.0)]
+    text = model_table.equal_memory([*newer, *others, *whole])
+    assert text.splitlines()[0] == "H200, commit aaaaaaa:"
+    assert [line.split(" | ")[5] for line in text.splitlines()[4:]] == ["16", "4", "1"]
+    assert model_table.equal_memory(newer) == "(No rows yet.)"

@@ -9,7 +9,6 @@ of speeds which figure is of which.
 
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ from fdk_jax import usage
 from fdk_jax.benchmark import cpu_tables, records, source, table
 from fdk_jax.benchmark.group_table import group_sizes
 from fdk_jax.benchmark.many_table import speed_ups
+from fdk_jax.benchmark.model_table import equal_memory, models
 
 FILES = (
     "README.md",
@@ -189,45 +189,6 @@ def _time(row: Row, spread: bool) -> str:
     return text
 
 
-def models(found: Iterable[Row]) -> str:
-    """Tokens a second of whole models, and the memory that each needs of a device; one table a device."""
-    chosen = [r for r in found if r["suite"] == "models"]
-    texts = []
-    for device in dict.fromkeys(r["device"] for r in chosen):
-        here = [r for r in chosen if r["device"] == device]
-        head = ["model", "bits", "GB", "prompt", "batch", "first token, ms", "tokens/s"]
-        head += ["of the bound", "spread"]
-        lines = []
-        here.sort(
-            key=lambda r: (
-                r["model"],
-                -r["bits"],
-                r.get("devices", 1),
-                r["m"],
-                r["prompt"],
-                r["backend"],
-            )
-        )
-        sources = table.Lettered(here)
-        for r in here:
-            low, high = min(r["samples_us"]), max(r["samples_us"])
-            share = f"{r['bound_us'] / r['median_us']:.0%}" if r["bound_us"] else ""
-            name = r["model"].removeprefix("custom-llama-")
-            if r["backend"] == "transformers":
-                name += ", transformers"
-            if r.get("devices", 1) > 1:
-                name += f" on {r['devices']}"
-            if guesses := r.get("speculate"):
-                name += f", {guesses} guesses a step, all right"
-            width = f"{(high - low) / statistics.median(r['samples_us']):.1%}"
-            size, first = f"{r['peak_bytes'] / 1e9:.2f}", f"{r['first_token_us'] / 1e3:.1f}"
-            speed = f"{r['tokens_per_s']:.0f}{sources.of(r)}"
-            cells = name, r["bits"], size, r["prompt"], r["m"], first, speed, share, width
-            lines.append([str(cell) for cell in cells])
-        texts.append(f"{device}, {sources}:\n\n{table.markdown(head, lines)}")
-    return "\n\n".join(texts) or "(No rows yet.)"
-
-
 def attention(found: Iterable[Row]) -> str:
     """Microseconds of one token's attention over a cache."""
     rows = [r for r in found if r["suite"] == "attention"]
@@ -380,6 +341,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "tuned": lambda _: tuned(),
     "kernels-spread": lambda found: kernels(found, spread=True),
     "models": models,
+    "equal-memory": equal_memory,
     "quality": quality,
     "sweep": cpu_tables.sweep,
     "dense": cpu_tables.dense,
