@@ -103,8 +103,8 @@ def assemblers() -> dict[str, Path]:
     versions = {}
     for file in found:
         if file.is_file():
-            told = subprocess.run([file, "--version"], capture_output=True, text=True).stdout
-            if version := re.search(r"V(\d+\.\d+\.\d+)", told):
+            found = subprocess.run([file, "--version"], capture_output=True, text=True).stdout
+            if version := re.search(r"V(\d+\.\d+\.\d+)", found):
                 versions.setdefault(version[1], file)
     return dict(sorted(versions.items(), key=lambda item: [int(n) for n in item[0].split(".")]))
 
@@ -250,15 +250,15 @@ def assemble(ptxas: Path, architecture: str, found: list[Kernel]) -> list[Report
         text = header + "\n".join(k.entry[k.entry.index(".visible") :] for k in found)
         done = _run(ptxas, architecture, text)
         if done.returncode == 0:
-            told = _told(done.stderr)
-            return [Report(k, *told[re.search(r"\.entry (\w+)", k.entry)[1]]) for k in found]
+            found = _resources(done.stderr)
+            return [Report(k, *found[re.search(r"\.entry (\w+)", k.entry)[1]]) for k in found]
     reports = []
     for kernel in found:
         done = _run(ptxas, architecture, kernel.entry)
         if done.returncode:
             reports.append(Report(kernel, error=done.stderr.strip().splitlines()[0]))
         else:
-            [resources] = _told(done.stderr).values()
+            [resources] = _resources(done.stderr).values()
             reports.append(Report(kernel, *resources))
     return reports
 
@@ -271,7 +271,7 @@ def _run(ptxas: Path, architecture: str, text: str) -> subprocess.CompletedProce
         return subprocess.run(command, capture_output=True, text=True)
 
 
-def _told(text: str) -> dict[str, tuple[int, int]]:
+def _resources(text: str) -> dict[str, tuple[int, int]]:
     """(registers, bytes spilled) by the kernels' names."""
     found = {}
     for part in text.split("Compiling entry function")[1:]:

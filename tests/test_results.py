@@ -326,12 +326,12 @@ def test_models_of_equal_memory_are_those_of_one_run():
     """Of the newest commit that has all three; rows of several sequences or GPUs do not count."""
 
     def row(model, bits, commit, date, speed, **others):
-        facts = dict(
+        fields = dict(
             suite="models", model=model, bits=bits, commit=commit, date=date, m=1, prompt=2
         )
-        facts |= dict(devices=1, speculate=0, codebook=None, backend="pallas", device="H200")
-        facts |= dict(samples_us=[1.0], median_us=1.0, bound_us=0.5, tokens_per_s=speed)
-        return facts | dict(peak_bytes=8e9, first_token_us=1e3) | others
+        fields |= dict(devices=1, speculate=0, codebook=None, backend="pallas", device="H200")
+        fields |= dict(samples_us=[1.0], median_us=1.0, bound_us=0.5, tokens_per_s=speed)
+        return fields | dict(peak_bytes=8e9, first_token_us=1e3) | others
 
     names = {"custom-llama-4B": 16, "custom-llama-12B": 4, "custom-llama-31B": 1}
     whole = [row(name, bits, "a" * 40, "2026-01-01", bits) for name, bits in names.items()]

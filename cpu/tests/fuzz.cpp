@@ -305,7 +305,7 @@ std::string describe(const Case &c) {
          " n=" + std::to_string(c.weight.out_features) +
          " k=" + std::to_string(c.weight.in_features) + " bits=" + std::to_string(c.weight.bits) +
          " group=" + std::to_string(c.weight.group_size) +
-         " books=" + std::to_string(c.weight.num_codebooks) +
+         " codebooks=" + std::to_string(c.weight.num_codebooks) +
          " uniform=" + std::to_string(c.weight.uniform) + " x/scales/y/bias dtypes " +
          std::to_string(c.args.x_dtype) + std::to_string(c.weight.scales_dtype) +
          std::to_string(c.args.y_dtype) + std::to_string(c.args.bias_dtype) +

@@ -42,8 +42,8 @@ def speed_ups(found: Iterable[Row]) -> str:
             rows = [*ours.values(), *dense.values()]
             head = ["tokens", *(f"{k} x {n}" for k, n in sizes)]
             names = " / ".join(map(str, widths))
-            told = f"{device}, {table.commits(rows)}, for {names} bits"
-            texts.append(f"{told}:\n\n{table.markdown(head, lines)}")
+            title = f"{device}, {table.commits(rows)}, for {names} bits"
+            texts.append(f"{title}:\n\n{table.markdown(head, lines)}")
     return "\n\n".join(texts) or "(No rows yet.)"
 
 
