@@ -103,8 +103,8 @@ def assemblers() -> dict[str, Path]:
     versions = {}
     for file in found:
         if file.is_file():
-            found = subprocess.run([file, "--version"], capture_output=True, text=True).stdout
-            if version := re.search(r"V(\d+\.\d+\.\d+)", found):
+            text = subprocess.run([file, "--version"], capture_output=True, text=True).stdout
+            if version := re.search(r"V(\d+\.\d+\.\d+)", text):
                 versions.setdefault(version[1], file)
     return dict(sorted(versions.items(), key=lambda item: [int(n) for n in item[0].split(".")]))
 
@@ -250,8 +250,8 @@ def assemble(ptxas: Path, architecture: str, found: list[Kernel]) -> list[Report
         text = header + "\n".join(k.entry[k.entry.index(".visible") :] for k in found)
         done = _run(ptxas, architecture, text)
         if done.returncode == 0:
-            found = _resources(done.stderr)
-            return [Report(k, *found[re.search(r"\.entry (\w+)", k.entry)[1]]) for k in found]
+            by_name = _resources(done.stderr)
+            return [Report(k, *by_name[re.search(r"\.entry (\w+)", k.entry)[1]]) for k in found]
     reports = []
     for kernel in found:
         done = _run(ptxas, architecture, kernel.entry)
