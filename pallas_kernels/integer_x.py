@@ -33,6 +33,9 @@ class Integers(ring_product.Product):
     """
 
     plan: Plan
+    divisor = 4  # of the x of every second pair
+    # How the two integers of a register of B lie there, each twice: their high bytes, their low ones.
+    selectors = "0x5511", "0x4400"
 
     def prepare_x(self, meanwhile: Callable[[], object]) -> None:
         """Makes integers of x, a chunk or a part of one a warp at a time."""
@@ -71,9 +74,8 @@ class Integers(ring_product.Product):
         sharers, row = self.plan.sharers, self.row
         self.plane = row
         if sharers > 1:
-            bits = (
-                sharers // 2
-            )  # of the row that are within a plane: its half, and which x of eight
+            # Bits of the row that are within a plane: its half, and which x of eight.
+            bits = sharers // 2
             self.plane = (self.warp & (sharers - 1)) * (8 // sharers) + (row >> bits)
             self.half = (row >> (bits - 1)) & 1
             self.eighth = row & 1 if bits == 2 else None
@@ -96,10 +98,6 @@ class Integers(ring_product.Product):
         """
         self.upper = (self.plane & 2).ne(0)
         self.bytes = self.ptx.op("selp.b32", "0xFF00FF00", "0x00FF00FF", self.upper)
-
-    divisor = 4  # of the x of every second pair
-    # How the two integers of a register of B lie there, each twice: their high bytes, their low ones.
-    selectors = "0x5511", "0x4400"
 
     def paired(self, x: list[Register]) -> list[tuple[Register, Register]]:
         """The lane's x in pairs, one for each register of B: the second of two pairs are divided."""

@@ -44,9 +44,8 @@ class ProductPlan(abc.ABC):
         gated: whether an output is the product of a row of the second half and of the SiLU of the first's.
     """
 
-    ahead: ClassVar[int] = (
-        2  # slots copied before the outputs of the product before it are in memory
-    )
+    # Slots copied before the outputs of the product before it are in memory.
+    ahead: ClassVar[int] = 2
 
     case: Case
     workers: int
