@@ -289,6 +289,28 @@ def test_the_default_is_the_fixed_format_of_least_harm():
             assert formats[default] <= 1.15 * min(formats.values()), bits
 
 
+def test_what_is_better_than_the_default_without_a_text_takes_many_times_as_long():
+    """Searched scales and fitted levels gain less than a fifth: docs/decisions/017."""
+    rows = report.rows()
+    default = DEFAULTS[4]
+    for network in ("minilm", "trained"):
+        harm = {
+            (row["codebook"], row["scale"]): row.get("kl", row.get("dissimilarity"))
+            for row in rows
+            if row["suite"] == "networks" and row["network"] == network
+            and row["bits"] == 4 and row["rounding"] == "nearest"
+        }  # fmt: skip
+        assert 0.8 * harm[default] < min(harm.values()) <= harm["kmeans", "search"] < harm[default]
+    measured = [row for row in rows if row["suite"] == "quantising"]
+    assert measured
+    for device in {row["device"] for row in measured}:
+        names = ("4 nf4 absmax", "4 kmeans search")
+        here = {row["name"]: row for row in measured if row["device"] == device}
+        key = "seconds_per_billion" if here[names[0]]["threads"] is None else None
+        plain, best = (here[name][key or "processor_seconds_per_billion"] for name in names)
+        assert best > 10 * plain
+
+
 def test_group_sizes_are_compared_at_equal_bytes():
     row = dict(
         suite="kernels", device="d", commit="c" * 40, k=8, n=8, m=1, bits=4, codebook="kmeans"

@@ -283,7 +283,8 @@ def quantising(found: Iterable[Row]) -> str:
     lines = []
     for row in {row["name"]: row for row in rows}.values():
         here = [(cells.get((row["name"], device)), cpu) for device, cpu in devices.items()]
-        times = [f"{one[kinds[cpu]]:.2g}" if one else "" for one, cpu in here]
+        times = [one[kinds[cpu]] if one else None for one, cpu in here]
+        times = ["" if t is None else f"{t:.0f}" if t >= 10 else f"{t:.2g}" for t in times]
         error = f"{row['weight_rms_error']:.4f}"
         lines.append([str(row["bits"]), row["codebook"], row["scale"], error, *times])
     return f"{table.markdown(head, lines)}\n\n({table.commits(rows)})"
