@@ -165,6 +165,26 @@ def test_dense_rows_belong_to_the_bits_that_they_took_turns_with():
     text = cpu_tables.dense(rows)
     assert "| tokens | 64 x 32, 4 bits | 64 x 32, 1 bits |" in text
     assert "| 4 | 6.00 / 3.00 | 10.00 / 5.00 |" in text
+    # A number of tokens without a line of its own counts for the least of all; a newer run replaces.
+    more = [row | {"m": 5, "samples_us": [4.0] * 3} for row in rows[:3]]
+    newer = [row | {"digest": "e", "date": "2", "samples_us": [8.0] * 3} for row in rows[3:]]
+    text = cpu_tables.dense(rows + more + newer)
+    assert "| 4 | 6.00 / 3.00 | 1.00 / 1.00 |" in text and "| 5 |" not in text
+    assert "| least of all | 1.00 at 5 / 1.00 at 5 | 1.00 at 4 / 1.00 at 4 |" in text
+
+
+def test_dense_products_of_ggml_without_a_level():
+    rows = [
+        _sweep_row("cpu", name, 4, [2.0] * 3, isa=isa, beside=[4])
+        for isa in ("amx", "avx2")
+        for name in ("codebook_int8", "codebook_exact")
+    ]
+    rows += [
+        _sweep_row(backend, name, 16, [time] * 3, isa="avx2", beside=[4])
+        for backend, name, time in (("torch", "dense", 6.0), ("ggml", "bf16", 8.0))
+    ]
+    text = cpu_tables.dense(rows, "ggml", without="amx")
+    assert "| 4 | 4.00 / 4.00 |" in text and "amx" not in text
 
 
 def test_the_table_of_few_rows_has_the_most_threads():

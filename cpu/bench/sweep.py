@@ -3,7 +3,7 @@
 usage: sweep.py [--m 1,2,...] [--shapes 4096,8192,14336x4096] [--bits 4] [--peers REGEX] [--threads 2]
                 [--isa ISA] [--rounds 10] [--seconds LIMIT] [--rotate_mib MIB] [--processor_time]
                 [--output FILE.jsonl] [--figure FILE.svg]
-       sweep.py --from FILE.jsonl --figure FILE.svg    draws rows that are there
+       sweep.py --from FILE.jsonl --figure FILE.svg [--isa ISA]    draws rows that are there
 
 For each shape (k x n) and number of tokens the cases take turns as in peers.py: this library (`exact`,
 `int8`) at each of the bits, dense bfloat16 of PyTorch and ggml, and the kernels of PyTorch, ONNX Runtime
@@ -66,7 +66,8 @@ def rotate(mib: int, size: int) -> int:
 def draw(rows: list[dict], path: Path) -> None:
     """Microseconds a token over tokens, a line a kernel.
 
-    There is a row of panels for each number of bits and threads, a column for each shape.
+    There is a row of panels for each number of bits and threads, a column for each shape. Of rows of the
+    same case the newest is drawn.
     """
     import matplotlib
 
@@ -87,9 +88,11 @@ def draw(rows: list[dict], path: Path) -> None:
                 if (row["threads"], row["k"], row["n"]) == (threads, k, n)
                 and bits in row.get("beside", [4]) and row["bits"] in (bits, 16)
             ]  # fmt: skip
+            axis.set_visible(bool(here))
+            here.sort(key=lambda row: row["date"])
             for backend, name in dict.fromkeys((r["backend"], r["name"]) for r in here):
-                line = [r for r in here if (r["backend"], r["name"]) == (backend, name)]
-                line.sort(key=lambda row: row["m"])
+                newest = {r["m"]: r for r in here if (r["backend"], r["name"]) == (backend, name)}
+                line = [newest[m] for m in sorted(newest)]
                 axis.plot(
                     [row["m"] for row in line],
                     [row["median_us"] / row["m"] for row in line],
@@ -147,6 +150,7 @@ def main() -> None:
     if args.source is not None:
         rows = [json.loads(line) for line in args.source.read_text().splitlines()]
         rows = [row for row in rows if row["suite"] == "sweep"]
+        rows = [row for row in rows if row["isa"] == (args.isa or rows[0]["isa"])]
     else:
         rows = run(args)
     if args.figure:

@@ -9,6 +9,7 @@ from fdk_jax.benchmark.table import commits, markdown
 NO_ROWS = "(No rows yet.)"
 FEW = (1, 16, 64, 128, 512)  # tokens in the README's tables
 SHAPE = (8192, 8192)  # k, n of the README's table
+_DENSE = {"torch": "dense", "ggml": "bf16"}  # names of their dense products of bfloat16
 _PLACE = ("device", "isa", "clock", "threads")  # of a run whose cases took turns
 _SHOWN = frozenset(1 << i for i in range(10))  # tokens with a line of a table; the figure has all
 
@@ -46,13 +47,21 @@ def sweep(found: Iterable[Row]) -> str:
     return "\n\n".join(texts) or NO_ROWS
 
 
-def dense(found: Iterable[Row]) -> str:
-    """PyTorch's dense bfloat16 time over that of `int8` / of `exact`, sample by sample.
+def dense(found: Iterable[Row], peer: str = "torch", without: str | None = None) -> str:
+    """A peer's dense bfloat16 time over that of `int8` / of `exact`, sample by sample.
 
-    The last line has the least of all numbers of tokens that were measured, and where that is.
+    Args:
+        found: rows.
+        peer: "torch" or "ggml".
+        without: an ISA whose rows are left out.
+
+    Returns:
+        A table for each run; its last line has the least of all numbers of tokens that were measured.
     """
     texts = []
-    chosen = [r for r in _of(found, "sweep") if r["backend"] in ("cpu", "torch")]
+    chosen = [r for r in _of(found, "sweep") if r["backend"] in ("cpu", peer)]
+    chosen = [r for r in chosen if r["backend"] == "cpu" or r["name"] == _DENSE[peer]]
+    chosen = [r for r in chosen if without is None or r["isa"] != without]
     for here in _by(chosen, lambda r: tuple(r.get(key) for key in _PLACE)):
         columns = sorted(
             {(r["k"] * r["n"], r["k"], r["n"], r["bits"]) for r in here if r["backend"] == "cpu"},
@@ -110,7 +119,7 @@ def _beside_dense(here: list[Row], column: tuple, m: int) -> list[str]:
         return []
     newest = max(mine, key=lambda r: r["date"])
     run = [r for r in same if (r["digest"], _beside(r)) == (newest["digest"], _beside(newest))]
-    peer = next((r for r in run if r["name"] == "dense"), None)
+    peer = next((r for r in run if r["backend"] != "cpu"), None)
     ours = {r["name"]: r for r in run if r["backend"] == "cpu" and r["bits"] == bits}
     if peer is None:
         return []

@@ -346,6 +346,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality": quality,
     "sweep": cpu_tables.sweep,
     "dense": cpu_tables.dense,
+    "dense-ggml": lambda found: cpu_tables.dense(found, "ggml", without="amx"),
     "cpu": cpu_tables.few,
     "read-shares": cpu_tables.read_shares,
     "prompts": cpu_tables.prompts,
