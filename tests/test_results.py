@@ -310,7 +310,7 @@ def test_the_default_is_the_fixed_format_of_least_harm():
 
 
 def test_what_is_better_than_the_default_without_a_text_takes_many_times_as_long():
-    """Searched scales and fitted levels gain less than a fifth: docs/decisions/017."""
+    """Searched scales and fitted levels gain less than a fifth: docs/decisions/018."""
     rows = report.rows()
     default = DEFAULTS[4]
     for network in ("minilm", "trained"):
