@@ -175,7 +175,7 @@ def test_candidates_assemble(tmp_path, bits, uniform, m, dtype):
 def test_plans_say_why():
     spec = dict(bits=4, group_size=64, out_features=6144, in_features=4096, uniform=False)
     assert pallas_kernels.plan(1, dtype=HALF, **spec).kernel == "matvec"
-    assert pallas_kernels.plan(64, dtype=HALF, **spec).kernel == "wgmma"
+    assert pallas_kernels.plan(64, dtype=HALF, **spec).kernel == "mosaic"
     assert pallas_kernels.plan(100_000, dtype=HALF, **spec).kernel == "mosaic"
     older = Target.parse("sm_80")
     many = pallas_kernels.plan(100_000, dtype=HALF, target=older, **spec)
