@@ -40,11 +40,6 @@ class Plan(integer_plan.Plan):
     ahead = 4  # it waits for memory, which by two slots would stand still
 
     @property
-    def sharers(self) -> int:
-        """As in `integer_plan`; two at most, whose lanes have whole words of operands."""
-        return min(super().sharers, 2)
-
-    @property
     def scale_runs(self) -> int:
         """Groups of a row of a block."""
         return max(1, self.case.span // self.case.group_size)

@@ -37,10 +37,8 @@ class Plan(ProductPlan):
 
     @property
     def sharers(self) -> int:
-        """Warps that share a chunk of x: as many as there are for each one, four at most."""
-        if self.case.m > 1:
-            return 1
-        return max(n for n in (1, 2, 4) if n == 1 or n * self.chunks <= self.workers)
+        """Warps that share a chunk of x: two, if there are as many for each one."""
+        return 2 if self.case.m == 1 and 2 * self.chunks <= self.workers else 1
 
     def areas(self) -> dict[str, int]:
         """Integers, scales and sums of x, and codebooks."""

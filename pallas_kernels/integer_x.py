@@ -10,7 +10,7 @@ from pallas_kernels.case import PLANE
 from pallas_kernels.integer_plan import INTEGERS, PLANES, Plan
 from pallas_kernels.outputs import Load
 from pallas_kernels.ptx import over_lanes
-from pallas_kernels.registers import Register, at, wide
+from pallas_kernels.registers import Register, at, vector, wide
 
 _X = 1024  # bytes of the x of a chunk
 _LARGEST = 32512.0  # of the integers: its high byte, rounded, is 127
@@ -25,7 +25,7 @@ class Integers(ring_product.Product):
     """Writes the part of a product that makes integers of x.
 
     A chunk of 512 x is eight planes. A warp makes one, with four lanes a plane and 16 x a lane; where there are
-    warps for it, two or four share a chunk (`Plan.sharers`), with eight or sixteen lanes a plane.
+    warps for it, two share a chunk (`Plan.sharers`), with eight lanes a plane.
 
     Attributes:
         plane: register with the plane of the chunk that the lane has x of.
@@ -48,7 +48,7 @@ class Integers(ring_product.Product):
         rounds = -(-rows * sharers // self.workers)
         own = self.warp // sharers if sharers > 1 else self.warp
         address = self._x_address(own)
-        words = (4, 4) if sharers == 1 else (8 // sharers,)
+        words = (4,) * (2 // sharers)  # of each half, or of one
         for first in range(0, rounds, 3):
             here = range(first, min(first + 3, rounds))
             blocks = [own + i * self.workers for i in here]
@@ -70,15 +70,11 @@ class Integers(ring_product.Product):
                 ptx.label(f"fdk_no_x_{i}")
 
     def _locate_x(self) -> None:
-        """Which plane of a chunk the lane has x of; with sharers also which half, and which half of that."""
-        sharers, row = self.plan.sharers, self.row
-        self.plane = row
-        if sharers > 1:
-            # Bits of the row that are within a plane: its half, and which x of eight.
-            bits = sharers // 2
-            self.plane = (self.warp & (sharers - 1)) * (8 // sharers) + (row >> bits)
-            self.half = (row >> (bits - 1)) & 1
-            self.eighth = row & 1 if bits == 2 else None
+        """Which plane of a chunk the lane has x of; with sharers also which half of it."""
+        self.plane = self.row
+        if self.plan.sharers > 1:
+            self.plane = (self.warp & 1) * 4 + (self.row >> 1)
+            self.half = self.row & 1
 
     def _x_address(self, chunk: Register) -> Register:
         """The address of the lane's x, or of the first ones of two halves."""
@@ -86,10 +82,7 @@ class Integers(ring_product.Product):
         address = self._row("x") + chunk * _X
         if sharers == 1:
             return address + self.row * (2 * PLANE) + own
-        address = address + (self.warp & (sharers - 1)) * (_X // sharers)
-        if sharers == 2:
-            return address + self.row * PLANE + own
-        return address + (self.row >> 1) * PLANE + (self.row & 1) * 8 + own
+        return address + (self.warp & 1) * (_X // 2) + self.row * PLANE + own
 
     def _locate_bytes(self) -> None:
         """Which bytes of an operand are of the lane's plane.
@@ -134,8 +127,7 @@ class Integers(ring_product.Product):
 
     def _neighbours(self, *, of_half: bool) -> tuple[int, ...]:
         """Distances to the lanes with which a lane shares a plane, or half of one."""
-        within = {1: (1, 2), 2: (1, 2, 4), 4: (1, 2, 4, 8)}[self.plan.sharers]
-        return within[:-1] if of_half and self.plan.sharers > 1 else within
+        return (1, 2) if self.plan.sharers == 1 or of_half else (1, 2, 4)
 
     def _store_sums(self, block: Register, scale: Register, wholes: list[Register]) -> None:
         """The first lane of a plane stores its scale and its sum; of a half, where halves have sums."""
@@ -168,22 +160,19 @@ class Integers(ring_product.Product):
         return both & self.bytes
 
     def _store_integers(self, block: Register, high: list[Register], low: list[Register]) -> None:
-        """Stores the bytes of the lane's integers as operands: eight words each, or with sharers fewer."""
-        ptx, sharers = self.ptx, self.plan.sharers
+        """Stores the bytes of the lane's integers as operands: eight words each, or with sharers four."""
+        ptx = self.ptx
         four, plane = self.plane >> 2, self.plane & 3
         address = self.shared + block * (2 * INTEGERS) + four * INTEGERS
         # Plane p is in rows 2 p and 2 p + 1 of lanes.
         address = address + plane * (8 * 16) + self.thread_in_group * 16
-        if sharers > 1:
+        if self.plan.sharers > 1:
             address = address + self.half * (INTEGERS // 2)
-            if self.eighth is not None:
-                address = address + self.eighth * 8
-        each = min(4, 8 // sharers)
         for row, words in enumerate((high, low)):
-            for half in range(len(words) // each):
+            for half in range(len(words) // 4):
                 offset = self.offsets["integers"] + row * 4 * 16 + half * INTEGERS // 2
-                width, part = wide(words[each * half : each * half + each])
-                ptx.do(f"st.shared{width}.b32", at(address, offset), part)
+                part = vector(words[4 * half : 4 * half + 4])
+                ptx.do("st.shared.v4.b32", at(address, offset), part)
 
     def _plane_sums_address(self, block: Register) -> Register:
         """Where the scale of x and the sums of x of the lane's plane are."""

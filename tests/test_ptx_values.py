@@ -158,7 +158,7 @@ def test_integer_kernel_whose_lanes_copy(rng, n, k, group_size, scale_dtype, con
         (33, 1100, 1, 32, integer.Config(3, 2)),
         (64, 2048, 2, 32, integer.Config(7, 3)),
         (33, 2000, 1, 32, integer.Config(9, 2)),  # two warps a chunk of x
-        (33, 1100, 1, 32, integer.Config(22, 2)),  # four
+        (33, 1100, 1, 32, integer.Config(22, 2)),
         (33, 1100, 1, 128, integer.Config(5, 2)),
         (64, 2048, 2, 128, integer.Config(22, 3)),
         (48, 3000, 1, 256, integer.Config(22, 2)),
