@@ -114,10 +114,10 @@ def _beside_dense(here: list[Row], column: tuple, m: int) -> list[str]:
     """The ratios of `int8` and of `exact` at (size, k, n, bits); none where a row is missing."""
     _, k, n, bits = column
     same = [r for r in here if (r["m"], r["k"], r["n"]) == (m, k, n) and r["status"] == "ok"]
-    mine = [r for r in same if r["backend"] == "cpu" and r["bits"] == bits]
-    if not mine:
+    own = [r for r in same if r["backend"] == "cpu" and r["bits"] == bits]
+    if not own:
         return []
-    newest = max(mine, key=lambda r: r["date"])
+    newest = max(own, key=lambda r: r["date"])
     run = [r for r in same if (r["digest"], _beside(r)) == (newest["digest"], _beside(newest))]
     peer = next((r for r in run if r["backend"] != "cpu"), None)
     ours = {r["name"]: r for r in run if r["backend"] == "cpu" and r["bits"] == bits}
