@@ -6,14 +6,9 @@ bfloat16 is stored with all bits inverted, and zero is what nobody has written y
 ones is a NaN that no conversion gives.) Sums of squares are float32 and larger than zero.
 
 There are two copies of every row. In an even layer the programs write the first one and clear their own
-elements of the second one for the layer after it, in an odd layer the other way round. Who clears must know
-that all are through with what was there, and who looks at what was cleared must not find it as it was before.
-Sums of squares see to both: they come from every program and go to every program, twice a layer. A program
-that has all of them knows that every other one is through with what it read before, as its loads have
-returned. And a fence follows them, so that whatever a program stores later, the next sums of squares too, is
-seen only with all that it has cleared: between a row's clearing and the next look at it, a layer later,
-everybody waits for sums that come after such a fence. It follows the stores, so that it is over while the
-others' rows are on their way.
+elements of the second one for the layer after it, in an odd layer the other way round. That is safe because
+sums of squares come from every program and go to every program, twice a layer, with fences: whoever clears, or
+looks at what was cleared, has seen that all were through with what was there.
 """
 
 import dataclasses
@@ -151,14 +146,14 @@ class Exchange:
             ptx.do("st.relaxed.gpu.global.b16", at(address), what)
 
     def put_sum(self, name: str, index: Register, value: Register, when: Register) -> None:
-        """Stores a sum and clears it in the other copy; what comes later comes after all stores up to here."""
+        """Stores a sum, after all that this program has stored before, and clears it in the other copy."""
         ptx = self.ptx
         value = ptx.op("max.NaN.f32", value, float(jnp.finfo(jnp.float32).tiny))
         nothing = ptx.zero()
+        ptx.do("fence.acq_rel.gpu", when=when)
         for before, what in ((False, value), (True, nothing)):
             address = self.address(name, before=before) + index * 4
             ptx.do("st.relaxed.gpu.global.f32", at(address), what, when=when)
-        ptx.do("fence.acq_rel.gpu", when=when)
 
     def load(self, load: Load) -> None:
         """Starts a load; lanes without one have what counts as there."""
