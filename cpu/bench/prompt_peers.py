@@ -7,9 +7,10 @@ usage: prompt_peers.py [--shape 1B] [--type Q4_0|Q1_0|Q2_0] [--prompts 512,2048]
 The file has the shape of Llama 3.2 1B or of Bonsai 1.7B and random codes. Each case is a process of its own
 with all processors, and they take turns. A row is a case and a prompt: its samples are the time to the first
 token, `decode_us` the time of a later one, `peak_bytes` the most memory that the process held, `base_bytes`
-what it held before it loaded the model (Python, JAX). --site: the packages of the environment that
-llama-cpp-python was built in, if that is another one. --processor_time: what the processes computed, for a
-machine that others use too; on one processor (`taskset -c 0`) nobody spins.
+what it held before it loaded the model (Python, JAX). When all samples are taken, each case of this package is
+held against float32, as in the models suite; a row that is too far off has failed. --site: the packages of
+the environment that llama-cpp-python was built in, if that is another one. --processor_time: what the
+processes computed, for a machine that others use too; on one processor (`taskset -c 0`) nobody spins.
 """
 
 import argparse
@@ -54,6 +55,7 @@ def write_gguf(path: Path, config: ModelConfig, kind: str) -> None:
 
 
 Run = Callable[[int, int], tuple[float, float]]  # tokens, steps -> seconds to the first, of a later
+Check = Callable[[int], dict]  # tokens -> keys of a row
 
 
 def memory(kind: str) -> int:
@@ -62,11 +64,12 @@ def memory(kind: str) -> int:
     return int(status.partition(f"{kind}:")[2].split()[0]) << 10
 
 
-def ours(path: Path, arithmetic: str) -> tuple[Run, int]:
-    """This package, and the memory before the model."""
+def ours(path: Path, arithmetic: str) -> tuple[Run, Check, int]:
+    """This package, its errors, and the memory before the model."""
     import jax
 
     from fdk_jax import models
+    from fdk_jax.benchmark import models as suite
     from fdk_jax.product import cpu_backend
 
     if (reason := cpu_backend.unavailable_reason()) is not None:
@@ -87,11 +90,15 @@ def ours(path: Path, arithmetic: str) -> tuple[Run, int]:
         found = generator.generate([list(range(1, tokens + 1))], max_tokens=steps + 1)
         return found.prefill_seconds, found.decode_seconds / found.decode_steps
 
-    return run, base
+    def check(tokens: int) -> dict:
+        case = suite.ModelCase(str(path), "cpu", 0, 1, None, None, arithmetic, tokens, 1)
+        return suite.check(model, generator.programs.peers, case)
+
+    return run, check, base
 
 
-def llama_cpp(path: Path, context: int) -> tuple[Run, int]:
-    """llama.cpp as llama-cpp-python has it, and the memory before the model."""
+def llama_cpp(path: Path, context: int) -> tuple[Run, Check, int]:
+    """llama.cpp as llama-cpp-python has it, no errors, and the memory before the model."""
     import llama_cpp
 
     base = memory("VmRSS")
@@ -109,16 +116,17 @@ def llama_cpp(path: Path, context: int) -> tuple[Run, int]:
             model.eval([i + 1])
         return first - begin, (clock.now() - first) / steps
 
-    return run, base
+    return run, lambda tokens: {}, base
 
 
 def serve(pipe: Connection, name: str, path: Path, context: int) -> None:
-    """A process: makes its case, then runs it once for each message."""
+    """A process: makes its case, then runs it once for each message; without steps it is checked."""
     try:
-        run, base = llama_cpp(path, context) if name == "llama.cpp" else ours(path, name)
+        run, check, base = llama_cpp(path, context) if name == "llama.cpp" else ours(path, name)
         pipe.send(base)
         while (wanted := pipe.recv()) is not None:
-            pipe.send((*run(*wanted), memory("VmHWM")))
+            tokens, steps = wanted
+            pipe.send((*run(tokens, steps), memory("VmHWM")) if steps else check(tokens))
     except EOFError:  # the end of the other process
         return
     except Exception as error:
@@ -174,7 +182,13 @@ def measure(args: argparse.Namespace, path: Path) -> list[dict]:
             if round_number:
                 samples.append(found)
             print(row["name"], row["prompt"], found, flush=True)
-    for row, _, samples in running:
+    for row, pipe, samples in running:
+        try:
+            pipe.send((row["prompt"], 0))
+            found = pipe.recv()
+        except (EOFError, OSError):
+            found = "the process ended before it was checked"
+        row |= {"status": "failed", "reason": found} if isinstance(found, str) else found
         first, later, peak = zip(*samples, strict=True)
         row |= records.statistics([s * 1e6 for s in first]) | {"peak_bytes": max(peak)}
         row |= {"decode_us": [round(s * 1e6, 1) for s in later]}
@@ -201,6 +215,8 @@ def main() -> None:
     parser.add_argument("--site", help="a folder of packages")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps} is not 1 or more")
     if args.processor_time:
         clock.take_processor_time()
     if args.site:

@@ -177,13 +177,9 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
         model, generator = _model(_without_batch(case))
         result: dict[str, Any] = _fields(case, model, generator, device)
         if case.bits != _DENSE_BITS:
-            result |= (errors := _errors(model, generator.programs.peers, case))
-            for key in ("rel_rms_error", "prefill_rel_rms_error"):
-                # Roundings of activations that happen elsewhere may add up otherwise than plain ones.
-                allowed = 1.5 * errors[f"plain_{key}"] + _TOLERANCE[case.arithmetic]
-                if not errors[key] <= allowed:
-                    reason = f"{key} {errors[key]:.3g} of two layers is above {allowed:.3g}"
-                    return result | {"status": "failed", "reason": reason}
+            result |= check(model, generator.programs.peers, case)
+            if result.get("status") == "failed":
+                return result
         rng = np.random.default_rng(case.batch)
         prompts = rng.integers(0, generator.config.vocab_size, (case.batch, case.prompt)).tolist()
         if case.speculate:
@@ -272,6 +268,21 @@ def _make(case: ModelCase) -> Transformer:
         arithmetic=case.arithmetic,
         parallel=_parallel(case),
     )
+
+
+def check(model: Transformer, peers: Peers | None, case: ModelCase) -> dict[str, Any]:
+    """The keys of a row that say how far the timed plan is from float32; a failed row's where that is too far.
+
+    Of `case` only the batch, the prompt's length and the arithmetic count.
+    """
+    errors = _errors(model, peers, case)
+    for key in ("rel_rms_error", "prefill_rel_rms_error"):
+        # Roundings of activations that happen elsewhere may add up otherwise than plain ones.
+        allowed = 1.5 * errors[f"plain_{key}"] + _TOLERANCE[case.arithmetic]
+        if not errors[key] <= allowed:
+            reason = f"{key} {errors[key]:.3g} of two layers is above {allowed:.3g}"
+            return errors | {"status": "failed", "reason": reason}
+    return errors
 
 
 def _errors(model: Transformer, peers: Peers | None, case: ModelCase) -> dict[str, float]:
