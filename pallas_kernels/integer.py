@@ -190,7 +190,7 @@ class Product(Integers):
         return words
 
     def load_block(self, slot: Register) -> None:
-        """The codes of both fours of planes; of each the scales of the upper and the lower row, float32."""
+        """The codes and the scales."""
         ptx = self.ptx
         self.words = ptx.registers("b32", 8)
         codes, scales = (slot + part for part in (self.codes, self.scales))
@@ -200,7 +200,7 @@ class Product(Integers):
         self._load_factors(scales)
 
     def _load_factors(self, scales: Register) -> None:
-        """The scales, from where this lane's first ones are."""
+        """Of each four of planes the scales of both rows, float32, from where this lane's first ones are."""
         plan = self.plan
         # The second four of planes have groups of their own, unless a group is the whole block.
         four, within = divmod(PLANES * PLANE // self.case.group_size, 4)

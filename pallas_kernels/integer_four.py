@@ -133,14 +133,8 @@ class Product(integer_two.Product):
             scale, *wholes = (part.as_float() for part in found[: 1 + self.plan.parts])
             self.x.append((words, scale, wholes))
 
-    def load_block(self, slot: Register) -> None:
-        """The codes; the scales of the upper and the lower row of each group."""
-        ptx = self.ptx
-        self.words = ptx.registers("b32", 8)
-        codes, scales = (slot + part for part in (self.codes, self.scales))
-        for half in range(2):
-            part = vector(self.words[4 * half : 4 * half + 4])
-            ptx.do("ld.shared.v4.b32", part, at(codes, half * CODES // 2))
+    def _load_factors(self, scales: Register) -> None:
+        """The scales of the upper and the lower row of each group, from where this lane's first ones are."""
         each = 2 * self.plan.scale_bytes
         self.factors = [
             self._load_pair(at(scales, self.workers * CODES + run * each))

@@ -84,14 +84,9 @@ class Product(integer.Product):
         """A lower row's codes stand four bits higher."""
         self.ptx.do("mul.f32", steps[1], steps[0], 1 / 16)
 
-    def load_block(self, slot: Register) -> None:
-        """The codes; the scales of the upper and the lower row."""
-        ptx, plan = self.ptx, self.plan
-        self.words = ptx.registers("b32", 8)
-        codes, scales = (slot + part for part in (self.codes, self.scales))
-        for half in range(2):
-            part = vector(self.words[4 * half : 4 * half + 4])
-            ptx.do("ld.shared.v4.b32", part, at(codes, half * CODES // 2))
+    def _load_factors(self, scales: Register) -> None:
+        """The scales of the upper and the lower row, from where this lane's first ones are."""
+        plan = self.plan
         self.factors = [
             self._load_pair(at(scales, self.workers * CODES + part * 2 * plan.scale_bytes))
             for part in range(plan.parts)

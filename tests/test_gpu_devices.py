@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from model_data import in_float32, relative, wide_config, write_folder
 
 from fdk_jax import models
-from fdk_jax.benchmark import models as suite
+from fdk_jax.benchmark import model_errors
 from fdk_jax.models import peers
 from pallas_kernels import chain
 
@@ -75,10 +75,9 @@ def test_a_step_of_each_plan_against_float32(monkeypatch, parallel, bits, batch,
     model = models.random_model(
         config, bits=bits, codebook=codebook, backend="pallas", parallel=parallel
     )
-    case = suite.ModelCase("own", "pallas", bits, batch, 64, codebook, "exact", 4, 2, 2)
     through = peers.make(parallel, config.hidden_size)
     for way in (through, None):
-        errors = suite._errors(model, way, case)
+        errors = model_errors.measure(model, way, batch=batch, prompt=4)
         for name in ("rel_rms_error", "prefill_rel_rms_error"):
             assert errors[name] < 1.5 * errors[f"plain_{name}"] + 1e-3, errors
 

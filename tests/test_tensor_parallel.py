@@ -13,8 +13,8 @@ from model_data import relative, wide_config, write_folder
 
 import fdk_jax
 from fdk_jax import models
+from fdk_jax.benchmark import model_errors, runner, timing
 from fdk_jax.benchmark import models as suite
-from fdk_jax.benchmark import runner, timing
 from fdk_jax.models import parallel
 from fdk_jax.models.weights import Placer
 from fdk_jax.product import sharding
@@ -115,8 +115,7 @@ def test_the_models_suite_compares_with_float32_on_several_devices(bits, count):
     config = models.ModelConfig(256, 256, 512, 3, 4, 2, 64, dtype="bfloat16")
     parallel = models.Parallel(jax.make_mesh((2,), ("model",))) if count > 1 else None
     model = models.random_model(config, bits=bits, codebook="kmeans", parallel=parallel)
-    case = suite.ModelCase("own", "cpu", bits, 2, 64, "kmeans", "exact", 5, 2, count)
-    errors = suite._errors(model, None, case)
+    errors = model_errors.measure(model, None, batch=2, prompt=5)
     for name in ("rel_rms_error", "prefill_rel_rms_error"):
         assert 0 < errors[name] < 1.5 * errors[f"plain_{name}"] + 1e-3, errors
 

@@ -69,7 +69,7 @@ def ours(path: Path, arithmetic: str) -> tuple[Run, Check, int]:
     import jax
 
     from fdk_jax import models
-    from fdk_jax.benchmark import models as suite
+    from fdk_jax.benchmark import model_errors
     from fdk_jax.product import cpu_backend
 
     if (reason := cpu_backend.unavailable_reason()) is not None:
@@ -91,8 +91,7 @@ def ours(path: Path, arithmetic: str) -> tuple[Run, Check, int]:
         return found.prefill_seconds, found.decode_seconds / found.decode_steps
 
     def check(tokens: int) -> dict:
-        case = suite.ModelCase(str(path), "cpu", 0, 1, None, None, arithmetic, tokens, 1)
-        return suite.check(model, generator.programs.peers, case)
+        return model_errors.check(model, None, batch=1, prompt=tokens, arithmetic=arithmetic)
 
     return run, check, base
 
