@@ -87,7 +87,7 @@ def test_varied_shapes_leave_nothing_behind(rng, tmp_path):
         sizes.append(resident())
     print(f"objects {objects}, resident MiB {[size >> 20 for size in sizes]}")
     # The first batches import and warm up. Of every program for a new shape, plain jit's too, JAX keeps about
-    # a dozen small objects for good: 130 to 215 a call, by the shapes that are drawn. With their programs, which
-    # a cache of ours could keep, they are some 5000.
+    # a dozen small objects for good: 130 to 215 a call, by the shapes that are drawn. With their programs,
+    # which a cache of ours could keep, they are some 5000.
     assert objects[-1] - objects[-2] < 300 * 5
     assert sizes[-1] - sizes[-2] < 64 << 20
