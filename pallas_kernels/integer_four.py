@@ -11,26 +11,12 @@ nothing. A table costs three times as many instructions, and look-ups besides.
 import dataclasses
 
 from pallas_kernels import integer, integer_plan, integer_two
-from pallas_kernels.case import PLANE, TILE_ROWS, Case
+from pallas_kernels.case import PLANE, TILE_ROWS
 from pallas_kernels.registers import Register, at, vector, wide
-from pallas_kernels.ring_plan import CODES, unsupported_groups
+from pallas_kernels.ring_plan import CODES
 
-_CHUNK = 512  # x that a warp makes integers of at a time
 _INTEGERS = 2 * PLANE  # bytes of the integers of a plane of x: the high ones, then the low ones
-_LEAST_GROUP = PLANE // 2
 _MASK = "0x0f0f0f0f"
-
-
-def unsupported_product(case: Case, workers: int) -> str | None:
-    """Why the arithmetic does not take a case, or None."""
-    if case.bits != 4 or case.m != 1 or not case.uniform or case.group_size < _LEAST_GROUP:
-        return (
-            f"{case.m} tokens, {case.bits} bits in groups of {case.group_size}, uniform={case.uniform}"
-            f" are not 1, 4 in groups of {_LEAST_GROUP} or more, and evenly spaced values"
-        )
-    if case.k % _CHUNK:
-        return f"{case.k} weights a row are not whole {_CHUNK}"
-    return unsupported_groups(case, workers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +65,7 @@ class Product(integer_two.Product):
     def _store_integers(self, block: Register, high: list[Register], low: list[Register]) -> None:
         """Stores a plane's high bytes, then its low ones; each lane both of its halves, or one."""
         ptx = self.ptx
-        plane = block * (_CHUNK // PLANE) + self.plane
+        plane = block * (integer_plan.CHUNK // PLANE) + self.plane
         address = self.shared + plane * _INTEGERS + self.thread_in_group * 16
         if self.plan.sharers > 1:
             address = address + self.half * 8

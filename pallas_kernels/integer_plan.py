@@ -6,7 +6,7 @@ from pallas_kernels.case import PLANE
 from pallas_kernels.ring_plan import ProductPlan
 
 PLANES = 4  # of which an operand has codes
-_CHUNK = 512  # x that a warp makes integers of at a time: two fours of planes
+CHUNK = 512  # x that a warp makes integers of at a time: two fours of planes
 INTEGERS = 1024  # bytes of the integers of four planes of x: 8 words a lane
 CODEBOOK_BYTES = 8  # bytes of a codebook's first value and the step to the second
 
@@ -33,7 +33,7 @@ class Plan(ProductPlan):
     @property
     def chunks(self) -> int:
         """Parts of a token's x that a warp makes integers of at a time."""
-        return self.case.blocks * self.case.span // _CHUNK
+        return self.case.blocks * self.case.span // CHUNK
 
     @property
     def sharers(self) -> int:

@@ -14,26 +14,26 @@ import jax.numpy as jnp
 
 from pallas_kernels import integer
 from pallas_kernels.case import Case
+from pallas_kernels.integer_plan import CHUNK
 from pallas_kernels.ptx import load_float
 from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.ring_plan import CODES, unsupported_groups
 
-_CHUNK = 512  # x that a warp makes integers of at a time
-_LEAST_GROUP = 32
 _MASK = 0x03030303
 # Bits of the masks, for the registers of A: upper and lower rows of the first neighbours, then of the second.
 _SHIFTS = (0, 4, 2, 6)
 
 
 def unsupported_product(case: Case, workers: int) -> str | None:
-    """Why the arithmetic does not take a case, or None."""
-    if case.bits != 2 or case.m != 1 or not case.uniform or case.group_size < _LEAST_GROUP:
+    """Why the arithmetic, of two bits here or of four in `integer_four`, does not take a case, or None."""
+    least = integer.LEAST_GROUP
+    if case.bits not in (2, 4) or case.m != 1 or not case.uniform or case.group_size < least:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size}, uniform={case.uniform}"
-            f" are not 1, 2 in groups of {_LEAST_GROUP} or more, and evenly spaced values"
+            f" are not 1, 2 or 4 in groups of {least} or more, and evenly spaced values"
         )
-    if case.k % _CHUNK:
-        return f"{case.k} weights a row are not whole {_CHUNK}"
+    if case.k % CHUNK:
+        return f"{case.k} weights a row are not whole {CHUNK}"
     return unsupported_groups(case, workers)
 
 

@@ -59,10 +59,9 @@ def of(case: Case, workers: int) -> type[ring_product.Product]:
     """What multiplies by the weight."""
     if case.bits == 1:
         return integer.Product
-    for arithmetic in (integer_two, integer_four):
-        if arithmetic.unsupported_product(case, workers) is None:
-            return arithmetic.Product
-    return stream.Product
+    if integer_two.unsupported_product(case, workers) is not None:
+        return stream.Product
+    return integer_two.Product if case.bits == 2 else integer_four.Product
 
 
 def unsupported_product(case: Case, workers: int, programs: int) -> str | None:
