@@ -112,9 +112,8 @@ class Product(Integers):
         ptx = self.ptx
         self.integers = self.shared + self.lane * 16
         self.plane_sums = self.shared + self.thread_in_group * self.plan.sums_bytes
-        codes = (self.warp * CODES).low()
-        self.codes = codes + self.lane * 16
-        self.scales = self._scale_addresses()
+        self.codes = self.codes_in_slot()
+        self.scales = self._first_scales()
         self._locate_sums()
         self.zero = ptx.op("mov.u32", 0)
         address = self.shared + self.warp * (4 * TILE_ROWS) + self.row * 8
@@ -130,20 +129,16 @@ class Product(Integers):
         self.higher = (self.thread_in_group & 1).ne(0)
         self.unit = self.ptx.op("selp.f32", 1 / 16, 1.0, self.higher)
 
-    def _scale_addresses(self) -> Register:
+    def _first_scales(self) -> Register:
         """Where in a slot the scales of this lane's plane of the first four are."""
-        size, g, span = self.plan.scale_bytes, self.case.group_size, self.case.span
+        g, plane = self.case.group_size, self.thread_in_group
         if g == PLANE:  # four groups are the four planes, one for each lane
+            size = self.plan.scale_bytes
             return (self.warp * self.plan.block_scales).low() + self.lane * (2 * size)
-        if g > span:
-            group = self.warp // (g // span)
-        else:
-            group = (self.warp * (span // g)).low()
-            group = group + (
-                self.thread_in_group // (g // PLANE) if g > PLANE else self.thread_in_group * 2
-            )
-        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
-        return scales + self.row * (8 * size)
+        group = self.group_in_slot()
+        if g <= self.case.span:
+            group = group + (plane // (g // PLANE) if g > PLANE else plane * (PLANE // g))
+        return self.scales_in_slot(group)
 
     def start_tile(self, tile: Register, run: int) -> None:
         """The codebook of a tile's rows: the first value, and the steps that a unit of a row's sums is."""

@@ -80,20 +80,12 @@ class Product(integer_two.Product):
         """Where this lane's operands are."""
         if run:
             return
-        ptx, g = self.ptx, self.case.group_size
+        ptx = self.ptx
         # The first two columns have the high and the low bytes.
         self.has_column = self.row < 2
         self.integers = self.shared + self.row * PLANE + self.thread_in_group * 16
-        codes = (self.warp * CODES).low()
-        self.codes = codes + self.lane * 16
-        if g <= self.case.span:
-            group = (self.warp * (self.case.span // g)).low()
-        else:
-            group = self.warp // (g // self.case.span)
-        # Four groups of a row are neighbours, each with the scales of the upper and the lower row.
-        size = self.plan.scale_bytes
-        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
-        self.scales = scales + self.row * (8 * size)
+        self.codes = self.codes_in_slot()
+        self.scales = self.scales_in_slot(self.group_in_slot())
         self.zero = ptx.op("mov.u32", 0)
         self.partial = self.shared + self.warp * (4 * TILE_ROWS) + self.row * 8
         self.keeps = self.thread_in_group.eq(0)

@@ -140,9 +140,8 @@ class Product(integer.Product):
         address = self.shared + (self.row >> 2) * (8 * 16) + (self.row & 1) * (4 * 16)
         self.integers = address + self.thread_in_group * 16
         self.plane_sums = self.shared + self.thread_in_group * (2 * self.plan.sums_bytes)
-        codes = (self.warp * CODES).low()
-        self.codes = codes + self.lane * 16
-        self.scales = self._scale_addresses()
+        self.codes = self.codes_in_slot()
+        self.scales = self._first_scales()
         # The lane's sums are of the first or the second of the planes that share operands.
         self.higher = (self.thread_in_group & 1).ne(0)
         self.zero = ptx.op("mov.u32", 0)
@@ -151,14 +150,12 @@ class Product(integer.Product):
         self.partial = address + (self.thread_in_group >> 1) * (self.workers * 4 * TILE_ROWS)
         self.first, *self.steps = ptx.registers("f32", 5)
 
-    def _scale_addresses(self) -> Register:
+    def _first_scales(self) -> Register:
         """Where in a slot the scales of this lane's first two planes are."""
-        size, g, span = self.plan.scale_bytes, self.case.group_size, self.case.span
-        group = self.warp // (g // span) if g > span else (self.warp * (span // g)).low()
+        g, group = self.case.group_size, self.group_in_slot()
         if g <= 2 * PLANE:
             group = group + (self.thread_in_group & 1) * (2 * PLANE // g)
-        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
-        return scales + self.row * (8 * size)
+        return self.scales_in_slot(group)
 
     def _set_steps(self, steps: list[Register]) -> None:
         """What a unit of the sums is: of a lower row's codes half, of planes 1 and 3 a sixteenth as much."""

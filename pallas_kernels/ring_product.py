@@ -235,6 +235,26 @@ class Product(OutputWriter, abc.ABC):
         for total in self.totals:
             ptx.do("mov.f32", total, 0.0)
 
+    # Where a lane's part of the warp's block is, in a slot
+
+    def codes_in_slot(self) -> Register:
+        """Where this lane's codes are: 16 bytes of each half of a block."""
+        return (self.warp * CODES).low() + self.lane * 16
+
+    def group_in_slot(self) -> Register:
+        """Which group of its row the warp's block starts with, counted from the slot's first one."""
+        span, g = self.case.span, self.case.group_size
+        return (self.warp * (span // g)).low() if g <= span else self.warp // (g // span)
+
+    def scales_in_slot(self, group: Register) -> Register:
+        """Where the scales of a group are, after the codes: of this lane's upper row, then of the lower one.
+
+        Four groups of a row are neighbours.
+        """
+        size = self.plan.scale_bytes
+        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
+        return scales + self.row * (8 * size)
+
     # The end
 
     @property

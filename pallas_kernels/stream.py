@@ -187,19 +187,12 @@ class Product(ring_product.Product):
         self.has_token = self.row.eq(0)
         self.keeps = self.thread_in_group.eq(0)
         self.x_address = self.shared + self.thread_in_group * 16
-        codes = (self.warp * CODES).low()
-        self.codes = codes + self.lane * 16
-        # Four groups of a row are neighbours, each with the scales of the upper and the lower row.
-        size, g = self.plan.scale_bytes, case.group_size
-        if g <= case.span:
-            group = (self.warp * (case.span // g)).low()
-        else:
-            group = self.warp // (g // case.span)
-        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
-        self.scales = scales + self.row * (8 * size)
+        self.codes = self.codes_in_slot()
+        self.scales = self.scales_in_slot(self.group_in_slot())
         if self.plan.scales_weights:
             # Of half a plane a lane has 8 weights, from 8 times its `thread_in_group` on.
-            self.scales = self.scales + (self.thread_in_group // (g // _LEAST_GROUP)) * (2 * size)
+            group = self.thread_in_group // (case.group_size // _LEAST_GROUP)
+            self.scales = self.scales + group * (2 * self.plan.scale_bytes)
         address = self.shared + self.warp * (4 * TILE_ROWS)
         self.partial = address + self.row * 8
         self.zero = ptx.zero()
