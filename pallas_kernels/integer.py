@@ -22,11 +22,12 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from pallas_kernels import decoding, ring
-from pallas_kernels.case import PLANE, TILE_ROWS, Case
+from pallas_kernels.case import Case
 from pallas_kernels.integer_plan import CODEBOOK_BYTES, INTEGERS, PLANES, Plan
 from pallas_kernels.integer_x import Integers
+from pallas_kernels.layout import PLANE, TILE_BYTES, TILE_ROWS, scale_offset
 from pallas_kernels.registers import Memory, Register, at, vector, wide
-from pallas_kernels.ring_plan import CODES, unsupported_groups
+from pallas_kernels.ring_plan import unsupported_groups
 from pallas_kernels.target import Target
 
 LEAST_GROUP = PLANE // 2  # the least group
@@ -191,21 +192,20 @@ class Product(Integers):
         codes, scales = (slot + part for part in (self.codes, self.scales))
         for half in range(2):
             part = vector(self.words[4 * half : 4 * half + 4])
-            ptx.do("ld.shared.v4.b32", part, at(codes, half * CODES // 2))
+            ptx.do("ld.shared.v4.b32", part, at(codes, half * TILE_BYTES // 2))
         self._load_factors(scales)
 
     def _load_factors(self, scales: Register) -> None:
         """Of each four of planes the scales of both rows, float32, from where this lane's first ones are."""
         plan = self.plan
         # The second four of planes have groups of their own, unless a group is the whole block.
-        four, within = divmod(PLANES * PLANE // self.case.group_size, 4)
-        further = (four * 64 + within * 2) * plan.scale_bytes
+        further = scale_offset(PLANES * PLANE // self.case.group_size, plan.scale_bytes)
         self.factors = []
         for half in range(2 if further else 1):
             pairs = []
             for part in range(plan.parts):
-                offset = half * further + part * 2 * plan.scale_bytes
-                pairs.append(self._load_pair(at(scales, self.workers * CODES + offset)))
+                offset = half * further + scale_offset(part, plan.scale_bytes)
+                pairs.append(self._load_pair(at(scales, plan.codes_bytes + offset)))
             self.factors.append(pairs)
         self.factors *= 2 // len(self.factors)
 

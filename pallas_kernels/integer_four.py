@@ -11,9 +11,8 @@ nothing. A table costs three times as many instructions, and look-ups besides.
 import dataclasses
 
 from pallas_kernels import integer, integer_plan, integer_two
-from pallas_kernels.case import PLANE, TILE_ROWS
+from pallas_kernels.layout import PLANE, TILE_ROWS, scale_offset
 from pallas_kernels.registers import Register, at, vector, wide
-from pallas_kernels.ring_plan import CODES
 
 _INTEGERS = 2 * PLANE  # bytes of the integers of a plane of x: the high ones, then the low ones
 _MASK = "0x0f0f0f0f"
@@ -113,10 +112,10 @@ class Product(integer_two.Product):
 
     def _load_factors(self, scales: Register) -> None:
         """The scales of the upper and the lower row of each group, from where this lane's first ones are."""
-        each = 2 * self.plan.scale_bytes
+        plan = self.plan
         self.factors = [
-            self._load_pair(at(scales, self.workers * CODES + run * each))
-            for run in range(self.plan.scale_runs)
+            self._load_pair(at(scales, plan.codes_bytes + scale_offset(run, plan.scale_bytes)))
+            for run in range(plan.scale_runs)
         ]
 
     def multiply(self) -> None:

@@ -12,10 +12,11 @@ of its column's plane. Column 4 i + 2 j + h of a pair is token i, the plane j of
 import dataclasses
 
 from pallas_kernels import integer, integer_plan, ring
-from pallas_kernels.case import PLANE, TILE_ROWS, Case
+from pallas_kernels.case import Case
 from pallas_kernels.integer import INTEGERS, PLANES
+from pallas_kernels.layout import PLANE, TILE_ROWS, scale_offset
 from pallas_kernels.registers import Register, at, vector
-from pallas_kernels.ring_plan import CODES, unsupported_groups
+from pallas_kernels.ring_plan import unsupported_groups
 from pallas_kernels.target import Target
 
 TOKENS = range(2, 5)
@@ -194,11 +195,11 @@ class Product(integer.Product):
                 for part in range(self.plan.parts):
                     # The lane's first plane is at the start of a group, or the next one is in the same.
                     within = (plane * PLANE + part * integer.LEAST_GROUP) // g
-                    four, group = divmod(half * PLANES * PLANE // g + within, 4)
-                    offset = (four * 64 + group * 2) * size
-                    if offset not in known:
-                        known[offset] = self._load_pair(at(scales, self.workers * CODES + offset))
-                    self.factors[half, plane, part] = known[offset]
+                    group = half * PLANES * PLANE // g + within
+                    if group not in known:
+                        offset = self.plan.codes_bytes + scale_offset(group, size)
+                        known[group] = self._load_pair(at(scales, offset))
+                    self.factors[half, plane, part] = known[group]
 
     def multiply(self) -> None:
         """Adds the products of both fours of planes to the totals."""

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import chain, integer, ring, short_attention, xla_call
-from pallas_kernels.case import TILE_ROWS, Arrays, Case
+from pallas_kernels.case import Arrays, Case
 from pallas_kernels.exchange import Exchange, ExchangePlan
 from pallas_kernels.layers_launch import (
     DOWN,
@@ -34,6 +34,7 @@ from pallas_kernels.layers_launch import (
     Records,
 )
 from pallas_kernels.layers_parts import Ends, HeadPart, Part
+from pallas_kernels.layout import TILE_ROWS
 from pallas_kernels.ptx import Ptx
 from pallas_kernels.ring_plan import LaunchPlan, ProductPlan
 from pallas_kernels.target import Target

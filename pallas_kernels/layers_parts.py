@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from pallas_kernels import integer
-from pallas_kernels.case import TILE_ROWS
 from pallas_kernels.exchange import Exchange
+from pallas_kernels.layout import TILE_ROWS
 from pallas_kernels.outputs import Load
 from pallas_kernels.ptx import load_float, over_lanes, store_float
 from pallas_kernels.registers import Register, at

@@ -23,7 +23,8 @@ E = 8 / bits planes of 64 weights a row, each of 4 steps of the instruction; see
 block is a tile of each of the R.
 """
 
-from pallas_kernels.case import PLANE, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import PLANE
 from pallas_kernels.matvec_plan import Config, Plan
 from pallas_kernels.ptx import over_lanes
 from pallas_kernels.registers import Register, at, vector

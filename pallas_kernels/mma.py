@@ -16,7 +16,8 @@ import dataclasses
 import functools
 from typing import ClassVar
 
-from pallas_kernels.case import PLANE, TILE_ROWS, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import PLANE, TILE_ROWS
 from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.target import Target
 from pallas_kernels.tile_plan import SumsPlan

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.case import PLANE, Arrays, Case
+from pallas_kernels.case import Arrays, Case
+from pallas_kernels.layout import PLANE
 from pallas_kernels.target import Target
 
 GROUP_ROWS = 64  # of the weight, a warpgroup's

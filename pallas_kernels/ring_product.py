@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from pallas_kernels import mailbox
-from pallas_kernels.case import TILE_ROWS
+from pallas_kernels.layout import FOUR_SCALES, TILE_BYTES, TILE_ROWS
 from pallas_kernels.outputs import OutputWriter
 from pallas_kernels.ptx import LOG2_E, Ptx, Writer, over_lanes
 from pallas_kernels.registers import Register, at, vector
-from pallas_kernels.ring_plan import CODES, ProductPlan
+from pallas_kernels.ring_plan import ProductPlan
 from pallas_kernels.ring_slots import Position, Ring
 from pallas_kernels.target import Target
 
@@ -114,7 +114,7 @@ class Product(OutputWriter, abc.ABC):
         ptx, case = self.ptx, self.case
         tile = self.first_tile + run * self.plan.run_tiles
         first = (tile * case.blocks).low()
-        codes = self.operands["packed"] + first * CODES
+        codes = self.operands["packed"] + first * TILE_BYTES
         scales = self.operands["scales"] + first * self.plan.block_scales
         return codes, scales, ptx.op("mov.u32", self.blocks)
 
@@ -239,7 +239,7 @@ class Product(OutputWriter, abc.ABC):
 
     def codes_in_slot(self) -> Register:
         """Where this lane's codes are: 16 bytes of each half of a block."""
-        return (self.warp * CODES).low() + self.lane * 16
+        return (self.warp * TILE_BYTES).low() + self.lane * 16
 
     def group_in_slot(self) -> Register:
         """Which group of its row the warp's block starts with, counted from the slot's first one."""
@@ -252,7 +252,7 @@ class Product(OutputWriter, abc.ABC):
         Four groups of a row are neighbours.
         """
         size = self.plan.scale_bytes
-        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
+        scales = ((group >> 2) * (FOUR_SCALES * size)).low() + (group & 3) * (2 * size)
         return scales + self.row * (8 * size)
 
     # The end

@@ -8,7 +8,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton_compat
-from pallas_kernels.case import TILE_ROWS, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import TILE_ROWS
 
 LARGEST = 127  # of the integers
 RUN = 32  # columns of K that change places among themselves

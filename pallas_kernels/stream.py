@@ -11,10 +11,11 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from pallas_kernels import decoding, ring_product
-from pallas_kernels.case import PLANE, TILE_ROWS, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import PLANE, TILE_BYTES, TILE_ROWS, scale_offset
 from pallas_kernels.outputs import Load
 from pallas_kernels.registers import Register, at, vector, wide
-from pallas_kernels.ring_plan import CODES, ProductPlan, unsupported_groups
+from pallas_kernels.ring_plan import ProductPlan, unsupported_groups
 
 _STEPS = 4  # instructions a plane
 _HALF = PLANE // 2  # weights of a plane whose products two of these instructions add up
@@ -224,14 +225,14 @@ class Product(ring_product.Product):
         codes, scales = (slot + part for part in (self.codes, self.scales))
         for half in range(2):
             part = vector(self.words[4 * half : 4 * half + 4])
-            ptx.do("ld.shared.v4.b32", part, at(codes, half * CODES // 2))
+            ptx.do("ld.shared.v4.b32", part, at(codes, half * TILE_BYTES // 2))
         # Together those that are neighbours for a lane.
         each = words if self.plan.scales_weights else min(4, runs * words)
         for first in range(0, runs * words, each):
-            four, within = divmod(first // words * self.plan.run_groups, 4)
-            offset = (four * 64 + within * 2) * self.plan.scale_bytes
+            group = first // words * self.plan.run_groups
+            offset = self.plan.codes_bytes + scale_offset(group, self.plan.scale_bytes)
             width, part = wide(registers[first : first + each])
-            ptx.do(f"ld.shared{width}.b32", part, at(scales, self.workers * CODES + offset))
+            ptx.do(f"ld.shared{width}.b32", part, at(scales, offset))
 
     def multiply(self) -> None:
         """Adds the products of the planes, times their scales, to the totals."""

@@ -12,9 +12,9 @@ import functools
 import jax.numpy as jnp
 
 from pallas_kernels import decoding
-from pallas_kernels.case import PLANE, TILE_ROWS, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import PLANE, TILE_BYTES, TILE_ROWS
 
-TILE_BYTES = 1024  # of a tile's codes
 HALF_PLANE = PLANE // 2  # of which a lane has 8 neighbours
 
 

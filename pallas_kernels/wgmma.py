@@ -13,7 +13,8 @@ U warpgroups that share K (`Config.k_groups`), each with V * 64 rows: a team; D 
 import dataclasses
 import functools
 
-from pallas_kernels.case import PLANE, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import PLANE
 from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.target import Target
 from pallas_kernels.tile_plan import SumsPlan
