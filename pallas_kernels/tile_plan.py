@@ -151,6 +151,16 @@ class SumsPlan(TilePlan, abc.ABC):
         return self.rows + 4
 
     @property
+    def token_bytes(self) -> int:
+        """Shared memory of a token's sums of all warps that share K."""
+        return self.k_warps_here * self.sum_stride * 4
+
+    def tokens_within(self, size: int) -> int:
+        """As many tokens as have their sums in so many bytes: a divisor of all in whole eights, 8 at least."""
+        parts = (t for t in range(self.tokens, 0, -8) if self.tokens % t == 0)
+        return next(t for t in parts if t == 8 or t * self.token_bytes <= size)
+
+    @property
     def warp_sums_bytes(self) -> int:
         """Shared memory of the sums of the warps that have the same index among those that share K."""
         return self.sum_tokens * self.sum_stride * 4

@@ -108,11 +108,6 @@ class Plan(SumsPlan):
         return self.decoder_bytes + 2 * self.k_warps_here * self.x_bytes
 
     @property
-    def token_bytes(self) -> int:
-        """Shared memory of a token's sums of all teams."""
-        return self.k_warps_here * self.sum_stride * 4
-
-    @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
         return max(self.ring_offset + self.ring_bytes, 8 * self.token_bytes)
@@ -120,10 +115,7 @@ class Plan(SumsPlan):
     @functools.cached_property
     def sum_tokens(self) -> int:
         """As many as have their sums in the same memory at the end."""
-        tokens = self.tokens
-        while tokens * self.token_bytes > self.shared_bytes:
-            tokens //= 2
-        return tokens
+        return self.tokens_within(self.shared_bytes)
 
 
 def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:
