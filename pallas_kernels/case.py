@@ -166,12 +166,7 @@ class Case:
             return f"group_size={self.group_size} is no multiple of 8"
         if self.codebooks > 1 and (self.n // self.codebooks) % config.rows:
             return f"{self.codebooks} codebooks do not change at multiples of {config.rows} rows"
-        if (needed := shared_bytes()) > target.shared_bytes:
-            return (
-                f"{config} needs {needed} bytes of shared memory, {target.architecture} gives a"
-                f" thread block {target.shared_bytes}"
-            )
-        return None
+        return target.lacks_shared_memory(config, shared_bytes())
 
     def pad(self, x: Array) -> Array:
         """X [M, K] with zeros after K, to whole tiles."""

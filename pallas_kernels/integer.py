@@ -25,12 +25,12 @@ from pallas_kernels import decoding, ring
 from pallas_kernels.case import Case
 from pallas_kernels.integer_plan import CODEBOOK_BYTES, INTEGERS, PLANES, Plan
 from pallas_kernels.integer_x import Integers
-from pallas_kernels.layout import PLANE, TILE_BYTES, TILE_ROWS, scale_offset
+from pallas_kernels.layout import HALF_PLANE, PLANE, TILE_BYTES, TILE_ROWS, scale_offset
 from pallas_kernels.registers import Memory, Register, at, vector, wide
 from pallas_kernels.ring_plan import unsupported_groups
 from pallas_kernels.target import Target
 
-LEAST_GROUP = PLANE // 2  # the least group
+MIN_GROUP = HALF_PLANE  # weights a scale
 MULTIPLY = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 
 
@@ -45,10 +45,10 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
 
 def unsupported_product(case: Case, workers: int) -> str | None:
     """Why the arithmetic does not take a case, or None."""
-    if case.bits != 1 or case.m != 1 or case.group_size < LEAST_GROUP:
+    if case.bits != 1 or case.m != 1 or case.group_size < MIN_GROUP:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size} are not 1, 1 and"
-            f" {LEAST_GROUP} or more"
+            f" {MIN_GROUP} or more"
         )
     return unsupported_groups(case, workers)
 

@@ -29,10 +29,10 @@ class Config(ring.Config):
 
 def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:
     """Why the kernel does not take a case, or None."""
-    if case.bits != 1 or case.m not in TOKENS or case.group_size < integer.LEAST_GROUP:
+    if case.bits != 1 or case.m not in TOKENS or case.group_size < integer.MIN_GROUP:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size} are not 2 to 4, 1 and"
-            f" {integer.LEAST_GROUP} or more"
+            f" {integer.MIN_GROUP} or more"
         )
     if case.residual or case.squares:
         return "it has no residual"
@@ -194,7 +194,7 @@ class Product(integer.Product):
             for plane in range(2):
                 for part in range(self.plan.parts):
                     # The lane's first plane is at the start of a group, or the next one is in the same.
-                    within = (plane * PLANE + part * integer.LEAST_GROUP) // g
+                    within = (plane * PLANE + part * integer.MIN_GROUP) // g
                     group = half * PLANES * PLANE // g + within
                     if group not in known:
                         offset = self.plan.codes_bytes + scale_offset(group, size)

@@ -27,7 +27,7 @@ _SHIFTS = (0, 4, 2, 6)
 
 def unsupported_product(case: Case, workers: int) -> str | None:
     """Why the arithmetic, of two bits here or of four in `integer_four`, does not take a case, or None."""
-    least = integer.LEAST_GROUP
+    least = integer.MIN_GROUP
     if case.bits not in (2, 4) or case.m != 1 or not case.uniform or case.group_size < least:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size}, uniform={case.uniform}"

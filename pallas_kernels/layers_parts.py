@@ -99,7 +99,7 @@ class Part(integer.Product):
     def _store(
         self, value: Register, row: Register, name: str, token: Register | None = None
     ) -> None:
-        assert token is None, "there is one"
+        assert token is None, "layers have one token"
         self.ends.exchange.put(self.ends.names[name], row, value)
 
     def _stream_address(self, row: Register) -> Register:

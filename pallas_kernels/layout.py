@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 PLANE = 64  # weights of a row in a plane
+HALF_PLANE = PLANE // 2  # of which a lane has 8 neighbours
 TILE_ROWS = 16
 WORDS = 32  # words of a row and half of a tile
 HALVES = 2

@@ -145,7 +145,7 @@ class Product(OutputWriter, abc.ABC):
         ptx.do("st.global.b32", at(count, start), number)
         area = self.offsets["peers"]
         ptx.do("st.shared.b32", at(self.shared, area), number)
-        own = (rank * (case.n * mailbox.WORD)).wide() + (start + 4 * mailbox.MOST_PROGRAMS)
+        own = (rank * (case.n * mailbox.WORD)).wide() + (start + 4 * mailbox.MAX_PROGRAMS)
         for i, address in enumerate(addresses):
             ptx.do("st.shared.b64", at(self.shared, area + 8 + 8 * i), address + own)
         ptx.label("fdk_mailboxes_open")
@@ -161,7 +161,7 @@ class Product(OutputWriter, abc.ABC):
             box = ptx.op("ld.shared.b64", at(self.shared, area + 8 + 8 * i))
             address = box + row * mailbox.WORD
             mailbox.send(ptx, address, [total], number, offset=part)
-        words = mailbox.chain_start(case.devices, case.n) + 4 * mailbox.MOST_PROGRAMS + part
+        words = mailbox.chain_start(case.devices, case.n) + 4 * mailbox.MAX_PROGRAMS + part
         here = self.operands["mailbox"] + row * mailbox.WORD
         rows = [(here, words + i * stride) for i in range(case.devices)]
         first, *others = [own[0] for own in mailbox.receive(ptx, rows, 1, number, name)]

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import decoding
 from pallas_kernels.case import Case
-from pallas_kernels.layout import PLANE, TILE_BYTES, TILE_ROWS
-
-HALF_PLANE = PLANE // 2  # of which a lane has 8 neighbours
+from pallas_kernels.layout import HALF_PLANE, PLANE, TILE_BYTES, TILE_ROWS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
