@@ -85,7 +85,7 @@ def unsupported_reason(
         )
     if devices > 1 and products[0].bits not in OVER_DEVICES:
         return f"chains of {products[0].bits} bits over several GPUs have not been tried on GPUs"
-    if devices > 1 and config.programs > mailbox.MOST_PROGRAMS:
+    if devices > 1 and config.programs > mailbox.MAX_PROGRAMS:
         return f"{config} has more programs than a mailbox counts"
     first = products[0]
     for index, case in enumerate(products):
@@ -106,13 +106,8 @@ def unsupported_reason(
         if reason is not None:
             return reason
     around = cases(products, (0.0, 0.0), config, target, devices)
-    launch = _launch_plan(around, config, target)
-    if launch.shared_bytes > target.shared_bytes:
-        return (
-            f"{config} needs {launch.shared_bytes} bytes of shared memory, {target.architecture} gives"
-            f" a thread block {target.shared_bytes}"
-        )
-    return None
+    needed = _launch_plan(around, config, target).shared_bytes
+    return target.lacks_shared_memory(config, needed)
 
 
 def matmul(

@@ -22,14 +22,15 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from pallas_kernels import decoding, ring
-from pallas_kernels.case import PLANE, TILE_ROWS, Case
+from pallas_kernels.case import Case
 from pallas_kernels.integer_plan import CODEBOOK_BYTES, INTEGERS, PLANES, Plan
 from pallas_kernels.integer_x import Integers
+from pallas_kernels.layout import HALF_PLANE, PLANE, TILE_BYTES, TILE_ROWS, scale_offset
 from pallas_kernels.registers import Memory, Register, at, vector, wide
-from pallas_kernels.ring_plan import CODES, unsupported_groups
+from pallas_kernels.ring_plan import unsupported_groups
 from pallas_kernels.target import Target
 
-LEAST_GROUP = PLANE // 2  # the least group
+MIN_GROUP = HALF_PLANE  # weights a scale
 MULTIPLY = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 
 
@@ -44,10 +45,10 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
 
 def unsupported_product(case: Case, workers: int) -> str | None:
     """Why the arithmetic does not take a case, or None."""
-    if case.bits != 1 or case.m != 1 or case.group_size < LEAST_GROUP:
+    if case.bits != 1 or case.m != 1 or case.group_size < MIN_GROUP:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size} are not 1, 1 and"
-            f" {LEAST_GROUP} or more"
+            f" {MIN_GROUP} or more"
         )
     return unsupported_groups(case, workers)
 
@@ -112,9 +113,8 @@ class Product(Integers):
         ptx = self.ptx
         self.integers = self.shared + self.lane * 16
         self.plane_sums = self.shared + self.thread_in_group * self.plan.sums_bytes
-        codes = (self.warp * CODES).low()
-        self.codes = codes + self.lane * 16
-        self.scales = self._scale_addresses()
+        self.codes = self.codes_in_slot()
+        self.scales = self._first_scales()
         self._locate_sums()
         self.zero = ptx.op("mov.u32", 0)
         address = self.shared + self.warp * (4 * TILE_ROWS) + self.row * 8
@@ -130,20 +130,16 @@ class Product(Integers):
         self.higher = (self.thread_in_group & 1).ne(0)
         self.unit = self.ptx.op("selp.f32", 1 / 16, 1.0, self.higher)
 
-    def _scale_addresses(self) -> Register:
+    def _first_scales(self) -> Register:
         """Where in a slot the scales of this lane's plane of the first four are."""
-        size, g, span = self.plan.scale_bytes, self.case.group_size, self.case.span
+        g, plane = self.case.group_size, self.thread_in_group
         if g == PLANE:  # four groups are the four planes, one for each lane
+            size = self.plan.scale_bytes
             return (self.warp * self.plan.block_scales).low() + self.lane * (2 * size)
-        if g > span:
-            group = self.warp // (g // span)
-        else:
-            group = (self.warp * (span // g)).low()
-            group = group + (
-                self.thread_in_group // (g // PLANE) if g > PLANE else self.thread_in_group * 2
-            )
-        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
-        return scales + self.row * (8 * size)
+        group = self.group_in_slot()
+        if g <= self.case.span:
+            group = group + (plane // (g // PLANE) if g > PLANE else plane * (PLANE // g))
+        return self.scales_in_slot(group)
 
     def start_tile(self, tile: Register, run: int) -> None:
         """The codebook of a tile's rows: the first value, and the steps that a unit of a row's sums is."""
@@ -196,21 +192,20 @@ class Product(Integers):
         codes, scales = (slot + part for part in (self.codes, self.scales))
         for half in range(2):
             part = vector(self.words[4 * half : 4 * half + 4])
-            ptx.do("ld.shared.v4.b32", part, at(codes, half * CODES // 2))
+            ptx.do("ld.shared.v4.b32", part, at(codes, half * TILE_BYTES // 2))
         self._load_factors(scales)
 
     def _load_factors(self, scales: Register) -> None:
         """Of each four of planes the scales of both rows, float32, from where this lane's first ones are."""
         plan = self.plan
         # The second four of planes have groups of their own, unless a group is the whole block.
-        four, within = divmod(PLANES * PLANE // self.case.group_size, 4)
-        further = (four * 64 + within * 2) * plan.scale_bytes
+        further = scale_offset(PLANES * PLANE // self.case.group_size, plan.scale_bytes)
         self.factors = []
         for half in range(2 if further else 1):
             pairs = []
             for part in range(plan.parts):
-                offset = half * further + part * 2 * plan.scale_bytes
-                pairs.append(self._load_pair(at(scales, self.workers * CODES + offset)))
+                offset = half * further + scale_offset(part, plan.scale_bytes)
+                pairs.append(self._load_pair(at(scales, plan.codes_bytes + offset)))
             self.factors.append(pairs)
         self.factors *= 2 // len(self.factors)
 

@@ -11,9 +11,8 @@ nothing. A table costs three times as many instructions, and look-ups besides.
 import dataclasses
 
 from pallas_kernels import integer, integer_plan, integer_two
-from pallas_kernels.case import PLANE, TILE_ROWS
+from pallas_kernels.layout import PLANE, TILE_ROWS, scale_offset
 from pallas_kernels.registers import Register, at, vector, wide
-from pallas_kernels.ring_plan import CODES
 
 _INTEGERS = 2 * PLANE  # bytes of the integers of a plane of x: the high ones, then the low ones
 _MASK = "0x0f0f0f0f"
@@ -80,20 +79,12 @@ class Product(integer_two.Product):
         """Where this lane's operands are."""
         if run:
             return
-        ptx, g = self.ptx, self.case.group_size
+        ptx = self.ptx
         # The first two columns have the high and the low bytes.
         self.has_column = self.row < 2
         self.integers = self.shared + self.row * PLANE + self.thread_in_group * 16
-        codes = (self.warp * CODES).low()
-        self.codes = codes + self.lane * 16
-        if g <= self.case.span:
-            group = (self.warp * (self.case.span // g)).low()
-        else:
-            group = self.warp // (g // self.case.span)
-        # Four groups of a row are neighbours, each with the scales of the upper and the lower row.
-        size = self.plan.scale_bytes
-        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
-        self.scales = scales + self.row * (8 * size)
+        self.codes = self.codes_in_slot()
+        self.scales = self.scales_in_slot(self.group_in_slot())
         self.zero = ptx.op("mov.u32", 0)
         self.partial = self.shared + self.warp * (4 * TILE_ROWS) + self.row * 8
         self.keeps = self.thread_in_group.eq(0)
@@ -121,10 +112,10 @@ class Product(integer_two.Product):
 
     def _load_factors(self, scales: Register) -> None:
         """The scales of the upper and the lower row of each group, from where this lane's first ones are."""
-        each = 2 * self.plan.scale_bytes
+        plan = self.plan
         self.factors = [
-            self._load_pair(at(scales, self.workers * CODES + run * each))
-            for run in range(self.plan.scale_runs)
+            self._load_pair(at(scales, plan.codes_bytes + scale_offset(run, plan.scale_bytes)))
+            for run in range(plan.scale_runs)
         ]
 
     def multiply(self) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pallas_kernels.case import PLANE
+from pallas_kernels.layout import PLANE
 from pallas_kernels.ring_plan import ProductPlan
 
 PLANES = 4  # of which an operand has codes

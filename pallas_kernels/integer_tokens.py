@@ -12,10 +12,11 @@ of its column's plane. Column 4 i + 2 j + h of a pair is token i, the plane j of
 import dataclasses
 
 from pallas_kernels import integer, integer_plan, ring
-from pallas_kernels.case import PLANE, TILE_ROWS, Case
+from pallas_kernels.case import Case
 from pallas_kernels.integer import INTEGERS, PLANES
+from pallas_kernels.layout import PLANE, TILE_ROWS, scale_offset
 from pallas_kernels.registers import Register, at, vector
-from pallas_kernels.ring_plan import CODES, unsupported_groups
+from pallas_kernels.ring_plan import unsupported_groups
 from pallas_kernels.target import Target
 
 TOKENS = range(2, 5)
@@ -28,10 +29,10 @@ class Config(ring.Config):
 
 def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:
     """Why the kernel does not take a case, or None."""
-    if case.bits != 1 or case.m not in TOKENS or case.group_size < integer.LEAST_GROUP:
+    if case.bits != 1 or case.m not in TOKENS or case.group_size < integer.MIN_GROUP:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size} are not 2 to 4, 1 and"
-            f" {integer.LEAST_GROUP} or more"
+            f" {integer.MIN_GROUP} or more"
         )
     if case.residual or case.squares:
         return "it has no residual"
@@ -140,9 +141,8 @@ class Product(integer.Product):
         address = self.shared + (self.row >> 2) * (8 * 16) + (self.row & 1) * (4 * 16)
         self.integers = address + self.thread_in_group * 16
         self.plane_sums = self.shared + self.thread_in_group * (2 * self.plan.sums_bytes)
-        codes = (self.warp * CODES).low()
-        self.codes = codes + self.lane * 16
-        self.scales = self._scale_addresses()
+        self.codes = self.codes_in_slot()
+        self.scales = self._first_scales()
         # The lane's sums are of the first or the second of the planes that share operands.
         self.higher = (self.thread_in_group & 1).ne(0)
         self.zero = ptx.op("mov.u32", 0)
@@ -151,14 +151,12 @@ class Product(integer.Product):
         self.partial = address + (self.thread_in_group >> 1) * (self.workers * 4 * TILE_ROWS)
         self.first, *self.steps = ptx.registers("f32", 5)
 
-    def _scale_addresses(self) -> Register:
+    def _first_scales(self) -> Register:
         """Where in a slot the scales of this lane's first two planes are."""
-        size, g, span = self.plan.scale_bytes, self.case.group_size, self.case.span
-        group = self.warp // (g // span) if g > span else (self.warp * (span // g)).low()
+        g, group = self.case.group_size, self.group_in_slot()
         if g <= 2 * PLANE:
             group = group + (self.thread_in_group & 1) * (2 * PLANE // g)
-        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
-        return scales + self.row * (8 * size)
+        return self.scales_in_slot(group)
 
     def _set_steps(self, steps: list[Register]) -> None:
         """What a unit of the sums is: of a lower row's codes half, of planes 1 and 3 a sixteenth as much."""
@@ -196,12 +194,12 @@ class Product(integer.Product):
             for plane in range(2):
                 for part in range(self.plan.parts):
                     # The lane's first plane is at the start of a group, or the next one is in the same.
-                    within = (plane * PLANE + part * integer.LEAST_GROUP) // g
-                    four, group = divmod(half * PLANES * PLANE // g + within, 4)
-                    offset = (four * 64 + group * 2) * size
-                    if offset not in known:
-                        known[offset] = self._load_pair(at(scales, self.workers * CODES + offset))
-                    self.factors[half, plane, part] = known[offset]
+                    within = (plane * PLANE + part * integer.MIN_GROUP) // g
+                    group = half * PLANES * PLANE // g + within
+                    if group not in known:
+                        offset = self.plan.codes_bytes + scale_offset(group, size)
+                        known[group] = self._load_pair(at(scales, offset))
+                    self.factors[half, plane, part] = known[group]
 
     def multiply(self) -> None:
         """Adds the products of both fours of planes to the totals."""

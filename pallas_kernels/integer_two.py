@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from pallas_kernels import integer
 from pallas_kernels.case import Case
 from pallas_kernels.integer_plan import CHUNK
+from pallas_kernels.layout import scale_offset
 from pallas_kernels.ptx import load_float
 from pallas_kernels.registers import Register, at, vector
-from pallas_kernels.ring_plan import CODES, unsupported_groups
+from pallas_kernels.ring_plan import unsupported_groups
 
 _MASK = 0x03030303
 # Bits of the masks, for the registers of A: upper and lower rows of the first neighbours, then of the second.
@@ -26,7 +27,7 @@ _SHIFTS = (0, 4, 2, 6)
 
 def unsupported_product(case: Case, workers: int) -> str | None:
     """Why the arithmetic, of two bits here or of four in `integer_four`, does not take a case, or None."""
-    least = integer.LEAST_GROUP
+    least = integer.MIN_GROUP
     if case.bits not in (2, 4) or case.m != 1 or not case.uniform or case.group_size < least:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size}, uniform={case.uniform}"
@@ -88,7 +89,7 @@ class Product(integer.Product):
         """The scales of the upper and the lower row, from where this lane's first ones are."""
         plan = self.plan
         self.factors = [
-            self._load_pair(at(scales, self.workers * CODES + part * 2 * plan.scale_bytes))
+            self._load_pair(at(scales, plan.codes_bytes + scale_offset(part, plan.scale_bytes)))
             for part in range(plan.parts)
         ]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from pallas_kernels import decoding, ring_product
-from pallas_kernels.case import PLANE
 from pallas_kernels.integer_plan import INTEGERS, PLANES, Plan
+from pallas_kernels.layout import PLANE
 from pallas_kernels.outputs import Load
 from pallas_kernels.ptx import over_lanes
 from pallas_kernels.registers import Register, at, vector, wide

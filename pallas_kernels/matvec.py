@@ -23,9 +23,10 @@ E = 8 / bits planes of 64 weights a row, each of 4 steps of the instruction; see
 block is a tile of each of the R.
 """
 
-from pallas_kernels.case import PLANE, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import PLANE
 from pallas_kernels.matvec_plan import Config, Plan
-from pallas_kernels.ptx import over_lanes
+from pallas_kernels.ptx import ROW_LANES, over_lanes
 from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.target import Target
 from pallas_kernels.tile_sums import SumsWriter
@@ -294,4 +295,4 @@ class _Writer(SumsWriter):
         """Adds the totals of the four lanes of a row, each of which has those of two columns."""
         for [totals] in self.totals:
             for i in (0, 2):
-                totals[i] = over_lanes(self.ptx, "add.f32", totals[i], (1, 2))
+                totals[i] = over_lanes(self.ptx, "add.f32", totals[i], ROW_LANES)

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 
-from pallas_kernels.case import TILE_ROWS, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import TILE_ROWS
 from pallas_kernels.tile_plan import SumsPlan
 
 

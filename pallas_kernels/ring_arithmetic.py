@@ -8,7 +8,7 @@ from pallas_kernels.ring_plan import Config
 from pallas_kernels.target import Target
 
 WORKERS = {2: 16, 4: 24, 8: 24}  # consumer warps of `stream` by bits (H100)
-LEAST, MOST = 15, 24  # of sums of integers: with more a thread has too few registers
+MIN_WORKERS, MAX_WORKERS = 15, 24  # of sums of integers: with more a thread has too few registers
 _ROUND = 4  # warps that one of the parts of a multiprocessor has more than another, if they are not whole fours
 
 
@@ -26,8 +26,8 @@ def config(products: Sequence[Case], target: Target, gated: int | None = None) -
         gated: the index of the product whose outputs are gated.
     """
     programs = target.multiprocessors
-    if any(of(case, MOST) is stream.Product for case in products):
-        return Config(WORKERS.get(products[0].bits, MOST), programs)
+    if any(of(case, MAX_WORKERS) is stream.Product for case in products):
+        return Config(WORKERS.get(products[0].bits, MAX_WORKERS), programs)
 
     def slots(workers: int) -> int:
         return sum(
@@ -39,11 +39,11 @@ def config(products: Sequence[Case], target: Target, gated: int | None = None) -
 
     possible = [
         workers
-        for workers in range(LEAST, MOST + 1)
+        for workers in range(MIN_WORKERS, MAX_WORKERS + 1)
         if all(_takes(case, workers) for case in products)
     ]
     if not possible:
-        return Config(MOST, programs)
+        return Config(MAX_WORKERS, programs)
     fewest = min(map(slots, possible))
     best = [workers for workers in possible if slots(workers) == fewest]
     whole = [workers for workers in best if (workers + 1) % _ROUND == 0]

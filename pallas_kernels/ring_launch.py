@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from pallas_kernels.layout import TILE_BYTES
 from pallas_kernels.ptx import Writer
 from pallas_kernels.registers import Memory, Register, at
-from pallas_kernels.ring_plan import BARRIER, CODES, LaunchPlan
+from pallas_kernels.ring_plan import BARRIER, LaunchPlan
 from pallas_kernels.ring_product import Product
 from pallas_kernels.ring_slots import Position, Ring
 
@@ -129,11 +130,11 @@ class Launch(Writer):
         if not empty:
             self.ring.wait(at(position.barrier, BARRIER), position.parity, name)
         blocks = ptx.op("min.u32", left, workers)
-        codes = (blocks * CODES).low()
+        codes = (blocks * TILE_BYTES).low()
         scales = (blocks * product.plan.block_scales).low()
         copy = self._copy_in_bulk if self.ring.bulk else self._copy_by_lanes
         copy(product, position, (codes_from, codes), (scales_from, scales))
-        ptx.do("add.u64", codes_from, codes_from, workers * CODES)
+        ptx.do("add.u64", codes_from, codes_from, product.plan.codes_bytes)
         ptx.do("add.u64", scales_from, scales_from, workers * product.plan.block_scales)
         ptx.do("sub.u32", left, left, blocks)
         self.ring.next_slot(position)
@@ -142,14 +143,13 @@ class Launch(Writer):
 
     def _copy_in_bulk(self, product: Product, position: Position, *ranges: Range) -> None:
         """Starts two copies, whose bytes the slot's barrier counts."""
-        del product
         ptx, full = self.ptx, at(position.barrier)
         (codes_from, codes), (scales_from, scales) = ranges
         both = codes + scales
         ptx.do("mbarrier.arrive.expect_tx.shared::cta.b64", "_", full, both)
         for target, source, size in (
             (at(position.slot), at(codes_from), codes),
-            (at(position.slot, self.workers * CODES), at(scales_from), scales),
+            (at(position.slot, product.plan.codes_bytes), at(scales_from), scales),
         ):
             opcode = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
             opcode += ".L2::cache_hint"
@@ -160,7 +160,7 @@ class Launch(Writer):
         ptx, target = self.ptx, position.slot + self.lane * 16
         own = (self.lane * 16).low()
         for (start, size), block_bytes in zip(
-            ranges, (CODES, product.plan.block_scales), strict=True
+            ranges, (TILE_BYTES, product.plan.block_scales), strict=True
         ):
             source = start + self.lane * 16
             for first in range(0, self.workers * block_bytes, 32 * 16):
@@ -168,7 +168,7 @@ class Launch(Writer):
                 opcode = "cp.async.cg.shared.global.L2::cache_hint"
                 operands = at(target, first), at(source, first), 16, ptx.policy(_READ_ONCE)
                 ptx.do(opcode, *operands, when=in_bounds)
-            target = target + self.workers * CODES
+            target = target + product.plan.codes_bytes
         ptx.do("cp.async.mbarrier.arrive.noinc.shared::cta.b64", at(position.barrier))
 
     # The consumer warps

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from pallas_kernels.case import TILE_ROWS, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import TILE_BYTES, TILE_ROWS
 
-CODES = 1024  # bytes of a block's codes
 BARRIER = 8  # bytes of a barrier
 BARRIERS = 2 * BARRIER  # those of a slot
 
@@ -83,9 +83,14 @@ class ProductPlan(abc.ABC):
         return self.case.span * TILE_ROWS * self.scale_bytes // self.case.group_size
 
     @property
+    def codes_bytes(self) -> int:
+        """Bytes of a slot's codes; its scales follow them."""
+        return self.workers * TILE_BYTES
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of a slot of the ring: a block of each consumer."""
-        return self.workers * (CODES + self.block_scales)
+        return self.codes_bytes + self.workers * self.block_scales
 
     @property
     def slots(self) -> int:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from pallas_kernels import mailbox
-from pallas_kernels.case import TILE_ROWS
+from pallas_kernels.layout import FOUR_SCALES, TILE_BYTES, TILE_ROWS
 from pallas_kernels.outputs import OutputWriter
 from pallas_kernels.ptx import LOG2_E, Ptx, Writer, over_lanes
 from pallas_kernels.registers import Register, at, vector
-from pallas_kernels.ring_plan import CODES, ProductPlan
+from pallas_kernels.ring_plan import ProductPlan
 from pallas_kernels.ring_slots import Position, Ring
 from pallas_kernels.target import Target
 
@@ -114,7 +114,7 @@ class Product(OutputWriter, abc.ABC):
         ptx, case = self.ptx, self.case
         tile = self.first_tile + run * self.plan.run_tiles
         first = (tile * case.blocks).low()
-        codes = self.operands["packed"] + first * CODES
+        codes = self.operands["packed"] + first * TILE_BYTES
         scales = self.operands["scales"] + first * self.plan.block_scales
         return codes, scales, ptx.op("mov.u32", self.blocks)
 
@@ -145,7 +145,7 @@ class Product(OutputWriter, abc.ABC):
         ptx.do("st.global.b32", at(count, start), number)
         area = self.offsets["peers"]
         ptx.do("st.shared.b32", at(self.shared, area), number)
-        own = (rank * (case.n * mailbox.WORD)).wide() + (start + 4 * mailbox.MOST_PROGRAMS)
+        own = (rank * (case.n * mailbox.WORD)).wide() + (start + 4 * mailbox.MAX_PROGRAMS)
         for i, address in enumerate(addresses):
             ptx.do("st.shared.b64", at(self.shared, area + 8 + 8 * i), address + own)
         ptx.label("fdk_mailboxes_open")
@@ -161,7 +161,7 @@ class Product(OutputWriter, abc.ABC):
             box = ptx.op("ld.shared.b64", at(self.shared, area + 8 + 8 * i))
             address = box + row * mailbox.WORD
             mailbox.send(ptx, address, [total], number, offset=part)
-        words = mailbox.chain_start(case.devices, case.n) + 4 * mailbox.MOST_PROGRAMS + part
+        words = mailbox.chain_start(case.devices, case.n) + 4 * mailbox.MAX_PROGRAMS + part
         here = self.operands["mailbox"] + row * mailbox.WORD
         rows = [(here, words + i * stride) for i in range(case.devices)]
         first, *others = [own[0] for own in mailbox.receive(ptx, rows, 1, number, name)]
@@ -234,6 +234,26 @@ class Product(OutputWriter, abc.ABC):
         self.store_totals(tile)
         for total in self.totals:
             ptx.do("mov.f32", total, 0.0)
+
+    # Where a lane's part of the warp's block is, in a slot
+
+    def codes_in_slot(self) -> Register:
+        """Where this lane's codes are: 16 bytes of each half of a block."""
+        return (self.warp * TILE_BYTES).low() + self.lane * 16
+
+    def group_in_slot(self) -> Register:
+        """Which group of its row the warp's block starts with, counted from the slot's first one."""
+        span, g = self.case.span, self.case.group_size
+        return (self.warp * (span // g)).low() if g <= span else self.warp // (g // span)
+
+    def scales_in_slot(self, group: Register) -> Register:
+        """Where the scales of a group are, after the codes: of this lane's upper row, then of the lower one.
+
+        Four groups of a row are neighbours.
+        """
+        size = self.plan.scale_bytes
+        scales = ((group >> 2) * (FOUR_SCALES * size)).low() + (group & 3) * (2 * size)
+        return scales + self.row * (8 * size)
 
     # The end
 

@@ -188,6 +188,15 @@ class Target:
         """Whether bfloat16 has `mul` and `sub`; `fma` it has everywhere."""
         return self.has_clusters
 
+    def lacks_shared_memory(self, config: object, needed: int) -> str | None:
+        """Why a thread block of a launch configuration cannot have so many bytes, or None."""
+        if needed <= self.shared_bytes:
+            return None
+        return (
+            f"{config} needs {needed} bytes of shared memory, {self.architecture} gives a thread block"
+            f" {self.shared_bytes}"
+        )
+
     def ptx_target(self, *, wgmma: bool) -> str:
         """The `.target` of a whole kernel: the newest that PTX ISA 8.0 knows; newer GPUs compile it anew.
 
