@@ -193,8 +193,10 @@ def unsupported_reason(plan: Plan) -> str | None:
     qkv, *others = plan.products
     if (reason := chain.unsupported_reason([*others, qkv], config, target)) is not None:
         return reason
-    if attention.dtype != jnp.bfloat16 or not attention.supported(1, target):
-        return f"attention of {attention} has no kernel of a program a head"
+    if attention.dtype != jnp.bfloat16:
+        return f"attention of {attention.dtype} is not of bfloat16"
+    if (reason := attention.unsupported_reason(1, target)) is not None:
+        return f"attention has no kernel of a program a head: {reason}"
     if attention.heads > config.programs:
         return f"{attention.heads} heads are more than {config.programs} programs"
     if 32 * config.workers < attention.dim:

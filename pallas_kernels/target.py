@@ -154,9 +154,16 @@ class Target:
         return ""
 
     @property
+    def no_pallas(self) -> str:
+        """Why kernels in ordinary Pallas operations do not run here, which Triton lowers; empty if they do."""
+        if self.capability is None or self.capability < _OLDEST:
+            return self.unknown
+        return "" if self.triton else "Pallas has no Triton lowering"
+
+    @property
     def has_pallas(self) -> bool:
         """Whether kernels in ordinary Pallas operations run here: an NVIDIA GPU from sm_80 on, by Triton."""
-        return self.triton and self.capability is not None and self.capability >= _OLDEST
+        return not self.no_pallas
 
     @property
     def has_kernels(self) -> bool:

@@ -168,7 +168,7 @@ def _sources(target: Target, quick: bool) -> Iterator[tuple[str, str, str, int]]
                 yield "attention", f"{dim} {eps}", source, short_attention._WARPS
                 for window, splits in ((None, 8), (1000, 1)):
                     case = split_attention.Case(16, 4, dim, 4096, jnp.dtype(dtype), eps, window)
-                    if case.supported(target):
+                    if case.unsupported_reason(target) is None:
                         source = split_attention.source(case, splits, target)
                         name = f"{dim} {eps} {window=} {splits=}"
                         yield "split attention", name, source, split_attention.WARPS
