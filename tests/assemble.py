@@ -3,6 +3,7 @@
     python tests/assemble.py                            all architectures, by every ptxas that there is
     python tests/assemble.py --architectures sm_80,sm_120 --quick
     python tests/assemble.py --candidates 48            what the search tries for 48 tokens, tuned or not
+    python tests/assemble.py --part 0/2                 every second pair of assembler and architecture
 
 prints for each family of kernels and architecture how many there are, their registers, their spilled bytes and
 their shared memory, and fails if one does not assemble, spills, or has more shared memory than the architecture
@@ -328,12 +329,18 @@ def main() -> int:
     parser.add_argument(
         "--candidates", type=int, metavar="M", help="what the search tries for M tokens"
     )
+    parser.add_argument("--part", default="0/1", help="K/N: the K-th of N parts, from 0 on")
     flags, failed = parser.parse_args(), []
+    number, count = map(int, flags.part.split("/"))
+    if not 0 <= number < count:
+        parser.error(f"--part {flags.part}: K must be from 0 to N - 1")
     found = assemblers()
     if not found:
         print("no ptxas: pip install nvidia-cuda-nvcc-cu12 nvidia-cuda-nvcc")
         return 1
-    jobs = list(itertools.product(found, flags.architectures.split(",")))
+    pairs = itertools.product(enumerate(found), enumerate(flags.architectures.split(",")))
+    # In turn, so that of two parts each has every architecture, by one of two assemblers.
+    jobs = [(ptxas, name) for (i, ptxas), (j, name) in pairs if (i + j) % count == number]
 
     def look(job: tuple[str, str]) -> tuple[list[str], list[str]]:
         ptxas, architecture = found[job[0]], job[1]

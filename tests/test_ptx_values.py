@@ -92,6 +92,7 @@ def _run_ptx(case, config, arrays, bias, target=H200):
         (70, 40, 520, 128, 1, "float16", mma.Config(64, 1, 2, 2, 2, 2)),
         (41, 40, 700, 64, 1, "bfloat16", mma.Config(48, 1, 2, 4, 2, 2)),
         (21, 70, 700, 64, 1, "bfloat16", mma.Config(24, 2, 2, 4, 2, 2)),
+        (64, 66, 2300, 64, 1, "float16", mma.Config(64, 2, 2, 4, 4, 4)),
     ],
 )
 def test_ptx_values_and_bounds(rng, bits, uniform, m, n, k, group_size, codebooks, dtype, config):
