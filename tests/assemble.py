@@ -57,7 +57,7 @@ ARCHITECTURES = (
 # tokens (220 bytes), `matvec` at 2 bits and 16 (28).
 SPILLS = {
     "chain": 24,
-    "integer+sum": 8,
+    "integer+sum": 16,
     "peer sum": 44,
     "wgmma": 220,
     "matvec": 28,
