@@ -2,12 +2,13 @@
 
 import dataclasses
 
-from pallas_kernels.layout import PLANE
+from pallas_kernels.layout import HALF_PLANE, PLANE
 from pallas_kernels.ring_plan import ProductPlan
 
 PLANES = 4  # of which an operand has codes
 CHUNK = 512  # x that a warp makes integers of at a time: two fours of planes
 INTEGERS = 1024  # bytes of the integers of four planes of x: 8 words a lane
+MIN_GROUP = HALF_PLANE  # whose sums are sums of whole instructions
 CODEBOOK_BYTES = 8  # bytes of a codebook's first value and the step to the second
 
 
@@ -17,8 +18,8 @@ class Plan(ProductPlan):
 
     @property
     def parts(self) -> int:
-        """Sums of a plane, each with a scale: one, or two halves."""
-        return 2 if self.case.group_size < PLANE else 1
+        """Sums of a plane, each with a scale: one, or two halves, or four quarters."""
+        return max(1, PLANE // self.case.group_size)
 
     @property
     def sums_bytes(self) -> int:

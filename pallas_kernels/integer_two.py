@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from pallas_kernels import integer
+from pallas_kernels import integer_one
 from pallas_kernels.case import Case
-from pallas_kernels.integer_plan import CHUNK
+from pallas_kernels.integer_plan import CHUNK, MIN_GROUP
 from pallas_kernels.layout import scale_offset
 from pallas_kernels.ptx import load_float
 from pallas_kernels.registers import Register, at, vector
@@ -27,7 +27,7 @@ _SHIFTS = (0, 4, 2, 6)
 
 def unsupported_product(case: Case, workers: int) -> str | None:
     """Why the arithmetic, of two bits here or of four in `integer_four`, does not take a case, or None."""
-    least = integer.MIN_GROUP
+    least = MIN_GROUP
     if case.bits not in (2, 4) or case.m != 1 or not case.uniform or case.group_size < least:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size}, uniform={case.uniform}"
@@ -38,7 +38,7 @@ def unsupported_product(case: Case, workers: int) -> str | None:
     return unsupported_groups(case, workers)
 
 
-class Product(integer.Product):
+class Product(integer_one.Product):
     """Writes a product by integers, of two bits."""
 
     # The integers of neighbours two apart lie in turn.
@@ -89,15 +89,17 @@ class Product(integer.Product):
         """The scales of the upper and the lower row, from where this lane's first ones are."""
         plan = self.plan
         self.factors = [
-            self._load_pair(at(scales, plan.codes_bytes + scale_offset(part, plan.scale_bytes)))
+            self._load_pair(at(scales, self.scales_offset + scale_offset(part, plan.scale_bytes)))
             for part in range(plan.parts)
         ]
 
     def multiply(self) -> None:
         """Adds the products of the four planes to the totals."""
-        [(x, scale, wholes)] = self.x
+        [(x, scales, wholes)] = self.x
         each = 4 // self.plan.parts
-        for part, (factors, whole) in enumerate(zip(self.factors, wholes, strict=True)):
+        for part, (factors, scale, whole) in enumerate(
+            zip(self.factors, scales, wholes, strict=True)
+        ):
             self._multiply_part(x, range(part * each, (part + 1) * each), factors, scale, whole)
 
     def _multiply_part(
@@ -110,7 +112,7 @@ class Product(integer.Product):
             for pair in range(2):
                 word = self.words[4 * pair + i]
                 ptx.do(
-                    integer.MULTIPLY,
+                    integer_one.MULTIPLY,
                     vector(sums[pair]),
                     vector([word & f"0x{_MASK << shift:08x}" for shift in _SHIFTS]),
                     vector(x[2 * i : 2 * i + 2]),
@@ -119,7 +121,7 @@ class Product(integer.Product):
         base = whole * self.first
         for row in range(2):
             both = (pair[2 * row : 2 * row + 2] for pair in sums)
-            both = [integer.join(*bytes_) for bytes_ in both]
+            both = [integer_one.join(*bytes_) for bytes_ in both]
             sum_ = ptx.op("selp.b32", both[1], both[0], self.in_second)
             value = ptx.op("cvt.rn.f32.s32", sum_)
             value = ptx.op("fma.rn.f32", self.steps[row], value, base)

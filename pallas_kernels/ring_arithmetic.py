@@ -58,7 +58,7 @@ def _takes(case: Case, workers: int) -> bool:
 def of(case: Case, workers: int) -> type[ring_product.Product]:
     """What multiplies by the weight."""
     if case.bits == 1:
-        return integer.Product
+        return integer.arithmetic(case)
     if integer_two.unsupported_product(case, workers) is not None:
         return stream.Product
     return integer_two.Product if case.bits == 2 else integer_four.Product

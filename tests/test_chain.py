@@ -130,7 +130,10 @@ def test_a_chain_whose_producers_are_late(rng):
     [
         *((1, False, 128, "float16"), (2, False, 128, "float16"), (2, True, 32, "bfloat16")),
         *((4, False, 32, "float32"), (4, True, 32, "float16"), (4, True, 128, "float32")),
-        (8, False, 16, "bfloat16"),
+        *((8, False, 16, "bfloat16"), (1, False, 16, "float16")),
+        # One scale a row, or two: kept in shared memory.
+        *((1, False, 512, "bfloat16"), (2, False, 512, "float32"), (2, True, 256, "float16")),
+        *((4, False, 512, "bfloat16"), (4, True, 512, "bfloat16"), (8, False, 512, "float16")),
     ],
 )
 def test_a_chain_of_other_groups_and_scales(rng, bits, uniform, group_size, scales):
@@ -139,14 +142,27 @@ def test_a_chain_of_other_groups_and_scales(rng, bits, uniform, group_size, scal
     _check_chain(rng, SHAPES, bits, uniform, codebooks, config, bias=False, chance=rng, **kind)
 
 
+@pytest.mark.parametrize(("bits", "uniform"), [(1, False), (2, True), (4, False)])
+def test_a_chain_of_rows_of_several_lengths(rng, bits, uniform):
+    """Whose groups are the rows."""
+    shapes = [(512, 512), (2048, 512), (512, 1024), (96, 512)]
+    weights = chains.weights(rng, shapes, bits, (1, 2, 1, 1), uniform, False, 4096)
+    weights = [(dataclasses.replace(c, group_size=c.k), *others) for c, *others in weights]
+    _check_weights(rng, weights, ring.Config(4, 3), rng)
+
+
 def _check_chain(rng, shapes, bits, uniform, codebooks, config, *, bias, chance=None, **kind):
     """Runs the kernel on the emulator, its results poisoned before, and compares with float64."""
     weights = chains.weights(rng, shapes, bits, codebooks, uniform, bias, **kind)
+    _check_weights(rng, weights, config, chance)
+
+
+def _check_weights(rng, weights, config, chance):
     products = [case for case, *_ in weights]
     assert chain.unsupported_reason(products, config, H200) is None
     cases = chain.cases(products, chains.EPS, config, H200)
     x, residual, scales = chains.inputs(rng, 512, 512)
-    counters = np.zeros(len(shapes), np.int32)
+    counters = np.zeros(len(weights), np.int32)
     operands = [x, residual, counters]
     for index, (_, arrays, *_) in enumerate(weights):
         operands += [a for a in arrays[1:] if a is not None]
@@ -238,7 +254,10 @@ def _products(bits, hidden, inner, qkv, codebooks=(1, 2, 1, 3)):
             lambda cases: [dataclasses.replace(cases[0], group_size=128), *cases[1:]],
             "several sizes",
         ),
-        (lambda cases: [dataclasses.replace(c, group_size=1024) for c in cases], "split fours"),
+        (
+            lambda cases: [dataclasses.replace(c, group_size=128, k=1280) for c in cases],
+            "split fours",
+        ),
         (lambda cases: [dataclasses.replace(c, group_size=192) for c in cases], "whole blocks"),
         (lambda cases: [dataclasses.replace(c, group_size=4) for c in cases], "less than 8"),
         (

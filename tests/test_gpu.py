@@ -42,7 +42,8 @@ TARGET = current()  # set FDK_JAX_TARGET=sm_80 to test what older GPUs get
 GROUPS = [
     *((1, 128, "float16"), (1, 32, "float16"), (1, 256, "float32"), (2, 128, "float16")),
     *((2, 256, "float16"), (2, 2048, "float32"), (4, 16, "float32"), (4, 32, "float16")),
-    *((4, 128, "bfloat16"), (8, 32, "float16"), (8, 2048, "bfloat16")),
+    *((4, 128, "bfloat16"), (8, 32, "float16"), (8, 2048, "bfloat16"), (1, 16, "bfloat16")),
+    *((1, 2048, "float32"), (1, 1024, "bfloat16"), (2, 32, "bfloat16"), (4, 16, "bfloat16")),
 ]
 
 
@@ -190,7 +191,7 @@ def test_chains(rng, bits, uniform, hidden, inner, count):
     _check_chain(rng, bits, uniform, hidden, inner, count)
 
 
-@pytest.mark.parametrize(("bits", "group_size", "scales"), [g for g in GROUPS if g[1] < 1024])
+@pytest.mark.parametrize(("bits", "group_size", "scales"), GROUPS)
 def test_chains_of_other_groups_and_scales(rng, bits, group_size, scales):
     kind = dict(group_size=group_size, scales=scales)
     _check_chain(rng, bits, False, 2048, 4096, 4, width=2048, **kind)
