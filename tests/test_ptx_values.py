@@ -391,7 +391,7 @@ def test_sums_and_norms_around_a_product(
 )
 def test_integer_kernel_propagates_like_a_dense_product(rng, value, group_size, m, config):
     """Within its own token: the others' results are finite."""
-    if m > 1 and group_size < integer_plan.LEAST_GROUP:
+    if m > 1 and group_size < integer_plan.MIN_GROUP:
         pytest.skip("the kernel of several tokens takes no such groups")
     arrays, spec, _ = planar.product(rng, m, 32, 1024, 1, group_size, "bfloat16")
     x, packed, scales, _ = arrays
