@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pallas_kernels import integer, integer_four, integer_two, ring_product, stream
 from pallas_kernels.case import Case
-from pallas_kernels.ring_plan import Config
+from pallas_kernels.ring_plan import Config, ProductPlan
 from pallas_kernels.target import Target
 
 WORKERS = {2: 16, 4: 24, 8: 24}  # consumer warps of `stream` by bits (H100)
@@ -29,18 +29,22 @@ def config(products: Sequence[Case], target: Target, gated: int | None = None) -
     if any(of(case, MAX_WORKERS) is stream.Product for case in products):
         return Config(WORKERS.get(products[0].bits, MAX_WORKERS), programs)
 
-    def slots(workers: int) -> int:
-        return sum(
-            of(case, workers)
-            .plan_class(case=case, workers=workers, programs=programs, gated=index == gated)
-            .slots
+    def plans(workers: int) -> list[ProductPlan]:
+        return [
+            of(case, workers).plan_class(
+                case=case, workers=workers, programs=programs, gated=index == gated
+            )
             for index, case in enumerate(products)
-        )
+        ]
+
+    def slots(workers: int) -> int:
+        return sum(plan.slots for plan in plans(workers))
 
     possible = [
         workers
         for workers in range(MIN_WORKERS, MAX_WORKERS + 1)
         if all(_takes(case, workers) for case in products)
+        and len({plan.slot_bytes for plan in plans(workers)}) == 1
     ]
     if not possible:
         return Config(MAX_WORKERS, programs)

@@ -151,6 +151,14 @@ def test_a_chain_of_rows_of_several_lengths(rng, bits, uniform):
     _check_weights(rng, weights, ring.Config(4, 3), rng)
 
 
+@pytest.mark.parametrize("group_size", [16, 512, 1024, 4096, 16384])
+def test_warps_by_which_all_products_of_a_chain_have_slots_alike(group_size):
+    """In groups of 1024 the scales of one product may be in slots, and those of another be kept."""
+    cases = [dataclasses.replace(c, group_size=group_size) for c in _products(1, 4096, 14336, 6144)]
+    config = ring_arithmetic.config(cases, H200, chain.GATED)
+    assert chain.unsupported_reason(cases, config, H200) is None
+
+
 def _check_chain(rng, shapes, bits, uniform, codebooks, config, *, bias, chance=None, **kind):
     """Runs the kernel on the emulator, its results poisoned before, and compares with float64."""
     weights = chains.weights(rng, shapes, bits, codebooks, uniform, bias, **kind)
