@@ -1,4 +1,4 @@
-"""One token and evenly spaced codes of four bits in the program of `ring`: sums of integers, as in `integer`.
+"""One token and evenly spaced codes of four bits: sums of integers, as in `integer_one`.
 
     sum x w = scale (first * sum x + step * sum x code)
 

@@ -125,6 +125,17 @@ def test_shapes(rng, dtype, bits, uniform, m, n, k, group_size, codebooks):
     _check(rng, m, n, k, bits, uniform, group_size, dtype, codebooks=codebooks)
 
 
+@pytest.mark.parametrize(("bits", "uniform"), [(2, False), (2, True), (4, True)])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size", "workers", "each"),
+    [(4096, 4096, 64, 16, 1), (8200, 8192, 128, 24, 1), (700, 1536, 32, 12, 2)],
+)
+def test_sums_of_integers(rng, bits, uniform, n, k, group_size, workers, each):
+    config = integer.Config(workers, each * TARGET.multiprocessors)
+    for dtype in ("bfloat16", "float16"):
+        _check(rng, 1, n, k, bits, uniform, group_size, dtype, config=config)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounding_gives_numpys_bits(rng, dtype):
     rounding_bits.check(rng, dtype, round_to)
