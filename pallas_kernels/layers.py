@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import chain, integer, ring, short_attention, xla_call
+from pallas_kernels import chain, integer_plan, ring, short_attention, xla_call
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.exchange import Exchange, ExchangePlan
 from pallas_kernels.layers_launch import (
@@ -119,7 +119,7 @@ class Plan:
         return self.config.programs * self._product(index, self.products[index]).square_parts
 
     def _product(self, index: int, case: Case) -> ProductPlan:
-        return integer.Plan(
+        return integer_plan.Plan(
             case=case,
             workers=self.config.workers,
             programs=self.config.programs,
@@ -193,6 +193,10 @@ def unsupported_reason(plan: Plan) -> str | None:
     qkv, *others = plan.products
     if (reason := chain.unsupported_reason([*others, qkv], config, target)) is not None:
         return reason
+    groups = {case.group_size for case in plan.products}
+    kept = any(product.keeps_scales for product in plan.launch.products)
+    if min(groups) < integer_plan.MIN_GROUP or kept:
+        return f"layers have no kernel for groups of {', '.join(map(str, sorted(groups)))}"
     if attention.dtype != jnp.bfloat16:
         return f"attention of {attention.dtype} is not of bfloat16"
     if (reason := attention.unsupported_reason(1, target)) is not None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from pallas_kernels import integer
+from pallas_kernels import integer_one
 from pallas_kernels.exchange import Exchange
 from pallas_kernels.layout import TILE_ROWS
 from pallas_kernels.outputs import Load
@@ -29,7 +29,7 @@ class Ends:
     leaves_stream: bool
 
 
-class Part(integer.Product):
+class Part(integer_one.Product):
     """A product whose ends are in an exchange; the residual stream of its rows stays in shared memory."""
 
     ends: Ends

@@ -115,7 +115,10 @@ class Product(OutputWriter, abc.ABC):
         tile = self.first_tile + run * self.plan.run_tiles
         first = (tile * case.blocks).low()
         codes = self.operands["packed"] + first * TILE_BYTES
-        scales = self.operands["scales"] + first * self.plan.block_scales
+        if self.plan.keeps_scales:
+            scales = self.operands["scales"] + tile * self.plan.tile_scales
+        else:
+            scales = self.operands["scales"] + first * self.plan.block_scales
         return codes, scales, ptx.op("mov.u32", self.blocks)
 
     def constants(self) -> None:
@@ -207,7 +210,10 @@ class Product(OutputWriter, abc.ABC):
         ptx.do("mov.u32", tile, current)
         self.start_tile(tile, run)
         ptx.label(f"fdk_same_tile_{run}")
-        self.load_x(block - tile * case.blocks)
+        index = block - tile * case.blocks
+        self.load_x(index)
+        if self.plan.keeps_scales:
+            self._locate_kept(tile, index, run)
         ring.wait(at(position.barrier), position.parity, f"full_{run}")
         self.load_block(position.slot)
         ptx.do("bar.warp.sync", "0xffffffff")
@@ -245,6 +251,34 @@ class Product(OutputWriter, abc.ABC):
         """Which group of its row the warp's block starts with, counted from the slot's first one."""
         span, g = self.case.span, self.case.group_size
         return (self.warp * (span // g)).low() if g <= span else self.warp // (g // span)
+
+    def locate_scales(self) -> None:
+        """Where in a slot the lane's scales are, if they are there."""
+        if not self.plan.keeps_scales:
+            self.scales = self.first_scales()
+
+    def first_scales(self) -> Register:
+        """Where in a slot the scales of a lane's first group are."""
+        return self.scales_in_slot(self.group_in_slot())
+
+    def block_scales(self, slot: Register) -> Register:
+        """Where the lane's scales of its block of a slot are, from `scales_offset` on."""
+        return self.kept if self.plan.keeps_scales else slot + self.scales
+
+    @property
+    def scales_offset(self) -> int:
+        """Where in a slot its scales begin, or in shared memory those that are kept."""
+        plan = self.plan
+        return self.offsets[plan.scales_name] if plan.keeps_scales else plan.codes_bytes
+
+    def _locate_kept(self, tile: Register, block: Register, run: int) -> None:
+        """Where the lane's scales of a block are, if all are kept."""
+        case, plan = self.case, self.plan
+        if case.group_size >= case.k:
+            scales = (self.row * (8 * plan.scale_bytes)).low()
+        else:
+            scales = self.scales_in_slot(block // (case.group_size // case.span))
+        self.kept = self.shared + run * plan.kept_scales + tile * plan.tile_scales + scales
 
     def scales_in_slot(self, group: Register) -> Register:
         """Where the scales of a group are, after the codes: of this lane's upper row, then of the lower one.

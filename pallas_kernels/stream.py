@@ -183,19 +183,24 @@ class Product(ring_product.Product):
         self.decoder = self.decoders[min(run, len(self.decoders) - 1)]
         if run:
             return
-        ptx, case = self.ptx, self.case
+        ptx = self.ptx
         self.has_token = self.row.eq(0)
         self.keeps = self.thread_in_group.eq(0)
         self.x_address = self.shared + self.thread_in_group * 16
         self.codes = self.codes_in_slot()
-        self.scales = self.scales_in_slot(self.group_in_slot())
-        if self.plan.scales_weights:
-            # Of half a plane a lane has 8 weights, from 8 times its `thread_in_group` on.
-            group = self.thread_in_group // (case.group_size // _MIN_GROUP)
-            self.scales = self.scales + group * (2 * self.plan.scale_bytes)
+        self.locate_scales()
         address = self.shared + self.warp * (4 * TILE_ROWS)
         self.partial = address + self.row * 8
         self.zero = ptx.zero()
+
+    def first_scales(self) -> Register:
+        """Where in a slot the scales of the lane's first group are."""
+        scales = super().first_scales()
+        if not self.plan.scales_weights:
+            return scales
+        # Of half a plane a lane has 8 weights, from 8 times its `thread_in_group` on.
+        group = self.thread_in_group // (self.case.group_size // _MIN_GROUP)
+        return scales + group * (2 * self.plan.scale_bytes)
 
     def start_tile(self, tile: Register, run: int) -> None:
         """Nothing: the rows have one codebook."""
@@ -221,7 +226,7 @@ class Product(ring_product.Product):
         kind = "f32" if self.case.scale_dtype == jnp.float32 else "b32"
         registers = ptx.registers(kind, runs * words)
         self.scale_pairs = [registers[i * words : (i + 1) * words] for i in range(runs)]
-        codes, scales = (slot + part for part in (self.codes, self.scales))
+        codes, scales = slot + self.codes, self.block_scales(slot)
         for half in range(2):
             part = vector(self.words[4 * half : 4 * half + 4])
             ptx.do("ld.shared.v4.b32", part, at(codes, half * TILE_BYTES // 2))
@@ -229,7 +234,7 @@ class Product(ring_product.Product):
         each = words if self.plan.scales_weights else min(4, runs * words)
         for first in range(0, runs * words, each):
             group = first // words * self.plan.run_groups
-            offset = self.plan.codes_bytes + scale_offset(group, self.plan.scale_bytes)
+            offset = self.scales_offset + scale_offset(group, self.plan.scale_bytes)
             width, part = wide(registers[first : first + each])
             ptx.do(f"ld.shared{width}.b32", part, at(scales, offset))
 

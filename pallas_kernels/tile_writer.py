@@ -215,9 +215,10 @@ class TileWriter(OutputWriter, abc.ABC):
         start = scale_offset(ahead * plan.k_warps * per_block, plan.scale_bytes)
         width = plan.scale_width
         for registers, scales in zip(block.scales, self.scales, strict=True):
-            for i in range(plan.scale_words // width):
-                offset = start + i * FOUR_SCALES * plan.scale_bytes
-                self._start(registers, i * width, width, scales, offset, in_bounds)
+            for word in range(0, plan.scale_words, width):
+                group = 2 * word // plan.scale_bytes
+                offset = start + scale_offset(group, plan.scale_bytes)
+                self._start(registers, word, width, scales, offset, in_bounds)
 
     def _start(
         self, target, first: int, count: int, address: Register, offset: int, in_bounds: Register
@@ -305,10 +306,9 @@ class TileWriter(OutputWriter, abc.ABC):
 
     def plane_scales(self, registers: list[Register], plane: int) -> list[Register]:
         """The plane's scales, float32: for upper and lower row; maybe of each half of the plane."""
-        if self.plan.has_halves:
-            return self._scale_pair(registers, 2 * plane) + self._scale_pair(
-                registers, 2 * plane + 1
-            )
+        if (each := self.plan.scale_runs // self.case.planes) > 1:
+            runs = range(each * plane, each * (plane + 1))
+            return [scale for run in runs for scale in self._scale_pair(registers, run)]
         return self._scale_pair(registers, plane * self.plan.scale_runs // self.case.planes)
 
     def _scale_pair(self, registers: list[Register], run: int) -> list[Register]:

@@ -57,7 +57,7 @@ ARCHITECTURES = (
 # tokens (220 bytes), `matvec` at 2 bits and 16 (28).
 SPILLS = {
     "chain": 24,
-    "integer+sum": 8,
+    "integer+sum": 16,
     "peer sum": 44,
     "wgmma": 220,
     "matvec": 28,
@@ -66,6 +66,7 @@ SPILLS = {
     "layers": 192,
 }
 _TOKENS = (1, 4, 16, 32, 64, 128, 256)
+_ROW = 4096  # a group that is a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +149,8 @@ def _sources(target: Target, quick: bool) -> Iterator[tuple[str, str, str, int]]
             half = jnp.dtype(dtype)
             case = golden.case(512, 4096, 4096, bits, uniform, dtype=dtype)
             yield "dequantise", f"{bits} {uniform=}", dequantise.source(case, target), 8
-            groups = (64,) if quick else (64, 32, 128, 16)
-            for m, group_size in ((m, g) for m in _TOKENS for g in groups):
+            groups = (64,) if quick else (64, 32, 128, 16, _ROW)
+            for m, group_size in ((m, g) for m in _TOKENS for g in groups if g < _ROW or m < 16):
                 case = golden.case(m, 4096, 4096, bits, uniform, dtype=dtype, group_size=group_size)
                 plain = group_size == 64 and dtype == "bfloat16"
                 yield from _products(case, target, quick or not plain)
