@@ -268,6 +268,22 @@ def test_a_network_has_a_line_for_levels_and_a_column_for_what_was_done():
     assert report.networks(rows, "k") == report.networks_published(rows[:4]) == "(No rows yet.)"
 
 
+def test_two_trainings_are_one_table():
+    rows = [
+        _network_row(4, "nf4", "absmax", "nearest", 0.2, network="trained"),
+        _network_row(4, "nf4", "absmax", "nearest", 0.3, network="trained-1"),
+        _network_row(2, "normal", "auto", "trained", 0.5, network="trained"),
+        _network_row(16, None, None, None, 0.0, network="trained"),
+    ]
+    text = report.networks(rows, "trained")
+    # exp(1 + 0.25); a format that one of them lacks is marked.
+    assert "| 4 | nf4 | 0.500 | 3.49 (0.25) |  |" in text
+    assert "| 2 | normal | 0.500 |  | 4.482 (0.5)\\* |" in text
+    assert "the two trainings by 20%; bfloat16 has a perplexity of 2.718. \\* one training" in text
+    assert "trainings" not in report.networks(rows[::2], "trained")
+    assert "*" not in report.networks(rows[1:2], "trained-1")
+
+
 def test_calibrations_and_steps_of_training_have_tables():
     fields = {"device": "G", "commit": "abcdefgh", "bits": 4, "parameters": 2_000_000_000}
     fields |= {"peak_bytes": 3e9, "model_bytes": 1e9, "host_peak_bytes": 5e9, "seconds": 61.4}
