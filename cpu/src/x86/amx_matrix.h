@@ -26,10 +26,11 @@ constexpr int64_t tiles_together(int64_t tokens) {
 // Tokens that tiles are multiplied by before the next ones are decoded: their totals stay in the L2
 // cache.
 inline constexpr int64_t kMatrixTokens = 512;
+// Words that take more leave the L2 cache before they are read again.
+inline constexpr size_t kMatrixCached = 1 << 20;
 // Of a tile's registers so many are decoded at a time: the L1 cache holds two tiles' and 32
 // tokens'.
 inline constexpr int64_t kMatrixRegisters = 8;
-inline constexpr int64_t kMatrixBytes = kMatrixRows * 64;
 
 // Blocks [begin, end) of a plan, the first one at the register `index`.
 struct BlockRange {
@@ -107,8 +108,8 @@ inline void add_row(const MatrixFactor *factor, __m512 scales, const char *sums,
 }
 
 template <typename A>
-inline void add_block(const MatrixFactor *factors, __m512 scales, int64_t rows, const char *sums,
-                      float *totals) {
+[[gnu::always_inline]] inline void add_block(const MatrixFactor *factors, __m512 scales,
+                                             int64_t rows, const char *sums, float *totals) {
   const auto add = [&](int64_t r) {
     add_row<A>(factors + r, scales, sums + r * 64, totals + r * kTileRows);
   };
@@ -120,6 +121,12 @@ inline void add_block(const MatrixFactor *factors, __m512 scales, int64_t rows, 
   }
 }
 
+// Words of activations to ask the L3 cache for: so many lines of each register; or null.
+struct WordsAhead {
+  const char *begin = nullptr;
+  int64_t lines = 0;
+};
+
 // Two tiles by up to 32 tokens: what multiply_range() works on.
 struct MatrixWork {
   int64_t token, tokens;  // the first one, and how many
@@ -129,20 +136,27 @@ struct MatrixWork {
   float *totals;            // of the first tile and token
   int64_t total_stride;     // to those of the second tile
   const uint8_t *ahead[2];  // packed bytes to ask memory for meanwhile, or null
+  WordsAhead words_ahead;
 };
 
 // A range of blocks of two tiles by up to 32 tokens; kSecond: more than 16 of them.
+//
+// A store of sums waits for their products, and what is behind it waits with it. So where there are
+// four, they are stored when the products of two others have begun: the last ones of a block beside
+// the first of the next.
 template <typename A, bool kSecond>
-void multiply_range(const Plan &plan, const MatrixPrepared<A> &layout, const void *prepared,
-                    int64_t codebook, const BlockRange &block_range, const MatrixWork &work) {
+[[gnu::noinline]] void multiply_range(const Plan &plan, const MatrixPrepared<A> &layout,
+                                      const void *prepared, int64_t codebook,
+                                      const BlockRange &block_range, const MatrixWork &work) {
   // Adds up the sums of tokens `group` by tile `i` that the block before `end` left, if there is
-  // one.
-  const auto add_before = [&](size_t end, int64_t group, int64_t i) {
+  // one. As calls they took the whole product 7% longer.
+  const MatrixFactor *factors = layout.factors(prepared, codebook, block_range.begin, work.token);
+  const auto add_before = [&](size_t end, int64_t group, int64_t i) __attribute__((always_inline)) {
     if (end == block_range.begin) return;
-    const size_t b = end - 1;
-    const __m512 scales = _mm512_load_ps(work.scales + i * MatrixScratch<A>::kTileScales +
-                                         static_cast<int64_t>(b - block_range.begin) * kTileRows);
-    add_block<A>(layout.factors(prepared, codebook, b, work.token + group * kMatrixRows), scales,
+    const auto b = static_cast<int64_t>(end - 1 - block_range.begin);
+    const __m512 scales =
+        _mm512_load_ps(work.scales + i * MatrixScratch<A>::kTileScales + b * kTileRows);
+    add_block<A>(factors + b * layout.tokens + group * kMatrixRows, scales,
                  std::min(work.tokens - group * kMatrixRows, kMatrixRows),
                  work.sums + (2 * group + i) * kMatrixBytes,
                  work.totals + i * work.total_stride + group * kMatrixRows * kTileRows);
@@ -153,6 +167,7 @@ void multiply_range(const Plan &plan, const MatrixPrepared<A> &layout, const voi
   const char *second_words = words + (kSecond ? layout.registers * kMatrixBytes : 0);
   const char *weights = work.weights;
   const char *second_weights = weights + MatrixScratch<A>::kTileBytes;
+  const char *words_ahead = work.words_ahead.begin;
   int64_t asked = 0;
   const auto next_register = [&] {
     if (work.ahead[0] != nullptr)
@@ -160,52 +175,70 @@ void multiply_range(const Plan &plan, const MatrixPrepared<A> &layout, const voi
         prefetch_far(work.ahead[0] + asked * kStepBytes);
         prefetch_far(work.ahead[1] + asked * kStepBytes);
       }
+    if (words_ahead != nullptr) {
+      for (int64_t i = 0; i < work.words_ahead.lines; ++i) prefetch_far(words_ahead + i * 64);
+      words_ahead += kMatrixBytes;
+    }
     words += kMatrixBytes;
     second_words += kMatrixBytes;
     weights += kMatrixBytes;
     second_weights += kMatrixBytes;
   };
-  stores_before_tile_loads();
-  for (size_t b = block_range.begin; b < block_range.end; ++b) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (kSecond) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    for (int64_t left = block_registers<A>(plan.blocks[b]); left > 1; --left) {
-      _tile_loadd(4, words, 64);
-      _tile_loadd(6, weights, 64);
-      multiply_matrices<A, 0, 0>();
-      _tile_loadd(7, second_weights, 64);
-      multiply_matrices<A, 0, 1>();
-      if constexpr (kSecond) {
-        _tile_loadd(5, second_words, 64);
-        multiply_matrices<A, 1, 0>();
-        multiply_matrices<A, 1, 1>();
-      }
-      next_register();
-    }
-    // The last register: what the block before left is added up between the products.
+  // The products of one register of block `b`, its first and its last one or not. Beside the last
+  // one's the sums of the block before are added up.
+  const auto multiply = [&](auto first, auto last, size_t b) {
+    const bool left = first && b > block_range.begin;  // sums of the block before
+    if constexpr (first) _tile_zero(0);
+    if constexpr (first && !kSecond) _tile_zero(1);
     _tile_loadd(4, words, 64);
     _tile_loadd(6, weights, 64);
     multiply_matrices<A, 0, 0>();
-    add_before(b, 0, 0);
-    _tile_stored(0, work.sums, 64);
+    if constexpr (last) add_before(b, 0, 0);
+    if constexpr (kSecond) {
+      if (left) store_matrix<2>(work.sums);
+    } else {
+      if constexpr (last) store_matrix<0>(work.sums);
+    }
+    if constexpr (first && kSecond) _tile_zero(1);
     _tile_loadd(7, second_weights, 64);
     multiply_matrices<A, 0, 1>();
-    add_before(b, 0, 1);
-    _tile_stored(1, work.sums + kMatrixBytes, 64);
+    if constexpr (last) add_before(b, 0, 1);
     if constexpr (kSecond) {
+      if (left) store_matrix<3>(work.sums);
+      if constexpr (first) _tile_zero(2);
       _tile_loadd(5, second_words, 64);
       multiply_matrices<A, 1, 0>();
-      add_before(b, 1, 0);
-      _tile_stored(2, work.sums + 2 * kMatrixBytes, 64);
+      if constexpr (last) {
+        store_matrix<0>(work.sums);
+        add_before(b, 1, 0);
+      }
+      if constexpr (first) _tile_zero(3);
       multiply_matrices<A, 1, 1>();
-      add_before(b, 1, 1);
-      _tile_stored(3, work.sums + 3 * kMatrixBytes, 64);
+      if constexpr (last) {
+        store_matrix<1>(work.sums);
+        add_before(b, 1, 1);
+      }
+    } else {
+      if constexpr (last) store_matrix<1>(work.sums);
     }
     next_register();
+  };
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  stores_before_tile_loads();
+  for (size_t b = block_range.begin; b < block_range.end; ++b) {
+    int64_t left = block_registers<A>(plan.blocks[b]);
+    if (left == 1) {
+      multiply(yes, yes, b);
+      continue;
+    }
+    multiply(yes, no, b);
+    for (; left > 2; --left) multiply(no, no, b);
+    multiply(no, yes, b);
+  }
+  if constexpr (kSecond) {
+    store_matrix<2>(work.sums);
+    store_matrix<3>(work.sums);
   }
   for (int64_t group = 0; group < (kSecond ? 2 : 1); ++group)
     for (int64_t i = 0; i < 2; ++i) add_before(block_range.end, group, i);
@@ -229,6 +262,18 @@ void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &fi
   const int64_t last_tile = tile + tiles - 1;
   const auto next = [&](int64_t i) { return std::min(tile + tiles + i, range.tile_end - 1); };
   BlockRange block_range{0, 0, 0};
+  // While one group of 32 tokens is multiplied by all pairs of tiles, the words of the next one
+  // come from the L3 cache: the first half of the pairs ask for its first 16 tokens.
+  const bool asks = tiles >= 4 && layout.bytes() > kMatrixCached;
+  const int64_t half = std::max<int64_t>(tiles / 4, 1);
+  const auto words_ahead = [&](int64_t t, int64_t pair) -> WordsAhead {
+    const int64_t token = t + pair / half * kMatrixRows;
+    if (token >= tokens || pair >= 2 * half) return {};
+    const int64_t lines = ceil_div(kMatrixRows, half);
+    return {layout.words(prepared, range.token_begin + token, block_range.index) +
+                pair % half * lines * 64,
+            lines};
+  };
   const auto multiply = [&](int64_t t, int64_t i) {
     MatrixWork work{range.token_begin + t,
                     std::min(tokens - t, 2 * kMatrixRows),
@@ -237,9 +282,11 @@ void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &fi
                     own.sums,
                     own.totals + i * total_stride + t * kTileRows,
                     total_stride,
-                    {nullptr, nullptr}};
+                    {nullptr, nullptr},
+                    {}};
     for (int64_t j = 0; j < 2 && t == 0; ++j)
       work.ahead[j] = block_range.after(plan, std::min(tile + i + j, last_tile), next(i + j));
+    if (asks) work.words_ahead = words_ahead(t + 2 * kMatrixRows, i / 2);
     if (work.tokens > kMatrixRows)
       multiply_range<A, true>(plan, layout, prepared, range.codebook, block_range, work);
     else multiply_range<A, false>(plan, layout, prepared, range.codebook, block_range, work);
