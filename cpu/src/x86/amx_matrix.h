@@ -17,17 +17,20 @@
 namespace fdk {
 namespace {
 
-// Tiles that are decoded together: two for up to 32 tokens, so that what is decoded stays in the L1
-// cache; more for many, so that activations are read again less often.
-inline constexpr int64_t kMatrixTiles = 16;
-constexpr int64_t tiles_together(int64_t tokens) {
-  return tokens <= 2 * kMatrixRows ? 2 : tokens <= 4 * kMatrixRows ? 8 : kMatrixTiles;
-}
-// Tokens that tiles are multiplied by before the next ones are decoded: their totals stay in the L2
-// cache.
-inline constexpr int64_t kMatrixTokens = 512;
 // Words that take more leave the L2 cache before they are read again.
 inline constexpr size_t kMatrixCached = 1 << 20;
+// Tiles that share what is read of the words: two while the words stay in the L2 cache, more when
+// they come from further away.
+inline constexpr int64_t kMatrixTiles = 32;
+template <typename A>
+int64_t tiles_together(const MatrixPrepared<A> &layout) {
+  return layout.bytes() <= kMatrixCached ? 2 : kMatrixTiles;
+}
+// Tokens that tiles are multiplied by before the next ones are decoded: the totals stay in the L2
+// cache.
+inline constexpr int64_t kMatrixTokens = 256;
+// Tiles that a thread takes are a multiple of these: small enough for many threads.
+inline constexpr int64_t kMatrixPiece = 8;
 // Of a tile's registers so many are decoded at a time: the L1 cache holds two tiles' and 32
 // tokens'.
 inline constexpr int64_t kMatrixRegisters = 8;
@@ -45,8 +48,8 @@ struct BlockRange {
   }
 };
 
-// scratch: totals [kMatrixTiles][tokens][16] float32; weights [kMatrixTiles][register]; sums [4];
-// scales [kMatrixTiles][block of a range][16] float32.
+// scratch: totals [kMatrixTiles][tokens][16] float32; of two tiles weights [2][register], sums [4]
+// and scales [2][block of a range][16] float32.
 template <typename A>
 struct MatrixScratch {
   float *totals;
@@ -60,12 +63,11 @@ struct MatrixScratch {
   MatrixScratch(void *scratch, int64_t tokens)
       : totals(static_cast<float *>(scratch)),
         weights(reinterpret_cast<char *>(totals + kMatrixTiles * tokens * kTileRows)),
-        sums(weights + kMatrixTiles * kTileBytes),
+        sums(weights + 2 * kTileBytes),
         scales(reinterpret_cast<float *>(sums + 4 * kMatrixBytes)) {}
   static size_t bytes(const Plan &plan) {
-    return static_cast<size_t>(kMatrixTiles * (std::min(plan.m, kMatrixTokens) * kTileRows * 4 +
-                                               kTileBytes + kTileScales * 4) +
-                               4 * kMatrixBytes);
+    return static_cast<size_t>(kMatrixTiles * std::min(plan.m, kMatrixTokens) * kTileRows * 4 +
+                               2 * (kTileBytes + kTileScales * 4) + 4 * kMatrixBytes);
   }
 };
 
@@ -253,58 +255,58 @@ void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &fi
   const int64_t total_stride = tokens * kTileRows;
   const MatrixScratch<A> own(scratch, tokens);
   std::fill(own.totals, own.totals + ceil_div(tiles, int64_t{2}) * 2 * total_stride, 0.0F);
-  if (tiles % 2 != 0) {  // the last pair's second tile: its sums are dropped
-    std::memset(own.weights + tiles * MatrixScratch<A>::kTileBytes, 0,
-                MatrixScratch<A>::kTileBytes);
-    float *scales = own.scales + tiles * MatrixScratch<A>::kTileScales;
-    std::fill(scales, scales + MatrixScratch<A>::kTileScales, 0.0F);
-  }
   const int64_t last_tile = tile + tiles - 1;
   const auto next = [&](int64_t i) { return std::min(tile + tiles + i, range.tile_end - 1); };
-  BlockRange block_range{0, 0, 0};
-  // While one group of 32 tokens is multiplied by all pairs of tiles, the words of the next one
-  // come from the L3 cache: the first half of the pairs ask for its first 16 tokens.
-  const bool asks = tiles >= 4 && layout.bytes() > kMatrixCached;
-  const int64_t half = std::max<int64_t>(tiles / 4, 1);
-  const auto words_ahead = [&](int64_t t, int64_t pair) -> WordsAhead {
-    const int64_t token = t + pair / half * kMatrixRows;
-    if (token >= tokens || pair >= 2 * half) return {};
-    const int64_t lines = ceil_div(kMatrixRows, half);
-    return {layout.words(prepared, range.token_begin + token, block_range.index) +
-                pair % half * lines * 64,
+  // Words that come from the L3 cache are asked for while the range before is multiplied, a part of
+  // each register's 32 lines beside every pair of tiles.
+  const int64_t pairs = ceil_div(tiles, int64_t{2});
+  const int64_t lines = layout.bytes() > kMatrixCached ? ceil_div(2 * kMatrixRows, pairs) : 0;
+  const auto words_ahead = [&](int64_t t, int64_t pair, int64_t index) -> WordsAhead {
+    const int64_t line = pair * lines;
+    const int64_t token = t + line / kMatrixRows * kMatrixRows;
+    if (lines == 0 || token >= tokens) return {};
+    return {layout.words(prepared, range.token_begin + token, index) + line % kMatrixRows * 64,
             lines};
   };
-  const auto multiply = [&](int64_t t, int64_t i) {
-    MatrixWork work{range.token_begin + t,
-                    std::min(tokens - t, 2 * kMatrixRows),
-                    own.weights + i * MatrixScratch<A>::kTileBytes,
-                    own.scales + i * MatrixScratch<A>::kTileScales,
-                    own.sums,
-                    own.totals + i * total_stride + t * kTileRows,
-                    total_stride,
-                    {nullptr, nullptr},
-                    {}};
-    for (int64_t j = 0; j < 2 && t == 0; ++j)
-      work.ahead[j] = block_range.after(plan, std::min(tile + i + j, last_tile), next(i + j));
-    if (asks) work.words_ahead = words_ahead(t + 2 * kMatrixRows, i / 2);
-    if (work.tokens > kMatrixRows)
-      multiply_range<A, true>(plan, layout, prepared, range.codebook, block_range, work);
-    else multiply_range<A, false>(plan, layout, prepared, range.codebook, block_range, work);
-  };
+  BlockRange block_range{0, 0, 0};
   for (; block_range.begin < plan.blocks.size(); block_range.begin = block_range.end) {
-    // The first tokens are multiplied by two tiles while what was decoded of them lies in the L1
-    // cache.
+    int64_t registers = 0;
     for (int64_t i = 0; i < tiles; i += 2) {
-      for (int64_t j = i; j < std::min(i + 2, tiles); ++j)
-        block_range.end = decode_range(plan, arithmetic, finish, block_range.begin, tile + j,
-                                       own.weights + j * MatrixScratch<A>::kTileBytes,
-                                       own.scales + j * MatrixScratch<A>::kTileScales);
-      multiply(0, i);
+      // Two tiles, which stay in the L1 cache until all tokens have been multiplied by them.
+      for (int64_t j = 0; j < 2; ++j) {
+        char *weights = own.weights + j * MatrixScratch<A>::kTileBytes;
+        float *scales = own.scales + j * MatrixScratch<A>::kTileScales;
+        if (i + j < tiles) {
+          block_range.end = decode_range(plan, arithmetic, finish, block_range.begin, tile + i + j,
+                                         weights, scales);
+        } else {  // there is one: the other's sums are dropped
+          std::memset(weights, 0, MatrixScratch<A>::kTileBytes);
+          std::fill(scales, scales + MatrixScratch<A>::kTileScales, 0.0F);
+        }
+      }
+      if (i == 0)
+        for (size_t b = block_range.begin; b < block_range.end; ++b)
+          registers += block_registers<A>(plan.blocks[b]);
+      const int64_t next_index =
+          block_range.end == plan.blocks.size() ? 0 : block_range.index + registers;
+      for (int64_t t = 0; t < tokens; t += 2 * kMatrixRows) {
+        MatrixWork work{range.token_begin + t,
+                        std::min(tokens - t, 2 * kMatrixRows),
+                        own.weights,
+                        own.scales,
+                        own.sums,
+                        own.totals + i * total_stride + t * kTileRows,
+                        total_stride,
+                        {nullptr, nullptr},
+                        words_ahead(t, i / 2, next_index)};
+        for (int64_t j = 0; j < 2 && t == 0; ++j)
+          work.ahead[j] = block_range.after(plan, std::min(tile + i + j, last_tile), next(i + j));
+        if (work.tokens > kMatrixRows)
+          multiply_range<A, true>(plan, layout, prepared, range.codebook, block_range, work);
+        else multiply_range<A, false>(plan, layout, prepared, range.codebook, block_range, work);
+      }
     }
-    for (int64_t t = 2 * kMatrixRows; t < tokens; t += 2 * kMatrixRows)
-      for (int64_t i = 0; i < tiles; i += 2) multiply(t, i);
-    for (size_t b = block_range.begin; b < block_range.end; ++b)
-      block_range.index += block_registers<A>(plan.blocks[b]);
+    block_range.index += registers;
   }
   // The rows of y lie far apart: each is asked for some stores ahead.
   constexpr int64_t rows_ahead = 16;
@@ -333,7 +335,7 @@ void run_matrix(const Plan &plan, const void *prepared, void *scratch, const Ran
   const Finish<A> finish(plan, range.codebook);
   const MatrixPrepared<A> layout(plan);
   const int64_t tokens = range.token_end - range.token_begin;
-  const int64_t together = tiles_together(tokens);
+  const int64_t together = tiles_together(layout);
   const int64_t part =
       ceil_div(tokens, ceil_div(tokens, kMatrixTokens) * 2 * kMatrixRows) * 2 * kMatrixRows;
   // Once a call: it takes as long as dozens of products. Rows beyond the last token hold zeros.
@@ -370,7 +372,7 @@ constexpr Kernel make_matrix_kernel(const char *name, bool (*supports)(const Pla
           prepare_matrix<A>,
           matrix_scratch_bytes<A>,
           run_matrix<A>,
-          kMatrixTiles / 2};
+          kMatrixPiece};
 }
 
 }  // namespace
