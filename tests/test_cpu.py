@@ -115,7 +115,8 @@ def test_activations_beyond_the_l2_cache(rng, isa, bits, group_size):
     x, w = _problem(rng, 1030, 600, 1032, bits, group_size)
     product = functools.partial(fdk_jax.matmul, w=w, backend="cpu", out_dtype=jnp.float32)
     oracle.check_product(product(x), x, w)
-    # A million roundings of x have more ties than the oracle of integers allows for: the scalar twin's are the same.
+    # So many roundings of x have more ties than the oracle of integers allows for; the scalar twin has
+    # the same.
     whole = np.asarray(product(x, arithmetic="int8"))
     rows = np.r_[0, 1029, rng.choice(1030, 30)]
     isa.set_isa("scalar")
