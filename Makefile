@@ -7,7 +7,7 @@ BENCH_FLAGS ?=
 TEST_FLAGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: bench test test-long test-part test-all architectures test-newest toolchains cuda lint docs cpu clean fuzz matrix
+.PHONY: bench test test-long test-part test-all architectures architectures-part test-newest toolchains cuda lint docs cpu clean fuzz matrix
 
 # Builds the C++ library and its Python module for the environment $(1).
 define build_cpu
@@ -46,6 +46,10 @@ test-all: lint docs test-long
 architectures: $(VENV)/.ready-dev cuda
 	$(VENV)/bin/python tests/assemble.py
 	PYTHONPATH=$(VENV)/cuda $(VENV)/bin/python tests/deviceless.py
+
+# Every kernel for half of the architectures by one assembler, for the others by the other, by the commit's name.
+architectures-part: $(VENV)/.ready-dev
+	$(VENV)/bin/python tests/assemble.py --part $(PART)
 
 # JAX's plugin for CUDA; the test that needs it is skipped where it cannot be had.
 cuda: $(VENV)/.ready-dev

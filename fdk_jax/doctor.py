@@ -24,7 +24,8 @@ from fdk_jax import usage
 from fdk_jax.format import packing
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.product import cpu_backend
-from pallas_kernels import target
+from pallas_kernels import attention, chain, dense, norm, ring_arithmetic, target
+from pallas_kernels.case import Case
 
 _PACKAGES = ("fdk-jax", "jax", "jaxlib", "flax", "numpy", "safetensors", "ml-dtypes")
 _PACKAGES += ("jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -105,6 +106,30 @@ def plans(n: int = 4096, k: int = 4096) -> Iterator[str]:
             bits=bits, group_size=64, out_features=n, in_features=k, uniform=bits == 1
         )
         yield f"{bits} bits, {m} tokens: {pallas_kernels.plan(m, dtype=jnp.bfloat16, **spec)}"
+
+
+def step_plans(hidden: int = 4096, inner: int = 14336) -> Iterator[str]:
+    """The kernels of a decoding step's other parts for the GPU at hand, and why; runs nothing.
+
+    Args:
+        hidden: D, in 32 heads of 128, 8 of keys and values.
+        inner: of the feed-forward layers.
+    """
+    gpu, half = target.current(), jnp.dtype(jnp.bfloat16)
+    for slots in (512, 8192):
+        kernel, reason = attention.choose(half, (1, 8, slots, 128), 32, gpu)
+        yield f"attention over {slots} slots: {kernel or 'xla'}" + (reason and f" ({reason})")
+    shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (hidden + 2048, hidden)]
+    for bits in packing.BITS:
+        products = [Case(1, n, k, bits, 64, 1, half, half, None, half) for n, k in shapes]
+        config = ring_arithmetic.config(products, gpu, chain.GATED)
+        reason = chain.unsupported_reason(products, config, gpu)
+        launches = f"a launch each ({reason})" if reason else "chain, one launch"
+        yield f"products of {bits} bits between two attentions: {launches}"
+    reason = norm.unsupported_reason(hidden, half, gpu)
+    yield "residual sum and norm: " + (f"xla ({reason})" if reason else "norm")
+    reason = dense.unsupported_reason(1, hidden, 32 * hidden, half, gpu)
+    yield "one token by an unquantised matrix: " + (f"xla ({reason})" if reason else "dense")
 
 
 def _has_cpu_platform() -> bool:
@@ -230,6 +255,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not backends()["pallas"].startswith("missing") or "FDK_JAX_TARGET" in os.environ:
         print(f"\nkernels of a bfloat16 product [M, 4096] x [4096, 4096] on {target.current()}")
         for plan in plans():
+            print(f"  {plan}")
+        print("\nkernels of the rest of a token's step, bfloat16, one sequence")
+        for plan in step_plans():
             print(f"  {plan}")
     print("\nchecks against numpy in float64")
     failed = 0

@@ -21,26 +21,73 @@ _BLOCK = 64  # keys a loop step reads
 _SPLIT = 512  # cache slots from which on another program pays (H200, 2026-11-23)
 
 
-def supported(
+def choose(
     dtype: jax.typing.DTypeLike,
     cache_shape: tuple[int, ...],
-    head_dim: int,
     heads: int,
+    gpu: target.Target,
+    *,
     window: int | None = None,
-) -> bool:
-    """Whether `decode` takes a cache of this shape [B, KV, S, D] and dtype, for so many query heads."""
-    _, kv_heads, capacity, _ = cache_shape
+    alike: bool = True,
+) -> tuple[str | None, str]:
+    """The kernel that `decode` takes for a cache [B, KV, S, D] and so many query heads, and why no faster one.
+
+    Args:
+        dtype: of the cache.
+        cache_shape: of keys, and of values.
+        heads: H.
+        gpu: what it runs on.
+        window: slots that the token sees, its own included; None for all.
+        alike: whether queries and the scales of norms have that dtype, too.
+
+    Returns:
+        "short", "split", "plain" or None, and why none of those before it takes the case.
+    """
+    batch, kv_heads, capacity, dim = cache_shape
+    mixed = None if alike else "queries, cache and norms have several dtypes"
+    short = short_attention.Case(heads, kv_heads, dim, capacity, jnp.dtype(dtype), None)
+    split = split_attention.Case(heads, kv_heads, dim, capacity, jnp.dtype(dtype), None, window)
+    why_not = {
+        "short": mixed or _not_short(window, capacity) or short.unsupported_reason(batch, gpu),
+        "split": mixed or split.unsupported_reason(gpu),
+        "plain": _unsupported_reason(dtype, cache_shape, window, gpu),
+    }
+    reasons = []
+    for kernel, reason in why_not.items():
+        if reason is None:
+            return kernel, "; ".join(reasons)
+        reasons.append(f"{kernel}: {reason}")
+    return None, "; ".join(reasons)
+
+
+def _not_short(window: int | None, capacity: int) -> str | None:
+    """Why the kernel for short caches is not made for a cache, or None."""
     if window is not None:
-        case = split_attention.Case(
-            heads, kv_heads, head_dim, capacity, jnp.dtype(dtype), None, window
-        )
-        return case.supported(target.current())
-    return (
-        target.current().has_pallas
-        and head_dim in (32, 64, 128, 256)
-        and cache_shape[2] % _BLOCK == 0
-        and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16, jnp.float32)
-    )
+        return "it sees all slots"
+    if capacity >= short_attention.SLOTS:
+        return f"{capacity} slots are not below {short_attention.SLOTS}"
+    return None
+
+
+def _unsupported_reason(
+    dtype: jax.typing.DTypeLike,
+    cache_shape: tuple[int, ...],
+    window: int | None,
+    gpu: target.Target,
+) -> str | None:
+    """Why the plain kernel does not take a cache, or None."""
+    *_, capacity, dim = cache_shape
+    if gpu.no_pallas:
+        return gpu.no_pallas
+    if window is not None:
+        return "it sees all slots"
+    if dim not in (32, 64, 128, 256):
+        return f"heads of {dim} are not of 32, 64, 128, 256"
+    if capacity % _BLOCK:
+        return f"{capacity} slots are no multiple of {_BLOCK}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"{jnp.dtype(dtype)} is not bfloat16, float16 or float32"
+    return None
 
 
 def decode(
@@ -77,24 +124,23 @@ def decode(
         ([B, H * D], keys, values).
 
     Raises:
-        NotImplementedError: a window that no kernel takes, see `supported`.
+        NotImplementedError: a window that no kernel takes, see `choose`.
     """
     batch, kv_heads, capacity, dim = keys.shape
     heads = qkv.shape[1] // dim - 2 * kv_heads
     gpu, eps = target.current(), norm_eps if norms else None
     alike = all(a.dtype == keys.dtype for a in (qkv, values, *(norms or ())))
-    if alike and splits is None and not interpret:
+    if splits is None and not interpret:
         arrays = qkv, cos, sin, lengths, keys, values, norms or ()
         shape = heads, kv_heads, dim, capacity, keys.dtype, eps
-        short = short_attention.Case(*shape)
-        if window is None and capacity < short_attention.SLOTS and short.supported(batch, gpu):
-            return short_attention.decode(short, *arrays, gpu)
-        split = split_attention.Case(*shape, window)
-        if split.supported(gpu):
-            return split_attention.decode(split, *arrays, gpu)
+        kernel, _ = choose(keys.dtype, keys.shape, heads, gpu, window=window, alike=alike)
+        if kernel == "short":
+            return short_attention.decode(short_attention.Case(*shape), *arrays, gpu)
+        if kernel == "split":
+            return split_attention.decode(split_attention.Case(*shape, window), *arrays, gpu)
     if window is not None:
         raise NotImplementedError(
-            f"no kernel for {window=}, {keys.dtype}{keys.shape}; see `supported`"
+            f"no kernel for {window=}, {keys.dtype}{keys.shape}; see `choose`"
         )
     splits = splits or max(1, min(16, capacity // _SPLIT))
     kernel = functools.partial(

@@ -1,6 +1,7 @@
 """What the attention kernels in PTX share: their case, norms and RoPE of a token, a softmax in parts."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -35,6 +36,16 @@ class AttentionCase:
     def group(self) -> int:
         """Query heads that share a key-value head."""
         return self.heads // self.kv_heads
+
+    def unsupported_shape(self, dims: Sequence[int], slots: int) -> str | None:
+        """Why kernels in PTX of these head sizes and multiples of slots do not take it, or None."""
+        if self.dim not in dims:
+            return f"heads of {self.dim} are not of {', '.join(map(str, dims))}"
+        if self.capacity % slots:
+            return f"{self.capacity} slots are no multiple of {slots}"
+        if self.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"{self.dtype} is not bfloat16 or float16"
+        return None
 
     @property
     def row_bytes(self) -> int:

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import xla_call
+from pallas_kernels.layout import PLANE, SCALE_GROUPS, TILE_ROWS
 from pallas_kernels.target import Target
-
-PLANE = 64
-TILE_ROWS = 16
 
 
 class Arrays(NamedTuple):
@@ -146,7 +144,7 @@ class Case:
     def scale_fours(self) -> int:
         """Fours of groups along K, as the planar layout stores scales."""
         groups = -(-self.blocks * self.span // self.group_size)
-        return -(-groups // 4)
+        return -(-groups // SCALE_GROUPS)
 
     def unsupported_reason(
         self, config: Any, target: Target, shared_bytes: Callable[[], int]
@@ -168,12 +166,7 @@ class Case:
             return f"group_size={self.group_size} is no multiple of 8"
         if self.codebooks > 1 and (self.n // self.codebooks) % config.rows:
             return f"{self.codebooks} codebooks do not change at multiples of {config.rows} rows"
-        if (needed := shared_bytes()) > target.shared_bytes:
-            return (
-                f"{config} needs {needed} bytes of shared memory, {target.architecture} gives a"
-                f" thread block {target.shared_bytes}"
-            )
-        return None
+        return target.lacks_shared_memory(config, shared_bytes())
 
     def pad(self, x: Array) -> Array:
         """X [M, K] with zeros after K, to whole tiles."""

@@ -28,7 +28,7 @@ from pallas_kernels.ring_plan import LaunchPlan, ProductPlan
 from pallas_kernels.target import Target
 
 GATED = 1  # the index of gate and up
-_ALIKE = ("bits", "scale_dtype", "group_size")  # in all products: a slot of the ring is of any
+_ALIKE = ("bits", "scale_dtype")  # in all products
 _PEERS = ("mailbox", "addresses")
 OVER_DEVICES = (1, 4)  # bits whose chains over several GPUs were seen to be right on GPUs
 _RESIDUAL = (0, 2)  # the indices of the products whose outputs are added to the residual stream
@@ -85,12 +85,12 @@ def unsupported_reason(
         )
     if devices > 1 and products[0].bits not in OVER_DEVICES:
         return f"chains of {products[0].bits} bits over several GPUs have not been tried on GPUs"
-    if devices > 1 and config.programs > mailbox.MOST_PROGRAMS:
+    if devices > 1 and config.programs > mailbox.MAX_PROGRAMS:
         return f"{config} has more programs than a mailbox counts"
     first = products[0]
     for index, case in enumerate(products):
         if any(getattr(case, name) != getattr(first, name) for name in _ALIKE):
-            return "the products have codes or scales of several kinds, or groups of several sizes"
+            return "the products have codes or scales of several kinds"
         if case.n % 16 or case.k % case.span:
             return f"{case.n} x {case.k} is not of whole tiles"
         if case.x_dtype != jnp.bfloat16 or case.out_dtype != jnp.bfloat16:
@@ -105,14 +105,12 @@ def unsupported_reason(
         reason = ring_arithmetic.unsupported_product(case, config.workers, config.programs)
         if reason is not None:
             return reason
+    # A slot of the ring is of any product. Rows that have one scale each may be of several lengths.
+    if len({_plan(case, config, i).slot_bytes for i, case in enumerate(products)}) > 1:
+        return "the products have groups of several sizes"
     around = cases(products, (0.0, 0.0), config, target, devices)
-    launch = _launch_plan(around, config, target)
-    if launch.shared_bytes > target.shared_bytes:
-        return (
-            f"{config} needs {launch.shared_bytes} bytes of shared memory, {target.architecture} gives"
-            f" a thread block {target.shared_bytes}"
-        )
-    return None
+    needed = _launch_plan(around, config, target).shared_bytes
+    return target.lacks_shared_memory(config, needed)
 
 
 def matmul(

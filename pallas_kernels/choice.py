@@ -27,6 +27,7 @@ from pallas_kernels import (
     mosaic_integers,
     mosaic_matmul,
     plain,
+    ring,
     wgmma,
 )
 from pallas_kernels.case import Arrays, Case
@@ -187,6 +188,8 @@ def fit(case: Case, config: Any, target: Target) -> Any:
         return dataclasses.replace(
             config, columns=columns, diagonal=diagonal, programs=programs, cluster=cluster
         )
+    if isinstance(config, ring.Config):
+        return integer.for_groups(case, config, target)
     return config.for_groups(case) if isinstance(config, mma.Config) else config
 
 

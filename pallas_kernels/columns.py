@@ -14,15 +14,18 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels import target, triton_compat
+from pallas_kernels import triton_compat
+from pallas_kernels.target import Target
 
 _ROWS = 32
 _LEVELS = 16  # each is compared with every weight
 
 
-def supported(levels: int, platform: str) -> bool:
-    """Whether `rounded` runs there, with so many levels."""
-    return platform == "gpu" and target.current().has_pallas and levels <= _LEVELS
+def unsupported_reason(levels: int, gpu: Target) -> str | None:
+    """Why `rounded` does not run on a GPU with so many levels, or None."""
+    if gpu.no_pallas:
+        return gpu.no_pallas
+    return f"{levels} levels are more than {_LEVELS}" if levels > _LEVELS else None
 
 
 def rounded(

@@ -146,9 +146,9 @@ class _Table(Decoder):
             is_owner = (byte < 256) if 256 % threads else None
             pattern = self._pattern(byte, codebook, is_owner)
             row = table + byte * _TABLE_ROW
-            for turn in range(_TABLE_ROW // 16):
+            for step in range(_TABLE_ROW // 16):
                 # Lanes start at different columns: otherwise all would write to the same banks.
-                column = thread + turn
+                column = thread + step
                 column = column & (_TABLE_ROW // 16 - 1)
                 address = row + column * 16
                 ptx.do("st.shared.v4.b32", at(address), vector(pattern), when=is_owner)
@@ -295,9 +295,9 @@ class _Scaled(_Bits):
 
     A bit among the exponent's, with zeros around it, is a power of two t. A multiply-add of t with
     (second - first) / t and the first value gives the one value or the other, nearly: a difference may have
-    more bits than the type, and the sum is rounded. What the result lacks comes with another multiply-add; then
-    both values are exact. They
-    have to be: over thousands of x that are not balanced, an error of all weights alike adds up.
+    more bits than the type, and the sum is rounded. Another multiply-add brings what the result lacks, so that
+    both values are exact. They have to be: over thousands of x that do not average to zero, an error that all
+    weights share adds up.
     """
 
     # Bits 11 to 14 have finite t and 1 / t in both types; the others are shifted there.

@@ -22,11 +22,19 @@ _STAGES = 4
 _PROGRAMS, _MULTIPROCESSORS = 480, 132
 
 
-def supported(m: int, k: int, n: int, dtype: jax.typing.DTypeLike) -> bool:
-    """Whether `matmul` takes a product [m, k] x [k, n] of this dtype."""
-    two_bytes = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    whole = k % _BLOCK_K == 0 and n % _BLOCK_N == 0
-    return target.current().has_pallas and two_bytes and 1 <= m <= _ROWS and whole
+def unsupported_reason(
+    m: int, k: int, n: int, dtype: jax.typing.DTypeLike, gpu: target.Target
+) -> str | None:
+    """Why `matmul` does not take a product [m, k] x [k, n] of this dtype on a GPU, or None."""
+    if gpu.no_pallas:
+        return gpu.no_pallas
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"{jnp.dtype(dtype)} is not bfloat16 or float16"
+    if not 1 <= m <= _ROWS:
+        return f"{m} rows are not 1 to {_ROWS}"
+    if k % _BLOCK_K or n % _BLOCK_N:
+        return f"K={k} and N={n} are not multiples of {_BLOCK_K} and {_BLOCK_N}"
+    return None
 
 
 def matmul(
@@ -47,11 +55,8 @@ def matmul(
         ValueError: a product that the kernel does not take.
     """
     (m, k), n = x.shape, w.shape[1]
-    if not supported(m, k, n, w.dtype):
-        raise ValueError(
-            f"{x.shape=} and {w.dtype}{w.shape}: M is at most {_ROWS}, K and N are multiples of"
-            f" {_BLOCK_K} and {_BLOCK_N}, dtypes bfloat16 or float16"
-        )
+    if (reason := unsupported_reason(m, k, n, w.dtype, target.current())) is not None:
+        raise ValueError(f"no kernel multiplies {x.shape} by {w.dtype}{w.shape}: {reason}")
     splits = _splits(k // _BLOCK_K, n // _BLOCK_N)
     parts = pl.pallas_call(
         functools.partial(_kernel, steps=k // _BLOCK_K // splits),

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import xla_call
-from pallas_kernels.case import PLANE, Arrays, Case
+from pallas_kernels.case import Arrays, Case
+from pallas_kernels.layout import PLANE
 from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.target import Target
 from pallas_kernels.tile_plan import TilePlan

@@ -1,4 +1,4 @@
-"""How the programs of a launch give rows to each other: who needs one looks at it until all of it is there.
+"""How the programs of a launch give rows to each other: who needs one polls it until all of it is there.
 
 A barrier of the grid costs a store's way to L2 and back, a count, somebody's look at the count, and only then
 the loads of what was stored. Here the data says itself that it is there, so that a store and a load are all:
@@ -25,7 +25,7 @@ from pallas_kernels.registers import Register, at, wide
 
 _LOOKS = 1 << 25  # about a minute; see `ring_launch`
 _PAUSE = 20  # nanoseconds between two looks
-_FIRST = 2  # loads of a thread that are looked at again and again; the others follow once these are there
+_FIRST = 2  # loads of a thread that are polled; the others follow once these are there
 _ALIGNED = 128
 
 
@@ -207,7 +207,7 @@ class Exchange:
                 borrows = (register + "0xfffeffff") & (register ^ "0xffffffff")
                 missing = borrows if missing is None else missing | borrows
         if floats is None:
-            assert missing is not None, "there is something to look at"
+            assert missing is not None, "nothing to wait for"
             floats = (missing & "0x80008000").ne(0)
         found = ptx.register("pred")
         ptx.do("vote.sync.any.pred", found, floats, "0xffffffff")

@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import triton_compat
 from pallas_kernels.case import Arrays, Case
+from pallas_kernels.layout import HALF_PLANE, scale_index
 
-_HALF_PLANE = 32
 _BLOCK_N = 64
 _BLOCK_M = 16
 
@@ -48,8 +48,8 @@ def _kernel(case: Case, x_ref, packed_ref, scales_ref, codebook_ref, *rest):
     tile, row = (safe_rows >> 4)[:, None], (safe_rows & 15)[:, None]
     codebook_index = jax.lax.div(safe_rows, n // codebook_ref.shape[0])[:, None]
     halves, groups = 16 // bits, -(-k // case.group_size)
-    h = jnp.arange(_HALF_PLANE, dtype=jnp.int32)[None, :]
-    columns = jnp.broadcast_to(h, (_BLOCK_N, _HALF_PLANE))
+    h = jnp.arange(HALF_PLANE, dtype=jnp.int32)[None, :]
+    columns = jnp.broadcast_to(h, (_BLOCK_N, HALF_PLANE))
 
     def step(i, total):
         # The code's index among the 64 bits of its lane and step; see packing.
@@ -61,16 +61,15 @@ def _kernel(case: Case, x_ref, packed_ref, scales_ref, codebook_ref, *rest):
         words = packed_ref[tile, block, bit >> 5, row & 7, word]
         codes = (words.astype(jnp.int32) >> (bit & 15)) & (2**bits - 1)
         values = codebook_ref[codebook_index, codes].astype(scales_ref.dtype).astype(jnp.float32)
-        offsets = i * _HALF_PLANE + h
-        group = jnp.minimum(jax.lax.div(i * _HALF_PLANE + columns, case.group_size), groups - 1)
-        position = ((row & 7) * 4 + (group & 3)) * 2 + (row >> 3)
-        factors = scales_ref[tile, group >> 2, position].astype(jnp.float32)
+        offsets = i * HALF_PLANE + h
+        group = jnp.minimum(jax.lax.div(i * HALF_PLANE + columns, case.group_size), groups - 1)
+        factors = scales_ref[tile, *scale_index(row, group)].astype(jnp.float32)
         mask = (tokens[:, None] < m) & (offsets < k)
         x = triton_compat.load(x_ref.at[tokens[:, None], offsets], mask=mask, other=0)
         weight = (values * factors).astype(x.dtype)
         return total + _dot(x, weight)
 
-    steps = -(-k // _HALF_PLANE)
+    steps = -(-k // HALF_PLANE)
     total = jax.lax.fori_loop(0, steps, step, jnp.zeros((_BLOCK_M, _BLOCK_N), jnp.float32))
     if case.bias_dtype is not None:
         total += rest[0][safe_rows].astype(jnp.float32)[None, :]

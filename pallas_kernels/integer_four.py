@@ -1,4 +1,4 @@
-"""One token and evenly spaced codes of four bits in the program of `ring`: sums of integers, as in `integer`.
+"""One token and evenly spaced codes of four bits: sums of integers, as in `integer_one`.
 
     sum x w = scale (first * sum x + step * sum x code)
 
@@ -10,10 +10,9 @@ nothing. A table costs three times as many instructions, and look-ups besides.
 
 import dataclasses
 
-from pallas_kernels import integer, integer_plan, integer_two
-from pallas_kernels.case import PLANE, TILE_ROWS
+from pallas_kernels import integer_one, integer_plan, integer_two, ring_product
+from pallas_kernels.layout import PLANE, TILE_ROWS, scale_offset
 from pallas_kernels.registers import Register, at, vector, wide
-from pallas_kernels.ring_plan import CODES
 
 _INTEGERS = 2 * PLANE  # bytes of the integers of a plane of x: the high ones, then the low ones
 _MASK = "0x0f0f0f0f"
@@ -80,24 +79,20 @@ class Product(integer_two.Product):
         """Where this lane's operands are."""
         if run:
             return
-        ptx, g = self.ptx, self.case.group_size
+        ptx = self.ptx
         # The first two columns have the high and the low bytes.
         self.has_column = self.row < 2
         self.integers = self.shared + self.row * PLANE + self.thread_in_group * 16
-        codes = (self.warp * CODES).low()
-        self.codes = codes + self.lane * 16
-        if g <= self.case.span:
-            group = (self.warp * (self.case.span // g)).low()
-        else:
-            group = self.warp // (g // self.case.span)
-        # Four groups of a row are neighbours, each with the scales of the upper and the lower row.
-        size = self.plan.scale_bytes
-        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
-        self.scales = scales + self.row * (8 * size)
+        self.codes = self.codes_in_slot()
+        self.locate_scales()
         self.zero = ptx.op("mov.u32", 0)
         self.partial = self.shared + self.warp * (4 * TILE_ROWS) + self.row * 8
         self.keeps = self.thread_in_group.eq(0)
         self.first, *self.steps = ptx.registers("f32", 2)
+
+    def first_scales(self) -> Register:
+        """Where in a slot the scales of the first group are: each lane has weights of all."""
+        return ring_product.Product.first_scales(self)
 
     def _set_steps(self, steps: list[Register]) -> None:
         """Nothing: all codes stand at the same bits."""
@@ -116,22 +111,21 @@ class Product(integer_two.Product):
             width, values = wide(found)
             source = at(sums, self.offsets["plane_sums"] + plane * size)
             ptx.do(f"ld.shared{width}.b32", values, source)
-            scale, *wholes = (part.as_float() for part in found[: 1 + self.plan.parts])
-            self.x.append((words, scale, wholes))
+            self.x.append((words, *self.scales_and_sums(found)))
 
     def _load_factors(self, scales: Register) -> None:
         """The scales of the upper and the lower row of each group, from where this lane's first ones are."""
-        each = 2 * self.plan.scale_bytes
+        plan = self.plan
         self.factors = [
-            self._load_pair(at(scales, self.workers * CODES + run * each))
-            for run in range(self.plan.scale_runs)
+            self._load_pair(at(scales, self.scales_offset + scale_offset(run, plan.scale_bytes)))
+            for run in range(plan.scale_runs)
         ]
 
     def multiply(self) -> None:
         """Adds the products of both planes to the totals."""
         parts = self.plan.parts
-        for plane, (x, scale, wholes) in enumerate(self.x):
-            for part, whole in enumerate(wholes):
+        for plane, (x, scales, wholes) in enumerate(self.x):
+            for part, (scale, whole) in enumerate(zip(scales, wholes, strict=True)):
                 halves = range(2) if parts == 1 else (part,)
                 run = (2 * plane + part) * self.plan.scale_runs // (2 * self.case.planes)
                 self._multiply_halves(plane, halves, x, self.factors[run], scale, whole)
@@ -147,10 +141,10 @@ class Product(integer_two.Product):
             codes = [row & _MASK for row in rows] + [(row >> 4) & _MASK for row in rows]
             start = vector(sums if i else [self.zero] * 4)
             operand = vector(x[2 * half : 2 * half + 2])
-            ptx.do(integer.MULTIPLY, vector(sums), vector(codes), operand, start)
+            ptx.do(integer_one.MULTIPLY, vector(sums), vector(codes), operand, start)
         base = whole * self.first
         for row, (total, factor) in enumerate(zip(self.totals, factors, strict=True)):
-            value = ptx.op("cvt.rn.f32.s32", integer.join(*sums[2 * row : 2 * row + 2]))
+            value = ptx.op("cvt.rn.f32.s32", integer_one.join(*sums[2 * row : 2 * row + 2]))
             value = ptx.op("fma.rn.f32", self.steps[0], value, base)
             ptx.do("fma.rn.f32", total, factor * scale, value, total)
 

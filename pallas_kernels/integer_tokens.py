@@ -11,11 +11,12 @@ of its column's plane. Column 4 i + 2 j + h of a pair is token i, the plane j of
 
 import dataclasses
 
-from pallas_kernels import integer, integer_plan, ring
-from pallas_kernels.case import PLANE, TILE_ROWS, Case
-from pallas_kernels.integer import INTEGERS, PLANES
+from pallas_kernels import integer_one, integer_plan, ring
+from pallas_kernels.case import Case
+from pallas_kernels.integer_plan import INTEGERS, MIN_GROUP, PLANES
+from pallas_kernels.layout import PLANE, TILE_ROWS, scale_offset
 from pallas_kernels.registers import Register, at, vector
-from pallas_kernels.ring_plan import CODES, unsupported_groups
+from pallas_kernels.ring_plan import unsupported_groups
 from pallas_kernels.target import Target
 
 TOKENS = range(2, 5)
@@ -28,10 +29,10 @@ class Config(ring.Config):
 
 def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:
     """Why the kernel does not take a case, or None."""
-    if case.bits != 1 or case.m not in TOKENS or case.group_size < integer.LEAST_GROUP:
+    if case.bits != 1 or case.m not in TOKENS or case.group_size < MIN_GROUP:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size} are not 2 to 4, 1 and"
-            f" {integer.LEAST_GROUP} or more"
+            f" {MIN_GROUP} or more"
         )
     if case.residual or case.squares:
         return "it has no residual"
@@ -79,7 +80,7 @@ class Plan(integer_plan.Plan):
         }
 
 
-class Product(integer.Product):
+class Product(integer_one.Product):
     """Writes a product of several tokens by integers."""
 
     plan_class = Plan
@@ -140,9 +141,8 @@ class Product(integer.Product):
         address = self.shared + (self.row >> 2) * (8 * 16) + (self.row & 1) * (4 * 16)
         self.integers = address + self.thread_in_group * 16
         self.plane_sums = self.shared + self.thread_in_group * (2 * self.plan.sums_bytes)
-        codes = (self.warp * CODES).low()
-        self.codes = codes + self.lane * 16
-        self.scales = self._scale_addresses()
+        self.codes = self.codes_in_slot()
+        self.locate_scales()
         # The lane's sums are of the first or the second of the planes that share operands.
         self.higher = (self.thread_in_group & 1).ne(0)
         self.zero = ptx.op("mov.u32", 0)
@@ -151,14 +151,12 @@ class Product(integer.Product):
         self.partial = address + (self.thread_in_group >> 1) * (self.workers * 4 * TILE_ROWS)
         self.first, *self.steps = ptx.registers("f32", 5)
 
-    def _scale_addresses(self) -> Register:
+    def first_scales(self) -> Register:
         """Where in a slot the scales of this lane's first two planes are."""
-        size, g, span = self.plan.scale_bytes, self.case.group_size, self.case.span
-        group = self.warp // (g // span) if g > span else (self.warp * (span // g)).low()
+        g, group = self.case.group_size, self.group_in_slot()
         if g <= 2 * PLANE:
             group = group + (self.thread_in_group & 1) * (2 * PLANE // g)
-        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
-        return scales + self.row * (8 * size)
+        return self.scales_in_slot(group)
 
     def _set_steps(self, steps: list[Register]) -> None:
         """What a unit of the sums is: of a lower row's codes half, of planes 1 and 3 a sixteenth as much."""
@@ -171,7 +169,7 @@ class Product(integer.Product):
         self.block_integers = self.integers + block * (2 * plan.half_integers)
         self.block_sums = self.plane_sums + block * (2 * plan.half_sums)
 
-    def _load_half(self, half: int, pair: int) -> tuple[list[Register], list[list[Register]]]:
+    def _load_half(self, half: int, pair: int) -> tuple[list[Register], list]:
         """Of four planes of x of a pair the integers, and of the lane's planes the scale and the sums."""
         ptx, plan = self.ptx, self.plan
         words = ptx.registers("b32", 16)
@@ -185,8 +183,9 @@ class Product(integer.Product):
         for i in range(0, len(found), 4):
             source = at(self.block_sums, start + 4 * i)
             ptx.do("ld.shared.v4.b32", vector(found[i : i + 4]), source)
-        values, each = [part.as_float() for part in found], len(found) // 2
-        return [word & self.bytes for word in words], [values[:each], values[each:]]
+        each = len(found) // 2
+        sums = [self.scales_and_sums(part) for part in (found[:each], found[each:])]
+        return [word & self.bytes for word in words], sums
 
     def _load_factors(self, scales: Register) -> None:
         """Of each half, plane and part of it the scales of the upper and the lower row."""
@@ -196,12 +195,12 @@ class Product(integer.Product):
             for plane in range(2):
                 for part in range(self.plan.parts):
                     # The lane's first plane is at the start of a group, or the next one is in the same.
-                    within = (plane * PLANE + part * integer.LEAST_GROUP) // g
-                    four, group = divmod(half * PLANES * PLANE // g + within, 4)
-                    offset = (four * 64 + group * 2) * size
-                    if offset not in known:
-                        known[offset] = self._load_pair(at(scales, self.workers * CODES + offset))
-                    self.factors[half, plane, part] = known[offset]
+                    within = (plane * PLANE + part * MIN_GROUP) // g
+                    group = half * PLANES * PLANE // g + within
+                    if group not in known:
+                        offset = self.scales_offset + scale_offset(group, size)
+                        known[group] = self._load_pair(at(scales, offset))
+                    self.factors[half, plane, part] = known[group]
 
     def multiply(self) -> None:
         """Adds the products of both fours of planes to the totals."""
@@ -214,13 +213,12 @@ class Product(integer.Product):
                 operands = [[word & f"0x{mask:08x}" for mask in masks] for word in words]
                 for pair in range(self.plan.pairs):
                     integers, sums = x[pair]
-                    scale, *wholes = sums[plane]
-                    for part in range(self.plan.parts):
+                    for part, (scale, whole) in enumerate(zip(*sums[plane], strict=True)):
                         steps = range(part * each, (part + 1) * each)
                         self._multiply_steps(
                             [(operands[i], integers[8 * plane + 2 * i :][:2]) for i in steps],
                             [factor * scale for factor in self.factors[half, plane, part]],
-                            wholes[part] * self.first,
+                            whole * self.first,
                             self.steps[2 * plane : 2 * plane + 2],
                             self.totals[2 * pair : 2 * pair + 2],
                         )
@@ -239,9 +237,9 @@ class Product(integer.Product):
         sums = ptx.registers("b32", 4)
         for i, (codes, x) in enumerate(steps):
             start = sums if i else [self.zero] * 4
-            ptx.do(integer.MULTIPLY, *(vector(r) for r in (sums, codes, x, start)))
+            ptx.do(integer_one.MULTIPLY, *(vector(r) for r in (sums, codes, x, start)))
         for row, (factor, unit, total) in enumerate(zip(factors, units, totals, strict=True)):
-            value = integer.join(*sums[2 * row : 2 * row + 2])
+            value = integer_one.join(*sums[2 * row : 2 * row + 2])
             value = ptx.op("cvt.rn.f32.s32", value)
             value = ptx.op("fma.rn.f32", unit, value, base)
             ptx.do("fma.rn.f32", total, factor, value, total)

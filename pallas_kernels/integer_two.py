@@ -1,43 +1,44 @@
-"""One token and evenly spaced codes of two bits in the program of `ring`: sums of integers, as in `integer`.
+"""One token and evenly spaced codes of two bits: sums of integers, as in `integer_one`.
 
     sum x w = scale (first * sum x + step * sum x code)
 
 A block of 256 weights a row is one four of planes. A word of codes has two planes, two bytes each; a mask
 leaves one code in each byte: of the upper or the lower row, and of the first or the second of two neighbours.
 So the second are a quarter in x, and the sums of lower rows are sixteen times too large.
-Codebooks that are not evenly spaced take `stream`, where a table costs twice as much.
+Codebooks that are not evenly spaced take `integer_any`.
 """
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from pallas_kernels import integer
+from pallas_kernels import integer_one
 from pallas_kernels.case import Case
-from pallas_kernels.integer_plan import CHUNK
+from pallas_kernels.integer_plan import CHUNK, MIN_GROUP
+from pallas_kernels.layout import scale_offset
 from pallas_kernels.ptx import load_float
 from pallas_kernels.registers import Register, at, vector
-from pallas_kernels.ring_plan import CODES, unsupported_groups
+from pallas_kernels.ring_plan import unsupported_groups
 
 _MASK = 0x03030303
 # Bits of the masks, for the registers of A: upper and lower rows of the first neighbours, then of the second.
-_SHIFTS = (0, 4, 2, 6)
+SHIFTS = (0, 4, 2, 6)
 
 
 def unsupported_product(case: Case, workers: int) -> str | None:
-    """Why the arithmetic, of two bits here or of four in `integer_four`, does not take a case, or None."""
-    least = integer.LEAST_GROUP
-    if case.bits not in (2, 4) or case.m != 1 or not case.uniform or case.group_size < least:
+    """Why no sums of integers of two or four bits take a case, or None."""
+    known = case.bits == 2 or (case.bits == 4 and case.uniform)
+    if not known or case.m != 1 or case.group_size < MIN_GROUP:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size}, uniform={case.uniform}"
-            f" are not 1, 2 or 4 in groups of {least} or more, and evenly spaced values"
+            f" are not 1, 2 or evenly spaced 4 in groups of {MIN_GROUP} or more"
         )
     if case.k % CHUNK:
         return f"{case.k} weights a row are not whole {CHUNK}"
     return unsupported_groups(case, workers)
 
 
-class Product(integer.Product):
+class Product(integer_one.Product):
     """Writes a product by integers, of two bits."""
 
     # The integers of neighbours two apart lie in turn.
@@ -56,7 +57,8 @@ class Product(integer.Product):
                 for code in (0, codes - 1)
             )
             step = (last - first) * (1 / (codes - 1))
-            loads.append((self.shared + codebook_index * 8, [first, step], in_bounds))
+            address = self.shared + codebook_index * self.plan.codebook_bytes
+            loads.append((address, [first, step], in_bounds))
 
         def store() -> None:
             for address, values, in_bounds in loads:
@@ -88,15 +90,17 @@ class Product(integer.Product):
         """The scales of the upper and the lower row, from where this lane's first ones are."""
         plan = self.plan
         self.factors = [
-            self._load_pair(at(scales, self.workers * CODES + part * 2 * plan.scale_bytes))
+            self._load_pair(at(scales, self.scales_offset + scale_offset(part, plan.scale_bytes)))
             for part in range(plan.parts)
         ]
 
     def multiply(self) -> None:
         """Adds the products of the four planes to the totals."""
-        [(x, scale, wholes)] = self.x
+        [(x, scales, wholes)] = self.x
         each = 4 // self.plan.parts
-        for part, (factors, whole) in enumerate(zip(self.factors, wholes, strict=True)):
+        for part, (factors, scale, whole) in enumerate(
+            zip(self.factors, scales, wholes, strict=True)
+        ):
             self._multiply_part(x, range(part * each, (part + 1) * each), factors, scale, whole)
 
     def _multiply_part(
@@ -109,18 +113,20 @@ class Product(integer.Product):
             for pair in range(2):
                 word = self.words[4 * pair + i]
                 ptx.do(
-                    integer.MULTIPLY,
+                    integer_one.MULTIPLY,
                     vector(sums[pair]),
-                    vector([word & f"0x{_MASK << shift:08x}" for shift in _SHIFTS]),
+                    vector([word & f"0x{_MASK << shift:08x}" for shift in SHIFTS]),
                     vector(x[2 * i : 2 * i + 2]),
                     vector(sums[pair] if i > steps.start else [self.zero] * 4),
                 )
         base = whole * self.first
         for row in range(2):
-            both = (pair[2 * row : 2 * row + 2] for pair in sums)
-            both = [integer.join(*bytes_) for bytes_ in both]
-            sum_ = ptx.op("selp.b32", both[1], both[0], self.in_second)
-            value = ptx.op("cvt.rn.f32.s32", sum_)
-            value = ptx.op("fma.rn.f32", self.steps[row], value, base)
+            value = ptx.op("fma.rn.f32", self.steps[row], self._sum(sums, row), base)
             factor = factors[row] * scale
             ptx.do("fma.rn.f32", self.totals[row], factor, value, self.totals[row])
+
+    def _sum(self, pairs: list[list[Register]], row: int) -> Register:
+        """A row's sum over the lane's plane, from the sums of both pairs of planes."""
+        both = [integer_one.join(*sums[2 * row : 2 * row + 2]) for sums in pairs]
+        sum_ = self.ptx.op("selp.b32", both[1], both[0], self.in_second)
+        return self.ptx.op("cvt.rn.f32.s32", sum_)

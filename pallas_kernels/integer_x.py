@@ -6,11 +6,11 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from pallas_kernels import decoding, ring_product
-from pallas_kernels.case import PLANE
 from pallas_kernels.integer_plan import INTEGERS, PLANES, Plan
+from pallas_kernels.layout import PLANE
 from pallas_kernels.outputs import Load
 from pallas_kernels.ptx import over_lanes
-from pallas_kernels.registers import Register, at, vector, wide
+from pallas_kernels.registers import Register, at, vector
 
 _X = 1024  # bytes of the x of a chunk
 _LARGEST = 32512.0  # of the integers: its high byte, rounded, is 127
@@ -102,8 +102,8 @@ class Integers(ring_product.Product):
         The x of a lane are as many of each half of a plane, or all of one half.
         """
         ptx = self.ptx
-        parts = self.plan.parts if self.plan.sharers == 1 else 1
-        scale, inverses = self._scale_of(x, name)
+        parts = min(2, self.plan.parts) if self.plan.sharers == 1 else 1
+        scales, inverses = self._scales_of(x, parts, name)
         pairs, sums = [], [ptx.op("mov.u32", 0) for _ in range(2 * parts)]
         paired = self.paired(x)
         for i, pair in enumerate(paired):
@@ -121,30 +121,36 @@ class Integers(ring_product.Product):
             # Half of the addends, and those of the other half so often.
             count = len(x) // 2 // parts
             sum_ = sum_ - ((count + count * self.divisor) * _MAGIC_BITS % 2**32)
-            sum_ = over_lanes(ptx, "add.u32", sum_, self._neighbours(of_half=self.plan.parts == 2))
+            sum_ = over_lanes(ptx, "add.u32", sum_, self._summed())
             wholes.append(ptx.op("cvt.rn.f32.s32", sum_))
-        self._store_sums(block, scale, wholes)
+        self._store_sums(block, scales, wholes)
 
     def _neighbours(self, *, of_half: bool) -> tuple[int, ...]:
         """Distances to the lanes with which a lane shares a plane, or half of one."""
         return (1, 2) if self.plan.sharers == 1 or of_half else (1, 2, 4)
 
-    def _store_sums(self, block: Register, scale: Register, wholes: list[Register]) -> None:
-        """The first lane of a plane stores its scale and its sum; of a half, where halves have sums."""
+    def _summed(self) -> tuple[int, ...]:
+        """Distances to the lanes whose sums are one with the lane's."""
+        return self._neighbours(of_half=self.plan.parts == 2)
+
+    def _store_sums(self, block: Register, scales: list[Register], wholes: list[Register]) -> None:
+        """The first lane of a plane, or of its part with sums of its own, stores the scale and the sum."""
         ptx, plan, address = self.ptx, self.plan, self._plane_sums_address(block)
-        target = at(address, self.offsets["plane_sums"])
-        lanes = 4 * plan.sharers
-        if plan.parts == 2 and plan.sharers > 1:
-            first = (self.lane & (lanes // 2 - 1)).eq(0)
-            ptx.do("st.shared.f32", target, scale, when=first)
-            own = address + self.half * 4
-            ptx.do("st.shared.f32", at(own, self.offsets["plane_sums"] + 4), *wholes, when=first)
+        start = self.offsets["plane_sums"]
+        if plan.parts == 1:
+            first = (self.lane & (4 * plan.sharers - 1)).eq(0)
+            ptx.do("st.shared.v2.b32", at(address, start), vector([*scales, *wholes]), when=first)
             return
-        first = (self.lane & (lanes - 1)).eq(0)
-        # Two words, or four, the last one of which nobody reads.
-        values = [scale, *wholes] if plan.parts == 1 else [scale, *wholes, wholes[0]]
-        width, words = wide(values)
-        ptx.do(f"st.shared{width}.b32", target, words, when=first)
+        # Of both halves: the first one's scale, the sums, the other one's scale.
+        first = (self.lane & (8 // plan.parts - 1)).eq(0)
+        if plan.parts == 4:
+            address = address + (self.thread_in_group >> 1) * 16
+        if plan.sharers == 1:
+            values = vector([scales[0], *wholes, scales[1]])
+            ptx.do("st.shared.v4.b32", at(address, start), values, when=first)
+            return
+        ptx.do("st.shared.f32", at(address + self.half * 12, start), *scales, when=first)
+        ptx.do("st.shared.f32", at(address + self.half * 4, start + 4), *wholes, when=first)
 
     def _operands(self, pairs: list[list[Register]]) -> tuple[list[Register], list[Register]]:
         """Words of the high and of the low bytes of integers: a byte of a pair each, twice."""
@@ -179,21 +185,30 @@ class Integers(ring_product.Product):
         size = self.plan.sums_bytes
         return self.shared + block * (2 * PLANES * size) + self.plane * size
 
-    def _scale_of(self, x: list[Register], name: str) -> tuple[Register, list[Register]]:
-        """The scale of the lane's plane, and what makes integers of its x: of all of them, of the divided ones.
+    def _scales_of(
+        self, x: list[Register], parts: int, name: str
+    ) -> tuple[list[Register], list[Register]]:
+        """The scale of x for each part, and what makes integers of x: of all of them, of the divided ones.
 
-        Where there is an infinity, all x are brought into the finite range first.
+        Where there is an infinity, all x are brought into the finite range first, and parts without one add
+        nothing: their sums are zero, which an infinite scale would make NaN.
         """
         ptx = self.ptx
         sizes = [ptx.op("abs.f32", value) for value in x]
         largest = functools.reduce(lambda a, b: ptx.op("max.NaN.f32", a, b), sizes)
         largest = over_lanes(ptx, "max.NaN.f32", largest, self._neighbours(of_half=False))
-        scale = largest * (1 / _LARGEST)
+        scales = [largest * (1 / _LARGEST)]
+        if self.plan.parts > 1:
+            scales = [ptx.op("mov.f32", scales[0]) for _ in range(parts)]
 
         ptx.do("setp.eq.f32", self.infinite, largest, jnp.inf)
         somewhere = ptx.register("pred")
         ptx.do("vote.sync.any.pred", somewhere, self.infinite, "0xffffffff")
         ptx.do("bra", f"fdk_finite{name}", when=~somewhere)
+        if self.plan.parts > 1:
+            each = len(sizes) // parts
+            for i, scale in enumerate(scales):
+                self._leave_out(scale, sizes[i * each : (i + 1) * each])
         for value in x:
             ptx.do("max.f32", value, value, -_FINITE)
             ptx.do("min.f32", value, value, _FINITE)
@@ -201,4 +216,11 @@ class Integers(ring_product.Product):
         ptx.label(f"fdk_finite{name}")
         largest = ptx.op("max.f32", largest, _TINY)
         inverse = ptx.op("rcp.approx.f32", largest)
-        return scale, [inverse * (_LARGEST / divisor) for divisor in (1, self.divisor)]
+        return scales, [inverse * (_LARGEST / divisor) for divisor in (1, self.divisor)]
+
+    def _leave_out(self, scale: Register, sizes: list[Register]) -> None:
+        """Makes the scale of a part zero, if its plane has an infinity and the part has none."""
+        ptx = self.ptx
+        largest = functools.reduce(lambda a, b: ptx.op("max.NaN.f32", a, b), sizes)
+        largest = over_lanes(ptx, "max.NaN.f32", largest, self._summed())
+        ptx.do("mov.f32", scale, 0.0, when=self.infinite & largest.ne(jnp.inf))

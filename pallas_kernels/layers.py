@@ -5,7 +5,7 @@
     total = sum + down inner                          scaled = total * norm_scale of the next layer
 
 What `chain` does between two attentions, this does from a layer to the next one: the producer warps go on to
-copy weights during attention, and no launch ends or begins. Attention is a program's for each query head.
+copy weights during attention, and no launch ends or begins. One program computes the attention of a query head.
 
 All layers are alike but for their arrays. The addresses of these are operands of the launch; a program puts
 them into a table in shared memory, and its code is a loop over layers. What the parts of a layer leave to each
@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import chain, integer, ring, short_attention, xla_call
-from pallas_kernels.case import TILE_ROWS, Arrays, Case
+from pallas_kernels import chain, integer_plan, ring, short_attention, xla_call
+from pallas_kernels.case import Arrays, Case
 from pallas_kernels.exchange import Exchange, ExchangePlan
 from pallas_kernels.layers_launch import (
     DOWN,
@@ -34,6 +34,7 @@ from pallas_kernels.layers_launch import (
     Records,
 )
 from pallas_kernels.layers_parts import Ends, HeadPart, Part
+from pallas_kernels.layout import TILE_ROWS
 from pallas_kernels.ptx import Ptx
 from pallas_kernels.ring_plan import LaunchPlan, ProductPlan
 from pallas_kernels.target import Target
@@ -41,7 +42,10 @@ from pallas_kernels.target import Target
 # An address is 8 bytes of a kernel's parameters, of which there are 4352.
 _MAX_OPERANDS = 512
 _MAX_HEAD_WARPS = 16
-_RESIDUAL = (OUT, DOWN)  # the places of the products whose outputs are added to the residual stream
+_RESIDUAL = (
+    OUT,
+    DOWN,
+)  # the indices of the products whose outputs are added to the residual stream
 
 
 class Layer(NamedTuple):
@@ -115,7 +119,7 @@ class Plan:
         return self.config.programs * self._product(index, self.products[index]).square_parts
 
     def _product(self, index: int, case: Case) -> ProductPlan:
-        return integer.Plan(
+        return integer_plan.Plan(
             case=case,
             workers=self.config.workers,
             programs=self.config.programs,
@@ -189,8 +193,14 @@ def unsupported_reason(plan: Plan) -> str | None:
     qkv, *others = plan.products
     if (reason := chain.unsupported_reason([*others, qkv], config, target)) is not None:
         return reason
-    if attention.dtype != jnp.bfloat16 or not attention.supported(1, target):
-        return f"attention of {attention} has no kernel of a program a head"
+    groups = {case.group_size for case in plan.products}
+    kept = any(product.keeps_scales for product in plan.launch.products)
+    if min(groups) < integer_plan.MIN_GROUP or kept:
+        return f"layers have no kernel for groups of {', '.join(map(str, sorted(groups)))}"
+    if attention.dtype != jnp.bfloat16:
+        return f"attention of {attention.dtype} is not of bfloat16"
+    if (reason := attention.unsupported_reason(1, target)) is not None:
+        return f"attention has no kernel of a program a head: {reason}"
     if attention.heads > config.programs:
         return f"{attention.heads} heads are more than {config.programs} programs"
     if 32 * config.workers < attention.dim:
@@ -206,10 +216,7 @@ def unsupported_reason(plan: Plan) -> str | None:
         return "the two products back to the residual stream have other numbers of codebooks"
     if plan.operands > _MAX_OPERANDS:
         return f"{plan.operands} operands are more than the {_MAX_OPERANDS} of a launch"
-    needed = plan.launch.shared_bytes
-    if needed > target.shared_bytes:
-        return f"{needed} bytes of shared memory are more than {target.shared_bytes}"
-    return None
+    return target.lacks_shared_memory(config, plan.launch.shared_bytes)
 
 
 def run(

@@ -13,7 +13,7 @@ from pallas_kernels.ring_plan import LaunchPlan
 from pallas_kernels.ring_slots import Position
 
 POINTER = 8  # bytes of an address
-QKV, OUT, GATE_UP, DOWN = range(4)  # the places of the products
+QKV, OUT, GATE_UP, DOWN = range(4)  # the indices of the products
 
 
 class Records:
@@ -221,7 +221,7 @@ class LayersLaunch(Launch):
             self._sync_consumers()
             self._mark()
             part.reduce_and_store()
-            # All have stored theirs, and the next part's constants may take the places of the sums.
+            # All have stored theirs, and the next part's constants may take the memory of the sums.
             self._sync_consumers()
             signal = self._signalled(number)
             ptx.do("mbarrier.arrive.shared::cta.b64", "_", signal, when=self._first_thread())
@@ -262,6 +262,6 @@ class LayersLaunch(Launch):
         self._mark()
         ptx.comment("reduce and store: the warps' sums through shared memory")
         head.join_sums()
-        # The next product's sums take the places of these.
+        # The next product's sums take the memory of these.
         self._sync_consumers()
         ptx.label("fdk_no_head")

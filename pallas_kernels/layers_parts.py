@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from pallas_kernels import integer
-from pallas_kernels.case import TILE_ROWS
+from pallas_kernels import integer_one
 from pallas_kernels.exchange import Exchange
+from pallas_kernels.layout import TILE_ROWS
 from pallas_kernels.outputs import Load
 from pallas_kernels.ptx import load_float, over_lanes, store_float
 from pallas_kernels.registers import Register, at
@@ -29,7 +29,7 @@ class Ends:
     leaves_stream: bool
 
 
-class Part(integer.Product):
+class Part(integer_one.Product):
     """A product whose ends are in an exchange; the residual stream of its rows stays in shared memory."""
 
     ends: Ends
@@ -99,7 +99,7 @@ class Part(integer.Product):
     def _store(
         self, value: Register, row: Register, name: str, token: Register | None = None
     ) -> None:
-        assert token is None, "there is one"
+        assert token is None, "layers have one token"
         self.ends.exchange.put(self.ends.names[name], row, value)
 
     def _stream_address(self, row: Register) -> Register:

@@ -9,10 +9,13 @@ import dataclasses
 from typing import Any
 
 PLANE = 64  # weights of a row in a plane
+HALF_PLANE = PLANE // 2  # of which a lane has 8 neighbours
 TILE_ROWS = 16
 WORDS = 32  # words of a row and half of a tile
 HALVES = 2
+TILE_BYTES = 2 * HALVES * 8 * WORDS  # of a tile's codes
 SCALE_GROUPS = 4  # groups whose scales are neighbours
+FOUR_SCALES = SCALE_GROUPS * TILE_ROWS  # scales of a tile's rows in four such groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +67,9 @@ def shifts(bits: int) -> list[Shift]:
 def scale_index(row: Any, group: Any) -> tuple[Any, Any]:
     """Where among the scales [fours, 64] of a tile's rows that of a row (0 to 15) and a group is."""
     return group >> 2, ((row & 7) * SCALE_GROUPS + (group & 3)) * 2 + (row >> 3)
+
+
+def scale_offset(group: int, scale_bytes: int) -> int:
+    """Bytes from a row's first scale to that of a group. The scale of row + 8 follows each."""
+    four, within = divmod(group, SCALE_GROUPS)
+    return (four * FOUR_SCALES + 2 * within) * scale_bytes

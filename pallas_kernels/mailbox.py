@@ -14,8 +14,8 @@ import jax
 from pallas_kernels.ptx import Ptx
 from pallas_kernels.registers import Register, at, wide
 
-MOST_ROWS = 64
-MOST_PROGRAMS = 256  # of a chain: each counts its launches
+MAX_ROWS = 64
+MAX_PROGRAMS = 256  # of a chain: each counts its launches
 HEAD = 128  # bytes of a row before its words: the number of the newest launch
 PARTS = 2
 WORD = 8  # bytes
@@ -35,12 +35,12 @@ def row_bytes(devices: int, features: int) -> int:
 
 def chain_start(devices: int, features: int) -> int:
     """Where in a mailbox a chain's part is, in bytes."""
-    return MOST_ROWS * row_bytes(devices, features)
+    return MAX_ROWS * row_bytes(devices, features)
 
 
 def chain_bytes(devices: int, features: int) -> int:
     """What a chain takes, after all rows: the programs' counts, and words as of a row."""
-    return 4 * MOST_PROGRAMS + PARTS * devices * features * WORD
+    return 4 * MAX_PROGRAMS + PARTS * devices * features * WORD
 
 
 def check(mailbox: jax.Array, devices: int, features: int) -> None:

@@ -23,9 +23,10 @@ E = 8 / bits planes of 64 weights a row, each of 4 steps of the instruction; see
 block is a tile of each of the R.
 """
 
-from pallas_kernels.case import PLANE, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import PLANE
 from pallas_kernels.matvec_plan import Config, Plan
-from pallas_kernels.ptx import over_lanes
+from pallas_kernels.ptx import ROW_LANES, over_lanes
 from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.target import Target
 from pallas_kernels.tile_sums import SumsWriter
@@ -119,9 +120,11 @@ class _Writer(SumsWriter):
         case, plan, ptx = self.case, self.plan, self.ptx
         # Lanes of columns without a token load nothing: what is in these columns nobody reads.
         self.has_token = []
-        if case.m % (plan.tokens) and not plan.diagonal:
+        if case.m % (plan.tokens) and not plan.diagonal and not plan.has_quarters:
             for j in range(plan.columns):
                 self.has_token.append(self._token(j) < case.m)
+        if plan.has_quarters:
+            self.has_token = [self.row.eq(self.thread_in_group >> 1)]
         if plan.diagonal:
             self.is_owner = [self.thread_in_group.eq(i) for i in range(4)]
             self.x_block = self.row // case.planes
@@ -129,7 +132,13 @@ class _Writer(SumsWriter):
         zero = ptx.zero()
         self.zeros = [zero] * 4
         self.totals = [[[ptx.zero() for _ in range(4)] for _ in self.x] for _ in self.packed]
-        self.x_buffers = [[ptx.registers("b32", 8) for _ in self.x] for _ in range(2)]
+        self.x_buffers = [[self._x_registers() for _ in self.x] for _ in range(2)]
+
+    def _x_registers(self) -> list[Register]:
+        """Registers for a plane's x; zeros, where lanes leave out the x that is not of their column."""
+        if self.plan.has_quarters:
+            return [self.ptx.op("mov.u32", 0) for _ in range(8)]
+        return self.ptx.registers("b32", 8)
 
     def _token(self, j: int) -> Register:
         """The token of this lane's column among the program's j-th 8; beyond the last one, if there is none."""
@@ -218,7 +227,7 @@ class _Writer(SumsWriter):
         case, ptx = self.case, self.ptx
         sums = [[ptx.registers("f32", 4) for _ in self.x] for _ in self.packed]
         per_run = 1 if self.plan.diagonal else max(1, case.planes // self.plan.scale_runs)
-        halves = self.plan.scale_mode != "lane" and self.plan.has_halves
+        halves = self.plan.scale_mode != "lane" and (self.plan.has_halves or self.plan.has_quarters)
         for plane in range(case.planes):
             ptx.comment(f"multiply: block {stage} of those in flight, plane {plane}")
             flat = stage * case.planes + plane
@@ -239,7 +248,7 @@ class _Writer(SumsWriter):
                 self._dot(operands, self.x_in_use, i, sums, fresh=fresh)
                 if i == 1 and halves:
                     self._accumulate(sums, factors, flat % self.plan.x_planes)
-                    factors = [scales[2:] for scales in factors]
+                    factors = [scales[len(scales) // 2 :] for scales in factors]
             if plane % per_run == per_run - 1:
                 self._accumulate(sums, factors, flat % self.plan.x_planes)
 
@@ -258,12 +267,22 @@ class _Writer(SumsWriter):
         when = self.is_owner[column // 2] if self.plan.diagonal else None
         for row_totals, row_sums, scale in zip(self.totals, sums, factors, strict=True):
             for totals, column_sums in zip(row_totals, row_sums, strict=True):
+                if self.plan.has_quarters:
+                    self._add_quarters(totals, column_sums, scale)
+                    continue
                 for i in (0, 2) if self.plan.single else range(4):
                     total, part = totals[i], column_sums[i + column % 2]
                     if self.plan.scale_mode == "lane":
                         self.ptx.do("add.f32", total, total, part, when=when)
                     else:
                         self.ptx.do("fma.rn.f32", total, scale[i // 2], part, total, when=when)
+
+    def _add_quarters(self, totals, sums, scales) -> None:
+        """Adds the sums of both quarters of half a plane, times their scales, to the totals of both rows."""
+        for quarter in range(2):
+            for row in range(2):
+                total, part = totals[2 * row], sums[2 * row + quarter]
+                self.ptx.do("fma.rn.f32", total, scales[2 * quarter + row], part, total)
 
     # Reduce
 
@@ -294,4 +313,4 @@ class _Writer(SumsWriter):
         """Adds the totals of the four lanes of a row, each of which has those of two columns."""
         for [totals] in self.totals:
             for i in (0, 2):
-                totals[i] = over_lanes(self.ptx, "add.f32", totals[i], (1, 2))
+                totals[i] = over_lanes(self.ptx, "add.f32", totals[i], ROW_LANES)

@@ -3,8 +3,11 @@
 import dataclasses
 import functools
 
-from pallas_kernels.case import TILE_ROWS, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import PLANE, TILE_ROWS
 from pallas_kernels.tile_plan import SumsPlan
+
+QUARTER = PLANE // 4  # weights of a row that two of the four lanes of a half of a plane have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,25 @@ class Plan(SumsPlan):
             diagonal=config.diagonal,
             programs=config.programs,
         )
+
+    @property
+    def has_quarters(self) -> bool:
+        """Whether the first column has x of the first 16 of 32 weights, and the second one of the others."""
+        case = self.case
+        return self.single and not self.diagonal and case.bits == 4 and case.group_size == QUARTER
+
+    @functools.cached_property
+    def scale_mode(self) -> str:
+        """See `TilePlan.scale_mode`; quarters of planes have sums of their own."""
+        return "vector" if self.has_quarters else super().scale_mode
+
+    @property
+    def scale_width(self) -> int:
+        """See `TilePlan.scale_width`; by fours, eight scales take more registers than two programs have."""
+        tokens = self.single and not self.diagonal
+        if tokens and self.case.bits == 2 and self.has_halves and self.scale_mode == "vector":
+            return self.scale_bytes
+        return super().scale_width
 
     @property
     def columns(self) -> int:

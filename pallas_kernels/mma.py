@@ -16,7 +16,8 @@ import dataclasses
 import functools
 from typing import ClassVar
 
-from pallas_kernels.case import PLANE, TILE_ROWS, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import PLANE, TILE_ROWS
 from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.target import Target
 from pallas_kernels.tile_plan import SumsPlan
@@ -98,17 +99,10 @@ class Plan(SumsPlan):
         """Where the planes of x end, which follow the decoder's table."""
         return self.decoder_bytes + self.k_warps * self.team_bytes
 
-    @property
-    def token_bytes(self) -> int:
-        """Shared memory of a token's sums of all teams."""
-        return self.k_warps * self.sum_stride * 4
-
     @functools.cached_property
     def sum_tokens(self) -> int:
-        """As many as have their sums where the table and x were: a divisor of the tokens in whole eights."""
-        capacity = max(8, self.x_end // self.token_bytes)
-        parts = (t for t in range(self.tokens, 0, -8) if self.tokens % t == 0)
-        return next(tokens for tokens in parts if tokens <= capacity)
+        """As many as have their sums where the table and x were."""
+        return self.tokens_within(self.x_end)
 
     @property
     def shared_bytes(self) -> int:

@@ -20,7 +20,7 @@ from pallas_kernels.mosaic_matmul import Config
 from pallas_kernels.rounding import LARGEST, RUN
 from pallas_kernels.target import Target, current
 
-LEAST_TOKENS = 192  # below, the exact kernels are as fast
+MIN_TOKENS = 192  # below, the exact kernels are as fast
 
 
 def integer_case(case: Case) -> Case:
@@ -39,12 +39,12 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
     if (reason := mosaic_matmul.unsupported_reason(case, config, target)) is not None:
         return reason
     needed = mosaic_matmul.shared_bytes(integer_case(case), config)
-    return f"{config} needs {needed} bytes" if needed > target.shared_bytes else None
+    return target.lacks_shared_memory(config, needed)
 
 
 def choose(case: Case, target: Target) -> tuple[Config | None, str]:
     """The configuration for a case whose arithmetic allows integers, or None and why there are none."""
-    if case.m < LEAST_TOKENS:
+    if case.m < MIN_TOKENS:
         return None, f"{case.m} tokens are as fast without"
     config = guess(case, target)
     return config, "" if config else str(unsupported_reason(case, Config(256, 2, 1, 4, 2), target))
@@ -52,10 +52,8 @@ def choose(case: Case, target: Target) -> tuple[Config | None, str]:
 
 def guess(case: Case, target: Target) -> Config | None:
     """The configuration that should be fastest, by a count of programs and lines of x; None if none runs."""
-    rows = -(-case.m // 16) * 16
-    parts = range(-(-rows // 256), -(-rows // 256) + 3)
-    tokens = {min(256, -(-case.m // (16 * part)) * 16) for part in parts}
-    configs = (Config(t, 2, 1, s, 2) for t, s in itertools.product(sorted(tokens), (6, 4, 3)))
+    tokens = mosaic_matmul.even_tokens(case.m)
+    configs = (Config(t, 2, 1, s, 2) for t, s in itertools.product(tokens, (6, 4, 3)))
     found = [c for c in configs if not unsupported_reason(case, c, target)]
 
     def microseconds(config: Config) -> float:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.case import PLANE, Arrays, Case
+from pallas_kernels.case import Arrays, Case
+from pallas_kernels.layout import PLANE
 from pallas_kernels.target import Target
 
 GROUP_ROWS = 64  # of the weight, a warpgroup's
@@ -111,9 +112,7 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
     if config.warpgroups < 2:
         return "one warpgroup does not fill the table"
     if config.warpgroups > 2 and config.tokens > 128:
-        return (
-            f"registers for {config.warpgroups} warpgroups have no room for {config.tokens} tokens"
-        )
+        return f"{config.warpgroups} warpgroups have too few registers for {config.tokens} tokens"
     if config.x_stages % config.k_groups or config.x_stages < sum_stages(config):
         return f"{config.x_stages} stages of x do not divide over {config.k_groups} warpgroups"
     if slab(case, config) // PLANE % config.k_groups:
@@ -124,12 +123,7 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         return f"{case.k=} is too small to be shared by {config.splits} programs"
     if case.residual or case.squares:
         return "it has no residual"
-    if (needed := shared_bytes(case, config)) > target.shared_bytes:
-        return (
-            f"{config} needs {needed} bytes of shared memory, {target.architecture} gives a"
-            f" thread block {target.shared_bytes}"
-        )
-    return None
+    return target.lacks_shared_memory(config, shared_bytes(case, config))
 
 
 # Microseconds a plane of a program by its tokens, for (row_groups, k_groups): of codes that are looked up, and
@@ -144,9 +138,9 @@ _SELECTED_US = {
     (2, 1): ((16, 0.172), (64, 0.231), (96, 0.307), (128, 0.366), (192, 0.5), (256, 0.675)),
     (2, 2): ((16, 0.189), (32, 0.206), (64, 0.252)),
 }
-# Rows in all stages. More fit in places and are slower: 6 stages of 256 took 108 us where 4 took 96 (1 bit),
-# 6 of 192 took 42.0 where 4 took 40.9 (4 bits).
-_MOST_X = 1024
+# Rows of x in all stages. More would sometimes fit, and are slower: 6 stages of 256 took 108 us where 4 took 96
+# (1 bit), 6 of 192 took 42.0 where 4 took 40.9 (4 bits).
+_MAX_X_ROWS = 1024
 _PROGRAM_US, _SPLIT_US = 6.0, 2.0  # the start and the end of a program, and of sums over two
 
 
@@ -156,19 +150,26 @@ def guess(case: Case, target: Target) -> Config | None:
     return min(found, key=lambda c: (_microseconds(case, c, target), -c.x_stages), default=None)
 
 
+def even_tokens(m: int) -> list[int]:
+    """Tokens a program, by which programs share m rows of x evenly: the fewest programs, and up to two more.
+
+    More than the fewest pay off where the last one would be nearly empty.
+    """
+    fewest = -(-m // 256)
+    return sorted(
+        {min(256, -(-m // (16 * programs)) * 16) for programs in range(fewest, fewest + 3)}
+    )
+
+
 def _guesses(case: Case) -> Iterator[Config]:
     """Configurations whose programs share the rows of x evenly, of any number of stages."""
-    rows = -(-case.m // 16) * 16
-    # More programs along m than the fewest pay off where the last one would be nearly empty.
-    parts = range(-(-rows // 256), -(-rows // 256) + 3)
-    tokens = {min(256, -(-case.m // (16 * part)) * 16) for part in parts}
     kinds = _plane_us(case)
-    sizes = itertools.product(sorted(tokens), kinds, (3, 2), (1, 2))
+    sizes = itertools.product(even_tokens(case.m), kinds, (3, 2), (1, 2))
     for tokens, (row_groups, k_groups), w_stages, splits in sizes:
         if tokens > kinds[row_groups, k_groups][-1][0]:
             continue  # the compiler lacks registers for two planes of products under way
         for x_stages in (16, 12, 8, 6, 4):
-            if x_stages * tokens <= _MOST_X:
+            if x_stages * tokens <= _MAX_X_ROWS:
                 yield Config(tokens, row_groups, k_groups, x_stages, w_stages, splits=splits)
 
 

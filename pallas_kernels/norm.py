@@ -7,15 +7,21 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels import target, triton_compat
+from pallas_kernels import triton_compat
+from pallas_kernels.target import Target
 
 _MAX_FEATURES = 16384  # features that the registers of one program hold
 
 
-def supported(features: int, dtype: jax.typing.DTypeLike) -> bool:
-    """Whether `add_rms_norm` takes rows of so many features."""
-    known = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16, jnp.float32)
-    return target.current().has_pallas and features <= _MAX_FEATURES and known
+def unsupported_reason(features: int, dtype: jax.typing.DTypeLike, gpu: Target) -> str | None:
+    """Why `add_rms_norm` does not take rows of so many features on a GPU, or None."""
+    if gpu.no_pallas:
+        return gpu.no_pallas
+    if features > _MAX_FEATURES:
+        return f"{features} features are more than {_MAX_FEATURES}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"{jnp.dtype(dtype)} is not bfloat16, float16 or float32"
+    return None
 
 
 def add_rms_norm(

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import mailbox, xla_call
-from pallas_kernels.mailbox import HEAD, MOST_ROWS, WORD
-from pallas_kernels.ptx import Ptx, Writer, half_kind, over_lanes
-from pallas_kernels.registers import Register, at, vector
+from pallas_kernels import decoding, mailbox, xla_call
+from pallas_kernels.mailbox import HEAD, MAX_ROWS, WORD
+from pallas_kernels.ptx import Ptx, Writer, over_lanes
+from pallas_kernels.registers import Register, at, wide
 from pallas_kernels.target import Target
 
 _PIECE = 2  # words that a thread reads or writes at once
-_MOST_FEATURES = 16384
+_MAX_FEATURES = 16384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PeerSum:
 
     Attributes:
         devices: how many, from 2 to 8.
-        rows: from 1 to `MOST_ROWS`.
+        rows: from 1 to `MAX_ROWS`.
         features: of a row.
         dtype: of the devices' rows: bfloat16, float16 or float32.
         out_dtype: of the residual and the results.
@@ -68,11 +68,11 @@ def unsupported_reason(case: PeerSum, target: Target) -> str | None:
         return f"{target.architecture} is not known"
     if not 2 <= case.devices <= 8:
         return f"{case.devices} devices are not 2 to 8"
-    if not 1 <= case.rows <= (max_rows := min(MOST_ROWS, target.multiprocessors)):
+    if not 1 <= case.rows <= (max_rows := min(MAX_ROWS, target.multiprocessors)):
         # Each waits for the same one on the other devices, so that all have to run at once.
         return f"{case.rows} rows are not 1 to {max_rows}"
-    if case.features % case.piece or not 0 < case.features <= _MOST_FEATURES:
-        return f"{case.features} features are not a multiple of {case.piece} up to {_MOST_FEATURES}"
+    if case.features % case.piece or not 0 < case.features <= _MAX_FEATURES:
+        return f"{case.features} features are not a multiple of {case.piece} up to {_MAX_FEATURES}"
     if case.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"{case.dtype} is not bfloat16, float16 or float32"
     if case.out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -145,21 +145,21 @@ class _Kernel(Writer):
         self.row_index = ptx.op("mov.u32", "%ctaid.x")
         row = (self.row_index * case.features).low()
         pieces = [self.thread + i * case.threads for i in range(-(-case.pieces // case.threads))]
-        there = [piece < case.pieces for piece in pieces]
+        in_bounds = [piece < case.pieces for piece in pieces]
         elements = [row + piece * case.piece for piece in pieces]
         ptx.comment("send: this device's row to every mailbox")
         words = [
             self._load("x", element, case.dtype, when)
-            for element, when in zip(elements, there, strict=True)
+            for element, when in zip(elements, in_bounds, strict=True)
         ]
         boxes, self.number = self._boxes()
-        for piece, when, pair in zip(pieces, there, words, strict=True):
+        for piece, when, pair in zip(pieces, in_bounds, words, strict=True):
             for box in boxes:
                 address = box + piece * (_PIECE * WORD)
                 mailbox.send(ptx, address, pair, self.number, when=when)
         beside = []
         if case.normed:
-            for piece, element, when in zip(pieces, elements, there, strict=True):
+            for piece, element, when in zip(pieces, elements, in_bounds, strict=True):
                 column = (piece * case.piece).low()
                 beside.append(
                     (
@@ -170,14 +170,14 @@ class _Kernel(Writer):
         ptx.comment("receive: all devices' rows, in the order of their numbers")
         totals = [
             self._receive(i, piece, when)
-            for i, (piece, when) in enumerate(zip(pieces, there, strict=True))
+            for i, (piece, when) in enumerate(zip(pieces, in_bounds, strict=True))
         ]
         self._count()
         if not case.normed:
-            for element, when, total in zip(elements, there, totals, strict=True):
+            for element, when, total in zip(elements, in_bounds, totals, strict=True):
                 self._store("sum", element, total, when)
             return ptx.text()
-        self._finish(elements, there, totals, beside)
+        self._finish(elements, in_bounds, totals, beside)
         return ptx.text()
 
     def _boxes(self) -> tuple[list[Register], Register]:
@@ -203,8 +203,8 @@ class _Kernel(Writer):
         totals = [ptx.zero() for _ in range(case.piece)]
         ptx.do("bra", f"fdk_no_piece_{number}", when=~when)
         stride = case.features * WORD
-        places = [(start, i * stride) for i in range(case.devices)]
-        for words in mailbox.receive(ptx, places, _PIECE, self.number, str(number)):
+        rows = [(start, i * stride) for i in range(case.devices)]
+        for words in mailbox.receive(ptx, rows, _PIECE, self.number, str(number)):
             for total, value in zip(totals, self._unpack(words, case.dtype), strict=True):
                 ptx.do("add.f32", total, total, value)
         ptx.label(f"fdk_no_piece_{number}")
@@ -217,12 +217,12 @@ class _Kernel(Writer):
         first = self.thread.eq(0)
         ptx.do("st.global.b32", at(self.head), self.number, when=first)
 
-    def _finish(self, elements, there, totals, beside) -> None:
+    def _finish(self, elements, in_bounds, totals, beside) -> None:
         """Adds the residual and normalises."""
         ptx, case = self.ptx, self.case
         squares, rounded = ptx.zero(), []
         for element, when, total, (residual, _) in zip(
-            elements, there, totals, beside, strict=True
+            elements, in_bounds, totals, beside, strict=True
         ):
             sums = [value + addend for value, addend in zip(total, residual, strict=True)]
             words = self._store("sum", element, sums, when)
@@ -235,7 +235,7 @@ class _Kernel(Writer):
         mean = ptx.op("fma.rn.f32", squares, 1 / case.features, float(case.eps))
         inverse = ptx.op("rsqrt.approx.f32", mean)
         for element, when, values, (_, scales) in zip(
-            elements, there, rounded, beside, strict=True
+            elements, in_bounds, rounded, beside, strict=True
         ):
             normed = [value * inverse for value in values]
             if case.out_dtype != jnp.float32:
@@ -264,9 +264,8 @@ class _Kernel(Writer):
         for word in words:
             ptx.do("mov.b32", word, 0)
         address = at(self.operands[name] + element * jnp.dtype(dtype).itemsize)
-        kind = f".v{count}" if count > 1 else ""
-        target = vector(words) if count > 1 else words[0]
-        ptx.do(f"ld.global.nc{kind}.b32", target, address, when=when)
+        width, target = wide(words)
+        ptx.do(f"ld.global.nc{width}.b32", target, address, when=when)
         return words
 
     def _floats(self, name: str, element: Register, when: Register) -> list[Register]:
@@ -276,34 +275,21 @@ class _Kernel(Writer):
 
     def _unpack(self, words: list[Register], dtype) -> list[Register]:
         """The values of words as float32."""
-        ptx = self.ptx
         if dtype == jnp.float32:
             return [word.as_float() for word in words]
-        values = []
-        for word in words:
-            if dtype == jnp.bfloat16:
-                values += [(word << 16).as_float(), (word & 0xFFFF0000).as_float()]
-                continue
-            halves = ptx.registers("b16", 2)
-            ptx.do("mov.b32", vector(halves), word)
-            values += [ptx.op("cvt.f32.f16", half) for half in halves]
-        return values
+        return [value for word in words for value in decoding.unpack(self.ptx, word, dtype)]
 
     def _pack(self, values: list[Register], dtype) -> list[Register]:
         """The words of values."""
         if dtype == jnp.float32:
             return values
-        kind = f"cvt.rn.{half_kind(dtype)}x2.f32"
-        return [
-            self.ptx.op(kind, high, low, kind="b32")
-            for low, high in zip(values[::2], values[1::2], strict=True)
-        ]
+        pairs = zip(values[::2], values[1::2], strict=True)
+        return [decoding.pack(self.ptx, *pair, dtype) for pair in pairs]
 
     def _store(self, name: str, element: Register, values: list[Register], when: Register):
         ptx, dtype = self.ptx, self.case.out_dtype
         words = self._pack(values, dtype)
         address = at(self.operands[name] + element * jnp.dtype(dtype).itemsize)
-        kind = f".v{len(words)}" if len(words) > 1 else ""
-        value = vector(words) if len(words) > 1 else words[0]
-        ptx.do(f"st.global{kind}.b32", address, value, when=when)
+        width, value = wide(words)
+        ptx.do(f"st.global{width}.b32", address, value, when=when)
         return words

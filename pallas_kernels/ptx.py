@@ -18,6 +18,8 @@ from pallas_kernels.registers import Register, at, check, float_constant, result
 from pallas_kernels.target import H200, Target
 
 LOG2_E = 1.4426950408889634  # powers are those of two
+ROW_LANES = (1, 2)  # distances of the four lanes that have a row of a fragment, see `Writer.row`
+_WARP_LANES = (1, 2, 4, 8, 16)
 
 
 class Ptx:
@@ -229,9 +231,9 @@ def store_float(ptx: Ptx, address: Register, value: Register, dtype) -> None:
 
 
 def over_lanes(
-    ptx: Ptx, opcode: str, value: Register, distances: tuple[int, ...] = (1, 2, 4, 8, 16)
+    ptx: Ptx, opcode: str, value: Register, distances: tuple[int, ...] = _WARP_LANES
 ) -> Register:
-    """What an operation makes of the values of the lanes at these distances: of a warp, or of (1, 2) a row."""
+    """What an operation makes of the values of the lanes at these distances: by default of the whole warp."""
     kind = "f32" if opcode.endswith("f32") else "b32"
     for distance in distances:
         other = ptx.register(kind)

@@ -22,7 +22,7 @@ _ALIKE = {"add", "sub", "mul", "mad", "fma", "min", "max", "and", "or", "xor", "
 class Register:
     """A register, a predicate or an operand of a block of PTX, with operators that write instructions.
 
-    Integers are unsigned. `a * b` of integers is no instruction yet, see `Product`. Comparisons give
+    Integers are unsigned. `a * b` of integers is no instruction yet, see `Times`. Comparisons give
     predicates, of which `~` is the negation; equality has `eq` and `ne`.
 
     Attributes:
@@ -59,22 +59,22 @@ class Register:
         return self.ptx.op(f"{operation}.{kind}", self, other)
 
     def __add__(self, other: Any) -> Register:
-        return other + self if isinstance(other, Product) else self._arithmetic("add", self, other)
+        return other + self if isinstance(other, Times) else self._arithmetic("add", self, other)
 
     def __radd__(self, other: Any) -> Register:
         return self._arithmetic("add", other, self)
 
     def __sub__(self, other: Any) -> Register:
-        if isinstance(other, Product):
-            return Product(other.a, -other.b % 2**32) + self
+        if isinstance(other, Times):
+            return Times(other.a, -other.b % 2**32) + self
         return self._arithmetic("sub", self, other)
 
     def __rsub__(self, other: Any) -> Register:
         return self._arithmetic("sub", other, self)
 
     def __mul__(self, other: Any) -> Any:
-        """A product of floats; of integers a `Product`."""
-        return self._arithmetic("mul", self, other) if self.kind == "f32" else Product(self, other)
+        """A product of floats; of integers a `Times`."""
+        return self._arithmetic("mul", self, other) if self.kind == "f32" else Times(self, other)
 
     def __floordiv__(self, divisor: int) -> Register:
         return self.ptx.quotient(self, divisor)
@@ -131,8 +131,8 @@ class Register:
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
-    """A product of unsigned integers that waits for what it is added to: both are one instruction."""
+class Times:
+    """`a * b` of unsigned integers, which waits for what it is added to: both are one instruction."""
 
     a: Register
     b: Any

@@ -1,14 +1,22 @@
-"""Which arithmetic a product in the program of `ring` has, where there are several products in a launch."""
+"""Which arithmetic a product in the program of `ring` has."""
 
 from collections.abc import Sequence
 
-from pallas_kernels import integer, integer_four, integer_two, ring_product, stream
+from pallas_kernels import (
+    integer_any,
+    integer_four,
+    integer_one,
+    integer_quarters,
+    integer_two,
+    ring_product,
+    stream,
+)
 from pallas_kernels.case import Case
-from pallas_kernels.ring_plan import Config
+from pallas_kernels.ring_plan import Config, ProductPlan, unsupported_groups
 from pallas_kernels.target import Target
 
 WORKERS = {2: 16, 4: 24, 8: 24}  # consumer warps of `stream` by bits (H100)
-LEAST, MOST = 15, 24  # of sums of integers: with more a thread has too few registers
+MIN_WORKERS, MAX_WORKERS = 15, 24  # of sums of integers: with more a thread has too few registers
 _ROUND = 4  # warps that one of the parts of a multiprocessor has more than another, if they are not whole fours
 
 
@@ -26,48 +34,61 @@ def config(products: Sequence[Case], target: Target, gated: int | None = None) -
         gated: the index of the product whose outputs are gated.
     """
     programs = target.multiprocessors
-    if any(of(case, MOST) is stream.Product for case in products):
-        return Config(WORKERS.get(products[0].bits, MOST), programs)
+    if any(of(case, MAX_WORKERS) is stream.Product for case in products):
+        return Config(WORKERS.get(products[0].bits, MAX_WORKERS), programs)
+
+    def plans(workers: int) -> list[ProductPlan]:
+        return [
+            of(case, workers).plan_class(
+                case=case, workers=workers, programs=programs, gated=index == gated
+            )
+            for index, case in enumerate(products)
+        ]
 
     def slots(workers: int) -> int:
-        return sum(
-            of(case, workers)
-            .plan_class(case=case, workers=workers, programs=programs, gated=index == gated)
-            .slots
-            for index, case in enumerate(products)
-        )
+        return sum(plan.slots for plan in plans(workers))
 
     possible = [
         workers
-        for workers in range(LEAST, MOST + 1)
-        if all(_takes(case, workers) for case in products)
+        for workers in range(MIN_WORKERS, MAX_WORKERS + 1)
+        if all(unsupported_integers(case, workers) is None for case in products)
+        and len({plan.slot_bytes for plan in plans(workers)}) == 1
     ]
     if not possible:
-        return Config(MOST, programs)
+        return Config(MAX_WORKERS, programs)
     fewest = min(map(slots, possible))
     best = [workers for workers in possible if slots(workers) == fewest]
     whole = [workers for workers in best if (workers + 1) % _ROUND == 0]
     return Config(min(whole or best), programs)
 
 
-def _takes(case: Case, workers: int) -> bool:
-    """Whether a product by so many warps is a sum of integers."""
-    return of(case, workers) is not stream.Product and unsupported_product(case, workers, 1) is None
-
-
 def of(case: Case, workers: int) -> type[ring_product.Product]:
-    """What multiplies by the weight."""
+    """What multiplies by the weight; groups that are quarters of a plane have an arithmetic of their own."""
     if case.bits == 1:
-        return integer.Product
-    if integer_two.unsupported_product(case, workers) is not None:
+        is_small = case.group_size == integer_quarters.GROUP
+        return integer_quarters.Product if is_small else integer_one.Product
+    if unsupported_integers(case, workers) is not None:
         return stream.Product
-    return integer_two.Product if case.bits == 2 else integer_four.Product
+    if case.bits == 4:
+        return integer_four.Product
+    return integer_two.Product if case.uniform else integer_any.Product
+
+
+def unsupported_integers(case: Case, workers: int) -> str | None:
+    """Why a product is no sum of integers, or None."""
+    if case.bits != 1:
+        return integer_two.unsupported_product(case, workers)
+    if case.m != 1 or case.group_size < integer_quarters.GROUP:
+        return (
+            f"{case.m} tokens, 1 bit in groups of {case.group_size} are not 1 in groups of"
+            f" {integer_quarters.GROUP} or more"
+        )
+    return unsupported_groups(case, workers)
 
 
 def unsupported_product(case: Case, workers: int, programs: int) -> str | None:
     """Why no arithmetic takes a product, or None."""
-    if case.bits == 1:
-        return integer.unsupported_product(case, workers)
-    if of(case, workers) is stream.Product:
-        return stream.unsupported_product(case, workers, programs)
-    return None
+    reason = unsupported_integers(case, workers)
+    if reason is None or case.bits == 1:
+        return reason
+    return stream.unsupported_product(case, workers, programs)

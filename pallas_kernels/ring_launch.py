@@ -1,11 +1,12 @@
 """A launch of `ring`: the producer warp, the consumer warps, and the barriers between products."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from pallas_kernels.layout import TILE_BYTES
 from pallas_kernels.ptx import Writer
 from pallas_kernels.registers import Memory, Register, at
-from pallas_kernels.ring_plan import BARRIER, CODES, LaunchPlan
+from pallas_kernels.ring_plan import BARRIER, LaunchPlan
 from pallas_kernels.ring_product import Product
 from pallas_kernels.ring_slots import Position, Ring
 
@@ -16,6 +17,15 @@ _LOOKS = 1 << 26
 _READ_ONCE = "evict_first"  # whatever else is in L2 shall stay
 
 Range = tuple[Register, Register]  # where in memory it starts, and its bytes
+
+
+class _Kept(NamedTuple):
+    """Scales that are copied once: from where, their bytes (zero once they are), to where, bytes at most."""
+
+    start: Register
+    size: Register
+    offset: int
+    most: int
 
 
 class Launch(Writer):
@@ -52,7 +62,7 @@ class Launch(Writer):
         ptx.comment("copy: the producer makes the ring and fills it")
         ring.make(self.shared)
         position, weight_range = ring.locate(self.shared, 1), first.weight_range(0)
-        self._copy(first, weight_range, position, "start", self.plan.slots, empty=True)
+        self._copy(first, weight_range, position, "start", self.plan.slots, empty=True, run=0)
         ptx.label("fdk_prepare")
         ptx.comment("prepare: the consumers' x, codebooks and constants")
         ptx.do("bra", "fdk_prepared", when=is_producer)
@@ -98,11 +108,17 @@ class Launch(Writer):
                 weight_range = product.weight_range(run)
                 if number and not run:
                     self._copy(
-                        product, weight_range, position, f"{number}_ahead", product.plan.ahead
+                        product,
+                        weight_range,
+                        position,
+                        f"{number}_ahead",
+                        product.plan.ahead,
+                        run=0,
                     )
                     # Each barrier is used once: however late the producer looks, its first phase is over.
                     self.ring.wait(self._signalled(number - 1), 0, f"signalled_{number}")
-                self._copy(product, weight_range, position, f"{number}_{run}")
+                begins = run or None  # of the first one some slots are under way
+                self._copy(product, weight_range, position, f"{number}_{run}", run=begins)
 
     def _copy(
         self,
@@ -112,13 +128,18 @@ class Launch(Writer):
         name: str,
         slots: int | None = None,
         empty: bool = False,
+        run: int | None = None,
     ) -> None:
         """Starts the copies of a range of the weight into so many slots, or of all that is left.
 
-        Each waits until its slot is empty, unless with `empty` it is known to be.
+        Each waits until its slot is empty, unless with `empty` it is known to be. Kept scales come with the
+        first slot of a run: of `run`, if that slot is among these.
         """
         ptx, workers, (codes_from, scales_from, left) = self.ptx, self.workers, weight_range
         count = ptx.op("mov.u32", 0)
+        kept = None
+        if product.plan.keeps_scales and run is not None:
+            kept = self._kept_scales(product, scales_from, run)
         ptx.label(f"fdk_copy_{name}")
         none = left.eq(0)
         ptx.do("bra", f"fdk_copied_{name}", when=none)
@@ -129,38 +150,62 @@ class Launch(Writer):
         if not empty:
             self.ring.wait(at(position.barrier, BARRIER), position.parity, name)
         blocks = ptx.op("min.u32", left, workers)
-        codes = (blocks * CODES).low()
-        scales = (blocks * product.plan.block_scales).low()
+        codes = (blocks * TILE_BYTES).low()
+        ranges, scale_bytes = [(codes_from, codes)], product.plan.block_scales
+        if scale_bytes:
+            ranges.append((scales_from, (blocks * scale_bytes).low()))
         copy = self._copy_in_bulk if self.ring.bulk else self._copy_by_lanes
-        copy(product, position, (codes_from, codes), (scales_from, scales))
-        ptx.do("add.u64", codes_from, codes_from, workers * CODES)
-        ptx.do("add.u64", scales_from, scales_from, workers * product.plan.block_scales)
+        copy(product, position, kept, *ranges)
+        if kept is not None:
+            ptx.do("mov.u32", kept.size, 0)
+        ptx.do("add.u64", codes_from, codes_from, product.plan.codes_bytes)
+        if scale_bytes:
+            ptx.do("add.u64", scales_from, scales_from, workers * scale_bytes)
         ptx.do("sub.u32", left, left, blocks)
         self.ring.next_slot(position)
         ptx.do("bra", f"fdk_copy_{name}")
         ptx.label(f"fdk_copied_{name}")
 
-    def _copy_in_bulk(self, product: Product, position: Position, *ranges: Range) -> None:
-        """Starts two copies, whose bytes the slot's barrier counts."""
-        del product
+    def _kept_scales(self, product: Product, start: Register, run: int) -> _Kept:
+        """The scales of all of the program's rows of a run."""
+        plan = product.plan
+        offset = self.plan.offsets[plan.scales_name] + run * plan.kept_scales
+        return _Kept(start, (product.tiles * plan.tile_scales).low(), offset, plan.kept_scales)
+
+    def _copy_in_bulk(
+        self, product: Product, position: Position, kept: _Kept | None, *ranges: Range
+    ) -> None:
+        """Starts copies of codes and, if a slot has any, of scales; the slot's barrier counts their bytes."""
         ptx, full = self.ptx, at(position.barrier)
-        (codes_from, codes), (scales_from, scales) = ranges
-        both = codes + scales
-        ptx.do("mbarrier.arrive.expect_tx.shared::cta.b64", "_", full, both)
-        for target, source, size in (
-            (at(position.slot), at(codes_from), codes),
-            (at(position.slot, self.workers * CODES), at(scales_from), scales),
-        ):
-            opcode = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-            opcode += ".L2::cache_hint"
+        sizes = [size for _, size in ranges]
+        sizes += [] if kept is None else [kept.size]
+        all_bytes = sizes[0] + sizes[1] if len(sizes) > 1 else sizes[0]
+        ptx.do("mbarrier.arrive.expect_tx.shared::cta.b64", "_", full, all_bytes)
+        opcode = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+        opcode += ".L2::cache_hint"
+        if kept is not None:
+            target = at(self.shared, kept.offset)
+            operands = target, at(kept.start), kept.size, full, ptx.policy(_READ_ONCE)
+            ptx.do(opcode, *operands, when=kept.size.ne(0))
+        for i, (start, size) in enumerate(ranges):
+            target, source = at(position.slot, i * product.plan.codes_bytes), at(start)
             ptx.do(opcode, target, source, size, full, ptx.policy(_READ_ONCE))
 
-    def _copy_by_lanes(self, product: Product, position: Position, *ranges: Range) -> None:
+    def _copy_by_lanes(
+        self, product: Product, position: Position, kept: _Kept | None, *ranges: Range
+    ) -> None:
         """Starts copies of 16 bytes a lane; at the slot's barrier each lane arrives when its own are there."""
         ptx, target = self.ptx, position.slot + self.lane * 16
         own = (self.lane * 16).low()
+        if kept is not None:
+            source, area = kept.start + self.lane * 16, self.shared + self.lane * 16
+            for first in range(0, kept.most, 32 * 16):
+                opcode = "cp.async.cg.shared.global.L2::cache_hint"
+                operands = at(area, kept.offset + first), at(source, first), 16
+                in_bounds = (own + first) < kept.size
+                ptx.do(opcode, *operands, ptx.policy(_READ_ONCE), when=in_bounds)
         for (start, size), block_bytes in zip(
-            ranges, (CODES, product.plan.block_scales), strict=True
+            ranges, (TILE_BYTES, product.plan.block_scales), strict=False
         ):
             source = start + self.lane * 16
             for first in range(0, self.workers * block_bytes, 32 * 16):
@@ -168,7 +213,7 @@ class Launch(Writer):
                 opcode = "cp.async.cg.shared.global.L2::cache_hint"
                 operands = at(target, first), at(source, first), 16, ptx.policy(_READ_ONCE)
                 ptx.do(opcode, *operands, when=in_bounds)
-            target = target + self.workers * CODES
+            target = target + product.plan.codes_bytes
         ptx.do("cp.async.mbarrier.arrive.noinc.shared::cta.b64", at(position.barrier))
 
     # The consumer warps

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from pallas_kernels.case import TILE_ROWS, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import FOUR_SCALES, TILE_BYTES, TILE_ROWS
 
-CODES = 1024  # bytes of a block's codes
 BARRIER = 8  # bytes of a barrier
 BARRIERS = 2 * BARRIER  # those of a slot
 
@@ -78,14 +78,41 @@ class ProductPlan(abc.ABC):
         return jnp.dtype(self.case.scale_dtype).itemsize
 
     @property
+    def keeps_scales(self) -> bool:
+        """Whether the scales of all rows of a program are in shared memory, instead of in slots."""
+        return _splits_fours(self.case, self.workers)
+
+    @property
+    def tile_scales(self) -> int:
+        """Bytes of a tile's scales, as the planar layout has them."""
+        return self.case.scale_fours * FOUR_SCALES * self.scale_bytes
+
+    @property
+    def kept_scales(self) -> int:
+        """Bytes of the scales that are kept of a run."""
+        return self.max_tiles * self.tile_scales if self.keeps_scales else 0
+
+    @property
+    def scales_name(self) -> str:
+        """The area of the scales that it keeps, its own for the same reason as that of its codebooks."""
+        return f"scales{self.position}"
+
+    @property
     def block_scales(self) -> int:
-        """Bytes of a block's scales; blocks that share a group have each its part of them."""
+        """Bytes of a block's scales in a slot; blocks that share a group have each its part of them."""
+        if self.keeps_scales:
+            return 0
         return self.case.span * TILE_ROWS * self.scale_bytes // self.case.group_size
+
+    @property
+    def codes_bytes(self) -> int:
+        """Bytes of a slot's codes; its scales follow them."""
+        return self.workers * TILE_BYTES
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of a slot of the ring: a block of each consumer."""
-        return self.workers * (CODES + self.block_scales)
+        return self.codes_bytes + self.workers * self.block_scales
 
     @property
     def slots(self) -> int:
@@ -119,17 +146,25 @@ class ProductPlan(abc.ABC):
 
 
 def unsupported_groups(case: Case, workers: int) -> str | None:
-    """Why the scales of a product's groups cannot be copied with its blocks, or None.
+    """Why the scales of a product's groups are neither copied with its blocks nor kept, or None.
 
-    Those of four groups are interleaved: each tile and each slot must begin with such a four.
+    Those of four groups are interleaved: each tile and each slot must begin with such a four, or the scales of
+    all rows are kept, if groups are whole blocks or rows.
     """
     g, span = case.group_size, case.span
-    if g % span and span % g:
+    if g >= span and (g % span == 0 or g >= case.k):
+        return None
+    if span % g:
         return f"groups of {g} are neither whole blocks of {span} nor parts of one"
-    four = 4 * g
-    if case.blocks * span % four or workers * span % four:
+    if _splits_fours(case, workers):
         return f"{case.k} weights a row, {workers} blocks of {span} at a time, split fours of groups of {g}"
     return None
+
+
+def _splits_fours(case: Case, workers: int) -> bool:
+    """Whether not every tile and every slot begins with a four of groups."""
+    four = 4 * case.group_size
+    return bool(case.blocks * case.span % four or workers * case.span % four)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +191,8 @@ class LaunchPlan:
         sizes: dict[str, int] = {}
         for product in self.products:
             areas = {**product.areas(), "partial": product.partial_bytes, "squares": 4}
+            if product.keeps_scales:
+                areas[product.scales_name] = product.runs * product.kept_scales
             if product.case.devices > 1:
                 areas["peers"] = 8 * (1 + product.case.devices)
             for name, size in areas.items():

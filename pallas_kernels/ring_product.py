@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from pallas_kernels import mailbox
-from pallas_kernels.case import TILE_ROWS
+from pallas_kernels.layout import FOUR_SCALES, TILE_BYTES, TILE_ROWS
 from pallas_kernels.outputs import OutputWriter
 from pallas_kernels.ptx import LOG2_E, Ptx, Writer, over_lanes
 from pallas_kernels.registers import Register, at, vector
-from pallas_kernels.ring_plan import CODES, ProductPlan
+from pallas_kernels.ring_plan import ProductPlan
 from pallas_kernels.ring_slots import Position, Ring
 from pallas_kernels.target import Target
 
@@ -114,8 +114,11 @@ class Product(OutputWriter, abc.ABC):
         ptx, case = self.ptx, self.case
         tile = self.first_tile + run * self.plan.run_tiles
         first = (tile * case.blocks).low()
-        codes = self.operands["packed"] + first * CODES
-        scales = self.operands["scales"] + first * self.plan.block_scales
+        codes = self.operands["packed"] + first * TILE_BYTES
+        if self.plan.keeps_scales:
+            scales = self.operands["scales"] + tile * self.plan.tile_scales
+        else:
+            scales = self.operands["scales"] + first * self.plan.block_scales
         return codes, scales, ptx.op("mov.u32", self.blocks)
 
     def constants(self) -> None:
@@ -145,7 +148,7 @@ class Product(OutputWriter, abc.ABC):
         ptx.do("st.global.b32", at(count, start), number)
         area = self.offsets["peers"]
         ptx.do("st.shared.b32", at(self.shared, area), number)
-        own = (rank * (case.n * mailbox.WORD)).wide() + (start + 4 * mailbox.MOST_PROGRAMS)
+        own = (rank * (case.n * mailbox.WORD)).wide() + (start + 4 * mailbox.MAX_PROGRAMS)
         for i, address in enumerate(addresses):
             ptx.do("st.shared.b64", at(self.shared, area + 8 + 8 * i), address + own)
         ptx.label("fdk_mailboxes_open")
@@ -161,7 +164,7 @@ class Product(OutputWriter, abc.ABC):
             box = ptx.op("ld.shared.b64", at(self.shared, area + 8 + 8 * i))
             address = box + row * mailbox.WORD
             mailbox.send(ptx, address, [total], number, offset=part)
-        words = mailbox.chain_start(case.devices, case.n) + 4 * mailbox.MOST_PROGRAMS + part
+        words = mailbox.chain_start(case.devices, case.n) + 4 * mailbox.MAX_PROGRAMS + part
         here = self.operands["mailbox"] + row * mailbox.WORD
         rows = [(here, words + i * stride) for i in range(case.devices)]
         first, *others = [own[0] for own in mailbox.receive(ptx, rows, 1, number, name)]
@@ -207,7 +210,10 @@ class Product(OutputWriter, abc.ABC):
         ptx.do("mov.u32", tile, current)
         self.start_tile(tile, run)
         ptx.label(f"fdk_same_tile_{run}")
-        self.load_x(block - tile * case.blocks)
+        index = block - tile * case.blocks
+        self.load_x(index)
+        if self.plan.keeps_scales:
+            self._locate_kept(tile, index, run)
         ring.wait(at(position.barrier), position.parity, f"full_{run}")
         self.load_block(position.slot)
         ptx.do("bar.warp.sync", "0xffffffff")
@@ -234,6 +240,54 @@ class Product(OutputWriter, abc.ABC):
         self.store_totals(tile)
         for total in self.totals:
             ptx.do("mov.f32", total, 0.0)
+
+    # Where a lane's part of the warp's block is, in a slot
+
+    def codes_in_slot(self) -> Register:
+        """Where this lane's codes are: 16 bytes of each half of a block."""
+        return (self.warp * TILE_BYTES).low() + self.lane * 16
+
+    def group_in_slot(self) -> Register:
+        """Which group of its row the warp's block starts with, counted from the slot's first one."""
+        span, g = self.case.span, self.case.group_size
+        return (self.warp * (span // g)).low() if g <= span else self.warp // (g // span)
+
+    def locate_scales(self) -> None:
+        """Where in a slot the lane's scales are, if they are there."""
+        if not self.plan.keeps_scales:
+            self.scales = self.first_scales()
+
+    def first_scales(self) -> Register:
+        """Where in a slot the scales of a lane's first group are."""
+        return self.scales_in_slot(self.group_in_slot())
+
+    def block_scales(self, slot: Register) -> Register:
+        """Where the lane's scales of its block of a slot are, from `scales_offset` on."""
+        return self.kept if self.plan.keeps_scales else slot + self.scales
+
+    @property
+    def scales_offset(self) -> int:
+        """Where in a slot its scales begin, or in shared memory those that are kept."""
+        plan = self.plan
+        return self.offsets[plan.scales_name] if plan.keeps_scales else plan.codes_bytes
+
+    def _locate_kept(self, tile: Register, block: Register, run: int) -> None:
+        """Where the lane's scales of a block are, if all are kept."""
+        case, plan = self.case, self.plan
+        if case.group_size >= case.k:
+            scales = (self.row * (8 * plan.scale_bytes)).low()
+        else:
+            scales = self.scales_in_slot(block // (case.group_size // case.span))
+        self.kept = self.shared + run * plan.kept_scales + tile * plan.tile_scales + scales
+
+    def scales_in_slot(self, group: Register) -> Register:
+        """Where the scales of a group are, after the codes: of this lane's upper row, then of the lower one.
+
+        Four groups of a row are neighbours.
+        """
+        size = self.plan.scale_bytes
+        scales = ((group >> 2) * (FOUR_SCALES * size)).low() + (group & 3) * (2 * size)
+        return scales + self.row * (8 * size)
 
     # The end
 

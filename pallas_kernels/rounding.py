@@ -8,10 +8,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton_compat
-from pallas_kernels.case import TILE_ROWS, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import TILE_ROWS, scale_index
 
 LARGEST = 127  # of the integers
-RUN = 32  # columns of K that change places among themselves
+RUN = 32  # columns of K that are reordered among themselves
 MAX_FEATURES = 32768  # that the registers of one program hold
 
 
@@ -91,10 +92,8 @@ def _relative(scales, codebook, by_row, table, factors, *, case, size):
     peak = jnp.max(jnp.abs(values))
     peak = jnp.where(peak == 0, 1.0, peak)
     triton_compat.store(table.at[which, code], values / peak)
-    # Of a tile and four groups: row g, group, and whether it is row g + 8; see `fdk_jax.format.packing`.
     group, row = jnp.arange(size)[:, None], jnp.arange(TILE_ROWS)[None]
-    index = row % 8 * 8 + group % 4 * 2 + row // 8
-    four, index = jnp.broadcast_arrays(group // 4, index)
+    four, index = jnp.broadcast_arrays(*scale_index(row, group))
     mask = four < case.scale_fours
     wide = triton_compat.load(scales.at[tile, four, index], mask=mask, other=0.0)
     wide = wide.astype(jnp.float32)

@@ -16,7 +16,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import xla_call
@@ -39,15 +38,18 @@ class Case(AttentionCase):
         """E, neighbours of a head that a lane has."""
         return self.dim // 32
 
-    def supported(self, batch: int, target: Target) -> bool:
-        """Whether the kernel takes the case, and is made for so many sequences: programs run at once."""
-        return (
-            not target.unknown
-            and self.dim in (64, 128, 256)
-            and self.capacity % _BLOCK == 0
-            and self.dtype in (jnp.bfloat16, jnp.float16)
-            and batch * self.heads <= target.multiprocessors
-        )
+    def unsupported_reason(self, batch: int, target: Target) -> str | None:
+        """Why the kernel does not take the case with so many sequences, or None."""
+        if target.unknown:
+            return target.unknown
+        if (reason := self.unsupported_shape((64, 128, 256), _BLOCK)) is not None:
+            return reason
+        if batch * self.heads > target.multiprocessors:
+            return (
+                f"{batch} x {self.heads} programs are more than {target.multiprocessors}"
+                " multiprocessors run at once"
+            )
+        return None
 
 
 def decode(

@@ -18,15 +18,13 @@ from jax import Array
 
 from pallas_kernels import xla_call
 from pallas_kernels.attention_stages import NEVER
-from pallas_kernels.ptx import half_kind, over_lanes
+from pallas_kernels.ptx import ROW_LANES, half_kind, over_lanes
 from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.split_attention_join import Joining
 from pallas_kernels.split_attention_plan import TILE, WARPS, Case
 from pallas_kernels.target import Target
 
 __all__ = ["WARPS", "Case", "decode", "source"]
-
-_QUAD = (1, 2)  # distances of the lanes of a row
 
 
 def decode(
@@ -239,7 +237,7 @@ class _Kernel(Joining):
 
     def _norm(self, head: list[Register], scales: list[Register]) -> list[Register]:
         """The RMS norm of a head, rounded before it is scaled, as everywhere."""
-        inverse = self.inverse_norm(head, _QUAD)
+        inverse = self.inverse_norm(head, ROW_LANES)
         head = [x * inverse for x in head]
         head = self.unpack(self.pack(head))
         return [x * scale for x, scale in zip(head, scales, strict=True)]
@@ -288,7 +286,7 @@ class _Kernel(Joining):
         never, one, zero = NEVER, 1.0, 0.0
         self.peaks, self.totals, self.sums = [], [], []
         for query in queries:
-            own = over_lanes(ptx, "add.f32", self.dot(self.unpack(query), key), _QUAD)
+            own = over_lanes(ptx, "add.f32", self.dot(self.unpack(query), key), ROW_LANES)
             self.peaks.append(ptx.op("selp.f32", own, never, first))
             self.totals.append(ptx.op("selp.f32", one, zero, counts))
             self.sums.append([ptx.op("selp.f32", v, zero, first) for v in values])
@@ -354,7 +352,7 @@ class _Kernel(Joining):
         peak = seen[0]
         for score in seen[1:]:
             peak = ptx.op("max.f32", peak, score)
-        peak = ptx.op("max.f32", over_lanes(ptx, "max.f32", peak, _QUAD), self.peaks[half])
+        peak = ptx.op("max.f32", over_lanes(ptx, "max.f32", peak, ROW_LANES), self.peaks[half])
         shrink = self.power(self.peaks[half], peak)
         for total in (self.totals[half], *self.sums[half]):
             ptx.do("mul.f32", total, total, shrink)

@@ -7,11 +7,10 @@ counters are zero before a launch and after it.
 from collections.abc import Callable
 
 from pallas_kernels.attention_stages import NEVER, AttentionWriter
-from pallas_kernels.ptx import over_lanes
+from pallas_kernels.ptx import ROW_LANES, over_lanes
 from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.split_attention_plan import WARPS, Case
 
-_QUAD = (1, 2)  # distances of the lanes of a row
 _AT_ONCE = 16  # programs whose parts are loaded at once
 
 
@@ -40,7 +39,7 @@ class Joining(AttentionWriter):
         ptx, case = self.ptx, self.case
         leads = self.thread_in_group.eq(0)
         for half in range(self.case.halves):
-            total = over_lanes(ptx, "add.f32", self.totals[half], _QUAD)
+            total = over_lanes(ptx, "add.f32", self.totals[half], ROW_LANES)
             row = self.row + 8 * half
             is_row = row < case.group
             pair_index = row + self.warp * case.group

@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from pallas_kernels.attention_stages import AttentionCase
 from pallas_kernels.target import Target
 
 WARPS = 4
 TILE = 16  # slots
+_MAX_GROUP = 16  # query heads that share a key-value head: rows of the tensor cores' instruction
 _PROGRAMS = 2  # that a multiprocessor runs at once, by their registers
 
 
@@ -47,16 +46,17 @@ class Case(AttentionCase):
         """Shared memory of a program."""
         return self.pairs_offset + WARPS * 8 * self.group
 
-    def supported(self, target: Target) -> bool:
-        """Whether the kernel takes the case."""
-        return (
-            not target.unknown
-            and self.dim in (64, 128)
-            and self.group <= 16
-            and self.capacity % (4 * TILE) == 0
-            and self.capacity * self.dim < 2**30
-            and self.dtype in (jnp.bfloat16, jnp.float16)
-        )
+    def unsupported_reason(self, target: Target) -> str | None:
+        """Why the kernel does not take the case, or None."""
+        if target.unknown:
+            return target.unknown
+        if (reason := self.unsupported_shape((64, 128), 4 * TILE)) is not None:
+            return reason
+        if self.group > _MAX_GROUP:
+            return f"{self.group} query heads a key-value head are more than {_MAX_GROUP}"
+        if self.capacity * self.dim >= 2**30:
+            return f"{self.capacity} slots of {self.dim} elements are not below 2**30"
+        return None
 
     def splits(self, batch: int, target: Target) -> int:
         """Programs that share a key-value head: as many as run at once, each with a tile a warp at least."""

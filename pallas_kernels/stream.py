@@ -11,14 +11,14 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from pallas_kernels import decoding, ring_product
-from pallas_kernels.case import PLANE, TILE_ROWS, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import HALF_PLANE, PLANE, TILE_BYTES, TILE_ROWS, scale_offset
 from pallas_kernels.outputs import Load
 from pallas_kernels.registers import Register, at, vector, wide
-from pallas_kernels.ring_plan import CODES, ProductPlan, unsupported_groups
+from pallas_kernels.ring_plan import ProductPlan, unsupported_groups
 
 _STEPS = 4  # instructions a plane
-_HALF = PLANE // 2  # weights of a plane whose products two of these instructions add up
-_LEAST_GROUP = 8  # weights of a row that a lane has next to each other
+_MIN_GROUP = 8  # weights of a row that a lane has next to each other
 _AT_ONCE = 8  # vectors of x that a thread loads at once
 
 
@@ -26,8 +26,8 @@ def unsupported_product(case: Case, workers: int, programs: int) -> str | None:
     """Why the arithmetic does not take a case, or None."""
     if case.bits == 1 or case.m != 1:
         return f"{case.m} tokens and {case.bits} bits are not 1 and 2 to 8"
-    if case.group_size < _LEAST_GROUP:
-        return f"group_size={case.group_size} is less than {_LEAST_GROUP}"
+    if case.group_size < _MIN_GROUP:
+        return f"group_size={case.group_size} is less than {_MIN_GROUP}"
     if (reason := unsupported_groups(case, workers)) is not None:
         return reason
     if case.codebooks > min(programs, case.tiles):
@@ -62,12 +62,12 @@ class Plan(ProductPlan):
     @property
     def scale_runs(self) -> int:
         """Groups of a row of a block that a lane has weights of."""
-        return max(1, self.case.span // max(self.case.group_size, _HALF))
+        return max(1, self.case.span // max(self.case.group_size, HALF_PLANE))
 
     @property
     def run_groups(self) -> int:
         """How many groups further the next one is that the lane has weights of."""
-        return max(1, _HALF // self.case.group_size)
+        return max(1, HALF_PLANE // self.case.group_size)
 
     def run_of(self, plane: int, step: int) -> int:
         """Which of them the weights of a step of a plane are of."""
@@ -76,7 +76,7 @@ class Plan(ProductPlan):
     @property
     def scales_weights(self) -> bool:
         """Whether scales multiply weights, since lanes whose products are added have groups of their own."""
-        return self.case.group_size < _HALF
+        return self.case.group_size < HALF_PLANE
 
     @property
     def table_bytes(self) -> int:
@@ -183,26 +183,24 @@ class Product(ring_product.Product):
         self.decoder = self.decoders[min(run, len(self.decoders) - 1)]
         if run:
             return
-        ptx, case = self.ptx, self.case
+        ptx = self.ptx
         self.has_token = self.row.eq(0)
         self.keeps = self.thread_in_group.eq(0)
         self.x_address = self.shared + self.thread_in_group * 16
-        codes = (self.warp * CODES).low()
-        self.codes = codes + self.lane * 16
-        # Four groups of a row are neighbours, each with the scales of the upper and the lower row.
-        size, g = self.plan.scale_bytes, case.group_size
-        if g <= case.span:
-            group = (self.warp * (case.span // g)).low()
-        else:
-            group = self.warp // (g // case.span)
-        scales = ((group >> 2) * (64 * size)).low() + (group & 3) * (2 * size)
-        self.scales = scales + self.row * (8 * size)
-        if self.plan.scales_weights:
-            # Of half a plane a lane has 8 weights, from 8 times its `thread_in_group` on.
-            self.scales = self.scales + (self.thread_in_group // (g // _LEAST_GROUP)) * (2 * size)
+        self.codes = self.codes_in_slot()
+        self.locate_scales()
         address = self.shared + self.warp * (4 * TILE_ROWS)
         self.partial = address + self.row * 8
         self.zero = ptx.zero()
+
+    def first_scales(self) -> Register:
+        """Where in a slot the scales of the lane's first group are."""
+        scales = super().first_scales()
+        if not self.plan.scales_weights:
+            return scales
+        # Of half a plane a lane has 8 weights, from 8 times its `thread_in_group` on.
+        group = self.thread_in_group // (self.case.group_size // _MIN_GROUP)
+        return scales + group * (2 * self.plan.scale_bytes)
 
     def start_tile(self, tile: Register, run: int) -> None:
         """Nothing: the rows have one codebook."""
@@ -228,17 +226,17 @@ class Product(ring_product.Product):
         kind = "f32" if self.case.scale_dtype == jnp.float32 else "b32"
         registers = ptx.registers(kind, runs * words)
         self.scale_pairs = [registers[i * words : (i + 1) * words] for i in range(runs)]
-        codes, scales = (slot + part for part in (self.codes, self.scales))
+        codes, scales = slot + self.codes, self.block_scales(slot)
         for half in range(2):
             part = vector(self.words[4 * half : 4 * half + 4])
-            ptx.do("ld.shared.v4.b32", part, at(codes, half * CODES // 2))
+            ptx.do("ld.shared.v4.b32", part, at(codes, half * TILE_BYTES // 2))
         # Together those that are neighbours for a lane.
         each = words if self.plan.scales_weights else min(4, runs * words)
         for first in range(0, runs * words, each):
-            four, within = divmod(first // words * self.plan.run_groups, 4)
-            offset = (four * 64 + within * 2) * self.plan.scale_bytes
+            group = first // words * self.plan.run_groups
+            offset = self.scales_offset + scale_offset(group, self.plan.scale_bytes)
             width, part = wide(registers[first : first + each])
-            ptx.do(f"ld.shared{width}.b32", part, at(scales, self.workers * CODES + offset))
+            ptx.do(f"ld.shared{width}.b32", part, at(scales, offset))
 
     def multiply(self) -> None:
         """Adds the products of the planes, times their scales, to the totals."""

@@ -154,9 +154,16 @@ class Target:
         return ""
 
     @property
+    def no_pallas(self) -> str:
+        """Why kernels in ordinary Pallas operations do not run here, which Triton lowers; empty if they do."""
+        if self.capability is None or self.capability < _OLDEST:
+            return self.unknown
+        return "" if self.triton else "Pallas has no Triton lowering"
+
+    @property
     def has_pallas(self) -> bool:
         """Whether kernels in ordinary Pallas operations run here: an NVIDIA GPU from sm_80 on, by Triton."""
-        return self.triton and self.capability is not None and self.capability >= _OLDEST
+        return not self.no_pallas
 
     @property
     def has_kernels(self) -> bool:
@@ -187,6 +194,15 @@ class Target:
     def has_bfloat16_arithmetic(self) -> bool:
         """Whether bfloat16 has `mul` and `sub`; `fma` it has everywhere."""
         return self.has_clusters
+
+    def lacks_shared_memory(self, config: object, needed: int) -> str | None:
+        """Why a thread block of a launch configuration cannot have so many bytes, or None."""
+        if needed <= self.shared_bytes:
+            return None
+        return (
+            f"{config} needs {needed} bytes of shared memory, {self.architecture} gives a thread block"
+            f" {self.shared_bytes}"
+        )
 
     def ptx_target(self, *, wgmma: bool) -> str:
         """The `.target` of a whole kernel: the newest that PTX ISA 8.0 knows; newer GPUs compile it anew.

@@ -12,10 +12,8 @@ import functools
 import jax.numpy as jnp
 
 from pallas_kernels import decoding
-from pallas_kernels.case import PLANE, TILE_ROWS, Case
-
-TILE_BYTES = 1024  # of a tile's codes
-HALF_PLANE = PLANE // 2  # of which a lane has 8 neighbours
+from pallas_kernels.case import Case
+from pallas_kernels.layout import HALF_PLANE, PLANE, TILE_BYTES, TILE_ROWS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +147,16 @@ class SumsPlan(TilePlan, abc.ABC):
     def sum_stride(self) -> int:
         """Floats from a token's sums to the next one's: so the lanes of a warp write to different banks."""
         return self.rows + 4
+
+    @property
+    def token_bytes(self) -> int:
+        """Shared memory of a token's sums of all warps that share K."""
+        return self.k_warps_here * self.sum_stride * 4
+
+    def tokens_within(self, size: int) -> int:
+        """As many tokens as have their sums in so many bytes: a divisor of all in whole eights, 8 at least."""
+        parts = (t for t in range(self.tokens, 0, -8) if self.tokens % t == 0)
+        return next(t for t in parts if t == 8 or t * self.token_bytes <= size)
 
     @property
     def warp_sums_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 import itertools
 
-from pallas_kernels.case import TILE_ROWS
+from pallas_kernels.layout import TILE_ROWS
 from pallas_kernels.registers import Register, at
 from pallas_kernels.target import Target
 from pallas_kernels.tile_plan import SumsPlan

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from pallas_kernels import decoding
-from pallas_kernels.case import PLANE
+from pallas_kernels.layout import FOUR_SCALES, PLANE, TILE_BYTES, scale_offset
 from pallas_kernels.outputs import OutputWriter
 from pallas_kernels.registers import Register, at, wide
 from pallas_kernels.target import Target
-from pallas_kernels.tile_plan import TILE_BYTES, TilePlan
+from pallas_kernels.tile_plan import TilePlan
 
 STEPS = 4  # of 16 weights along K: instructions of the tensor cores a plane
 
@@ -117,7 +117,7 @@ class TileWriter(OutputWriter, abc.ABC):
             index = (tile * case.scale_fours).low()
             address = (
                 self.operands["scales"]
-                + index * (64 * plan.scale_bytes)
+                + index * (FOUR_SCALES * plan.scale_bytes)
                 + self.row * (8 * plan.scale_bytes)
             )
             if self.plan.scale_mode == "vector":
@@ -144,7 +144,7 @@ class TileWriter(OutputWriter, abc.ABC):
         per_block = self.case.span // self.case.group_size
         group = (self.k_warp * per_block).low()
         four = group >> 2
-        address = address + four * (64 * self.plan.scale_bytes)
+        address = address + four * (FOUR_SCALES * self.plan.scale_bytes)
         within = group & 3
         return address + within * (2 * self.plan.scale_bytes)
 
@@ -193,7 +193,7 @@ class TileWriter(OutputWriter, abc.ABC):
             four = group >> 2
             within = group & 3
             for registers, scales in zip(block.scales, self.scales, strict=True):
-                address = scales + four * (64 * plan.scale_bytes)
+                address = scales + four * (FOUR_SCALES * plan.scale_bytes)
                 address = address + within * (2 * plan.scale_bytes)
                 self._start(registers, run * width, width, address, 0, in_bounds)
 
@@ -212,13 +212,13 @@ class TileWriter(OutputWriter, abc.ABC):
         case, plan = self.case, self.plan
         per_block = case.span // case.group_size
         # Blocks start at those indices in a four that the offsets below reach, see `scale_mode`.
-        fours, within = divmod(ahead * plan.k_warps * per_block, 4)
-        start = (fours * 64 + within * 2) * plan.scale_bytes
+        start = scale_offset(ahead * plan.k_warps * per_block, plan.scale_bytes)
         width = plan.scale_width
         for registers, scales in zip(block.scales, self.scales, strict=True):
-            for i in range(plan.scale_words // width):
-                offset = start + i * 64 * plan.scale_bytes
-                self._start(registers, i * width, width, scales, offset, in_bounds)
+            for word in range(0, plan.scale_words, width):
+                group = 2 * word // plan.scale_bytes
+                offset = start + scale_offset(group, plan.scale_bytes)
+                self._start(registers, word, width, scales, offset, in_bounds)
 
     def _start(
         self, target, first: int, count: int, address: Register, offset: int, in_bounds: Register
@@ -306,10 +306,9 @@ class TileWriter(OutputWriter, abc.ABC):
 
     def plane_scales(self, registers: list[Register], plane: int) -> list[Register]:
         """The plane's scales, float32: for upper and lower row; maybe of each half of the plane."""
-        if self.plan.has_halves:
-            return self._scale_pair(registers, 2 * plane) + self._scale_pair(
-                registers, 2 * plane + 1
-            )
+        if (each := self.plan.scale_runs // self.case.planes) > 1:
+            runs = range(each * plane, each * (plane + 1))
+            return [scale for run in runs for scale in self._scale_pair(registers, run)]
         return self._scale_pair(registers, plane * self.plan.scale_runs // self.case.planes)
 
     def _scale_pair(self, registers: list[Register], run: int) -> list[Register]:
@@ -337,7 +336,7 @@ class TileWriter(OutputWriter, abc.ABC):
         for address in self.addresses_along_k():
             ptx.do("add.u64", address, address, step * case.span * 2)
         if plan.scale_mode == "vector":
-            distance = step * (case.span // case.group_size) // 4 * 64 * plan.scale_bytes
+            distance = scale_offset(step * (case.span // case.group_size), plan.scale_bytes)
             for address in self.scales:
                 ptx.do("add.u64", address, address, distance)
         ptx.do("add.u32", self.block, self.block, step)

@@ -5,7 +5,7 @@ It is deprecated since JAX 0.11.0. What needs it, and what there is instead wher
 - `inline_call`, a block of PTX inside of a Triton kernel: XLA's own call for a whole kernel, see `xla_call`;
 - `plain`, products in ordinary Pallas operations: XLA decodes, then dots;
 - `dense`, `norm`, `columns` (of calibration): XLA's own;
-- `attention` over long caches: XLA's own; that over short ones is PTX.
+- `attention` that `short_attention` and `split_attention`, which are PTX, do not take: XLA's own.
 """
 
 import warnings

@@ -13,7 +13,8 @@ U warpgroups that share K (`Config.k_groups`), each with V * 64 rows: a team; D 
 import dataclasses
 import functools
 
-from pallas_kernels.case import PLANE, Case
+from pallas_kernels.case import Case
+from pallas_kernels.layout import PLANE
 from pallas_kernels.registers import Register, at, vector
 from pallas_kernels.target import Target
 from pallas_kernels.tile_plan import SumsPlan
@@ -107,11 +108,6 @@ class Plan(SumsPlan):
         return self.decoder_bytes + 2 * self.k_warps_here * self.x_bytes
 
     @property
-    def token_bytes(self) -> int:
-        """Shared memory of a token's sums of all teams."""
-        return self.k_warps_here * self.sum_stride * 4
-
-    @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
         return max(self.ring_offset + self.ring_bytes, 8 * self.token_bytes)
@@ -119,10 +115,7 @@ class Plan(SumsPlan):
     @functools.cached_property
     def sum_tokens(self) -> int:
         """As many as have their sums in the same memory at the end."""
-        tokens = self.tokens
-        while tokens * self.token_bytes > self.shared_bytes:
-            tokens //= 2
-        return tokens
+        return self.tokens_within(self.shared_bytes)
 
 
 def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The kernels on an NVIDIA GPU: gpu.sh [PYTHON [PROCESSES [KEYWORDS]]].
 #
-# First the two files of GPU tests as they stand; then again under compute-sanitizer's memcheck, in small parts of which
-# PROCESSES run at a time, with an allocation of its own for each array. Prints both summaries; the logs are in
-# build/gpu/. Fails if a test fails, if memcheck reports an error or if a part of it has no report. KEYWORDS picks
-# tests, as pytest's -k does: all of them take more than ten minutes.
+# First all GPU tests as they stand; then those of single kernels again under compute-sanitizer's memcheck, in small
+# parts of which PROCESSES run at a time, with an allocation of its own for each array. Prints both summaries; the logs
+# are in build/gpu/. Fails if a test fails, if memcheck reports an error or if a part of it has no report. KEYWORDS
+# picks tests, as pytest's -k does: all of them take more than ten minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
@@ -14,14 +14,15 @@ rm -rf "$logs" && mkdir -p "$logs"
 export PYTHONPATH=$PWD
 # pytest-benchmark, where it is installed, warns of xdist, and warnings are errors.
 pytest=(-m pytest -q -p no:cacheprovider -p no:benchmark -o addopts=)
-picked=(-k "${3:-}" tests/test_gpu.py tests/test_gpu_many.py)
+kernels=(-k "${3:-}" tests/test_gpu.py tests/test_gpu_many.py)
+models=(tests/test_gpu_layers.py tests/test_families_gpu.py tests/test_gpu_devices.py)
 failed=0
 
-XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" "${pytest[@]}" -n "$processes" -rf "${picked[@]}" \
+XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" "${pytest[@]}" -n "$processes" -rf "${kernels[@]}" "${models[@]}" \
   >"$logs/plain.log" 2>&1 || failed=1
 tail -n 12 "$logs/plain.log"
 
-"$python" "${pytest[@]}" --collect-only "${picked[@]}" 2>"$logs/collect.log" | grep :: |
+"$python" "${pytest[@]}" --collect-only "${kernels[@]}" 2>"$logs/collect.log" | grep :: |
   split -a 3 -l 4 - "$logs/part."
 compgen -G "$logs/part.???" >/dev/null || { echo "no tests were found: they need an NVIDIA GPU" && exit 1; }
 

@@ -31,11 +31,13 @@ class Wanted:
         x: activations [M, K] in the kernel's dtype.
         matrices: the weight [N, K] in float64, as the format says and in each other way that kernels read it.
         bits: width of the codes.
+        of_integers: the index of the matrix that sums of integers multiply.
     """
 
     x: np.ndarray
     matrices: list[np.ndarray]
     bits: int
+    of_integers: int = 0
 
     @property
     def value(self) -> np.ndarray:
@@ -49,9 +51,11 @@ class Wanted:
     def expectations(self, bias=None, **inexact):
         """What the result may be, see `oracle.expectations`."""
         found = oracle.expectations(self.x, self.matrices, bias, **inexact)
-        if self.bits == 1 and self.x.dtype != np.float32 and len(self.x):
-            matrix = self.matrices[0]
-            noise, slack = of_integers(np.asarray(self.x, np.float64), matrix)
+        integers = self.bits == 1 or (self.bits < 8 and len(self.x) == 1)
+        if integers and self.x.dtype != np.float32 and len(self.x):
+            matrix = self.matrices[self.of_integers]
+            x, quarters = np.asarray(self.x, np.float64), self.bits < 4
+            noise, slack = of_integers(x, matrix, quarters=quarters)
             found += oracle.expectations(self.x, [matrix], bias, noise=noise, slack=slack)[:1]
         return found
 
@@ -104,7 +108,8 @@ def product(
             in_steps = decode(distances)
             matrices += [in_steps * steps, oracle.rounded(in_steps, dtype) * steps]
             matrices += [oracle.rounded(in_steps / 2**bits, dtype) * (2**bits * steps)]
-    return (x, packed, planar, jnp.asarray(codebook)), spec, Wanted(np.asarray(x), matrices, bits)
+    wanted = Wanted(np.asarray(x), matrices, bits, int(uniform))
+    return (x, packed, planar, jnp.asarray(codebook)), spec, wanted
 
 
 NORM_EPS = 1e-3

@@ -18,7 +18,7 @@ def interpreted(monkeypatch):
     """The plain kernel in Pallas' interpreter, as if it ran on a GPU."""
     plain = functools.partial(attention.decode, interpret=True, splits=1)
     monkeypatch.setattr(attention, "decode", plain)
-    monkeypatch.setattr(attention, "supported", lambda *_: True)
+    monkeypatch.setattr(attention, "choose", lambda *_: ("plain", ""))
     device = jax.devices("cpu")[0]
     monkeypatch.setattr(suite.environment, "device_for", lambda backend: device)
     monkeypatch.setattr(probes, "bound", lambda *_: {"bound_us": 1e5})

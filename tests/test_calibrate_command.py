@@ -119,6 +119,13 @@ def test_the_row_of_a_calibration(tmp_path, monkeypatch):
         num_layers=2, num_heads=1, num_kv_heads=1,
     )  # fmt: skip
     monkeypatch.setattr(calibrating_benchmark, "custom_llama", lambda name: config)
+    arguments = ["calibrating", str(tmp_path), "--layers", "3"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--write_only"])
+    calibrating_benchmark.main()
+    (written,) = tmp_path.iterdir()  # and is not written again
+    times = {path.name: path.stat().st_mtime_ns for path in written.iterdir()}
+    calibrating_benchmark.write(written, config)
+    assert {path.name: path.stat().st_mtime_ns for path in written.iterdir()} == times
     row = calibrating_benchmark.measure(tmp_path, "1B", 4, layers=3, tokens=1024, rotate=False)
     assert (row["layers"], row["layers_of_model"], row["tokens"]) == (3, 2, 1024)
     assert row["programs"] > 20 and row["programs_of_further_layers"] == 0  # they are alike

@@ -96,6 +96,7 @@ def test_values_of_a_chain(rng, bits, uniform, codebooks, config, count, bias):
         # More warps than units of a tile, and programs that differ in tiles.
         (1, (1, 1, 1, 1), ring.Config(5, 2), [(512, 512), (1024, 512), (512, 512), (208, 512)]),
         (4, (1, 2, 1, 3), ring.Config(4, 3), SHAPES),
+        (2, (1, 2, 1, 3), ring.Config(5, 3), SHAPES),
         # Sums that take the memory of other numbers of tiles.
         (8, (1, 2, 1, 2), ring.Config(12, 2), [(512, 512), (2048, 512), (512, 1024), (64, 512)]),
     ],
@@ -129,8 +130,12 @@ def test_a_chain_whose_producers_are_late(rng):
     ("bits", "uniform", "group_size", "scales"),
     [
         *((1, False, 128, "float16"), (2, False, 128, "float16"), (2, True, 32, "bfloat16")),
+        *((2, False, 32, "float32"), (2, False, 16, "float16")),
         *((4, False, 32, "float32"), (4, True, 32, "float16"), (4, True, 128, "float32")),
-        (8, False, 16, "bfloat16"),
+        *((8, False, 16, "bfloat16"), (1, False, 16, "float16")),
+        # One scale a row, or two: kept in shared memory.
+        *((1, False, 512, "bfloat16"), (2, False, 512, "float32"), (2, True, 256, "float16")),
+        *((4, False, 512, "bfloat16"), (4, True, 512, "bfloat16"), (8, False, 512, "float16")),
     ],
 )
 def test_a_chain_of_other_groups_and_scales(rng, bits, uniform, group_size, scales):
@@ -139,14 +144,35 @@ def test_a_chain_of_other_groups_and_scales(rng, bits, uniform, group_size, scal
     _check_chain(rng, SHAPES, bits, uniform, codebooks, config, bias=False, chance=rng, **kind)
 
 
+@pytest.mark.parametrize(("bits", "uniform"), [(1, False), (2, True), (4, False)])
+def test_a_chain_of_rows_of_several_lengths(rng, bits, uniform):
+    """Whose groups are the rows."""
+    shapes = [(512, 512), (2048, 512), (512, 1024), (96, 512)]
+    weights = chains.weights(rng, shapes, bits, (1, 2, 1, 1), uniform, False, 4096)
+    weights = [(dataclasses.replace(c, group_size=c.k), *others) for c, *others in weights]
+    _check_weights(rng, weights, ring.Config(4, 3), rng)
+
+
+@pytest.mark.parametrize("group_size", [16, 512, 1024, 4096, 16384])
+def test_warps_by_which_all_products_of_a_chain_have_slots_alike(group_size):
+    """In groups of 1024 the scales of one product may be in slots, and those of another be kept."""
+    cases = [dataclasses.replace(c, group_size=group_size) for c in _products(1, 4096, 14336, 6144)]
+    config = ring_arithmetic.config(cases, H200, chain.GATED)
+    assert chain.unsupported_reason(cases, config, H200) is None
+
+
 def _check_chain(rng, shapes, bits, uniform, codebooks, config, *, bias, chance=None, **kind):
     """Runs the kernel on the emulator, its results poisoned before, and compares with float64."""
     weights = chains.weights(rng, shapes, bits, codebooks, uniform, bias, **kind)
+    _check_weights(rng, weights, config, chance)
+
+
+def _check_weights(rng, weights, config, chance):
     products = [case for case, *_ in weights]
     assert chain.unsupported_reason(products, config, H200) is None
     cases = chain.cases(products, chains.EPS, config, H200)
     x, residual, scales = chains.inputs(rng, 512, 512)
-    counters = np.zeros(len(shapes), np.int32)
+    counters = np.zeros(len(weights), np.int32)
     operands = [x, residual, counters]
     for index, (_, arrays, *_) in enumerate(weights):
         operands += [a for a in arrays[1:] if a is not None]
@@ -238,7 +264,10 @@ def _products(bits, hidden, inner, qkv, codebooks=(1, 2, 1, 3)):
             lambda cases: [dataclasses.replace(cases[0], group_size=128), *cases[1:]],
             "several sizes",
         ),
-        (lambda cases: [dataclasses.replace(c, group_size=1024) for c in cases], "split fours"),
+        (
+            lambda cases: [dataclasses.replace(c, group_size=128, k=1280) for c in cases],
+            "split fours",
+        ),
         (lambda cases: [dataclasses.replace(c, group_size=192) for c in cases], "whole blocks"),
         (lambda cases: [dataclasses.replace(c, group_size=4) for c in cases], "less than 8"),
         (
@@ -302,7 +331,9 @@ def test_bad_chains_are_refused(rng):
         (1, False, 128, 2560, 9728, 6144, 19),
         (1, False, 128, 4096, 12288, 6144, 24),  # 8 slots, by 22 warps it would be 12
         (2, True, 64, 4096, 12288, 6144, 24),
-        (2, False, 64, 4096, 12288, 6144, 16),
+        (2, False, 64, 4096, 12288, 6144, 24),
+        (2, False, 16, 4096, 12288, 6144, 16),
+        (4, False, 64, 4096, 12288, 6144, 24),
         (4, True, 64, 4096, 14336, 6144, 24),
     ],
 )

@@ -1,5 +1,7 @@
 """The kernel of a block of columns, interpreted, beside the same loop in NumPy in float64."""
 
+import dataclasses
+
 import backends
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from fdk_jax.format import codebooks, quantisation
 from fdk_jax.format.quantisation import middle_of
 from fdk_jax.learning import rounding
 from pallas_kernels import columns, triton_compat
+from pallas_kernels.target import H200
 
 pytestmark = pytest.mark.skipif(not triton_compat.AVAILABLE, reason="needs Pallas' Triton module")
 
@@ -106,5 +109,7 @@ def test_whole_matrices_on_a_gpu(bits, rng):
 
 
 def test_where_it_runs():
-    assert columns.supported(16, "gpu") and not columns.supported(17, "gpu")
-    assert not columns.supported(16, "cpu")
+    assert columns.unsupported_reason(16, H200) is None
+    assert "17 levels" in columns.unsupported_reason(17, H200)
+    without = dataclasses.replace(H200, triton=False)
+    assert "Triton" in columns.unsupported_reason(16, without)

@@ -35,8 +35,8 @@ def run_short_attention(qkv, cos, sin, lengths, keys, values, norms, chance=None
     heads = qkv.shape[1] // dim - 2 * kv_heads
     eps = None if norms is None else 1e-6
     case = short_attention.Case(heads, kv_heads, dim, capacity, keys.dtype, eps)
-    if not case.supported(batch, H200):
-        pytest.skip("the kernel does not take this case")
+    if (reason := case.unsupported_reason(batch, H200)) is not None:
+        pytest.skip(reason)
     keys, values = np.array(keys), np.array(values)
     mixed = np.full((batch, heads * dim), np.nan, keys.dtype)
     emulator.run(
@@ -58,8 +58,8 @@ def run_split_attention(
     heads = qkv.shape[1] // dim - 2 * kv_heads
     eps = None if norms is None else 1e-6
     case = split_attention.Case(heads, kv_heads, dim, capacity, keys.dtype, eps, window)
-    if not case.supported(H200):
-        pytest.skip("the kernel does not take this case")
+    if (reason := case.unsupported_reason(H200)) is not None:
+        pytest.skip(reason)
 
     def emulated(source, operands, outputs, target, *, grid, num_warps, **_):
         mixed, *parts = (np.full(o.shape, np.nan, o.dtype) for o in (outputs[0], *outputs[3:]))

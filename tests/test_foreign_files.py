@@ -231,6 +231,38 @@ def test_modelopt_nvfp4(rng, tmp_path):
     assert np.array_equal(values(w), expected)
 
 
+CACHE_SCALES = {
+    "compressed-tensors": ("self_attn.k_scale", "self_attn.v_scale", "self_attn.k_zero_point"),
+    "modelopt": ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale"),
+}
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("method", CACHE_SCALES)
+def test_scales_of_a_cache_are_left_out_where_the_file_names_them(method, said, tmp_path):
+    """The cache is exact here, which is said; arrays that no setting explains stay, and are refused later."""
+    names = [f"model.layers.0.{name}" for name in CACHE_SCALES[method]]
+    arrays = {name: np.ones(1, np.float32) for name in names}
+    scheme = {"weights": {"num_bits": 4, "type": "int"}}
+    if method == "modelopt":
+        arrays |= {"m.weight": np.ones((2, 8), np.uint8), "m.weight_scale_2": np.float32(1)[None]}
+        arrays |= {"m.weight_scale": np.ones((2, 1), np.uint8)}
+        settings = {"quant_algo": "NVFP4"} | ({"kv_cache_quant_algo": "FP8"} if said else {})
+    else:
+        arrays |= {"m.weight_packed": np.ones((2, 2), np.int32), "m.weight_scale": np.ones((2, 1))}
+        arrays["m.weight_scale"] = arrays["m.weight_scale"].astype(np.float32)
+        arrays["m.weight_shape"] = np.asarray([2, 16])
+        settings = {"config_groups": {"a": scheme}, "format": "pack-quantized"}
+        settings |= {"kv_cache_scheme": {"num_bits": 8, "type": "float"}} if said else {}
+    settings["quant_method"] = method
+    where = folder(tmp_path / "model", arrays, {"quantization_config": settings})
+    if method == "modelopt":
+        rename_dtype(where / "model.safetensors", "m.weight_scale", "F8_E4M3")
+    checkpoint = files.read(where)
+    assert [name in checkpoint.tensors for name in names] == [not said] * len(names)
+    assert any("cache is exact" in note for note in checkpoint.notes) == said
+
+
 def rename_dtype(path: Path, name: str, dtype: str) -> None:
     raw = path.read_bytes()
     size = int.from_bytes(raw[:8], "little")
@@ -291,6 +323,28 @@ REFUSED = {
         {},
         {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24"}},
         "sparse-24",
+    ),
+    "another format": (
+        {},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "marlin-24",
+            "config_groups": {"a": {"weights": {"num_bits": 4}}},
+        },
+        "format='marlin-24'",
+    ),
+    "no zero points": (
+        {
+            "m.weight_packed": np.ones((2, 2), np.int32),
+            "m.weight_scale": np.ones((2, 1), np.float32),
+            "m.weight_shape": np.asarray([2, 16]),
+        },
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"a": {"weights": {"num_bits": 4, "symmetric": False}}},
+        },
+        "m has symmetric=false and no weight_zero_point",
     ),
     "parts without a word": ({"m.qweight": np.ones((1, 2), np.int32)}, None, "does not say"),
     "integers without scales": ({"m.weight": np.ones((1, 2), np.int8)}, None, "without scales"),

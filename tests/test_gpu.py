@@ -42,7 +42,8 @@ TARGET = current()  # set FDK_JAX_TARGET=sm_80 to test what older GPUs get
 GROUPS = [
     *((1, 128, "float16"), (1, 32, "float16"), (1, 256, "float32"), (2, 128, "float16")),
     *((2, 256, "float16"), (2, 2048, "float32"), (4, 16, "float32"), (4, 32, "float16")),
-    *((4, 128, "bfloat16"), (8, 32, "float16"), (8, 2048, "bfloat16")),
+    *((4, 128, "bfloat16"), (8, 32, "float16"), (8, 2048, "bfloat16"), (1, 16, "bfloat16")),
+    *((1, 2048, "float32"), (1, 1024, "bfloat16"), (2, 32, "bfloat16"), (4, 16, "bfloat16")),
 ]
 
 
@@ -124,6 +125,17 @@ def test_shapes(rng, dtype, bits, uniform, m, n, k, group_size, codebooks):
     _check(rng, m, n, k, bits, uniform, group_size, dtype, codebooks=codebooks)
 
 
+@pytest.mark.parametrize(("bits", "uniform"), [(2, False), (2, True), (4, True)])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size", "workers", "each"),
+    [(4096, 4096, 64, 16, 1), (8200, 8192, 128, 24, 1), (700, 1536, 32, 12, 2)],
+)
+def test_sums_of_integers(rng, bits, uniform, n, k, group_size, workers, each):
+    config = integer.Config(workers, each * TARGET.multiprocessors)
+    for dtype in ("bfloat16", "float16"):
+        _check(rng, 1, n, k, bits, uniform, group_size, dtype, config=config)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounding_gives_numpys_bits(rng, dtype):
     rounding_bits.check(rng, dtype, round_to)
@@ -190,7 +202,7 @@ def test_chains(rng, bits, uniform, hidden, inner, count):
     _check_chain(rng, bits, uniform, hidden, inner, count)
 
 
-@pytest.mark.parametrize(("bits", "group_size", "scales"), [g for g in GROUPS if g[1] < 1024])
+@pytest.mark.parametrize(("bits", "group_size", "scales"), GROUPS)
 def test_chains_of_other_groups_and_scales(rng, bits, group_size, scales):
     kind = dict(group_size=group_size, scales=scales)
     _check_chain(rng, bits, False, 2048, 4096, 4, width=2048, **kind)

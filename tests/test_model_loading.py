@@ -44,6 +44,26 @@ def test_ignored_names_do_not_matter(copy):
     models.load(folder)
 
 
+def test_a_tied_head_of_other_values_is_used(copy):
+    """As transformers does, which says so as well; one row that differs is enough."""
+    folder = copy("llama3")
+
+    def change(arrays):
+        head = arrays["model.embed_tokens.weight"].copy()
+        head[5] *= 2
+        arrays["lm_head.weight"] = head
+
+    tied, tokens = models.load(folder, dtype="float32"), expected("llama3")["tokens"]
+    rewrite(folder, change)
+    with pytest.warns(UserWarning, match="lm_head.weight has values of its own"):
+        model = models.load(folder, dtype="float32")
+    assert not model.config.tie_embeddings
+    ours, theirs = (models.Generator(one).logits(tokens) for one in (model, tied))
+    theirs = np.array(theirs)
+    theirs[..., 5] *= 2
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_missing_files(copy, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         models.load(tmp_path / "nowhere")

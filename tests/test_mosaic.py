@@ -20,7 +20,8 @@ from pallas_kernels import (
     mosaic_values,
     rounding,
 )
-from pallas_kernels.case import PLANE, Arrays, Case
+from pallas_kernels.case import Arrays, Case
+from pallas_kernels.layout import PLANE
 from pallas_kernels.mosaic_matmul import Config
 from pallas_kernels.target import H200, Target
 

@@ -19,6 +19,7 @@ import test_cpu_decoding
 import test_cpu_prompt_attention
 import test_decode_attention
 import test_grouped
+import test_integer_sums
 import test_layout
 import test_matmul
 import test_model_operations
@@ -180,6 +181,17 @@ def test_ptx_of_integers(spoil, rng, monkeypatch):
         test_ptx_values.test_integer_kernel(
             rng, 33, 600, 1, integer.Config(2, 2), "bfloat16", False
         )
+
+    fails(test, spoil, monkeypatch, emulator, "run", _emulated)
+
+
+@MUTATIONS
+@pytest.mark.parametrize(("bits", "uniform"), [(2, False), (4, True)])
+def test_ptx_of_integers_of_more_bits(bits, uniform, spoil, rng, monkeypatch):
+    case = 33, 512, 1, 64, "bfloat16", "bfloat16", integer.Config(2, 2)
+
+    def test():
+        test_integer_sums.test_integer_kernel_of_two_and_four_bits(rng, bits, uniform, *case)
 
     fails(test, spoil, monkeypatch, emulator, "run", _emulated)
 

@@ -10,7 +10,16 @@ from golden import DECODERS
 from planar import HALF
 
 from fdk_jax.format import codebooks, packing
-from pallas_kernels import choice, dequantise, integer, integer_tokens, matvec, mma, wgmma
+from pallas_kernels import (
+    choice,
+    dequantise,
+    integer,
+    integer_plan,
+    integer_tokens,
+    matvec,
+    mma,
+    wgmma,
+)
 from pallas_kernels.case import Case
 from pallas_kernels.ptx import Ptx
 from pallas_kernels.registers import at
@@ -80,6 +89,10 @@ def _run_ptx(case, config, arrays, bias, target=H200):
         (1, 96, 1100, 64, 3, "float16", matvec.Config(1, 4, 3, 1, programs=5)),
         (1, 130, 1100, 32, 1, "bfloat16", matvec.Config(2, 4, 8, 1, 2, True, programs=2)),
         (1, 70, 300, 64, 1, "bfloat16", matvec.Config(1, 4, 1, 1, programs=64)),
+        (1, 33, 1100, 16, 1, "bfloat16", matvec.Config(2, 4, 2, 1)),
+        (1, 100, 600, 16, 1, "float16", matvec.Config(1, 4, 1, 1, programs=3)),
+        (1, 48, 2100, 16, 3, "bfloat16", matvec.Config(1, 4, 3, 1, ring=True)),
+        (1, 33, 2100, 32, 1, "bfloat16", matvec.Config(1, 8, 2, 1)),
         (35, 70, 2100, 64, 1, "bfloat16", wgmma.Config(32, 1, 2, 4, 2, ring=True)),
         (5, 64, 1100, 16, 1, "float16", wgmma.Config(16, 1, 1, 4, ring=True)),
         (70, 130, 1100, 64, 1, "float16", wgmma.Config(64, 2, 1, 2, cluster=4)),
@@ -92,6 +105,7 @@ def _run_ptx(case, config, arrays, bias, target=H200):
         (70, 40, 520, 128, 1, "float16", mma.Config(64, 1, 2, 2, 2, 2)),
         (41, 40, 700, 64, 1, "bfloat16", mma.Config(48, 1, 2, 4, 2, 2)),
         (21, 70, 700, 64, 1, "bfloat16", mma.Config(24, 2, 2, 4, 2, 2)),
+        (64, 66, 2300, 64, 1, "float16", mma.Config(64, 2, 2, 4, 4, 4)),
     ],
 )
 def test_ptx_values_and_bounds(rng, bits, uniform, m, n, k, group_size, codebooks, dtype, config):
@@ -137,6 +151,8 @@ def test_integer_kernel(rng, n, k, codebooks, config, dtype, wide_scales):
         (800, 5000, 64, "bfloat16", integer.Config(5, 2)),  # more than the ring holds
         (33, 1100, 32, "float32", integer.Config(3, 2)),
         (33, 8192, 1024, "bfloat16", integer.Config(16, 2)),
+        (33, 1100, 16, "float16", integer.Config(3, 2)),
+        (33, 2104, 2104, "bfloat16", integer.Config(4, 2)),
     ],
 )
 def test_integer_kernel_whose_lanes_copy(rng, n, k, group_size, scale_dtype, config, architecture):
@@ -164,6 +180,17 @@ def test_integer_kernel_whose_lanes_copy(rng, n, k, group_size, scale_dtype, con
         (48, 3000, 1, 256, integer.Config(22, 2)),
         (48, 4000, 1, 512, integer.Config(4, 2)),
         (33, 8192, 1, 1024, integer.Config(16, 2)),
+        (33, 1100, 1, 16, integer.Config(3, 2)),  # quarters of a plane
+        (64, 2048, 2, 16, integer.Config(7, 3)),
+        (33, 2000, 1, 16, integer.Config(9, 2)),  # two warps a chunk of x
+        (800, 5000, 1, 16, integer.Config(5, 2)),  # more than the ring holds
+        # Scales that are kept: of a row, of a row that is no whole blocks, of several groups a row.
+        (33, 2048, 1, 2048, integer.Config(12, 2)),
+        (33, 2104, 1, 2104, integer.Config(4, 2)),
+        (70, 3000, 1, 4096, integer.Config(22, 2)),
+        (64, 5000, 2, 512, integer.Config(7, 3)),
+        (48, 9000, 1, 1024, integer.Config(12, 2)),
+        (2100, 600, 1, 600, integer.Config(1, 2)),  # more scales than threads load at once
     ],
 )
 def test_groups_and_scales_of_the_integer_kernel(
@@ -197,6 +224,8 @@ def test_groups_and_scales_of_the_integer_kernel(
         (64, 2048, 2, 128, "bfloat16", "bfloat16", integer_tokens.Config(5, 3)),
         (48, 3000, 1, 256, "float16", "bfloat16", integer_tokens.Config(4, 2)),
         (33, 8192, 1, 1024, "bfloat16", "float16", integer_tokens.Config(16, 2)),
+        (33, 2104, 1, 2104, "bfloat16", "bfloat16", integer_tokens.Config(5, 2)),
+        (48, 5000, 1, 1024, "float16", "float32", integer_tokens.Config(7, 2)),
     ],
 )
 def test_integer_kernel_of_several_tokens(
@@ -302,6 +331,9 @@ def test_integer_kernel_is_exact_for_integers(rng):
         (1, False, 400, 600, 1, integer.Config(1, 2)),  # more outputs than threads
         (1, False, 70, 1100, 1, matvec.Config(1, 8, 1, 1, 1, True)),
         (2, False, 96, 520, 3, matvec.Config(1, 8, 2, 1, 2)),
+        (2, False, 96, 1024, 3, integer.Config(4, 3)),
+        (2, True, 33, 512, 1, integer.Config(6, 2)),
+        (4, True, 70, 1024, 1, integer.Config(4, 2)),
         (4, False, 33, 600, 1, matvec.Config(2, 4, 1, 1)),
         (4, False, 40, 1100, 1, matvec.Config(1, 8, 4, 1, 1, True)),
         (4, True, 70, 700, 1, matvec.Config(4, 1, 1, 1)),  # more outputs than threads
@@ -351,6 +383,7 @@ def test_sums_and_norms_around_a_product(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 1024])
 @pytest.mark.parametrize(
     ("m", "config"),
     [
@@ -359,15 +392,17 @@ def test_sums_and_norms_around_a_product(
     ],
     ids=str,
 )
-def test_integer_kernel_propagates_like_a_dense_product(rng, value, m, config):
+def test_integer_kernel_propagates_like_a_dense_product(rng, value, group_size, m, config):
     """Within its own token: the others' results are finite."""
-    arrays, spec, _ = planar.product(rng, m, 32, 1024, 1, 64, "bfloat16")
+    if m > 1 and group_size < integer_plan.MIN_GROUP:
+        pytest.skip("the kernel of several tokens takes no such groups")
+    arrays, spec, _ = planar.product(rng, m, 32, 1024, 1, group_size, "bfloat16")
     x, packed, scales, _ = arrays
     x = x.at[-1, 700].set(value)
     codebook = np.asarray([[-0.5, 0.75]], np.float32)
     interchange, _ = packing.from_planar(packed, scales, in_features=1024, **spec)
     weight = codebook[0][np.asarray(packing.unpack(interchange, 1, 1024))]
-    case = planar.case(m, 32, 1024, 1)
+    case = planar.case(m, 32, 1024, 1, group_size=group_size)
     y = _run_ptx(case, config, (x, packed, scales, codebook), None).astype(np.float64)
     expected = np.asarray(x, np.float64) @ weight.T
     np.testing.assert_array_equal(y[-1], expected[-1])

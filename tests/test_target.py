@@ -14,7 +14,18 @@ from golden import DECODERS
 
 import fdk_jax
 import pallas_kernels
-from pallas_kernels import chain, choice, dequantise, matvec, ring_arithmetic, target
+from pallas_kernels import (
+    attention,
+    chain,
+    choice,
+    columns,
+    dense,
+    dequantise,
+    matvec,
+    norm,
+    ring_arithmetic,
+    target,
+)
 from pallas_kernels.case import Case
 from pallas_kernels.target import H200, SHARED_BYTES, Target, using
 
@@ -54,6 +65,63 @@ def test_every_product_has_a_kernel_that_runs_there(gpu, bits, uniform, dtype):
         assert ("wgmma" not in source) or gpu.capability == (9, 0)
         if gpu.capability < (9, 0):
             assert not _SINCE_90.search(source)
+
+
+@pytest.mark.parametrize("gpu", ALL, ids=lambda gpu: gpu.architecture)
+def test_the_other_kernels_of_a_step_run_everywhere(gpu):
+    assert attention.choose(HALF, (1, 8, 512, 128), 16, gpu) == ("short", "")
+    kernel, reason = attention.choose(HALF, (1, 8, 4096, 128), 16, gpu)
+    assert kernel == "split" and "4096 slots are not below" in reason
+    assert dense.unsupported_reason(1, 4096, 4096, HALF, gpu) is None
+    assert norm.unsupported_reason(4096, HALF, gpu) is None
+    assert columns.unsupported_reason(16, gpu) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "kernel", "reason"),
+    [
+        (dict(capability=None, kind="AMD MI300"), None, "no NVIDIA GPU"),
+        (dict(capability=(7, 5)), None, "older than sm_80"),
+        (dict(capability=(15, 0)), "plain", "do not know"),
+    ],
+)
+def test_why_the_other_kernels_of_a_step_do_not_run(changed, kernel, reason):
+    gpu = dataclasses.replace(H200, **changed)
+    assert attention.choose(HALF, (1, 8, 512, 128), 16, gpu)[0] == kernel
+    assert reason in attention.choose(HALF, (1, 8, 512, 128), 16, gpu)[1]
+    others = [
+        dense.unsupported_reason(1, 4096, 4096, HALF, gpu),
+        norm.unsupported_reason(4096, HALF, gpu),
+        columns.unsupported_reason(16, gpu),
+    ]
+    assert all(other is None if kernel else reason in other for other in others)
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "options", "kernel", "reason"),
+    [
+        ((1, 8, 512, 96), 16, {}, None, "heads of 96"),
+        ((1, 8, 512, 32), 16, {}, "plain", "heads of 32"),
+        ((1, 8, 500, 128), 16, {}, None, "500 slots"),
+        ((9, 8, 512, 128), 16, {}, "split", "9 x 16 programs"),
+        ((1, 1, 4096, 128), 17, {}, "plain", "17 query heads"),
+        ((1, 8, 512, 128), 16, dict(alike=False), "plain", "several dtypes"),
+        ((1, 8, 512, 128), 16, dict(window=100), "split", "sees all slots"),
+        ((1, 8, 512, 128), 16, dict(window=100, alike=False), None, "several dtypes"),
+    ],
+)
+def test_attention_of_a_shape(shape, heads, options, kernel, reason):
+    found, why = attention.choose(HALF, shape, heads, H200, **options)
+    assert found == kernel and reason in why
+    without = dataclasses.replace(H200, triton=False)
+    found, why = attention.choose(HALF, shape, heads, without, **options)
+    assert found == (kernel if kernel == "split" else None)
+    assert found or "no Triton lowering" in why
+
+
+def test_a_refused_dense_product_says_why():
+    with pytest.raises(ValueError, match="17 rows are not 1 to 16"):
+        dense.matmul(jnp.ones((17, 128), HALF), jnp.ones((128, 128), HALF), out_dtype=HALF)
 
 
 def test_hopper_has_its_own_kernels_and_others_have_not():

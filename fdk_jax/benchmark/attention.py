@@ -13,6 +13,7 @@ import numpy as np
 
 from fdk_jax.benchmark import environment, inputs, probes, records, timing
 from pallas_kernels import attention
+from pallas_kernels.target import current
 
 __all__ = ["AttentionCase", "group", "make_cases", "measure"]
 
@@ -70,8 +71,9 @@ def measure(case: AttentionCase, session: timing.Session) -> timing.Measurement:
     device = environment.device_for(case.backend)
     with jax.default_device(device):
         shape = case.batch, _KV_HEADS, case.slots, _DIM
-        if not attention.supported(case.dtype, shape, _DIM, _HEADS):
-            raise NotImplementedError(f"no kernel for {case.name}")
+        kernel, reason = attention.choose(case.dtype, shape, _HEADS, current())
+        if kernel is None:
+            raise NotImplementedError(f"no kernel for {case.name}: {reason}")
         token, cache = _arguments(case, np.random.default_rng(0))
         size = sum(a.nbytes for a in cache)
         ops = 4 * case.batch * _HEADS * case.slots * _DIM

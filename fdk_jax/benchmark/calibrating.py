@@ -2,9 +2,9 @@
 
     python -m fdk_jax.benchmark.calibrating FOLDER --model 1B --bits 4 --out rows.jsonl
 
-writes a model of random weights in bfloat16 into FOLDER (on a memory disk, such as /dev/shm, to leave the
-disk out) and calibrates it on random tokens, which take as long as any others. One row a process: a peak is the
-process's.
+writes a model of random weights in bfloat16 into FOLDER (on a memory disk, such as /dev/shm, to leave the disk
+out; --write_only does no more than that), and calibrates it on random tokens, which take as long as any others.
+One row a process: a peak is the process's.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from flax import nnx
 from fdk_jax import compilation_cache, models
 from fdk_jax.benchmark import environment, loading, records
 from fdk_jax.models import calibrating
-from fdk_jax.models.config import custom_llama
+from fdk_jax.models.config import ModelConfig, custom_llama
 
 SUITE = "calibration"
 _CONTEXT = 512
@@ -72,6 +72,24 @@ class _Clock(logging.Handler):
         }
 
 
+def _shape(name: str, layers: int | None) -> ModelConfig:
+    config = custom_llama(name)
+    return dataclasses.replace(config, num_layers=layers or config.num_layers)
+
+
+def _place(folder: Path, name: str, config: ModelConfig) -> Path:
+    return folder / f"calibrating-{name}-{config.num_layers}"
+
+
+def write(where: Path, config: ModelConfig) -> None:
+    """Writes the float model, unless it is there."""
+    if not where.exists():
+        unfinished = where.with_name(f"{where.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        loading.write(unfinished, config, 16, np.random.default_rng(0))
+        unfinished.rename(where)
+
+
 def measure(
     folder: Path, name: str, bits: int, *, layers: int | None, tokens: int, rotate: bool
 ) -> dict[str, Any]:
@@ -85,13 +103,11 @@ def measure(
         tokens: of the text, in windows of 512.
         rotate: see `load_calibrated`.
     """
-    config = custom_llama(name)
-    whole = config.num_layers
-    config = dataclasses.replace(config, num_layers=layers or whole)
-    where = folder / f"calibrating-{name}-{config.num_layers}"
-    shutil.rmtree(where, ignore_errors=True)
+    whole = custom_llama(name).num_layers
+    config = _shape(name, layers)
+    where = _place(folder, name, config)
     try:
-        loading.write(where, config, 16, np.random.default_rng(0))
+        write(where, config)
         stored = sum(path.stat().st_size for path in where.iterdir())
         rows = np.random.default_rng(1).integers(
             0, config.vocab_size, (max(1, tokens // _CONTEXT), _CONTEXT)
@@ -132,9 +148,14 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, choices=(1, 2, 4, 8))
     parser.add_argument("--layers", type=int, help="the first ones only")
     parser.add_argument("--tokens", type=int, default=16384, help="of the text")
+    parser.add_argument("--write_only", action="store_true", help="write the float model and stop")
     parser.add_argument("--rotate", action="store_true", help="turn the weights first")
     parser.add_argument("--out", type=Path, default=Path("results/calibration.jsonl"))
     arguments = parser.parse_args()
+    if arguments.write_only:
+        config = _shape(arguments.model, arguments.layers)
+        write(_place(arguments.folder, arguments.model, config), config)
+        return
     compilation_cache.keep()
     found = measure(
         arguments.folder,

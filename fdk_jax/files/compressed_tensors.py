@@ -12,7 +12,7 @@ import numpy as np
 from fdk_jax.files import small_floats
 from fdk_jax.files.bits import turn, turned, unpack
 from fdk_jax.files.contents import Stored, quantised_tensor
-from fdk_jax.files.groups import Group, split
+from fdk_jax.files.groups import Group, split, without_cache_scales
 from fdk_jax.files.zero_points import with_zeros
 from fdk_jax.format import packing
 
@@ -26,6 +26,11 @@ _PARTS = (
     "input_global_scale",
     "input_scale",
     "input_zero_point",
+)
+# None, where a file does not say: its arrays are of one of the others.
+_FORMATS = (
+    *(None, "pack-quantized", "int-quantized", "naive-quantized", "nvfp4-pack-quantized"),
+    *("mxfp4-pack-quantized", "mixed-precision", "dense"),
 )
 
 
@@ -50,6 +55,8 @@ def weights(
             f"compressed-tensors with quantization_status={settings['quantization_status']!r} is not"
             " supported, only compressed"
         )
+    if settings.get("kv_cache_scheme"):
+        stored = without_cache_scales(stored, notes)
     groups, rest = split(stored, "weight_packed", _PARTS)
     whole, rest = split(rest, "weight_scale", ("weight", *_PARTS))
     schemes = [_scheme(name, settings) for name in settings.get("config_groups") or {}]
@@ -71,14 +78,19 @@ def _scheme(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     entry = settings["config_groups"][name]
     if not isinstance(entry, Mapping) or not entry.get("weights"):
         raise ValueError(f"compressed-tensors: config group {name!r} has no weights")
-    args, inputs = entry["weights"], entry.get("input_activations")
+    args, inputs = (
+        entry["weights"],
+        entry.get("input_activations") or entry.get("output_activations"),
+    )
     if args.get("actorder") in ("group", "dynamic", True):
         raise ValueError(f"compressed-tensors with actorder={args['actorder']!r} is not supported")
+    if (form := entry.get("format") or settings.get("format")) not in _FORMATS:
+        raise ValueError(f"compressed-tensors with format={form!r} is not supported")
     activations = (
         f"{inputs.get('num_bits')}-bit {inputs.get('type')} activations" if inputs else None
     )
     return dict(
-        format=entry.get("format") or settings.get("format"),
+        format=form,
         bits=args.get("num_bits"),
         type=args.get("type", "int"),
         strategy=args.get("strategy"),
@@ -143,6 +155,8 @@ def _integers(group: Group, schemes: list[dict[str, Any]]) -> Stored:
         raise ValueError(f"{group.module}: compressed-tensors of {bits} bits is not supported")
     g = _group_size(group, scale.shape, n, k)
     zero = group.parts.get("weight_zero_point")
+    if zero is None and not any(s["symmetric"] for s in schemes if s["bits"] == bits):
+        raise ValueError(f"{group.module} has symmetric=false and no weight_zero_point")
 
     def symmetric(words: np.ndarray, scales: np.ndarray):
         values = np.arange(2**bits, dtype=np.float32) - 2 ** (bits - 1)

@@ -1,11 +1,14 @@
 """Arrays that together make one weight: `P.qweight`, `P.scales`, ... of every module P."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fdk_jax.files.contents import Stored
 from fdk_jax.format.quantised_tensor import QuantisedTensor
+
+_OF_CACHE = re.compile(r"\.self_attn\.(q_|k_|v_)?(proj\.)?[qkv]_(scale|zero_point)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,3 +75,9 @@ def split(
                 parts[part] = found
         groups.append(Group(module, parts))
     return groups, rest
+
+
+def without_cache_scales(stored: Mapping[str, Stored], notes: list[str]) -> dict[str, Stored]:
+    """The arrays without the scales of a quantised key-value cache, which is exact here, and a note of that."""
+    notes.append("the key-value cache is exact here; the checkpoint was made for a quantised one")
+    return {name: one for name, one in stored.items() if not _OF_CACHE.search(name)}

@@ -5,7 +5,7 @@ from typing import Any
 
 from fdk_jax.files.compressed_tensors import nvfp4
 from fdk_jax.files.contents import Stored
-from fdk_jax.files.groups import split
+from fdk_jax.files.groups import split, without_cache_scales
 
 NAME = "ModelOpt"
 
@@ -18,9 +18,12 @@ def weights(
     Raises:
         ValueError: an algorithm other than NVFP4.
     """
-    algorithm = settings.get("quant_algo") or settings.get("quantization", {}).get("quant_algo")
+    settings = {**settings, **(settings.get("quantization") or {})}
+    algorithm = settings.get("quant_algo")
     if algorithm not in ("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4"):
         raise ValueError(f"ModelOpt with quant_algo={algorithm!r} is not supported, only NVFP4")
+    if settings.get("kv_cache_quant_algo") or settings.get("kv_cache_scheme"):
+        stored = without_cache_scales(stored, notes)
     groups, rest = split(
         stored, "weight_scale_2", ("weight", "weight_scale", "input_scale", "pre_quant_scale")
     )

@@ -19,6 +19,7 @@ from fdk_jax.format.dequantisation import lookup, round_to, spread
 from fdk_jax.format.quantisation import middle_of, nearest_codes
 from fdk_jax.learning import compiling
 from pallas_kernels import columns as columns_kernel
+from pallas_kernels import target
 
 # Multiples of the rule's scale that the search tries; 1 is one of them.
 _MULTIPLES = np.round(np.arange(0.4, 1.6001, 0.025), 3)
@@ -194,7 +195,9 @@ def corrected(
 def _fused(weight: Array, codebook: Array) -> bool:
     """Whether a kernel has the loop over the columns of a block."""
     (device, *_) = weight.devices()
-    return codebook.ndim == 1 and columns_kernel.supported(codebook.size, device.platform)
+    if codebook.ndim != 1 or device.platform != "gpu":
+        return False
+    return columns_kernel.unsupported_reason(codebook.size, target.current()) is None
 
 
 @jax.jit

@@ -27,7 +27,7 @@ from fdk_jax.models.expert_weights import read_bias, read_stack, set_stack
 from fdk_jax.models.hub import find_checkpoint
 from fdk_jax.models.parallel import Parallel
 from fdk_jax.models.pipeline import MAKERS, Finish, Pipeline, Take, run
-from fdk_jax.models.stages import check_names, stages
+from fdk_jax.models.stages import check_names, stages, with_own_head
 from fdk_jax.models.transformer import Transformer, shapes
 from fdk_jax.models.weights import (
     Placer,
@@ -133,6 +133,9 @@ def load(
             )
         tensors = {name: _as_floats(one) for name, one in checkpoint.tensors.items()}
         checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
+    if (own := with_own_head(config, checkpoint.tensors)) != config:
+        note = f"tie_word_embeddings is true, and {names.HEAD} has values of its own: they are used"
+        config, checkpoint = own, dataclasses.replace(checkpoint, notes=(*checkpoint.notes, note))
     check_names(config, checkpoint.tensors)
     if parallel is not None:
         names.check_cut(config)

@@ -201,11 +201,10 @@ def head(config: ModelConfig) -> Projection:
 
 
 EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 
 
 def ignored(name: str, config: ModelConfig) -> bool:
     """Arrays that some files hold and nothing needs: RoPE tables, a copy of a tied head."""
-    return name.endswith("rotary_emb.inv_freq") or (
-        config.tie_embeddings and name == "lm_head.weight"
-    )
+    return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == HEAD)

@@ -31,7 +31,8 @@ def linear(x: Array, kernel: Array, out_dtype: Any) -> Array:
         return y.reshape(*x.shape[:-1], n)
 
     k, n = kernel.shape
-    few = x.ndim == 2 and dense.supported(x.shape[0], k, n, kernel.dtype)
+    shape = x.shape[0], k, n, kernel.dtype
+    few = x.ndim == 2 and dense.unsupported_reason(*shape, target.current()) is None
     return jax.lax.platform_dependent(
         x,
         kernel,
@@ -88,7 +89,8 @@ def add_rms_norm(
     def fused(x: Array, delta: Array, scale: Array) -> tuple[Array, Array]:
         return norm.add_rms_norm(x, delta, scale, eps=eps)
 
-    good = offset == 0 and norm.supported(x.shape[1], x.dtype)
+    reason = norm.unsupported_reason(x.shape[1], x.dtype, target.current())
+    good = offset == 0 and reason is None
     on_cpu = offset == 0 and x.ndim == 2 and x.dtype == delta.dtype == scale.dtype
     on_cpu = on_cpu and cpu_backend.unavailable_reason() is None
     return jax.lax.platform_dependent(
@@ -270,7 +272,11 @@ def token_attention(
     # A window that the whole cache fits into hides nothing.
     window = None if mask.window is None or mask.window >= capacity else mask.window
     fusible = fusible and mask.soft_cap is None and sinks is None
-    on_gpu = fusible and pallas_attention.supported(qkv.dtype, keys.shape, dim, heads, window)
+    alike = all(array.dtype == keys.dtype for array in (qkv, values, *(norms or ())))
+    kernel, _ = pallas_attention.choose(
+        keys.dtype, keys.shape, heads, target.current(), window=window, alike=alike
+    )
+    on_gpu = fusible and kernel is not None
     on_cpu = fusible and window is None and cpu_backend.unavailable_reason() is None
     options = dict(norms=norms, norm_eps=norm_eps)
     gpu = functools.partial(pallas_attention.decode, **options, window=window)

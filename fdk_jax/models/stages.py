@@ -1,7 +1,11 @@
 """Names and shapes of what a checkpoint of a model has, in the order in which it is read."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
+
+import jax
+import numpy as np
 
 from fdk_jax.files.contents import Stored
 from fdk_jax.models import names
@@ -36,6 +40,24 @@ def check_names(config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
             lines.append(f"{len(listed)} {kind}: {', '.join(listed[:_SHOWN])}{more}")
     if lines:
         raise ValueError("the checkpoint does not fit its config.json: " + "; ".join(lines))
+
+
+def with_own_head(config: ModelConfig, tensors: Mapping[str, Stored]) -> ModelConfig:
+    """The configuration without a tied head, if the head has values of its own; as in transformers."""
+    table, head = tensors.get(names.EMBEDDING), tensors.get(names.HEAD)
+    if not config.tie_embeddings or table is None or head is None or _equal(table, head):
+        return config
+    return dataclasses.replace(config, tie_embeddings=False)
+
+
+def _equal(one: Stored, other: Stored) -> bool:
+    """Whether two matrices hold the same values in the same way, read some rows at a time."""
+    if one.shape != other.shape or one.quantised != other.quantised or one.kind != other.kind:
+        return False
+    if one.quantised:
+        pairs = zip(*(jax.tree.leaves(stored.read()) for stored in (one, other)), strict=True)
+        return all(np.array_equal(a, b) for a, b in pairs)
+    return all(np.array_equal(one.some(*run), other.some(*run)) for run in one.runs())
 
 
 def _fits(found: Stored, wanted: tuple[int, ...]) -> bool:

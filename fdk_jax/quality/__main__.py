@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
-from fdk_jax import usage
+from fdk_jax import compilation_cache, usage
 from fdk_jax.benchmark import environment, records
 from fdk_jax.quality import curves, language_model, table
 from fdk_jax.quality.measure import measure as measure_network
@@ -26,7 +26,7 @@ _SMALL = flags.DEFINE_bool("small", False, "the model of the tests: two minutes 
 _NETWORK = flags.DEFINE_enum(
     "network",
     None,
-    ["smollm2", "smollm2-rotated", "minilm", "trained", "trained-1"],
+    ["smollm2", "smollm2-rotated", "minilm", "trained", "trained-1", "trained-huge"],
     "a network of a package instead of the one that is trained; or a larger one, trained on --text",
 )
 _TEXT = flags.DEFINE_string("text", None, "file or folder of prose, for --network")
@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         usage.fail(_PROGRAM, f"unexpected arguments: {argv[1:]}")
     path = Path(_OUT.value)
+    logging.set_verbosity(logging.WARNING)  # of the writer of checkpoints
+    compilation_cache.keep()
     if _NETWORK.value:
         if not _TEXT.value or not Path(_TEXT.value).exists():
             usage.fail(_PROGRAM, f"--network needs a text that exists, got --text={_TEXT.value}")

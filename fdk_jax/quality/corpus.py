@@ -36,7 +36,7 @@ class Tokens:
         test: uint16 [tokens], of other documents.
         vocabulary: number of different tokens.
         test_bytes: of the test text in UTF-8.
-        digest: of the whole text, hexadecimal.
+        digest: of the whole text, however it was compressed; hexadecimal.
     """
 
     train: np.ndarray
@@ -92,8 +92,15 @@ def documents(path: Path) -> list[str]:
     Raises:
         ValueError: fewer than two documents.
     """
-    raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-    found = [text for text in raw.decode("utf-8").split(_SEPARATOR) if text]
+    return _parted(_text(path), path)
+
+
+def _text(path: Path) -> bytes:
+    return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+
+
+def _parted(text: bytes, path: Path) -> list[str]:
+    found = [one for one in text.decode("utf-8").split(_SEPARATOR) if one]
     if len(found) < 2:
         raise ValueError(
             f"{path} holds {len(found)} documents (form feeds part them): 2 are needed"
@@ -112,13 +119,14 @@ def tokenise(path: Path, vocabulary: int, cache: Path | None = None) -> Tokens:
     Returns:
         The same tokens for the same text and version of `tokenizers`.
     """
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    text = _text(path)
+    digest = hashlib.sha256(text).hexdigest()[:16]
     kept = None if cache is None else cache / f"tokens-{digest}-{vocabulary}.npz"
     if kept is not None and kept.exists():
         with np.load(kept) as found:
             sizes = found["sizes"].tolist()
             return Tokens(found["train"], found["test"], sizes[0], sizes[1], digest)
-    texts = documents(path)
+    texts = _parted(text, path)
     lengths = np.cumsum([len(text.encode()) for text in texts])
     # A small text gives a tenth of itself.
     limit = min(_TEST_BYTES, lengths[-1] // 10)

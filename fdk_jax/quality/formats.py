@@ -56,6 +56,17 @@ class Format:
         )
 
     @property
+    def width(self) -> int:
+        """Bits of its codes in memory."""
+        return 4 if self.bits == 3 else self.bits
+
+    @property
+    def trained_codebook(self) -> Any:
+        """What a network is trained with: "kmeans" or float32 levels."""
+        fitted = self.levels.startswith("kmeans")
+        return "kmeans" if fitted else even_or_named(self.levels, self.bits, self.scale)
+
+    @property
     def needs_data(self) -> bool:
         """Whether it is fitted to activations."""
         return self.rounding not in ("nearest", "trained")
@@ -98,7 +109,7 @@ class Format:
             made = dataclasses.replace(self, scale="absmax").apply(matrix * signs, second)
             return made * signs.astype(made.dtype)
         fixed = isinstance(levels := self._codebook(matrix), np.ndarray)
-        width = 4 if self.bits == 3 else self.bits
+        width = self.width
         options: dict[str, Any] = dict(
             group_size=self.group_size, scale=self.scale, codebook=levels
         )
@@ -136,7 +147,7 @@ def even_or_named(name: str, bits: int, scale: str) -> np.ndarray:
         return (np.arange(1 - half, half) / max(1, half - 1)).astype(np.float32)
     if name == "integers":
         return (np.arange(-half, half) / half).astype(np.float32)
-    rule = resolve_scale("auto", bits) if scale == "search" else scale
+    rule = resolve_scale("auto", bits) if scale == "search" else resolve_scale(scale, bits)
     return resolve_codebook(name, bits, rule, _GROUP)
 
 
@@ -223,7 +234,16 @@ def _table() -> tuple[Format, ...]:
         for rounding in ("corrected", "descended")
         for bits in (4, 2, 1)
     ]
-    found += [Format(bits, "kmeans-weights", "auto", "trained") for bits in (4, 2, 1)]
+    trained = {
+        1: ("uniform",),
+        2: ("normal", "uniform"),
+        4: ("nf4", "uniform", "integers"),
+        3: ("normal", "integers"),
+    }
+    found += [Format(bits, "kmeans-weights", "auto", "trained") for bits in (1, 2, 4)]
+    found += [
+        Format(bits, lv, "auto", "trained") for bits, names in trained.items() for lv in names
+    ]
     # Beside a published GPTQ, with its groups.
     found += [
         Format(4, levels, "search", rounding, group_size=_PUBLISHED_GROUP)

@@ -62,7 +62,7 @@ def rows(
         note(title)
         moments = network.moments(form.seed) if form.needs_data else {}
         if trained:
-            made = network.trained(form.bits)
+            made = network.trained(form.width, form.trained_codebook)
         else:
             made = {key: form.apply(m, moments.get(key)) for key, m in matrices.items()}
         scores = [network.score(network.with_matrices(made), seed) for seed in SEEDS]

@@ -94,9 +94,9 @@ class Network:
         """What `trained` trains for, and the batch of each step: none of them holds a test text."""
         raise NotImplementedError
 
-    def trained(self, bits: int) -> dict[str, Array]:
-        """`matrices()` after training through their quantisation with fitted codebooks."""
-        made = tuning.tuned(self.master, bits, *self.tuning())
+    def trained(self, bits: int, codebook: Any = "kmeans") -> dict[str, Array]:
+        """`matrices()` after training through their quantisation, see `tuning.tuned`."""
+        made = tuning.tuned(self.master, bits, *self.tuning(), codebook=codebook)
         return {_numbered(*key): matrix for key, matrix in made.items()}
 
     def _is_kernel(self, path: tuple, _: Any) -> bool:
@@ -160,21 +160,24 @@ class LanguageModel(Network):
 
 
 class TrainedModel(Network):
-    """The largest model but one of the scaling table, at 16 bits, which is trained first; in bfloat16.
+    """A model of the scaling table at 16 bits, which is trained first; in bfloat16.
 
-    The seed is that of its weights and of the order of its text.
+    Args:
+        text: see `fdk_jax.quality.corpus.documents`.
+        seed: of its weights and of the order of its text.
+        size: of `scaling_runs.SIZES`.
     """
 
     measures = LanguageModel.measures
 
-    def __init__(self, text: str | Path, seed: int = 0):
-        self._plan = plan = scaling_runs.Plan(seed=seed)
+    def __init__(self, text: str | Path, seed: int = 0, size: str = "large"):
+        self._plan = plan = scaling_runs.Plan(seed=seed, reproducible=True)
         vocabulary = max(shape.vocabulary for shape in scaling_runs.SIZES.values())
         tokens = corpus.tokenise(Path(text), vocabulary, Path(scaling_runs.FOLDER))
         data = scaling_runs.make_data(plan, Path(text).name, tokens)
         attention = best_attention(plan.batch, plan.context)
-        place = Path(scaling_runs.FOLDER) / f"network-{seed}-{data.text.split()[-1]}"
-        run = scaling_runs.Run(plan, scaling_runs.SIZES["large"], 16, data, attention, place)
+        place = Path(scaling_runs.FOLDER) / f"network-{size}-{seed}-{data.text.split()[-1]}"
+        run = scaling_runs.Run(plan, scaling_runs.SIZES[size], 16, data, attention, place)
         while run.done < plan.chunks:
             run.advance()
         run.save()
@@ -193,15 +196,14 @@ class TrainedModel(Network):
         return _compared(model, rows, self._expected[seed])
 
     def tuning(self) -> tuple[Loss, Callable[[int], Any]]:
-        """On the training text as before, from the float weights."""
-        size = self._plan.batch
+        """For what the float model says of each next token of the training text."""
         order = np.random.default_rng(0).permutation(len(self._train))
 
-        def batch(index: int) -> Array:
-            rows = order[np.arange(index * size, (index + 1) * size) % len(order)]
-            return self._train[rows]
+        def batch(index: int) -> tuple[Array, Array]:
+            tokens = self._train[_some(order, index, self._plan.batch)].astype(jnp.int32)
+            return tokens, _log_probabilities(self.model, tokens)
 
-        return scaling_runs.loss, batch
+        return _divergence, batch
 
 
 def _compared(model: nnx.Module, rows: list[Array], expected: Sequence[Any]) -> tuple[float, ...]:
@@ -291,6 +293,7 @@ NETWORKS: dict[str, Callable[[str | Path], Network]] = {
     "minilm": SentenceEncoder,
     "trained": TrainedModel,
     "trained-1": functools.partial(TrainedModel, seed=1),
+    "trained-huge": functools.partial(TrainedModel, size="huge"),
 }
 
 

@@ -130,8 +130,29 @@ class LanguageModel(nnx.Module):
         in float32: `nnx.Embed` rounds the table first, and adds in bfloat16.
         """
         if isinstance(self.embedding, nnx.Embed):
-            return jnp.take(self.embedding.embedding.get_value(), tokens, axis=0)
+            return _taken(self.embedding.embedding.get_value(), tokens)
         return self.embedding(tokens)
+
+
+@jax.custom_vjp
+def _taken(table: Array, tokens: Array) -> Array:
+    """Rows of a float32 table [V, D]; their gradients are summed by a product, in the same order every time."""
+    return jnp.take(table, tokens, axis=0)
+
+
+def _taken_forward(table: Array, tokens: Array) -> tuple[Array, tuple[Array, int]]:
+    return _taken(table, tokens), (tokens, len(table))
+
+
+def _taken_backward(kept: tuple[Array, int], gradients: Array) -> tuple[Array, None]:
+    tokens, rows = kept
+    # The rows are rounded to bfloat16 at once, so that their gradients are bfloat16 values.
+    chosen = jax.nn.one_hot(tokens.reshape(-1), rows, dtype=jnp.bfloat16)
+    gradients = gradients.reshape(-1, gradients.shape[-1]).astype(jnp.bfloat16)
+    return jnp.matmul(chosen.T, gradients, preferred_element_type=jnp.float32), None
+
+
+_taken.defvjp(_taken_forward, _taken_backward)
 
 
 @functools.lru_cache(maxsize=64)

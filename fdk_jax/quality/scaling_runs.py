@@ -57,6 +57,7 @@ class Plan:
         seed: of weights and of the order of sequences.
         start_step: steps before it see float weights.
         embedding_bits: of the embedding, which is the head too, at least; 16 leaves it in bfloat16.
+        reproducible: whether a GPU gives the same bits every time, by programs that are not tuned.
     """
 
     tokens: int = 40_000_000
@@ -70,6 +71,7 @@ class Plan:
     seed: int = 0
     start_step: int = 0
     embedding_bits: int = 4
+    reproducible: bool = False
 
     def small(self) -> "Plan":
         """The same in the size of a test."""
@@ -232,7 +234,8 @@ class Run:
         )
         started = time.monotonic()
         lowered = _train_chunk.lower(step, self._graph, self._state, data.train, self._rows(0))
-        self._program = lowered.compile()
+        same = plan.reproducible and jax.default_backend() == "gpu"
+        self._program = lowered.compile({"xla_gpu_deterministic_ops": True} if same else None)
         self.compile_seconds = time.monotonic() - started
 
     @property

@@ -24,22 +24,25 @@ def tuned(
     loss: Callable[[nnx.Module, Any], Array],
     batch: Callable[[int], Any],
     *,
+    codebook: Any = "kmeans",
     steps: int = STEPS,
 ) -> dict[tuple[str, tuple[int, ...]], Array]:
     """The matrices of a float model after training; all else stays as it is.
 
     Args:
         model: its linear layers have float weights; it is not changed.
-        bits: of fitted codebooks, in groups of 64 with scales in bfloat16.
+        bits: of the codes, in groups of 64 with scales in bfloat16.
         loss: maps (model, batch) to a scalar.
         batch: gives that of a step.
+        codebook: see `fdk_jax.training.quantisation_aware`; the levels of "kmeans" follow the weights.
         steps: of training.
 
     Returns:
         float32 [N, K] by the layer's dotted name and the number of a stacked matrix.
     """
-    options: dict[str, Any] = dict(group_size=_GROUP, codebook="kmeans", dtype=jnp.bfloat16)
-    model = training.quantisation_aware(nnx.clone(model), bits, **options)
+    model = training.quantisation_aware(
+        nnx.clone(model), bits, group_size=_GROUP, codebook=codebook, dtype=jnp.bfloat16
+    )
     rate = optax.warmup_cosine_decay_schedule(0.0, _RATE, min(_WARM_UP, steps // 2), steps)
     parts: dict[Any, Any] = {"kernels": optax.adamw(rate, b2=0.95), "rest": optax.set_to_zero()}
     transform = optax.multi_transform(parts, _kernels_or_rest)
