@@ -362,6 +362,8 @@ class _Reader:
         each = self.pipeline.each
         if all(isinstance(part, Stored) for part in parts):
             if not any(part.quantised for part in parts):
+                if (made := self.placer.host_kernel(parts, each)) is not None:
+                    return made
                 pieces = [piece for part in parts for piece in self.placer.pieces(part, each)]
                 return self.placer.kernel(pieces, cut)
             if all(part.quantised for part in parts):
