@@ -13,7 +13,7 @@ from test_gguf import HEADS, HIDDEN, INNER, KV, MATRICES, VOCAB, D, blocks, plai
 
 from fdk_jax import files, models
 from fdk_jax.files import contents, gguf_types
-from fdk_jax.models import weights
+from fdk_jax.models import host_matrices, weights
 from fdk_jax.models.tokenizer import Tokenizer
 from fdk_jax.product import cpu_backend
 
@@ -205,8 +205,9 @@ def test_matrices_by_runs_of_rows_are_those_read_whole(
         patch.setattr(weights.Placer, "streams", lambda *_: False)
         whole = jax.tree.leaves(nnx.state(models.load(path, backend=backend, dtype=dtype)))
     # On a device that has memory of its own floats are sent by pieces.
-    monkeypatch.setattr(weights, "_uses_host_memory", lambda: on_host)
+    monkeypatch.setattr(host_matrices, "are_used", lambda: on_host)
     monkeypatch.setattr(weights, "_RUN_BYTES", 700)
+    monkeypatch.setattr(host_matrices, "_RUN_BYTES", 900)
     monkeypatch.setattr(cpu_backend, "_RUN_BYTES", 5000)
     monkeypatch.setattr(contents, "_RUN_BYTES", 6000)
     by_rows = jax.tree.leaves(nnx.state(models.load(path, backend=backend, dtype=dtype)))

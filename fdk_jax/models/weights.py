@@ -7,7 +7,7 @@ projection at a time are all that exists twice.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,44 +20,17 @@ from jax.sharding import PartitionSpec as P
 from fdk_jax.files import widening
 from fdk_jax.files.contents import Stored
 from fdk_jax.format import packing
-from fdk_jax.format.host_arrays import aligned, scratch
+from fdk_jax.format.host_arrays import aligned
 from fdk_jax.format.quantised_tensor import SPEC_FIELDS, QuantisedTensor
 from fdk_jax.layers.linear import QuantisedLinear
+from fdk_jax.models import host_matrices
+from fdk_jax.models.host_matrices import Each
 from fdk_jax.models.parallel import Parallel
 from fdk_jax.product.choice import ARITHMETIC, LAYOUT_OF
 
 HostArray = np.ndarray | Array
-Each = Callable[[Callable[[int], None], Iterable[int]], None]
 
 _RUN_BYTES = 2 << 20  # of codes that a thread reads and unpacks at a time: they stay in a cache
-
-
-def _uses_host_memory() -> bool:
-    """Whether the device's arrays lie where files are read to."""
-    return jax.default_backend() == "cpu"
-
-
-def _by_rows(stored: Stored, each: Each, function: Callable[[int, int], Any]) -> None:
-    """Calls a function with runs of rows [begin, end) of a float matrix, in threads."""
-    count, row_bytes = stored.shape[0], 2 * math.prod(stored.shape[1:])
-    step = max(_RUN_BYTES // max(row_bytes, 1), 1)
-    each(lambda begin: function(begin, min(begin + step, count)), range(0, count, step))
-
-
-def _read_by_rows(stored: Stored, each: Each) -> HostArray:
-    """A float array, in threads."""
-    first = stored.some(0, 1)
-    target = aligned(math.prod(stored.shape) * first.itemsize)
-    rows = target.reshape(stored.shape[0], -1)
-
-    def read(begin: int, end: int) -> None:
-        run = rows[begin:end]
-        found = stored.some(begin, end, run.reshape(-1))
-        if not np.may_share_memory(found, run):
-            run[:] = np.ascontiguousarray(found).view(np.uint8).reshape(run.shape)
-
-    _by_rows(stored, each, read)
-    return target.view(first.dtype).reshape(stored.shape)
 
 
 def join_rows(parts: Sequence[HostArray], shards: int) -> HostArray:
@@ -196,8 +169,8 @@ class Placer:
         A transfer's bytes lie in memory that the device can read, which takes a second for each GB to get and
         is used again: so few of them are under way, and none is long. On a CPU they are used where they lie.
         """
-        if _uses_host_memory():
-            return [self._put(_read_by_rows(stored, each), P())]
+        if host_matrices.are_used():
+            return [self._put(host_matrices.read(stored, each), P())]
         runs, found = stored.runs(), {}
 
         def put(index: int) -> None:
@@ -207,25 +180,9 @@ class Placer:
         return [found[index] for index in range(len(runs))]
 
     def host_kernel(self, parts: Sequence[Stored], each: Each) -> Array | None:
-        """The kernel [K, N] of float matrices [n_i, K], turned by the threads that read them.
-
-        None but on a CPU, and for matrices that are not of the model's dtype, which others cast.
-        """
-        if not _uses_host_memory() or {p.some(0, 1).dtype for p in parts} != {self.dtype}:
-            return None
-        n, k = sum(part.shape[0] for part in parts), parts[0].shape[1]
-        size, first = self.dtype.itemsize, 0
-        bits = np.dtype(f"u{size}")  # numpy copies its own dtypes faster
-        target = aligned(n * k * size).view(bits).reshape(k, n)
-        for part in parts:
-            columns, first = target[:, first : first + part.shape[0]], first + part.shape[0]
-
-            def turn(begin: int, end: int, columns: np.ndarray = columns, part: Stored = part):
-                rows = part.some(begin, end, scratch((end - begin) * k * size, "run"))
-                columns[:, begin:end] = rows.view(bits).T
-
-            _by_rows(part, each, turn)
-        return self._put(target.view(self.dtype), P())
+        """`kernel` of float matrices that are turned where they are read; None where that cannot be."""
+        made = host_matrices.read_kernel(parts, self.dtype, each)
+        return None if made is None else self._put(made, P())
 
     def streamed(self, parts: Sequence[Stored], each: Each) -> QuantisedTensor | None:
         """`quantised` of weights that are read by runs of rows: on a CPU nothing of them exists twice.
