@@ -19,16 +19,18 @@ namespace {
 
 // Words that take more leave the L2 cache before they are read again.
 inline constexpr size_t kMatrixCached = 1 << 20;
-// Tiles that share what is read of the words: two while the words stay in the L2 cache, more when
-// they come from further away.
-inline constexpr int64_t kMatrixTiles = 32;
+// Tiles that share what is read of the words: two while the words stay in the L2 cache,
+// kMatrixTiles when they come from further away. They are multiplied by kMatrixTokens before the
+// next ones are decoded: the totals of both stay in the L2 cache. Codes of 8 bits take longest to
+// decode, which more tokens share.
+template <typename A>
+inline constexpr int64_t kMatrixTiles = A::kBits == 8 ? 16 : 32;
+template <typename A>
+inline constexpr int64_t kMatrixTokens = A::kBits == 8 ? 512 : 256;
 template <typename A>
 int64_t tiles_together(const MatrixPrepared<A> &layout) {
-  return layout.bytes() <= kMatrixCached ? 2 : kMatrixTiles;
+  return layout.bytes() <= kMatrixCached ? 2 : kMatrixTiles<A>;
 }
-// Tokens that tiles are multiplied by before the next ones are decoded: the totals stay in the L2
-// cache.
-inline constexpr int64_t kMatrixTokens = 256;
 // Tiles that a thread takes are a multiple of these: small enough for many threads.
 inline constexpr int64_t kMatrixPiece = 8;
 // Of a tile's registers so many are decoded at a time: the L1 cache holds two tiles' and 32
@@ -62,11 +64,12 @@ struct MatrixScratch {
 
   MatrixScratch(void *scratch, int64_t tokens)
       : totals(static_cast<float *>(scratch)),
-        weights(reinterpret_cast<char *>(totals + kMatrixTiles * tokens * kTileRows)),
+        weights(reinterpret_cast<char *>(totals + kMatrixTiles<A> * tokens * kTileRows)),
         sums(weights + 2 * kTileBytes),
         scales(reinterpret_cast<float *>(sums + 4 * kMatrixBytes)) {}
   static size_t bytes(const Plan &plan) {
-    return static_cast<size_t>(kMatrixTiles * std::min(plan.m, kMatrixTokens) * kTileRows * 4 +
+    return static_cast<size_t>(kMatrixTiles<A> * std::min(plan.m, kMatrixTokens<A>) * kTileRows *
+                                   4 +
                                2 * (kTileBytes + kTileScales * 4) + 4 * kMatrixBytes);
   }
 };
@@ -337,7 +340,7 @@ void run_matrix(const Plan &plan, const void *prepared, void *scratch, const Ran
   const int64_t tokens = range.token_end - range.token_begin;
   const int64_t together = tiles_together(layout);
   const int64_t part =
-      ceil_div(tokens, ceil_div(tokens, kMatrixTokens) * 2 * kMatrixRows) * 2 * kMatrixRows;
+      ceil_div(tokens, ceil_div(tokens, kMatrixTokens<A>) * 2 * kMatrixRows) * 2 * kMatrixRows;
   // Once a call: it takes as long as dozens of products. Rows beyond the last token hold zeros.
   configure_matrices(std::min(tokens, kMatrixRows),
                      tokens > 2 * kMatrixRows ? kMatrixRows : tokens - kMatrixRows);
