@@ -53,7 +53,8 @@ def test_quantised_weights_in_the_kernels(name, expected, tmp_path):
     whole = np.concatenate([tokens[:, :prompt], np.asarray(found)], axis=1)
     logits = np.asarray(ours.logits(whole), np.float64)[:, prompt - 1 : -1]
     chosen = np.take_along_axis(logits, np.asarray(found)[..., None], -1)[..., 0]
-    far = np.mean(logits.max(-1) - chosen > max(NEAR, plain) * logits.std())
+    # Two logits of two passes that round in other places: each is off by `plain`, so their order by twice that.
+    far = np.mean(logits.max(-1) - chosen > max(NEAR, 2 * plain) * logits.std())
     if "dynamic" in name:
         return  # cached keys keep the rotation of the length that the text had then
     # Where two experts are nearly tied, one roundings' difference takes the other one.
