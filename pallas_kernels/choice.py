@@ -219,7 +219,7 @@ def nearest_rows(case: Case, target: Target) -> list[dict]:
 
     def distance(row: dict) -> float:
         shape = abs(math.log(row["n"] / case.n)) + abs(math.log(row["k"] / case.k))
-        others = (row["device"] != target.kind) + (is_uniform(row) != case.computes_values)
+        others = (row["device"] != target.kind) + (is_uniform(row) != case.uniform)
         others += 2 * (class_of(architecture_of(row)) != own)
         return shape + _ANOTHER * others
 

@@ -1,4 +1,4 @@
-"""One product of one token by sums of integers: `integer_one`, `_two`, `_any` or `_four`, by the codes."""
+"""One product of one token by sums of integers: `integer_one`, `_quarters`, `_two` or `_four`, by the codes."""
 
 from pallas_kernels import integer_quarters, ring, ring_arithmetic
 from pallas_kernels.case import Case

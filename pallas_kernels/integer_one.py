@@ -23,7 +23,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from pallas_kernels import decoding
-from pallas_kernels.integer_plan import INTEGERS, PLANES, Plan
+from pallas_kernels.integer_plan import CODEBOOK_BYTES, INTEGERS, PLANES, Plan
 from pallas_kernels.integer_x import Integers
 from pallas_kernels.layout import PLANE, TILE_BYTES, TILE_ROWS, scale_offset
 from pallas_kernels.registers import Memory, Register, at, vector, wide
@@ -58,9 +58,7 @@ class Product(Integers):
             in_bounds = codebook_index < case.codebooks
             source = self.operands["codebook"] + codebook_index * 8
             values = [decoder.value(source, code, in_bounds) for code in range(2)]
-            loads.append(
-                (self.shared + codebook_index * self.plan.codebook_bytes, values, in_bounds)
-            )
+            loads.append((self.shared + codebook_index * CODEBOOK_BYTES, values, in_bounds))
 
         def store() -> None:
             for address, values, in_bounds in loads:
@@ -114,19 +112,18 @@ class Product(Integers):
 
     def start_tile(self, tile: Register, run: int) -> None:
         """The codebook of a tile's rows: the first value, and the steps that a unit of a row's sums is."""
-        ptx, case, address = self.ptx, self.case, self.shared
+        ptx, case, steps = self.ptx, self.case, self.steps
+        address = self.shared
         if case.codebooks > 1:
             row = self.first_tile + run * self.plan.run_tiles
             row = ((row + tile) * TILE_ROWS).low()
             codebook_index = row // (case.n // case.codebooks)
             codebook_index = ptx.op("min.u32", codebook_index, case.codebooks - 1)
-            address = self.shared + codebook_index * self.plan.codebook_bytes
-        self._load_steps(at(address, self.codebooks_offset))
-
-    def _load_steps(self, codebook: Memory) -> None:
-        """The first value, and what a unit of the sums of both rows is."""
-        self.ptx.do("ld.shared.v2.b32", vector([self.first, self.steps[0]]), codebook)
-        self._set_steps(self.steps)
+            address = self.shared + codebook_index * CODEBOOK_BYTES
+        ptx.do(
+            "ld.shared.v2.b32", vector([self.first, steps[0]]), at(address, self.codebooks_offset)
+        )
+        self._set_steps(steps)
 
     def _set_steps(self, steps: list[Register]) -> None:
         """What a unit of the sums of both rows is, from the step that the first register has."""

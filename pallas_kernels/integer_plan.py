@@ -1,7 +1,6 @@
 """The plan of a product by integers: which parts of shared memory it has, and how x is divided. No PTX."""
 
 import dataclasses
-from typing import ClassVar
 
 from pallas_kernels.layout import HALF_PLANE, PLANE
 from pallas_kernels.ring_plan import ProductPlan
@@ -10,15 +9,12 @@ PLANES = 4  # of which an operand has codes
 CHUNK = 512  # x that a warp makes integers of at a time: two fours of planes
 INTEGERS = 1024  # bytes of the integers of four planes of x: 8 words a lane
 MIN_GROUP = HALF_PLANE  # whose sums are sums of whole instructions
+CODEBOOK_BYTES = 8  # bytes of a codebook's first value and the step to the second
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan(ProductPlan):
     """A product by integers."""
-
-    codebook_bytes: ClassVar[int] = (
-        8  # in shared memory: its first value and the step to the next one
-    )
 
     @property
     def parts(self) -> int:
@@ -50,5 +46,5 @@ class Plan(ProductPlan):
         return {
             "integers": self.chunks * 2 * INTEGERS,
             "plane_sums": self.chunks * 2 * PLANES * self.sums_bytes,
-            self.codebooks_name: self.case.codebooks * self.codebook_bytes,
+            self.codebooks_name: self.case.codebooks * CODEBOOK_BYTES,
         }

@@ -5,7 +5,7 @@
 A block of 256 weights a row is one four of planes. A word of codes has two planes, two bytes each; a mask
 leaves one code in each byte: of the upper or the lower row, and of the first or the second of two neighbours.
 So the second are a quarter in x, and the sums of lower rows are sixteen times too large.
-Codebooks that are not evenly spaced take `integer_any`.
+Codebooks that are not evenly spaced take `stream`, where a table costs twice as much.
 """
 
 from collections.abc import Callable
@@ -22,16 +22,16 @@ from pallas_kernels.ring_plan import unsupported_groups
 
 _MASK = 0x03030303
 # Bits of the masks, for the registers of A: upper and lower rows of the first neighbours, then of the second.
-SHIFTS = (0, 4, 2, 6)
+_SHIFTS = (0, 4, 2, 6)
 
 
 def unsupported_product(case: Case, workers: int) -> str | None:
-    """Why no sums of integers of two or four bits take a case, or None."""
-    known = case.bits == 2 or (case.bits == 4 and case.uniform)
-    if not known or case.m != 1 or case.group_size < MIN_GROUP:
+    """Why the arithmetic, of two bits here or of four in `integer_four`, does not take a case, or None."""
+    least = MIN_GROUP
+    if case.bits not in (2, 4) or case.m != 1 or not case.uniform or case.group_size < least:
         return (
             f"{case.m} tokens, {case.bits} bits in groups of {case.group_size}, uniform={case.uniform}"
-            f" are not 1, 2 or evenly spaced 4 in groups of {MIN_GROUP} or more"
+            f" are not 1, 2 or 4 in groups of {least} or more, and evenly spaced values"
         )
     if case.k % CHUNK:
         return f"{case.k} weights a row are not whole {CHUNK}"
@@ -57,8 +57,7 @@ class Product(integer_one.Product):
                 for code in (0, codes - 1)
             )
             step = (last - first) * (1 / (codes - 1))
-            address = self.shared + codebook_index * self.plan.codebook_bytes
-            loads.append((address, [first, step], in_bounds))
+            loads.append((self.shared + codebook_index * 8, [first, step], in_bounds))
 
         def store() -> None:
             for address, values, in_bounds in loads:
@@ -115,18 +114,16 @@ class Product(integer_one.Product):
                 ptx.do(
                     integer_one.MULTIPLY,
                     vector(sums[pair]),
-                    vector([word & f"0x{_MASK << shift:08x}" for shift in SHIFTS]),
+                    vector([word & f"0x{_MASK << shift:08x}" for shift in _SHIFTS]),
                     vector(x[2 * i : 2 * i + 2]),
                     vector(sums[pair] if i > steps.start else [self.zero] * 4),
                 )
         base = whole * self.first
         for row in range(2):
-            value = ptx.op("fma.rn.f32", self.steps[row], self._sum(sums, row), base)
+            both = (pair[2 * row : 2 * row + 2] for pair in sums)
+            both = [integer_one.join(*bytes_) for bytes_ in both]
+            sum_ = ptx.op("selp.b32", both[1], both[0], self.in_second)
+            value = ptx.op("cvt.rn.f32.s32", sum_)
+            value = ptx.op("fma.rn.f32", self.steps[row], value, base)
             factor = factors[row] * scale
             ptx.do("fma.rn.f32", self.totals[row], factor, value, self.totals[row])
-
-    def _sum(self, pairs: list[list[Register]], row: int) -> Register:
-        """A row's sum over the lane's plane, from the sums of both pairs of planes."""
-        both = [integer_one.join(*sums[2 * row : 2 * row + 2]) for sums in pairs]
-        sum_ = self.ptx.op("selp.b32", both[1], both[0], self.in_second)
-        return self.ptx.op("cvt.rn.f32.s32", sum_)

@@ -8,7 +8,6 @@ that lie 8 apart. So a lane reads the codes of its pairs from shared memory, chu
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,7 +17,9 @@ from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 
+from pallas_kernels import mosaic_even_values
 from pallas_kernels.case import Case
+from pallas_kernels.mosaic_matmul import computes_values
 from pallas_kernels.mosaic_values import (
     U32,
     address,
@@ -52,7 +53,8 @@ def code_offsets(bits: int, thread: Any, plane: Any, blocks: int) -> list[tuple[
         Of each chunk the offset of the bits in shared memory, in bytes from the slab's start with swizzled
         lines of 128 bytes, and the bit at which they start: of columns 2 c and 2 c + 1 of the chunk, first of
         row g, then of row g + 8. They follow each other, lowest first; with 1 bit the second column's 16
-        bits after the first one's.
+        bits after the first one's. Where `swaps_halves`, those of the first four chunks and of the last four
+        are in each other's places.
     """
     warp, g, c = lane_of(thread)
     planes = 8 // bits
@@ -72,8 +74,19 @@ def code_offsets(bits: int, thread: Any, plane: Any, blocks: int) -> list[tuple[
     offsets = []
     for chunk in range(CHUNKS):
         column = (g % 2 * 4 + chunk % 4) ^ line
-        offsets.append((start + column * 16 + chunk // 4 * 8, bit))
+        half = (swaps_halves(bits, thread) + chunk // 4) % 2
+        offsets.append((start + column * 16 + half * 8, bit))
     return offsets
+
+
+def swaps_halves(bits: int, thread: Any) -> Any:
+    """1 where a thread reads the last four chunks of a plane first, else 0.
+
+    With 8 bits the lanes of a warp read 8 of the 16 bytes at each place of a line, which two lines share: if
+    all read the same half, half of the banks would be idle.
+    """
+    _, g, _ = lane_of(thread)
+    return g % 2 if bits == 8 else g * 0
 
 
 def scale_offset(thread: Any, group: Any, fours: int) -> Any:
@@ -139,6 +152,7 @@ class Decoder:
     half: str
     scales: str
     integers: bool = False
+    computes: bool = False
 
     @classmethod
     def of(cls, case: Case) -> "Decoder":
@@ -147,11 +161,14 @@ class Decoder:
         kind = "f32" if single else half_kind(case.scale_dtype)
         if case.x_dtype == jnp.int8:
             return cls(case.bits, case.group_size, "f16", kind, True)
-        return cls(case.bits, case.group_size, half_kind(case.x_dtype), kind)
+        half, computes = half_kind(case.x_dtype), computes_values(case)
+        return cls(case.bits, case.group_size, half, kind, computes=computes)
 
     @property
     def table_bytes(self) -> int:
         """Shared memory of the table."""
+        if self.computes:
+            return mosaic_even_values.TABLE_BYTES
         return 16 if self.bits == 1 else 256 * _TABLE_ROW
 
     @property
@@ -177,6 +194,10 @@ class Decoder:
                 do(f"st.shared.b32 [$0+{4 * i}], $1;", start, pack(both, both, self.half))
             sync_warpgroups(threads)
             return
+        if self.computes:
+            mosaic_even_values.measure(value(U32(0)), value(U32(255)), start, self.half)
+            sync_warpgroups(threads)
+            return
         values = [value((byte >> i) % 2**self.bits) for i in range(0, 8, self.bits)]
         if self.bits == 8:
             values *= 2
@@ -188,6 +209,10 @@ class Decoder:
             offset = start + byte * _TABLE_ROW + column * 16
             do("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", offset, *pairs)
         sync_warpgroups(threads)
+
+    def factor(self, table: ir.Value) -> ir.Value | None:
+        """What sums are multiplied by, if anything."""
+        return mosaic_even_values.factor(address(table)) if self.computes else None
 
     def plane(
         self, codes: ir.Value, scales: ir.Value, table: ir.Value, group: U32, plane: U32
@@ -202,10 +227,11 @@ class Decoder:
             plane: which one of the slab, or which two.
         """
         decode = self._select if self.bits == 1 else self._looked_up
+        decode = self._computed if self.computes else decode
         planes = [plane * 2, plane * 2 + 1] if self.integers else [plane]
         values = []
         for one in planes:
-            values += decode(codes, table, self._scales(scales, group, one), one)
+            values += decode(self._chunks(codes, one), table, self._scales(scales, group, one))
         element = ir.BF16Type.get() if self.half == "bf16" else ir.F16Type.get()
         count, layout, signed = 2, mgpu.WGMMA_LAYOUT, None
         if self.integers:
@@ -224,7 +250,7 @@ class Decoder:
         # Otherwise the compiler decodes later, when the products of the plane before have been waited for.
         return fragmented_array.optimization_barrier(a)
 
-    def _codes(self, codes: ir.Value, plane: U32) -> Iterator[tuple[U32, U32]]:
+    def _chunks(self, codes: ir.Value, plane: U32) -> list[tuple[U32, U32]]:
         """For each chunk a register with its codes, and the bit at which they start.
 
         Of integers the chunks are the pairs of a lane's own columns.
@@ -234,20 +260,40 @@ class Decoder:
             offsets, pairs = own_codes(self.bits, thread(), plane, blocks)
             four = ir.VectorType.get((4,), i32())
             units = [load(start + offset, four) for offset in offsets]
-            for unit, word, bit in pairs:
-                yield U32(llvm.extractelement(units[unit], U32(word).value)), bit
-            return
+            return [
+                (U32(llvm.extractelement(units[unit], U32(word).value)), bit)
+                for unit, word, bit in pairs
+            ]
         kind = ir.IntegerType.get_signless({1: 32, 2: 8, 4: 16, 8: 32}[self.bits])
-        for offset, bit in code_offsets(self.bits, thread(), plane, blocks):
-            word = load(start + offset, kind)
-            yield U32(word if kind.width == 32 else arith.extui(i32(), word)), bit
+        offsets = code_offsets(self.bits, thread(), plane, blocks)
+        words = [load(start + offset, kind) for offset, _ in offsets]
+        if kind.width < 32:
+            words = [arith.extui(i32(), word) for word in words]
+        if self.bits == 8:
+            swapped = swaps_halves(self.bits, thread()).value
+            swapped = arith.cmpi(arith.CmpIPredicate.ne, swapped, U32(0).value)
+            first, last = words[:4], words[4:]
+            words = [
+                arith.select(swapped, b, a)
+                for two in ((first, last), (last, first))
+                for a, b in zip(*two, strict=True)
+            ]
+        return [(U32(word), bit) for word, (_, bit) in zip(words, offsets, strict=True)]
 
-    def _looked_up(self, codes, table, scales, plane: U32) -> list[list[U32]]:
+    def _computed(self, chunks, table, scales) -> list[list[U32]]:
         """For each chunk the values of both rows times their scales."""
+        values = []
+        for (word, _), scale in zip(chunks, scales, strict=True):
+            pairs = mosaic_even_values.weights(word, address(table), self.half)
+            values.append([self._multiply(*two) for two in zip(pairs, scale, strict=True)])
+        return values
+
+    def _looked_up(self, chunks, table, scales) -> list[list[U32]]:
+        """As `_computed`."""
         copies = _TABLE_ROW // self.entry_bytes
         copy = address(table) + thread() % copies * self.entry_bytes
         values = []
-        for (word, bit), scale in zip(self._codes(codes, plane), scales, strict=True):
+        for (word, bit), scale in zip(chunks, scales, strict=True):
             if self.bits == 2:
                 row = self._row(word, bit, copy) if self.integers else copy + word * _TABLE_ROW
                 pairs = [U32(load(row + 4 * i, i32())) for i in range(2)]
@@ -309,12 +355,12 @@ class Decoder:
             return op("fma.rn.f16x2 $0, $1, $2, $3;", a, b, U32(0x66006600))
         return op(f"mul.rn.{self.half}x2 $0, $1, $2;", a, b)
 
-    def _select(self, codes, table, scales, plane: U32) -> list[list[U32]]:
+    def _select(self, chunks, table, scales) -> list[list[U32]]:
         """For each chunk and row one of two values, which are multiplied by the scale before."""
         start = address(table)
         both = [U32(load(start + 4 * i, i32())) for i in range(2)]
         values, known = [], {}
-        for (word, bit), scale in zip(self._codes(codes, plane), scales, strict=True):
+        for (word, bit), scale in zip(chunks, scales, strict=True):
             word, two = word >> bit, []
             for row in range(2):
                 if scale[row] not in known:

@@ -17,16 +17,14 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic_sums, mosaic_tiles, mosaic_values
+from pallas_kernels import mosaic_results, mosaic_sums, mosaic_tiles, mosaic_values
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.mosaic_decoding import Decoder
 from pallas_kernels.mosaic_matmul import GROUP_ROWS, Config, columns, scale_fours, slab
-from pallas_kernels.mosaic_values import U32
+from pallas_kernels.mosaic_values import SCALAR, U32, inline
 
 _TILES = GROUP_ROWS // 16
 _PRODUCER_REGISTERS = 40
-_SCALAR = plgpu.Layout.WG_SPLAT(())
-_inline: Any = plgpu.inline_mgpu  # by its type, callers would pass the context too
 
 
 class _Tile(NamedTuple):
@@ -115,7 +113,8 @@ def _scratch(case: Case, config: Config) -> dict[str, Any]:
     x_shape = config.x_stages, config.tokens, columns(case)
     # The same bytes: `wgmma` reads tiles of 8 rows, copies of any number of rows know none.
     views = [
-        plgpu.SMEM(x_shape, case.x_dtype, transforms=t) for t in (_x_transforms(case), (swizzle,))
+        plgpu.SMEM(x_shape, case.x_dtype, transforms=t)
+        for t in (mosaic_results.x_transforms(case), (swizzle,))
     ]
     if case.x_dtype != case.out_dtype:  # outputs take the place of x
         views.append(plgpu.SMEM((*x_shape[:2], GROUP_ROWS), case.out_dtype, transforms=(swizzle,)))
@@ -174,15 +173,17 @@ def _kernel(
     group, m, rows = _find(case, config, refs[-2], visit, *lead)
     pl.when((rows > 0) & (group < lead[0]))(lambda: run(_Tile(m, rows, program, group, *part)))
     pl.when((rows > 0) & (group == lead[0]) & (warpgroup < config.row_groups) & (split == 0))(
-        lambda: _copy_rows(config.tokens, None, y, m, rows, _first_row(config, program, warpgroup))
+        lambda: mosaic_results.copy_rows(
+            config.tokens, None, y, m, rows, _first_row(config, program, warpgroup)
+        )
     )
 
 
 def _find(case: Case, config: Config, sizes, visit, groups: int):
     """Group, first row and number of rows of a tile of a grouped product."""
-    found = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
+    found = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
 
-    @_inline(arg_types=(plgpu.RefType(), _SCALAR), return_type=(found,) * 3)
+    @inline(arg_types=(plgpu.RefType(), SCALAR), return_type=(found,) * 3)
     def find(_, sizes, visit):
         results = mosaic_tiles.find_tile(
             sizes,
@@ -275,9 +276,19 @@ def _produce(
         _sync_splits()
 
 
-@_inline()
+@inline()
 def _sync_splits(_):
     mosaic_values.sync_cluster()
+
+
+@inline(arg_types=(SCALAR,))
+def _take_turn(_, warpgroup):
+    mosaic_values.take_turn(U32(warpgroup.registers.item()))
+
+
+@inline(arg_types=(SCALAR,))
+def _give_turn(_, warpgroup):
+    mosaic_values.give_turn(U32(warpgroup.registers.item()))
 
 
 def _consume(
@@ -307,7 +318,7 @@ def _consume(
     row_group = jax.lax.rem(warpgroup, config.row_groups)
     k_group = warpgroup // config.row_groups
 
-    @_inline(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR))
+    @inline(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR))
     def set_up(_, codebook, table, codebook_index):
         decoder.set_up(
             codebook, table, U32(codebook_index.registers.item()), 128 * config.warpgroups
@@ -324,11 +335,17 @@ def _consume(
     a_type = plgpu.ShapeDtypeStruct((GROUP_ROWS, width), case.x_dtype, layout=layout)
     refs = plgpu.RefType((plgpu.SwizzleTransform(128),)), plgpu.RefType(), plgpu.RefType()
 
-    @_inline(arg_types=(*refs, _SCALAR, _SCALAR), return_type=a_type)
+    @inline(arg_types=(*refs, SCALAR, SCALAR), return_type=a_type)
     def decode(_, codes, scales, table, group, plane):
-        return decoder.plane(
-            codes, scales, table, U32(group.registers.item()), U32(plane.registers.item())
-        )
+        numbers = (U32(value.registers.item()) for value in (group, plane))
+        return decoder.plane(codes, scales, table, *numbers)
+
+    # Decoding 8 bits takes the longest. Two warpgroups ask for products in turns, so that one decodes while
+    # those of the other are under way: else both would decode at once, and the tensor cores would idle.
+    turns = case.bits == 8 and not integers and config.warpgroups == 2
+    own, other = jnp.int32(warpgroup), jnp.int32(1 - warpgroup)
+    if turns:
+        pl.when(warpgroup == 1)(lambda: _give_turn(other))
 
     def body(acc):
         def multiply(i, _):
@@ -344,7 +361,11 @@ def _consume(
                 a = decode(*slot_refs, jnp.int32(group), jnp.int32(plane))
                 slot = jax.lax.rem(index, config.x_stages)
                 plgpu.barrier_wait(x_full.at[slot])
+                if turns:
+                    _take_turn(own)
                 plgpu.wgmma(acc, a, x_smem.at[slot].transpose((1, 0)))
+                if turns:
+                    _give_turn(other)
                 # The products of the plane before: what they read may be written now.
                 plgpu.wgmma_wait(1)
 
@@ -357,6 +378,8 @@ def _consume(
             return ()
 
         jax.lax.fori_loop(0, slabs, multiply, ())
+        if turns:
+            pl.when(warpgroup == 0)(lambda: _take_turn(own))  # the last one it was given
         plgpu.wgmma_wait(0)
         last = slabs * planes - step + k_group
         plgpu.barrier_arrive(x_free.at[jax.lax.rem(last, config.x_stages)])
@@ -366,9 +389,11 @@ def _consume(
     total = pl.run_scoped(body, plgpu.ACC((GROUP_ROWS, config.tokens), sum_dtype))
     first_row = _first_row(config, tile.program, row_group)
     if config.k_groups == config.splits == 1:
-        _write(case, config, total, bias, factors, y, tile, first_row, x_flat, row_group)
+        mosaic_results.write(
+            case, config, total, bias, factors, y, tile, first_row, x_flat, row_group, table
+        )
         return
-    whole, split = plgpu.RefType(_x_transforms(case)), jnp.int32(0)
+    whole, split = plgpu.RefType(mosaic_results.x_transforms(case)), jnp.int32(0)
     tokens = config.tokens
     if config.splits > 1:
         tokens = mosaic_sums.own_tokens(tokens)
@@ -376,7 +401,7 @@ def _consume(
         tile = tile.from_row(split * (config.tokens - tokens))
     sums = plgpu.ShapeDtypeStruct((GROUP_ROWS, tokens), total.dtype, layout=plgpu.Layout.WGMMA)
 
-    @_inline(arg_types=(whole, plgpu.Layout.WGMMA, _SCALAR, _SCALAR), return_type=sums)
+    @inline(arg_types=(whole, plgpu.Layout.WGMMA, SCALAR, SCALAR), return_type=sums)
     def add(_, x_smem, total, *numbers):
         warpgroup, split = (U32(number.registers.item()) for number in numbers)
         return mosaic_sums.add_over_k(
@@ -393,53 +418,6 @@ def _consume(
     @pl.when(k_group == 0)
     def _():
         slot = 2 * (config.warpgroups - config.row_groups) + row_group
-        _write(case, config, total, bias, (), y, tile, first_row, x_flat, slot, sync=False)
-
-
-def _x_transforms(case):
-    return plgpu.TilingTransform((8, columns(case))), plgpu.SwizzleTransform(128)
-
-
-def _write(case, config, total, bias, factors, y, tile, first_row, x_flat, slot, sync=True):
-    """Adds the bias, rounds, transposes [rows, tokens] in shared memory, and copies it out."""
-    tokens = total.shape[1]
-    part = x_flat.at[slot, pl.ds(0, tokens)]
-    target = plgpu.RefType((plgpu.SwizzleTransform(128),))
-    biases = (plgpu.RefType(),) * len(bias)
-    scaling = (_SCALAR, plgpu.RefType(), plgpu.RefType()) if factors else ()
-
-    @_inline(arg_types=(target, plgpu.Layout.WGMMA, _SCALAR, _SCALAR, *biases, *scaling))
-    def transpose(_, target, total, first_row, group, *others):
-        if sync:
-            mosaic_values.sync_warpgroups(128 * config.warpgroups)
-        first_row, group = (U32(value.registers.item()) for value in (first_row, group))
-        values = mosaic_sums.values_of(total)
-        if factors:
-            first_token, *by_row = others[-3:]
-            first_token = U32(first_token.registers.item())
-            values = mosaic_sums.scale(values, case, first_row, first_token, *by_row)
-        added = others[0] if bias else None
-        mosaic_sums.store_transposed(target, values, case, first_row, group, bias=added)
-
-    group = jnp.int32(0 if tile.group is None else tile.group)
-    scaling = (jnp.int32(tile.m), *factors) if factors else ()
-    transpose(part, total, jnp.int32(first_row), group, *bias, *scaling)
-    plgpu.commit_smem()
-    if tile.rows is not None:
-        _copy_rows(tokens, part, y, tile.m, tile.rows, first_row)
-        return
-    plgpu.copy_smem_to_gmem(part, y.at[pl.ds(tile.m, tokens), pl.ds(first_row, GROUP_ROWS)])
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _copy_rows(tokens, source, y, m, rows, first_row):
-    """Copies a tile's own rows to y, of so many; zeros if there is no source."""
-    sources = () if source is None else (plgpu.RefType((plgpu.SwizzleTransform(128),)),)
-
-    @_inline(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR, *sources))
-    def copy(_, y, m, rows, first_row, source=None):
-        bounds = (U32(value.registers.item()) for value in (m, rows, first_row))
-        mosaic_sums.copy_rows(source, y, *bounds, tokens=tokens)
-
-    bounds = (jnp.int32(value) for value in (m, rows, first_row))
-    copy(y, *bounds, *(() if source is None else (source,)))
+        mosaic_results.write(
+            case, config, total, bias, (), y, tile, first_row, x_flat, slot, table, sync=False
+        )

@@ -73,6 +73,11 @@ def scale_fours(case: Case, config: Config) -> int:
     return -(-slab(case, config) // (4 * case.group_size))
 
 
+def computes_values(case: Case) -> bool:
+    """Whether codes become values by arithmetic: evenly spaced ones of 8 bits, unless rounded to integers."""
+    return case.bits == 8 and case.computes_values and case.x_dtype != jnp.int8
+
+
 def sum_stages(config: Config) -> int:
     """Stages of x whose memory holds the sums of warpgroups that share K, and then outputs."""
     over_k = 2 * (config.warpgroups - config.row_groups) + config.row_groups
@@ -85,7 +90,7 @@ def shared_bytes(case: Case, config: Config) -> int:
     scale_bytes = 4 * jnp.dtype(case.scale_dtype).itemsize
     codes = slab(case, config) * case.bits // 8
     w = config.rows * (codes + scale_fours(case, config) * scale_bytes)
-    table = 16 if case.bits == 1 else _TABLE_BYTES
+    table = 16 if case.bits == 1 or computes_values(case) else _TABLE_BYTES
     return x + config.w_stages * w + table + _BARRIER_BYTES
 
 
@@ -126,12 +131,18 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
     return target.lacks_shared_memory(config, shared_bytes(case, config))
 
 
-# Microseconds a plane of a program by its tokens, for (row_groups, k_groups): of codes that are looked up, and
-# of those of one bit. H200, 2026-11-30, 8192 x 8192, 4 bits and 1.
+# Microseconds a plane of a program by its tokens, for (row_groups, k_groups): of codes that are looked up, of
+# those of 8 bits, and of those of one bit. H200, 8192 x 8192, 2026-11-30; from 96 tokens on, where products one
+# after another leave the card less than its highest clock, 2026-12-01.
 _LOOKED_UP_US = {
-    (1, 2): ((16, 0.138), (64, 0.163), (96, 0.182), (128, 0.219), (192, 0.312), (256, 0.422)),
-    (2, 1): ((16, 0.213), (64, 0.281), (96, 0.332), (128, 0.413), (192, 0.571), (256, 0.7)),
+    (1, 2): ((16, 0.138), (64, 0.163), (96, 0.2), (128, 0.248), (192, 0.35), (256, 0.48)),
+    (2, 1): ((16, 0.213), (64, 0.281), (96, 0.352), (128, 0.434), (192, 0.6), (256, 0.755)),
     (2, 2): ((16, 0.178), (32, 0.192), (64, 0.254), (80, 0.3)),
+}
+_BYTES_US = {
+    (1, 2): ((16, 0.2), (64, 0.23), (96, 0.26), (128, 0.305), (192, 0.45), (256, 0.564)),
+    (2, 1): ((16, 0.38), (64, 0.43), (96, 0.478), (128, 0.55), (192, 0.7), (256, 0.86)),
+    (2, 2): ((16, 0.33), (32, 0.34), (64, 0.36), (80, 0.42)),
 }
 _SELECTED_US = {
     (1, 2): ((16, 0.125), (64, 0.151), (96, 0.181), (128, 0.21), (192, 0.286), (256, 0.422)),
@@ -174,7 +185,7 @@ def _guesses(case: Case) -> Iterator[Config]:
 
 
 def _plane_us(case: Case) -> dict[tuple[int, int], tuple[tuple[int, float], ...]]:
-    return _SELECTED_US if case.bits == 1 else _LOOKED_UP_US
+    return {1: _SELECTED_US, 8: _BYTES_US}.get(case.bits, _LOOKED_UP_US)
 
 
 def _microseconds(case: Case, config: Config, target: Target) -> float:

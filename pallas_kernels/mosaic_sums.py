@@ -34,6 +34,11 @@ def values_of(total: mgpu.FragmentedArray) -> list[ir.Value]:
     return [llvm.extractelement(register, U32(i).value) for register in registers for i in range(2)]
 
 
+def times(values: list[ir.Value], factor: ir.Value) -> list[ir.Value]:
+    """Each value times a factor."""
+    return [arith.mulf(value, factor) for value in values]
+
+
 def own_tokens(tokens: int) -> int:
     """Tokens whose sums a program ends with, of two that share K: the first so many, or the last.
 

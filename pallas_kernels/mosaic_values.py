@@ -9,8 +9,12 @@ from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+SCALAR = plgpu.Layout.WG_SPLAT(())
+inline: Any = plgpu.inline_mgpu  # by its type, callers would pass the context too
 _BARRIER = 9  # of the compute warpgroups
+_TURNS = 10  # and the next one: of each of two warpgroups that take turns
 # What an instruction changes that loads before and after it may see: without it they move across barriers.
 MEMORY = "~{memory}"
 inline_asm: Any = llvm.inline_asm  # its type does not say that what it returns is a value
@@ -141,6 +145,16 @@ def lane_of(thread: Any) -> tuple[Any, Any, Any]:
 def sync_warpgroups(threads: int) -> None:
     """Waits for all threads of the compute warpgroups, which are so many."""
     do(f"bar.sync {_BARRIER}, {threads};")
+
+
+def take_turn(warpgroup: U32) -> None:
+    """A warpgroup waits until the other one gives it the turn."""
+    do("bar.sync $0, 256;", warpgroup + _TURNS)
+
+
+def give_turn(warpgroup: U32) -> None:
+    """Gives a warpgroup the turn; the other one's threads call it, and go on."""
+    do("bar.arrive $0, 256;", warpgroup + _TURNS)
 
 
 def sync_cluster() -> None:

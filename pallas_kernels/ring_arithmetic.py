@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from pallas_kernels import (
-    integer_any,
     integer_four,
     integer_one,
     integer_quarters,
@@ -69,9 +68,7 @@ def of(case: Case, workers: int) -> type[ring_product.Product]:
         return integer_quarters.Product if is_small else integer_one.Product
     if unsupported_integers(case, workers) is not None:
         return stream.Product
-    if case.bits == 4:
-        return integer_four.Product
-    return integer_two.Product if case.uniform else integer_any.Product
+    return integer_two.Product if case.bits == 2 else integer_four.Product
 
 
 def unsupported_integers(case: Case, workers: int) -> str | None:

@@ -92,7 +92,7 @@ def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
     if case.m == 1:
         for values in _DIAGONAL[case.bits]:
             yield "matvec", matvec.Config(*values[:3], row_warps=values[3], diagonal=True)
-        for values in _INTEGER if case.bits == 1 else ():
+        for values in _INTEGER:
             yield "integer", integer.Config(values[0], values[1] * target.multiprocessors)
         for *values, row_warps, each in _PERSISTENT:
             programs = each * target.multiprocessors
@@ -142,7 +142,7 @@ def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
                 "m": case.m,
                 "n": case.n,
                 "k": case.k,
-                "uniform": case.computes_values,
+                "uniform": case.uniform,
                 "kernel": kernel,
                 "config": _recorded(config, target),
                 "us": round(microseconds, 2),
@@ -150,6 +150,11 @@ def search(cases: list[Case], seconds: float = 0.01) -> list[dict]:
     for row in best.values():
         print(json.dumps(row), flush=True)
     return list(best.values())
+
+
+def _has_kernels_of_its_own(case: Case) -> bool:
+    """Whether evenly spaced values have other kernels than any codebook."""
+    return case.computes_values or (case.bits == 2 and case.m == 1)
 
 
 def _recorded(config: Any, target: Target) -> dict:
@@ -279,9 +284,9 @@ def main(argv: list[str] | None = None) -> None:
         weight = n, k, bits, flags.group_size, 1
         uniform = codebook == "uniform"
         cases = [Case(m, *weight, half, half, None, half, uniform) for m in flags.m]
-        if uniform and not cases[0].computes_values:  # the same kernels as with any codebook
-            continue
-        if time.perf_counter() - start < flags.budget:
+        if uniform:
+            cases = [case for case in cases if _has_kernels_of_its_own(case)]
+        if cases and time.perf_counter() - start < flags.budget:
             _write(search(cases), flags.output)
 
 

@@ -148,8 +148,9 @@ def _expectations(x, weight):
 
 def _of_integers(case):
     """Whether activations become integers."""
-    known = case.bits == 2 or (case.bits == 4 and case.uniform)
-    return case.bits == 1 or (known and case.group_size >= 32 and case.k % 512 == 0)
+    return case.bits == 1 or (
+        case.bits in (2, 4) and case.uniform and case.group_size >= 32 and case.k % 512 == 0
+    )
 
 
 def _norm_of_error(got, value, x, matrix):

@@ -33,15 +33,16 @@ def _configs():
     return sorted(found, key=str)
 
 
-def _product(rng, m, n, k, bits, group, dtype, codebooks, bias, scales=None):
+def _product(rng, m, n, k, bits, group, dtype, codebooks, bias, scales=None, **values):
     """Case, arrays, what the product should be, and the bias or None."""
-    scales = jnp.dtype(scales or dtype)
+    scales, uniform = jnp.dtype(scales or dtype), values.get("uniform", False)
     arrays, _, wanted = planar.product(
-        rng, m, n, k, bits, group, dtype, codebooks, scale_dtype=scales
+        rng, m, n, k, bits, group, dtype, codebooks, scale_dtype=scales, **values
     )
     added = jnp.asarray(rng.normal(size=n), dtype) if bias else None
     half = jnp.dtype(dtype)
-    case = Case(m, n, k, bits, group, codebooks, half, scales, half if bias else None, half)
+    bias_dtype = half if bias else None
+    case = Case(m, n, k, bits, group, codebooks, half, scales, bias_dtype, half, uniform)
     return case, Arrays(*arrays, added), wanted, added
 
 
@@ -50,9 +51,9 @@ def _poison():
     jnp.full(64 << 20, jnp.nan, jnp.bfloat16).block_until_ready().delete()
 
 
-def _check(rng, m, n, k, bits, group, dtype, config, codebooks=1, bias=False, scales=None):
+def _check(rng, m, n, k, bits, group, dtype, config, codebooks=1, bias=False, **values):
     case, arrays, wanted, added = _product(
-        rng, m, n, k, bits, group, dtype, codebooks, bias, scales
+        rng, m, n, k, bits, group, dtype, codebooks, bias, **values
     )
     reason = mosaic_matmul.unsupported_reason(case, config, current())
     assert reason is None, reason
@@ -81,6 +82,26 @@ def test_groups(rng, bits, group, dtype):
 )
 def test_groups_with_scales_of_their_own(rng, bits, group, scales, dtype):
     _check(rng, 70, 264, 1544, bits, group, dtype, Config(64, 2, 1, 6, 2), scales=scales)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize(
+    ("group", "config"),
+    [
+        (16, Config(64, 2, 1, 6, 2)),
+        (64, Config(256, 2, 1, 4, 2, splits=2)),
+        (64, Config(128, 1, 2, 8, 2)),
+        (128, Config(64, 1, 4, 8, 2, splits=2)),
+        (2056, Config(128, 2, 1, 4, 2, cluster=2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_evenly_spaced_values(rng, bits, group, config, scale, dtype):
+    """A zero and a step for each codebook, any of the values or between two; 4 bits look them up."""
+    shape = 70, 6 * config.rows, 2056, bits, group
+    _check(rng, *shape, dtype, config, codebooks=6, bias=True, uniform=True, scale=scale)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from test_gguf import HEADS, HIDDEN, INNER, KV, MATRICES, VOCAB, D, blocks, plai
 
 from fdk_jax import files, models
 from fdk_jax.files import contents, gguf_types
-from fdk_jax.models import weights
+from fdk_jax.models import host_matrices, weights
 from fdk_jax.models.tokenizer import Tokenizer
 from fdk_jax.product import cpu_backend
 
@@ -191,23 +191,26 @@ def test_rows_of_a_quantised_table(layout, bits, g, dtype, rng):
 
 @pytest.mark.parametrize("backend", ["cpu", "xla", "pallas"])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q1_0", "mixed", "floats"])
-def test_matrices_by_runs_of_rows_are_those_read_whole(kind, backend, rng, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("dtype", "on_host"), [(None, False), (None, True), ("float32", True)])
+def test_matrices_by_runs_of_rows_are_those_read_whole(
+    kind, dtype, on_host, backend, rng, tmp_path, monkeypatch
+):
     """The same bits, wherever a run ends: within a head's permuted rows, a tile, or a part of a projection."""
     kinds = {
         "mixed": {"attn_v": "Q8_0", "attn_q": "IQ4_NL", "": "MXFP4"},
         "floats": {"attn_k": "TQ2_0"},
     }.get(kind, {"": kind})
     path = gguf_model(tmp_path / "m.gguf", rng, kinds, arch="llama")
-    streams = weights.Placer.streams
-    monkeypatch.setattr(weights.Placer, "streams", lambda *_: False)
-    whole = jax.tree.leaves(nnx.state(models.load(path, backend=backend)))
-    # As on a device that has memory of its own, floats are sent by pieces, too.
-    every = lambda self, one: one.rows is not None or streams(self, one)  # noqa: E731
-    monkeypatch.setattr(weights.Placer, "streams", every)
+    with monkeypatch.context() as patch:
+        patch.setattr(weights.Placer, "streams", lambda *_: False)
+        whole = jax.tree.leaves(nnx.state(models.load(path, backend=backend, dtype=dtype)))
+    # On a device that has memory of its own floats are sent by pieces.
+    monkeypatch.setattr(host_matrices, "are_used", lambda: on_host)
     monkeypatch.setattr(weights, "_RUN_BYTES", 700)
+    monkeypatch.setattr(host_matrices, "_RUN_BYTES", 900)
     monkeypatch.setattr(cpu_backend, "_RUN_BYTES", 5000)
     monkeypatch.setattr(contents, "_RUN_BYTES", 6000)
-    by_rows = jax.tree.leaves(nnx.state(models.load(path, backend=backend)))
+    by_rows = jax.tree.leaves(nnx.state(models.load(path, backend=backend, dtype=dtype)))
     for one, other in zip(by_rows, whole, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 

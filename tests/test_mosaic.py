@@ -31,8 +31,9 @@ BF16 = jnp.dtype(jnp.bfloat16)
 F16, F32 = jnp.dtype(jnp.float16), jnp.dtype(jnp.float32)
 
 
-def case(m=40, n=264, k=1032, bits=4, group=64, codebooks=1, dtype=BF16, bias=None, scales=None):
-    return Case(m, n, k, bits, group, codebooks, dtype, scales or dtype, bias, dtype)
+def case(m=40, n=264, k=1032, bits=4, group=64, codebooks=1, dtype=BF16, bias=None, **others):
+    scales, uniform = others.get("scales") or dtype, others.get("uniform", False)
+    return Case(m, n, k, bits, group, codebooks, dtype, scales, bias, dtype, uniform)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -58,16 +59,18 @@ def test_a_thread_finds_the_codes_of_its_operands(bits, rng):
     shared = np.concatenate([shared.reshape(-1), np.zeros(4, np.uint8)])
     thread = np.arange(128)
     warp, g, c = mosaic_values.lane_of(thread)
+    swapped = mosaic_decoding.swaps_halves(bits, thread)
     for plane in range(planes * blocks):
         for chunk, (offset, bit) in enumerate(
             mosaic_decoding.code_offsets(bits, thread, plane, blocks)
         ):
             word = sum(shared[offset + i].astype(np.int64) << 8 * i for i in range(4)) >> bit
+            first = 64 * plane + 8 * ((chunk + 4 * swapped) % 8)
             for row in range(2):
                 for e in range(2):
                     shift = row + 16 * e if bits == 1 else bits * (2 * row + e)
                     found = word >> shift & 2**bits - 1
-                    wanted = codes[16 * warp + g + 8 * row, 64 * plane + 8 * chunk + 2 * c + e]
+                    wanted = codes[16 * warp + g + 8 * row, first + 2 * c + e]
                     np.testing.assert_array_equal(found, wanted)
         offsets, pairs = mosaic_decoding.own_codes(bits, thread, plane, blocks)
         for number, (unit, index, bit) in enumerate(pairs):
@@ -86,6 +89,16 @@ def test_a_thread_finds_the_codes_of_its_operands(bits, rng):
         np.testing.assert_array_equal(planar[offset + 1], scales[16 * warp + g + 8, index])
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_codes_of_a_warp_are_in_banks_of_their_own(bits):
+    """Words that a warp reads at once, where they are not the same one, are in different banks."""
+    for thread in np.split(np.arange(128), 4):
+        for plane in range(8 // bits):
+            for offset, _ in mosaic_decoding.code_offsets(bits, thread, plane, 1):
+                words = np.unique(offset // 4)
+                assert len(words) == len(np.unique(words % 32))
+
+
 @pytest.mark.parametrize(
     ("product", "config"),
     [
@@ -98,6 +111,8 @@ def test_a_thread_finds_the_codes_of_its_operands(bits, rng):
         (case(bits=4, bias=BF16), Config(64, 2, 2, 8, 2, splits=2)),
         (case(bits=8, n=256, codebooks=2), Config(64, 1, 2, 8, 2)),
         (case(bits=4, k=2056), Config(64, 1, 4, 8, 2, splits=2)),
+        (case(bits=8, uniform=True), Config(128, 2, 1, 4, 2, splits=2)),
+        (case(bits=8, n=256, codebooks=2, dtype=F16, uniform=True), Config(64, 1, 2, 8, 2)),
     ],
 )
 def test_lowers_for_a_gpu(product, config):

@@ -186,12 +186,12 @@ def test_ptx_of_integers(spoil, rng, monkeypatch):
 
 
 @MUTATIONS
-@pytest.mark.parametrize(("bits", "uniform"), [(2, False), (4, True)])
-def test_ptx_of_integers_of_more_bits(bits, uniform, spoil, rng, monkeypatch):
+@pytest.mark.parametrize("bits", [2, 4])
+def test_ptx_of_integers_of_more_bits(bits, spoil, rng, monkeypatch):
     case = 33, 512, 1, 64, "bfloat16", "bfloat16", integer.Config(2, 2)
 
     def test():
-        test_integer_sums.test_integer_kernel_of_two_and_four_bits(rng, bits, uniform, *case)
+        test_integer_sums.test_integer_kernel_of_two_and_four_bits(rng, bits, *case)
 
     fails(test, spoil, monkeypatch, emulator, "run", _emulated)
 

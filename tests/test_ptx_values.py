@@ -331,7 +331,7 @@ def test_integer_kernel_is_exact_for_integers(rng):
         (1, False, 400, 600, 1, integer.Config(1, 2)),  # more outputs than threads
         (1, False, 70, 1100, 1, matvec.Config(1, 8, 1, 1, 1, True)),
         (2, False, 96, 520, 3, matvec.Config(1, 8, 2, 1, 2)),
-        (2, False, 96, 1024, 3, integer.Config(4, 3)),
+        (2, True, 96, 1024, 3, integer.Config(4, 3)),
         (2, True, 33, 512, 1, integer.Config(6, 2)),
         (4, True, 70, 1024, 1, integer.Config(4, 2)),
         (4, False, 33, 600, 1, matvec.Config(2, 4, 1, 1)),

@@ -21,6 +21,7 @@ import gc
 import importlib.util
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -179,9 +180,10 @@ def measure(
         row |= {"bytes_rw": product.bytes_rw, "kernel": product.kernel}
         row["rel_rms_error"] = product.error
         running.append((row, product, []))
-    counter = [0]
+    counter, order = [0], random.Random(0)
     for round_number in range(rounds + 1):
-        for _, product, samples in running:
+        # In another order each time: what a case leaves behind (caches, page tables) meets all of them.
+        for _, product, samples in order.sample(running, len(running)):
             value = (product.sample or functools.partial(sample, product))(counter)
             if round_number:
                 samples.append(value)

@@ -32,10 +32,11 @@ from peers import copies, measure, records, shared_fields, show, use_small_pages
 TOKENS = (*range(1, 41), 64, 128, 256, 512)
 GGML = {8: "q8_0", 4: "q4_0", 2: "q2_K", 1: "q1_0"}  # by bits
 ONNXRUNTIME = (8, 4, 2)
-# PyTorch's limits, by our ISA: of oneDNN and of its own kernels.
+# PyTorch's limits, by our ISA: of oneDNN and of its own kernels. Intel's processors with AVX-512 BF16 use our
+# "avx512vnni" when AMX is off.
 LIMITS = {
     "avx512bf16": ("AVX512_CORE_BF16", "avx512"),
-    "avx512vnni": ("AVX512_CORE_VNNI", "avx512"),
+    "avx512vnni": ("AVX512_CORE_BF16", "avx512"),
     "avx2": ("AVX2", "avx2"),
 }
 

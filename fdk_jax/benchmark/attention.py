@@ -19,8 +19,9 @@ __all__ = ["AttentionCase", "group", "make_cases", "measure"]
 
 _HEADS, _KV_HEADS, _DIM = 32, 8, 128
 _SAMPLE = 0.1  # seconds
-# Of a head: weights of the sum and the result are rounded to 8 bits, one after the other.
-_TOLERANCE = 2**-8
+# Of a head: the query that was turned, weights of the sum and the result are rounded to 8 bits. What is exact
+# but for these has an error of 0.0040 in the worst of 512 heads over 1024 tokens.
+_TOLERANCE = 1.2 * 2**-8
 
 
 @dataclasses.dataclass(frozen=True)

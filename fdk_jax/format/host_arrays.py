@@ -23,11 +23,12 @@ def aligned(size: int) -> np.ndarray:
     return whole[first : first + size]
 
 
-def scratch(size: int) -> np.ndarray:
-    """Bytes uint8 [size], the same ones in every call of a thread: to touch new memory takes longer."""
-    found = getattr(_of_thread, "scratch", None)
+def scratch(size: int, name: str = "scratch") -> np.ndarray:
+    """Bytes uint8 [size] of any values, a thread's own of that name: to touch new memory takes longer."""
+    found = getattr(_of_thread, name, None)
     if found is None or found.size < size:
-        found = _of_thread.scratch = aligned(size)
+        found = aligned(size)
+        setattr(_of_thread, name, found)
     return found[:size]
 
 

@@ -362,6 +362,8 @@ class _Reader:
         each = self.pipeline.each
         if all(isinstance(part, Stored) for part in parts):
             if not any(part.quantised for part in parts):
+                if (made := self.placer.host_kernel(parts, each)) is not None:
+                    return made
                 pieces = [piece for part in parts for piece in self.placer.pieces(part, each)]
                 return self.placer.kernel(pieces, cut)
             if all(part.quantised for part in parts):
@@ -393,8 +395,8 @@ class _Reader:
 
 @jax.jit
 def _finite(arrays: list[Array]) -> Array:
-    """For each array whether all of it is finite."""
-    return jnp.stack([jnp.isfinite(array).all() for array in arrays])
+    """For each array whether all of it is finite: NaN goes through a maximum, and no array of flags is made."""
+    return jnp.stack([jnp.abs(array).max(initial=0.0) < jnp.inf for array in arrays])
 
 
 def _as_floats(stored: Stored) -> Stored:

@@ -7,7 +7,7 @@ projection at a time are all that exists twice.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,11 +23,12 @@ from fdk_jax.format import packing
 from fdk_jax.format.host_arrays import aligned
 from fdk_jax.format.quantised_tensor import SPEC_FIELDS, QuantisedTensor
 from fdk_jax.layers.linear import QuantisedLinear
+from fdk_jax.models import host_matrices
+from fdk_jax.models.host_matrices import Each
 from fdk_jax.models.parallel import Parallel
 from fdk_jax.product.choice import ARITHMETIC, LAYOUT_OF
 
 HostArray = np.ndarray | Array
-Each = Callable[[Callable[[int], None], Iterable[int]], None]
 
 _RUN_BYTES = 2 << 20  # of codes that a thread reads and unpacks at a time: they stay in a cache
 
@@ -159,20 +160,17 @@ class Placer:
         )
 
     def streams(self, stored: Stored) -> bool:
-        """Whether a matrix is read by runs of rows on its way to the device: by `streamed` or `pieces`.
-
-        Float matrices in this host's memory are used where they were read to.
-        """
-        if self.parallel is not None or self.device is not None or stored.rows is None:
-            return False
-        return stored.quantised or jax.default_backend() != "cpu"
+        """Whether a matrix is read by runs of rows: by `streamed`, `pieces` or `host_kernel`."""
+        return self.parallel is None and self.device is None and stored.rows is not None
 
     def pieces(self, stored: Stored, each: Each) -> list[Array]:
         """Float rows [n_i, ...] on the device, some at a time.
 
         A transfer's bytes lie in memory that the device can read, which takes a second for each GB to get and
-        is used again: so few of them are under way, and none is long.
+        is used again: so few of them are under way, and none is long. On a CPU they are used where they lie.
         """
+        if host_matrices.are_used():
+            return [self._put(host_matrices.read(stored, each), P())]
         runs, found = stored.runs(), {}
 
         def put(index: int) -> None:
@@ -180,6 +178,11 @@ class Placer:
 
         each(put, range(len(runs)))
         return [found[index] for index in range(len(runs))]
+
+    def host_kernel(self, parts: Sequence[Stored], each: Each) -> Array | None:
+        """`kernel` of float matrices that are turned where they are read; None where that cannot be."""
+        made = host_matrices.read_kernel(parts, self.dtype, each)
+        return None if made is None else self._put(made, P())
 
     def streamed(self, parts: Sequence[Stored], each: Each) -> QuantisedTensor | None:
         """`quantised` of weights that are read by runs of rows: on a CPU nothing of them exists twice.

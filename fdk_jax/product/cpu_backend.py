@@ -326,7 +326,7 @@ packing.NATIVE["tiled"] = (_to_tiled, _from_tiled)
 
 
 def _to_tiled_by_rows(
-    read: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+    read: Callable[[int, int, np.ndarray], tuple[np.ndarray, np.ndarray]],
     each: Callable[[Callable[[int], None], Iterable[int]], None],
     dtype: Any,
     **spec,
@@ -342,11 +342,13 @@ def _to_tiled_by_rows(
         host_arrays.aligned(math.prod(shape) * size).reshape(tiles, -1)
         for shape, size in zip(shapes, (1, dtype.itemsize), strict=True)
     ]
+    width = -(-k * bits // 8)
     step = max(_RUN_BYTES * 8 // (k * bits * packing.TILE_ROWS), 1) * packing.TILE_ROWS
 
     def convert(begin: int) -> None:
         end = min(begin + step, n)
-        sources = (np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in read(begin, end))
+        found = read(begin, end, host_arrays.scratch((end - begin) * width, "run"))
+        sources = (np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in found)
         first, last = begin // packing.TILE_ROWS, -(-end // packing.TILE_ROWS)
         library().to_tiled(
             *sources,

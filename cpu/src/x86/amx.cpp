@@ -10,9 +10,9 @@ namespace fdk {
 namespace {
 
 // With fewer tokens the ISAs below are faster (Xeon with AMX and AVX512-FP16, one thread, k = n =
-// 4096, weights from memory, 2026-11).
+// 4096, weights from memory, 2026-12).
 constexpr int64_t fewest_tokens(int bits, bool integer) {
-  if (integer) return bits == 8 ? 9 : bits == 4 ? 7 : bits == 2 ? 6 : 5;
+  if (integer) return bits == 1 ? 6 : 9;
   return bits == 8 || bits == 1 ? 5 : 3;
 }
 

@@ -17,19 +17,25 @@
 namespace fdk {
 namespace {
 
-// Tiles that are decoded together: two for up to 32 tokens, so that what is decoded stays in the L1
-// cache; more for many, so that activations are read again less often.
-inline constexpr int64_t kMatrixTiles = 16;
-constexpr int64_t tiles_together(int64_t tokens) {
-  return tokens <= 2 * kMatrixRows ? 2 : tokens <= 4 * kMatrixRows ? 8 : kMatrixTiles;
+// Words that take more leave the L2 cache before they are read again.
+inline constexpr size_t kMatrixCached = 1 << 20;
+// Tiles that share what is read of the words: two while the words stay in the L2 cache,
+// kMatrixTiles when they come from further away. They are multiplied by kMatrixTokens before the
+// next ones are decoded: the totals of both stay in the L2 cache. Codes of 8 bits take longest to
+// decode, which more tokens share.
+template <typename A>
+inline constexpr int64_t kMatrixTiles = A::kBits == 8 ? 16 : 32;
+template <typename A>
+inline constexpr int64_t kMatrixTokens = A::kBits == 8 ? 512 : 256;
+template <typename A>
+int64_t tiles_together(const MatrixPrepared<A> &layout) {
+  return layout.bytes() <= kMatrixCached ? 2 : kMatrixTiles<A>;
 }
-// Tokens that tiles are multiplied by before the next ones are decoded: their totals stay in the L2
-// cache.
-inline constexpr int64_t kMatrixTokens = 512;
+// Tiles that a thread takes are a multiple of these: small enough for many threads.
+inline constexpr int64_t kMatrixPiece = 8;
 // Of a tile's registers so many are decoded at a time: the L1 cache holds two tiles' and 32
 // tokens'.
 inline constexpr int64_t kMatrixRegisters = 8;
-inline constexpr int64_t kMatrixBytes = kMatrixRows * 64;
 
 // Blocks [begin, end) of a plan, the first one at the register `index`.
 struct BlockRange {
@@ -44,8 +50,8 @@ struct BlockRange {
   }
 };
 
-// scratch: totals [kMatrixTiles][tokens][16] float32; weights [kMatrixTiles][register]; sums [4];
-// scales [kMatrixTiles][block of a range][16] float32.
+// scratch: totals [kMatrixTiles][tokens][16] float32; of two tiles weights [2][register], sums [4]
+// and scales [2][block of a range][16] float32.
 template <typename A>
 struct MatrixScratch {
   float *totals;
@@ -58,13 +64,13 @@ struct MatrixScratch {
 
   MatrixScratch(void *scratch, int64_t tokens)
       : totals(static_cast<float *>(scratch)),
-        weights(reinterpret_cast<char *>(totals + kMatrixTiles * tokens * kTileRows)),
-        sums(weights + kMatrixTiles * kTileBytes),
+        weights(reinterpret_cast<char *>(totals + kMatrixTiles<A> * tokens * kTileRows)),
+        sums(weights + 2 * kTileBytes),
         scales(reinterpret_cast<float *>(sums + 4 * kMatrixBytes)) {}
   static size_t bytes(const Plan &plan) {
-    return static_cast<size_t>(kMatrixTiles * (std::min(plan.m, kMatrixTokens) * kTileRows * 4 +
-                                               kTileBytes + kTileScales * 4) +
-                               4 * kMatrixBytes);
+    return static_cast<size_t>(kMatrixTiles<A> * std::min(plan.m, kMatrixTokens<A>) * kTileRows *
+                                   4 +
+                               2 * (kTileBytes + kTileScales * 4) + 4 * kMatrixBytes);
   }
 };
 
@@ -107,8 +113,8 @@ inline void add_row(const MatrixFactor *factor, __m512 scales, const char *sums,
 }
 
 template <typename A>
-inline void add_block(const MatrixFactor *factors, __m512 scales, int64_t rows, const char *sums,
-                      float *totals) {
+[[gnu::always_inline]] inline void add_block(const MatrixFactor *factors, __m512 scales,
+                                             int64_t rows, const char *sums, float *totals) {
   const auto add = [&](int64_t r) {
     add_row<A>(factors + r, scales, sums + r * 64, totals + r * kTileRows);
   };
@@ -120,6 +126,12 @@ inline void add_block(const MatrixFactor *factors, __m512 scales, int64_t rows, 
   }
 }
 
+// Words of activations to ask the L3 cache for: so many lines of each register; or null.
+struct WordsAhead {
+  const char *begin = nullptr;
+  int64_t lines = 0;
+};
+
 // Two tiles by up to 32 tokens: what multiply_range() works on.
 struct MatrixWork {
   int64_t token, tokens;  // the first one, and how many
@@ -129,20 +141,27 @@ struct MatrixWork {
   float *totals;            // of the first tile and token
   int64_t total_stride;     // to those of the second tile
   const uint8_t *ahead[2];  // packed bytes to ask memory for meanwhile, or null
+  WordsAhead words_ahead;
 };
 
 // A range of blocks of two tiles by up to 32 tokens; kSecond: more than 16 of them.
+//
+// A store of sums waits for their products, and what is behind it waits with it. So where there are
+// four, they are stored when the products of two others have begun: the last ones of a block beside
+// the first of the next.
 template <typename A, bool kSecond>
-void multiply_range(const Plan &plan, const MatrixPrepared<A> &layout, const void *prepared,
-                    int64_t codebook, const BlockRange &block_range, const MatrixWork &work) {
+[[gnu::noinline]] void multiply_range(const Plan &plan, const MatrixPrepared<A> &layout,
+                                      const void *prepared, int64_t codebook,
+                                      const BlockRange &block_range, const MatrixWork &work) {
   // Adds up the sums of tokens `group` by tile `i` that the block before `end` left, if there is
-  // one.
-  const auto add_before = [&](size_t end, int64_t group, int64_t i) {
+  // one. As calls they took the whole product 7% longer.
+  const MatrixFactor *factors = layout.factors(prepared, codebook, block_range.begin, work.token);
+  const auto add_before = [&](size_t end, int64_t group, int64_t i) __attribute__((always_inline)) {
     if (end == block_range.begin) return;
-    const size_t b = end - 1;
-    const __m512 scales = _mm512_load_ps(work.scales + i * MatrixScratch<A>::kTileScales +
-                                         static_cast<int64_t>(b - block_range.begin) * kTileRows);
-    add_block<A>(layout.factors(prepared, codebook, b, work.token + group * kMatrixRows), scales,
+    const auto b = static_cast<int64_t>(end - 1 - block_range.begin);
+    const __m512 scales =
+        _mm512_load_ps(work.scales + i * MatrixScratch<A>::kTileScales + b * kTileRows);
+    add_block<A>(factors + b * layout.tokens + group * kMatrixRows, scales,
                  std::min(work.tokens - group * kMatrixRows, kMatrixRows),
                  work.sums + (2 * group + i) * kMatrixBytes,
                  work.totals + i * work.total_stride + group * kMatrixRows * kTileRows);
@@ -153,6 +172,7 @@ void multiply_range(const Plan &plan, const MatrixPrepared<A> &layout, const voi
   const char *second_words = words + (kSecond ? layout.registers * kMatrixBytes : 0);
   const char *weights = work.weights;
   const char *second_weights = weights + MatrixScratch<A>::kTileBytes;
+  const char *words_ahead = work.words_ahead.begin;
   int64_t asked = 0;
   const auto next_register = [&] {
     if (work.ahead[0] != nullptr)
@@ -160,52 +180,70 @@ void multiply_range(const Plan &plan, const MatrixPrepared<A> &layout, const voi
         prefetch_far(work.ahead[0] + asked * kStepBytes);
         prefetch_far(work.ahead[1] + asked * kStepBytes);
       }
+    if (words_ahead != nullptr) {
+      for (int64_t i = 0; i < work.words_ahead.lines; ++i) prefetch_far(words_ahead + i * 64);
+      words_ahead += kMatrixBytes;
+    }
     words += kMatrixBytes;
     second_words += kMatrixBytes;
     weights += kMatrixBytes;
     second_weights += kMatrixBytes;
   };
-  stores_before_tile_loads();
-  for (size_t b = block_range.begin; b < block_range.end; ++b) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (kSecond) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    for (int64_t left = block_registers<A>(plan.blocks[b]); left > 1; --left) {
-      _tile_loadd(4, words, 64);
-      _tile_loadd(6, weights, 64);
-      multiply_matrices<A, 0, 0>();
-      _tile_loadd(7, second_weights, 64);
-      multiply_matrices<A, 0, 1>();
-      if constexpr (kSecond) {
-        _tile_loadd(5, second_words, 64);
-        multiply_matrices<A, 1, 0>();
-        multiply_matrices<A, 1, 1>();
-      }
-      next_register();
-    }
-    // The last register: what the block before left is added up between the products.
+  // The products of one register of block `b`, its first and its last one or not. Beside the last
+  // one's the sums of the block before are added up.
+  const auto multiply = [&](auto first, auto last, size_t b) {
+    const bool left = first && b > block_range.begin;  // sums of the block before
+    if constexpr (first) _tile_zero(0);
+    if constexpr (first && !kSecond) _tile_zero(1);
     _tile_loadd(4, words, 64);
     _tile_loadd(6, weights, 64);
     multiply_matrices<A, 0, 0>();
-    add_before(b, 0, 0);
-    _tile_stored(0, work.sums, 64);
+    if constexpr (last) add_before(b, 0, 0);
+    if constexpr (kSecond) {
+      if (left) store_matrix<2>(work.sums);
+    } else {
+      if constexpr (last) store_matrix<0>(work.sums);
+    }
+    if constexpr (first && kSecond) _tile_zero(1);
     _tile_loadd(7, second_weights, 64);
     multiply_matrices<A, 0, 1>();
-    add_before(b, 0, 1);
-    _tile_stored(1, work.sums + kMatrixBytes, 64);
+    if constexpr (last) add_before(b, 0, 1);
     if constexpr (kSecond) {
+      if (left) store_matrix<3>(work.sums);
+      if constexpr (first) _tile_zero(2);
       _tile_loadd(5, second_words, 64);
       multiply_matrices<A, 1, 0>();
-      add_before(b, 1, 0);
-      _tile_stored(2, work.sums + 2 * kMatrixBytes, 64);
+      if constexpr (last) {
+        store_matrix<0>(work.sums);
+        add_before(b, 1, 0);
+      }
+      if constexpr (first) _tile_zero(3);
       multiply_matrices<A, 1, 1>();
-      add_before(b, 1, 1);
-      _tile_stored(3, work.sums + 3 * kMatrixBytes, 64);
+      if constexpr (last) {
+        store_matrix<1>(work.sums);
+        add_before(b, 1, 1);
+      }
+    } else {
+      if constexpr (last) store_matrix<1>(work.sums);
     }
     next_register();
+  };
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  stores_before_tile_loads();
+  for (size_t b = block_range.begin; b < block_range.end; ++b) {
+    int64_t left = block_registers<A>(plan.blocks[b]);
+    if (left == 1) {
+      multiply(yes, yes, b);
+      continue;
+    }
+    multiply(yes, no, b);
+    for (; left > 2; --left) multiply(no, no, b);
+    multiply(no, yes, b);
+  }
+  if constexpr (kSecond) {
+    store_matrix<2>(work.sums);
+    store_matrix<3>(work.sums);
   }
   for (int64_t group = 0; group < (kSecond ? 2 : 1); ++group)
     for (int64_t i = 0; i < 2; ++i) add_before(block_range.end, group, i);
@@ -220,44 +258,58 @@ void run_matrix_tiles(const Plan &plan, const A &arithmetic, const Finish<A> &fi
   const int64_t total_stride = tokens * kTileRows;
   const MatrixScratch<A> own(scratch, tokens);
   std::fill(own.totals, own.totals + ceil_div(tiles, int64_t{2}) * 2 * total_stride, 0.0F);
-  if (tiles % 2 != 0) {  // the last pair's second tile: its sums are dropped
-    std::memset(own.weights + tiles * MatrixScratch<A>::kTileBytes, 0,
-                MatrixScratch<A>::kTileBytes);
-    float *scales = own.scales + tiles * MatrixScratch<A>::kTileScales;
-    std::fill(scales, scales + MatrixScratch<A>::kTileScales, 0.0F);
-  }
   const int64_t last_tile = tile + tiles - 1;
   const auto next = [&](int64_t i) { return std::min(tile + tiles + i, range.tile_end - 1); };
-  BlockRange block_range{0, 0, 0};
-  const auto multiply = [&](int64_t t, int64_t i) {
-    MatrixWork work{range.token_begin + t,
-                    std::min(tokens - t, 2 * kMatrixRows),
-                    own.weights + i * MatrixScratch<A>::kTileBytes,
-                    own.scales + i * MatrixScratch<A>::kTileScales,
-                    own.sums,
-                    own.totals + i * total_stride + t * kTileRows,
-                    total_stride,
-                    {nullptr, nullptr}};
-    for (int64_t j = 0; j < 2 && t == 0; ++j)
-      work.ahead[j] = block_range.after(plan, std::min(tile + i + j, last_tile), next(i + j));
-    if (work.tokens > kMatrixRows)
-      multiply_range<A, true>(plan, layout, prepared, range.codebook, block_range, work);
-    else multiply_range<A, false>(plan, layout, prepared, range.codebook, block_range, work);
+  // Words that come from the L3 cache are asked for while the range before is multiplied, a part of
+  // each register's 32 lines beside every pair of tiles.
+  const int64_t pairs = ceil_div(tiles, int64_t{2});
+  const int64_t lines = layout.bytes() > kMatrixCached ? ceil_div(2 * kMatrixRows, pairs) : 0;
+  const auto words_ahead = [&](int64_t t, int64_t pair, int64_t index) -> WordsAhead {
+    const int64_t line = pair * lines;
+    const int64_t token = t + line / kMatrixRows * kMatrixRows;
+    if (lines == 0 || token >= tokens) return {};
+    return {layout.words(prepared, range.token_begin + token, index) + line % kMatrixRows * 64,
+            lines};
   };
+  BlockRange block_range{0, 0, 0};
   for (; block_range.begin < plan.blocks.size(); block_range.begin = block_range.end) {
-    // The first tokens are multiplied by two tiles while what was decoded of them lies in the L1
-    // cache.
+    int64_t registers = 0;
     for (int64_t i = 0; i < tiles; i += 2) {
-      for (int64_t j = i; j < std::min(i + 2, tiles); ++j)
-        block_range.end = decode_range(plan, arithmetic, finish, block_range.begin, tile + j,
-                                       own.weights + j * MatrixScratch<A>::kTileBytes,
-                                       own.scales + j * MatrixScratch<A>::kTileScales);
-      multiply(0, i);
+      // Two tiles, which stay in the L1 cache until all tokens have been multiplied by them.
+      for (int64_t j = 0; j < 2; ++j) {
+        char *weights = own.weights + j * MatrixScratch<A>::kTileBytes;
+        float *scales = own.scales + j * MatrixScratch<A>::kTileScales;
+        if (i + j < tiles) {
+          block_range.end = decode_range(plan, arithmetic, finish, block_range.begin, tile + i + j,
+                                         weights, scales);
+        } else {  // there is one: the other's sums are dropped
+          std::memset(weights, 0, MatrixScratch<A>::kTileBytes);
+          std::fill(scales, scales + MatrixScratch<A>::kTileScales, 0.0F);
+        }
+      }
+      if (i == 0)
+        for (size_t b = block_range.begin; b < block_range.end; ++b)
+          registers += block_registers<A>(plan.blocks[b]);
+      const int64_t next_index =
+          block_range.end == plan.blocks.size() ? 0 : block_range.index + registers;
+      for (int64_t t = 0; t < tokens; t += 2 * kMatrixRows) {
+        MatrixWork work{range.token_begin + t,
+                        std::min(tokens - t, 2 * kMatrixRows),
+                        own.weights,
+                        own.scales,
+                        own.sums,
+                        own.totals + i * total_stride + t * kTileRows,
+                        total_stride,
+                        {nullptr, nullptr},
+                        words_ahead(t, i / 2, next_index)};
+        for (int64_t j = 0; j < 2 && t == 0; ++j)
+          work.ahead[j] = block_range.after(plan, std::min(tile + i + j, last_tile), next(i + j));
+        if (work.tokens > kMatrixRows)
+          multiply_range<A, true>(plan, layout, prepared, range.codebook, block_range, work);
+        else multiply_range<A, false>(plan, layout, prepared, range.codebook, block_range, work);
+      }
     }
-    for (int64_t t = 2 * kMatrixRows; t < tokens; t += 2 * kMatrixRows)
-      for (int64_t i = 0; i < tiles; i += 2) multiply(t, i);
-    for (size_t b = block_range.begin; b < block_range.end; ++b)
-      block_range.index += block_registers<A>(plan.blocks[b]);
+    block_range.index += registers;
   }
   // The rows of y lie far apart: each is asked for some stores ahead.
   constexpr int64_t rows_ahead = 16;
@@ -286,9 +338,9 @@ void run_matrix(const Plan &plan, const void *prepared, void *scratch, const Ran
   const Finish<A> finish(plan, range.codebook);
   const MatrixPrepared<A> layout(plan);
   const int64_t tokens = range.token_end - range.token_begin;
-  const int64_t together = tiles_together(tokens);
+  const int64_t together = tiles_together(layout);
   const int64_t part =
-      ceil_div(tokens, ceil_div(tokens, kMatrixTokens) * 2 * kMatrixRows) * 2 * kMatrixRows;
+      ceil_div(tokens, ceil_div(tokens, kMatrixTokens<A>) * 2 * kMatrixRows) * 2 * kMatrixRows;
   // Once a call: it takes as long as dozens of products. Rows beyond the last token hold zeros.
   configure_matrices(std::min(tokens, kMatrixRows),
                      tokens > 2 * kMatrixRows ? kMatrixRows : tokens - kMatrixRows);
@@ -323,7 +375,7 @@ constexpr Kernel make_matrix_kernel(const char *name, bool (*supports)(const Pla
           prepare_matrix<A>,
           matrix_scratch_bytes<A>,
           run_matrix<A>,
-          kMatrixTiles / 2};
+          kMatrixPiece};
 }
 
 }  // namespace

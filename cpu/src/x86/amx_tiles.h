@@ -16,6 +16,7 @@ namespace fdk {
 namespace {
 
 inline constexpr int64_t kMatrixRows = 16;  // tokens in a register, and words of 32 bits in its row
+inline constexpr int64_t kMatrixBytes = kMatrixRows * 64;
 
 // The operand of LDTILECFG.
 struct alignas(64) MatrixShapes {
@@ -65,6 +66,15 @@ inline void multiply_matrices() {
     if constexpr (kGroup == 1 && kTile == 0) _tile_dpbf16ps(2, 5, 6);
     if constexpr (kGroup == 1 && kTile == 1) _tile_dpbf16ps(3, 5, 7);
   }
+}
+
+// Sums `kIndex` (0..3, see above) to their place in memory.
+template <int kIndex>
+inline void store_matrix(char *sums) {
+  if constexpr (kIndex == 0) _tile_stored(0, sums, 64);
+  if constexpr (kIndex == 1) _tile_stored(1, sums + kMatrixBytes, 64);
+  if constexpr (kIndex == 2) _tile_stored(2, sums + 2 * kMatrixBytes, 64);
+  if constexpr (kIndex == 3) _tile_stored(3, sums + 3 * kMatrixBytes, 64);
 }
 
 }  // namespace
