@@ -5,8 +5,10 @@ import gzip
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from fdk_jax.benchmark import records
 from fdk_jax.quality import corpus, scaling_report, scaling_runs, step_times
@@ -104,11 +106,38 @@ def losses(run, chunks):
     return run.losses
 
 
+def test_gradients_of_the_float_model_need_no_scatter(data):
+    """Whose sums a GPU adds up in any order; and they are the gradients of one that is."""
+    graph, state = nnx.split(LanguageModel(SHAPE))
+    rows = data.test[0].astype(jnp.int32)
+
+    def loss(state):
+        return scaling_runs.loss(nnx.merge(graph, state), rows)
+
+    assert "scatter" not in str(jax.make_jaxpr(jax.grad(loss))(state))
+
+    def taken(state):
+        model = nnx.merge(graph, state)
+        table = model.embedding.embedding.get_value()
+        model._rows = lambda tokens: jnp.take(table, tokens, axis=0)
+        log_probability = jax.nn.log_softmax(model(rows)[:, :-1].astype(jnp.float32))
+        return -jnp.take_along_axis(log_probability, rows[:, 1:, None], axis=-1).mean()
+
+    assert "scatter" in str(jax.make_jaxpr(jax.grad(taken))(state))
+    value, gradients = jax.value_and_grad(loss)(state)
+    expected, others = jax.value_and_grad(taken)(state)
+    assert value == expected
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(others), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * float(jnp.abs(b).max()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [16, 2])
 def test_a_killed_run_goes_on_with_the_same_losses(bits, data, tmp_path):
+    plan = dataclasses.replace(PLAN, reproducible=True)
+
     def run(folder):
-        return Run(PLAN, SHAPE, bits, data, "xla", folder)
+        return Run(plan, SHAPE, bits, data, "xla", folder)
 
     whole = losses(run(None), 4)
     losses(run(tmp_path), 2)

@@ -41,7 +41,7 @@ _START = flags.DEFINE_integer("start_step", 0, "steps before it see float weight
 _EMBEDDING = flags.DEFINE_enum(
     "embedding_bits", "4", ["16", "8", "4"], "of the embedding of quantised models, at least"
 )
-_SAME = flags.DEFINE_bool("reproducible", False, "the same bits every time on a GPU, too")
+_SAME = flags.DEFINE_bool("reproducible", False, "sums in one order on a GPU, too")
 
 
 def main(argv: list[str]) -> None:

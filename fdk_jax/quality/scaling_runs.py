@@ -57,7 +57,7 @@ class Plan:
         seed: of weights and of the order of sequences.
         start_step: steps before it see float weights.
         embedding_bits: of the embedding, which is the head too, at least; 16 leaves it in bfloat16.
-        reproducible: whether a GPU gives the same bits every time, by programs that are not tuned.
+        reproducible: whether XLA is asked for sums in one order on a GPU, by programs that are not tuned.
     """
 
     tokens: int = 40_000_000
