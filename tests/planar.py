@@ -102,12 +102,14 @@ def product(
         matrices.append(decode(codebook.astype(dtype)))
         if uniform:
             # Kernels multiply by distances from zero in steps, and by the step in the end; those that scale
-            # weights divide the distances by a power of two before: float16 notices where scales are tiny.
+            # weights multiply the distances by a power of two before, 2**-bits or the one below the step:
+            # float16 notices where scales are tiny.
             distances = oracle.rounded(np.arange(2**bits) - zero, dtype)
             steps = np.repeat(step, n // codebooks, 0)
             in_steps = decode(distances)
             matrices += [in_steps * steps, oracle.rounded(in_steps, dtype) * steps]
-            matrices += [oracle.rounded(in_steps / 2**bits, dtype) * (2**bits * steps)]
+            for power in (2.0**-bits, 2.0 ** np.floor(np.log2(steps))):
+                matrices += [oracle.rounded(in_steps * power, dtype) * (steps / power)]
     wanted = Wanted(np.asarray(x), matrices, bits, int(uniform))
     return (x, packed, planar, jnp.asarray(codebook)), spec, wanted
 
