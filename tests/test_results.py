@@ -1,7 +1,10 @@
 """Committed rows name a source that the history has, and the tables in the documents are those of the rows."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -400,3 +403,22 @@ def test_models_of_equal_memory_are_those_of_one_run():
     assert text.splitlines()[0] == "H200, commit aaaaaaa:"
     assert [line.split(" | ")[5] for line in text.splitlines()[4:]] == ["16", "4", "1"]
     assert model_table.equal_memory(newer) == "(No rows yet.)"
+
+
+def test_every_run_of_the_gpu_script_has_cases(tmp_path):
+    """The script is run with a bench that only lists its cases."""
+    lists = tmp_path / "lists"
+    lists.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@" --list\n', encoding="utf-8")
+    lists.chmod(0o755)
+    out = tmp_path / "out"
+    ended = subprocess.run(
+        ["bash", ROOT / "results" / "gpu.sh", out, lists, "2"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    runs = ended.stdout.splitlines()
+    assert len(runs) > 20 and all(run.endswith(": status 0, 0 rows") for run in runs), ended
+    for log in out.glob("*.log"):
+        cases = log.read_text(encoding="utf-8").split()
+        assert cases and all(re.fullmatch(r"[\w.]+(-[\w.]+)+", case) for case in cases), cases

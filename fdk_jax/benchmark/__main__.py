@@ -14,11 +14,14 @@ import re
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
 from fdk_jax import usage
+
+if TYPE_CHECKING:  # it needs a POSIX system
+    from fdk_jax.benchmark.turns import Turns
 
 FLAGS = flags.FLAGS
 
@@ -61,7 +64,7 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         "turns",
         None,
-        "File that several runs share on one GPU: they compile side by side and measure in turn.",
+        "File that runs on one GPU share: they make cases side by side, and each measures alone.",
     )
     flags.DEFINE_integer("threads", None, "Processors to run on (Linux); by default all.", 1)
     flags.DEFINE_string("include", "", "Regular expression: only cases whose name it finds.")
@@ -193,6 +196,17 @@ def _plot(rows: Sequence[dict[str, Any]], stem: Path) -> None:
         _fail(error)
 
 
+def _turns() -> "Turns | None":
+    if not FLAGS.turns:
+        return None
+    try:
+        from fdk_jax.benchmark.turns import Turns
+
+        return Turns(Path(FLAGS.turns))
+    except (ImportError, OSError) as error:
+        _fail(f"--turns={FLAGS.turns}: {error}")
+
+
 def _measure(suite: Any, cases: Sequence[Any]) -> int:
     """Measures the cases, prints the table and returns the exit status."""
     from fdk_jax.benchmark import records, runner, source, table, timing
@@ -203,14 +217,13 @@ def _measure(suite: Any, cases: Sequence[Any]) -> int:
         source.require_commit(path)
     except source.NotACommit as error:
         _fail(f"--output={path}: {error}")
-    turns = Path(FLAGS.turns) if FLAGS.turns else None
     session = timing.Session(
         FLAGS.repetitions,
         FLAGS.copies,
         FLAGS.max_seconds,
         FLAGS.checked_rows,
         FLAGS.sample_seconds,
-        turns,
+        _turns(),
     )
     rows: list[dict[str, Any]] = []
     try:

@@ -192,7 +192,7 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
             return out.decode_seconds / out.decode_steps
 
         if session.turns is not None:
-            run()  # compiles while other runs measure
+            run()  # compiles outside of this run's turn
         seconds = yield run
     result |= records.statistics([s * 1e6 for s in seconds])
     first = records.statistics([s * 1e6 for s in first_token[-len(seconds) :]])

@@ -109,9 +109,10 @@ def measure(
         announce: told the name of a case when work on it starts.
     """
     attempts = []
-    for case in cases:
-        announce(case.name)
-        attempts.append(_Attempt(suite, case, session))
+    with session.making():
+        for case in cases:
+            announce(case.name)
+            attempts.append(_Attempt(suite, case, session))
     active = [a for a in attempts if a.wants_sample]
     with session.turn():
         while active:

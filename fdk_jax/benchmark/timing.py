@@ -4,13 +4,16 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+if TYPE_CHECKING:  # it needs a POSIX system
+    from fdk_jax.benchmark.turns import Turns
 
 Step = Callable[[Array, Any], Array]
 # A measurement in the making: it yields a function that returns seconds, is sent the samples taken of
@@ -28,7 +31,7 @@ class Session:
         max_seconds: a case whose samples have taken as long gets no more of them than ten.
         checked_rows: rows of a weight whose results are compared with float64, about so many; None for all.
         sample_seconds: about how long a sample takes; None for what the suite holds enough.
-        turns: a file that several runs on one GPU share: they compile side by side and measure in turn.
+        turns: what runs on one GPU share: they make cases side by side, and each measures alone.
     """
 
     repetitions: int = 20
@@ -36,19 +39,15 @@ class Session:
     max_seconds: float = 20.0
     checked_rows: int | None = None
     sample_seconds: float | None = None
-    turns: Path | None = None
+    turns: "Turns | None" = None
 
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Within it no other run that shares the file measures; not to be entered twice."""
-        if self.turns is None:
-            yield
-            return
-        import fcntl  # of POSIX systems alone
+    def making(self) -> AbstractContextManager[None]:
+        """Within it cases are made: no other run that takes turns measures."""
+        return self.turns.making() if self.turns else contextlib.nullcontext()
 
-        with open(self.turns, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield  # the lock ends with the file
+    def turn(self) -> AbstractContextManager[None]:
+        """Within it no other run that takes turns measures or makes cases."""
+        return self.turns.alone() if self.turns else contextlib.nullcontext()
 
 
 def loop_program(
