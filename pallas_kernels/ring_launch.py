@@ -1,5 +1,7 @@
 """A launch of `ring`: the producer warp, the consumer warps, and the barriers between products."""
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -179,7 +181,7 @@ class Launch(Writer):
         ptx, full = self.ptx, at(position.barrier)
         sizes = [size for _, size in ranges]
         sizes += [] if kept is None else [kept.size]
-        all_bytes = sizes[0] + sizes[1] if len(sizes) > 1 else sizes[0]
+        all_bytes = functools.reduce(operator.add, sizes)
         ptx.do("mbarrier.arrive.expect_tx.shared::cta.b64", "_", full, all_bytes)
         opcode = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
         opcode += ".L2::cache_hint"

@@ -183,8 +183,7 @@ def test_cases_of_a_group_are_sampled_in_turn(max_seconds, repetitions, expected
 def test_runs_that_share_a_file_measure_in_turn(tmp_path):
     """Samples, and what XLA measures when it compiles its own products, wait for another run's turn to end."""
     fcntl = pytest.importorskip("fcntl")
-    from fdk_jax.benchmark import turns
-
+    turns = pytest.importorskip("fdk_jax.benchmark.turns")
     session = timing.Session(3, turns=turns.Turns(tmp_path / "turns"))
 
     def free(lock=fcntl.LOCK_EX) -> bool:

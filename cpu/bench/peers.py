@@ -182,7 +182,7 @@ def measure(
         running.append((row, product, []))
     counter, order = [0], random.Random(0)
     for round_number in range(rounds + 1):
-        # In another order each time: what a case leaves behind (caches, page tables) meets all of them.
+        # In another order each time: what a case leaves (caches, page tables) meets all of them.
         for _, product, samples in order.sample(running, len(running)):
             value = (product.sample or functools.partial(sample, product))(counter)
             if round_number:

@@ -53,10 +53,13 @@ class Stored:
         found = self.read()[begin:end] if self.rows is None else self.rows(begin, end, out)
         return self._plain(found)
 
-    def runs(self) -> list[tuple[int, int]]:
-        """Runs of rows, each small enough to be sent to a device as one of several that are under way."""
+    def runs(self, most_bytes: int = _RUN_BYTES) -> list[tuple[int, int]]:
+        """Runs of rows [begin, end), of so many bytes at most if a row has no more.
+
+        By default each is small enough to be sent to a device as one of several that are under way.
+        """
         width = 2 * math.prod(self.shape[1:])  # bytes, as if it were of 16 bits
-        step = max(_RUN_BYTES // max(width, 1), 1)
+        step = max(most_bytes // max(width, 1), 1)
         return [(i, min(i + step, self.shape[0])) for i in range(0, self.shape[0], step)]
 
     def _plain(self, found: HostArray | QuantisedTensor) -> HostArray:

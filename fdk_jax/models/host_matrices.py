@@ -70,6 +70,5 @@ def read_kernel(parts: Sequence[Stored], dtype: Any, each: Each) -> np.ndarray |
 
 def _by_rows(stored: Stored, each: Each, function: Callable[[int, int], None]) -> None:
     """Calls a function with runs of rows [begin, end) of a float matrix."""
-    count, row_bytes = stored.shape[0], 2 * math.prod(stored.shape[1:])
-    step = max(_RUN_BYTES // max(row_bytes, 1), 1)
-    each(lambda begin: function(begin, min(begin + step, count)), range(0, count, step))
+    runs = stored.runs(_RUN_BYTES)
+    each(lambda index: function(*runs[index]), range(len(runs)))

@@ -146,7 +146,7 @@ struct MatrixWork {
 
 // A range of blocks of two tiles by up to 32 tokens; kSecond: more than 16 of them.
 //
-// A store of sums waits for their products, and what is behind it waits with it. So where there are
+// A store of sums waits for their products, and what follows it waits with it. So where there are
 // four, they are stored when the products of two others have begun: the last ones of a block beside
 // the first of the next.
 template <typename A, bool kSecond>
