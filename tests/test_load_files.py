@@ -1,5 +1,6 @@
 """Models from files of other programs: their logits are those of the same weights as floats."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -230,6 +231,9 @@ def test_runs_of_rows_of_a_folder(rng, tmp_path):
         assert some.shape[0] == 12
         whole, some = (values(a) if one.quantised else a for a in (whole, some))
         np.testing.assert_array_equal(some, whole[5:17])
+        assert len(one.runs(1)) == one.shape[0]
+        # What can only be read whole is not read once for each run.
+        assert dataclasses.replace(one, rows=None).runs(1) == [(0, one.shape[0])]
 
 
 @pytest.mark.parametrize("makers", [1, 3])

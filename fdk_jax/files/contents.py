@@ -53,13 +53,15 @@ class Stored:
         found = self.read()[begin:end] if self.rows is None else self.rows(begin, end, out)
         return self._plain(found)
 
-    def runs(self, most_bytes: int = _RUN_BYTES) -> list[tuple[int, int]]:
-        """Runs of rows [begin, end), of so many bytes at most if a row has no more.
+    def runs(self, most_bytes: int | None = None) -> list[tuple[int, int]]:
+        """Runs of rows [begin, end), of so many bytes at most if a row has no more; one of all, without `rows`.
 
         By default each is small enough to be sent to a device as one of several that are under way.
         """
+        if self.rows is None:  # each run would read all of it
+            return [(0, self.shape[0])]
         width = 2 * math.prod(self.shape[1:])  # bytes, as if it were of 16 bits
-        step = max(most_bytes // max(width, 1), 1)
+        step = max((most_bytes or _RUN_BYTES) // max(width, 1), 1)
         return [(i, min(i + step, self.shape[0])) for i in range(0, self.shape[0], step)]
 
     def _plain(self, found: HostArray | QuantisedTensor) -> HostArray:
