@@ -63,6 +63,8 @@ def dense(found: Iterable[Row], peer: str = "torch", without: str | None = None)
     chosen = [r for r in chosen if r["backend"] == "cpu" or r["name"] == _DENSE[peer]]
     chosen = [r for r in chosen if without is None or r["isa"] != without]
     for here in _by(chosen, lambda r: tuple(r.get(key) for key in _PLACE)):
+        if all(r["backend"] == "cpu" for r in here):
+            continue  # its peers are others
         columns = sorted(
             {(r["k"] * r["n"], r["k"], r["n"], r["bits"]) for r in here if r["backend"] == "cpu"},
             key=lambda c: (c[:3], -c[3]),
