@@ -38,6 +38,7 @@ _WORDS = {
 # Whose words that are tokens are not built from merges, and whose texts begin with a token by default.
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 _CONTROL, _USER_DEFINED = 3, 4
+_WITHOUT_SPACE = ("<unk>", "<s>", "<|endoftext|>")  # of Phi 3
 _ENDS_OF_TURNS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 
 
@@ -68,10 +69,18 @@ def files(metadata: Mapping[str, Any]) -> TokenizerFiles:
         raise ValueError(f"the GGUF file's tokenizer is damaged: {error}") from error
     types = _entry(metadata, "token_type") or []
     added = [(t, k) for t, k in zip(tokens, types, strict=False) if k in (_CONTROL, _USER_DEFINED)]
+    # Phi 3 has the white space after them taken along; files do not say so, and llama.cpp goes by the name, too.
+    name = str(metadata.get("general.name", "")).lower()
+    takes_space = kind == "llama" and ("phi-3" in name or "phi3" in name)
     for special in (True, False):
         tokenizer.add_tokens(
             [
-                tokenizers.AddedToken(text, normalized=False, special=special)
+                tokenizers.AddedToken(
+                    text,
+                    normalized=False,
+                    special=special,
+                    rstrip=takes_space and text not in _WITHOUT_SPACE,
+                )
                 for text, number in added
                 if (number == _CONTROL) == special
             ]
