@@ -129,9 +129,10 @@ class Generator:
                 if speculate:
                     after = request.guess(cache, progress, request.text(), limit, loop)
                     _, at, text, out = after
+                    self.programs.fetch_later(text.steps)
                 else:
                     _, at, out = request.decode(cache, progress, limit, loop)
-                out.copy_to_host_async()
+                self.programs.fetch_later(progress.token, at.step, out)
                 steps = int(at.step) - 1
                 model_steps = steps
                 if text is not None:
@@ -180,6 +181,7 @@ class Generator:
             # end this computes a few tokens that nobody reads.
             limit = request.limit(loop.run)
             cache, progress, following = request.decode(cache, progress, limit, loop)
+            self.programs.fetch_later(following, progress.done)
             yield self.programs.fetch(waiting)
             if self.programs.fetch(done).all():
                 return
@@ -198,6 +200,7 @@ class Generator:
             cache, progress, text, out = request.guess(
                 cache, progress, text, request.limit(left), loop
             )
+            self.programs.fetch_later(progress.step, progress.done, out)
             new = int(progress.step) - count
             yield self.programs.fetch(out)[:, : min(new, left)]
             count += new
