@@ -29,7 +29,9 @@ INTERFACE = 6  # of cpu/bindings/module.cpp
 FEW_TOKENS = 16  # that `dense` takes at most
 _ONE_THREAD = 1 << 20  # bytes of a weight that one thread converts sooner than several start
 _loading = threading.Lock()
-_RUN_BYTES = 1 << 20  # of codes that are read and converted at a time, so that they stay in a cache
+# Of codes that are read and converted at a time: so few that caches hold most of them, and so many that the
+# threads rarely wait for the interpreter's lock, which each run passes on some twenty times.
+_RUN_BYTES = 4 << 20
 
 
 def _load() -> ModuleType | str:
