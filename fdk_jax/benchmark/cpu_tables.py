@@ -201,7 +201,8 @@ def prompts(found: Iterable[Row]) -> str:
                 ratios = [a / b for a, b in pairs]
                 cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
                 moved = row["bytes_rw"] * row["tokens_per_s"] / 1e9
-                cells.append(f"{moved / row['read_gb_s']:.0%}" if row.get("read_gb_s") else "")
+                alone = row.get("read_gb_s") and row.get("clock") != "processor"
+                cells.append(f"{moved / row['read_gb_s']:.0%}" if alone else "")
                 cells.append(f"{(row['peak_bytes'] - row['base_bytes']) / row['bytes_rw']:.2f}")
                 lines.append(cells)
         head = ["model", "type", "prompt", "by", "first token, s", "llama.cpp's time over it"]
