@@ -140,10 +140,13 @@ def _least_beside_dense(here: list[Row], column: tuple) -> str:
 
 
 def read_shares(found: Iterable[Row]) -> str:
-    """Bytes a second of one-token products over those of the probe that only reads, sample by sample."""
+    """Bytes a second of one-token products over those of the probe that only reads, sample by sample.
+
+    A table for each device and commit, whose probes belong to its products.
+    """
     chosen = _of(found, "cpu_threads")
     texts = []
-    for here in _by(chosen, lambda r: r["device"]):
+    for here in _by(chosen, lambda r: (r["device"], r["commit"])):
         kinds = sorted(
             {(r["arithmetic"], r["k"], r["bits"]) for r in here if r["bits"]},
             key=lambda c: (c[:2], -c[2]),
@@ -159,7 +162,9 @@ def read_shares(found: Iterable[Row]) -> str:
             ]
             for arithmetic, k, bits in kinds:
                 row = [
-                    r for r in same if (r["arithmetic"], r["k"], r["bits"]) == (arithmetic, k, bits)
+                    r
+                    for r in same
+                    if r["bits"] == bits and (r["arithmetic"], r["k"]) == (arithmetic, k)
                 ]
                 cells.append(_share(row[0], read) if row else "")
             lines.append(cells)
