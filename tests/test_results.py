@@ -153,6 +153,7 @@ def test_the_sweep_compares_sample_by_sample():
     # Beside dense products alone there is no table of peers.
     assert cpu_tables.sweep(rows[:3]) == "(No rows yet.)"
     assert "| 4 | 3.00 / 2.00 |" in cpu_tables.dense(rows)
+    assert cpu_tables.dense(rows, "ggml") == "(No rows yet.)"
 
 
 def test_dense_rows_belong_to_the_bits_that_they_took_turns_with():
@@ -228,6 +229,7 @@ def test_prompts_beside_llama_cpp():
         "prompt": 512,
     }
     fields |= {"commit": "abcdefgh", "bytes_rw": 100, "base_bytes": 30, "peak_bytes": 140}
+    fields |= {"read_gb_s": 0.02}
     ours = {"backend": "cpu", "arithmetic": "int8", "samples_us": [1e6] * 3, "median_us": 1e6}
     peer = {
         "backend": "llama.cpp",
@@ -240,7 +242,7 @@ def test_prompts_beside_llama_cpp():
         fields | peer | {"decode_us": [25.0] * 3, "tokens_per_s": 4e4},
     ]
     text = cpu_tables.prompts(rows)
-    assert "| 1B | Q4_0 | 512 | cpu int8 | 1.00 | 2.00 | 100000.0 | 2.50 | 1.10 |" in text
+    assert "| 1B | Q4_0 | 512 | cpu int8 | 1.00 | 2.00 | 100000.0 | 2.50 | 50% | 1.10 |" in text
 
 
 def _network_row(bits, codebook, scale, rounding, kl, group_size=64, network="n"):
