@@ -19,7 +19,12 @@ SUITE = "networks"
 
 
 def measure(
-    name: str, text: Path, out: Path, note: Callable[[str], None], include: str = ""
+    name: str,
+    text: Path,
+    out: Path,
+    note: Callable[[str], None],
+    include: str = "",
+    tokens: int | None = None,
 ) -> None:
     """Appends the rows of a network that `out` does not have yet.
 
@@ -29,10 +34,16 @@ def measure(
         out: a JSONL file.
         note: called with a word on what comes next.
         include: regular expression, searched in the names of formats.
+        tokens: that a network is trained on, where it is trained here; None for as many as in the table.
+
+    Raises:
+        ValueError: `tokens` of a network that is not trained here.
     """
+    if tokens is not None and not name.startswith("trained"):
+        raise ValueError(f"{tokens=} is of networks that are trained here, not of {name!r}")
     known = records.read([out]) if out.exists() and out.stat().st_size else []
     done = {row["name"] for row in known if row["suite"] == SUITE}
-    network = NETWORKS[name](text)
+    network = NETWORKS[name](text, **({} if tokens is None else {"tokens": tokens}))
     shared = {
         "suite": SUITE,
         "network": name,
