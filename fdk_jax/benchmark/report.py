@@ -252,9 +252,11 @@ def calibration(found: Iterable[Row]) -> str:
     lines = []
     for row in rows:
         turned = " rotated" * row["name"].endswith("rotated")
+        whole = row["layers"] >= row["layers_of_model"]
+        some = "" if whole else f", {row['layers']} of {row['layers_of_model']} layers"
         lines.append(
             [
-                row["model"].removeprefix("custom-llama-") + turned,
+                row["model"].removeprefix("custom-llama-") + turned + some,
                 f"{row['parameters'] / 1e9:.2f} billion",
                 str(row["bits"]),
                 f"{row['seconds']:.0f}",
@@ -262,7 +264,7 @@ def calibration(found: Iterable[Row]) -> str:
                 f"{row['first_layer_seconds']:.0f}",
                 f"{row['further_layer_seconds']:.1f}" if row["further_layer_seconds"] else "",
                 f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else "",
-                f"{row['model_bytes'] / 1e9:.1f}",
+                f"{row['model_bytes'] / 1e9:.1f}" if row["model_bytes"] else "",
                 f"{row['host_peak_bytes'] / 1e9:.1f}",
             ]
         )

@@ -217,8 +217,9 @@ def fit(matrices: list[Callable[[], Matrix]], form: Format) -> tuple[Array, list
         return values
 
     parts = [part(i) for i in range(len(matrices))]
+    levels = None
     for _ in range(_TURNS if form.scale == "search" else 1):
-        levels = codebooks.fit_parts(parts, 2**form.bits, seed=form.seed)
+        levels = codebooks.fit_parts(parts, 2**form.bits, seed=form.seed, start=levels)
         if form.scale == "search":
             scales = [_search(m(), b, levels, form) for m, b in zip(matrices, bases, strict=True)]
     return levels, scales

@@ -3,8 +3,8 @@
 python -m fdk_jax.quality.corpus FOLDER corpus.xz [BYTES]
 python -m fdk_jax.quality.corpus corpus.xz tokens.npz VOCABULARY
 
-The first reads the RFCs (rfc*.txt or rfc*.txt.gz) below FOLDER and writes BYTES of them (190 million unless given). The
-second writes its tokens, which stand for the text wherever one is asked for.
+The first reads the RFCs (rfc*.txt or rfc*.txt.gz) below FOLDER and writes BYTES of them (190 million unless
+given). The second writes its tokens, which stand for the text wherever one is asked for.
 """
 
 import dataclasses
@@ -130,7 +130,7 @@ def tokenise(path: Path, vocabulary: int, cache: Path | None = None) -> Tokens:
         found = kept_tokens(path)
         if found.vocabulary > vocabulary:
             raise ValueError(
-                f"{path} has a vocabulary of {found.vocabulary}, more than {vocabulary}: tokenise the text again"
+                f"{path} has {found.vocabulary} tokens, more than {vocabulary}: tokenise its text again"
             )
         return found
     text = _text(path)
