@@ -272,9 +272,9 @@ def _histogram(values, importance, low, high) -> tuple[np.ndarray, np.ndarray]:
         for s in range(0, values.size, _CHUNK)
     ]
     mass, first = np.zeros(_CELLS), np.zeros(_CELLS)
-    for m, f in chunks:
-        mass += np.asarray(m, np.float64)
-        first += np.asarray(f, np.float64)
+    for m, f in jax.device_get(chunks):
+        mass += m
+        first += f
     # `first` holds offsets from the centre of a cell.
     return mass, first + mass * ((np.arange(_CELLS) + 0.5) / _CELLS)
 

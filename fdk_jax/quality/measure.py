@@ -1,5 +1,6 @@
 """The table on real networks: a row for each format, on the disk before the next is measured."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from fdk_jax.benchmark import environment, records
+from fdk_jax.learning import compiling
 from fdk_jax.quality.formats import FORMATS
 from fdk_jax.quality.networks import NETWORKS, SEEDS, Network
 
@@ -123,7 +125,7 @@ def _output_error(
     return math.sqrt(float(np.mean(ratios)))
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=compiling.OPTIONS)
 def _mean_squares(error: Array, matrix: Array, second: Array) -> Array:
     def mean_square(a: Array) -> Array:
         return jnp.sum(jnp.matmul(a, second) * a)
