@@ -2,8 +2,8 @@
 
     python -m fdk_jax.quality.resuming --text corpus.xz --out results/resumed.jsonl
 
-trains a model of the scaling table twice, each time in a process of its own and with sums in one order. One of them
-is killed once it has written a checkpoint, and started again. A row has the losses of both.
+trains a model of the scaling table twice, each time in a process of its own and with sums in one order. One is
+killed once it has written a checkpoint, and started again. A row has the losses of both.
 """
 
 import argparse
