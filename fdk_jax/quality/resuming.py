@@ -20,6 +20,7 @@ from fdk_jax.benchmark import environment, records
 from fdk_jax.quality import scaling_runs
 
 SUITE = "resumption"
+_PROGRAM = [sys.executable, "-m", "fdk_jax.quality.scaling"]
 
 
 def measure(
@@ -41,14 +42,13 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = (Path(folder) / name for name in ("whole", "killed"))
         command = [
-            sys.executable,
-            "-m",
-            "fdk_jax.quality.scaling",
-            "--text",
-            str(text),
+            *_PROGRAM,
+            f"--text={text}",
             "--reproducible",
+            f"--sizes={size}",
+            f"--bits={bits}",
         ]
-        command += [f"--sizes={size}", f"--bits={bits}", f"--tokens={tokens}", *options]
+        command += [f"--tokens={tokens}", *options]
 
         def start(place: Path) -> subprocess.Popen:
             return subprocess.Popen([*command, f"--folder={place}", f"--out={place}.jsonl"])
