@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -156,7 +157,8 @@ def keep(tokens: Tokens, path: Path) -> None:
     """Writes tokens to a file `.npz`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(unfinished, **{k: np.asarray(v) for k, v in vars(tokens).items()})
+    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in vars(tokens).items()}
+    np.savez(unfinished, **arrays)
     os.replace(unfinished, path)
 
 
@@ -169,9 +171,10 @@ def kept_tokens(path: Path) -> Tokens:
     with np.load(path) as found:
         if missing := {field.name for field in dataclasses.fields(Tokens)} - set(found.files):
             raise ValueError(f"{path} holds no tokens of a text: it lacks {sorted(missing)}")
-        numbers = {name: int(found[name]) for name in ("vocabulary", "test_bytes")}
-        words = {name: str(found[name]) for name in ("digest", "name")}
-        return Tokens(train=found["train"], test=found["test"], **numbers, **words)
+        sizes = int(found["vocabulary"]), int(found["test_bytes"])
+        return Tokens(
+            found["train"], found["test"], *sizes, str(found["digest"]), str(found["name"])
+        )
 
 
 def _trained(texts: list[str], vocabulary: int):
