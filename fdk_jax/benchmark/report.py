@@ -334,6 +334,31 @@ def scaling_variants(found: Iterable[Row]) -> str:
     return scaling_report.variants(found)
 
 
+def resumption(found: Iterable[Row]) -> str:
+    """Trainings that were killed and went on, beside those that were not."""
+    rows = [row for row in found if row["suite"] == "resumption"]
+    head = [
+        "weights of the layers",
+        "bits",
+        "steps",
+        "killed after",
+        "loss",
+        "loss of the killed one",
+    ]
+    lines = [
+        [
+            f"{row['parameters'] / 1e6:.1f}M",
+            str(row["bits"]),
+            str(row["steps"]),
+            str(row["killed_after_step"]),
+            f"{row['loss']:.7f}",
+            f"{row['loss_resumed']:.7f}",
+        ]
+        for row in rows
+    ]
+    return _of_one_device(head, lines, rows)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels": lambda found: kernels(_of_one_shape(found)),
     "portable": portable,
@@ -361,11 +386,13 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality-variants": lambda found: quality(found, variants=True),
     "networks-minilm": lambda found: networks(found, "minilm"),
     "networks-trained": lambda found: networks(found, "trained"),
+    "networks-trained-huge": lambda found: networks(found, "trained-huge"),
     "networks-smollm2": lambda found: networks(found, "smollm2"),
     "networks-smollm2-rotated": lambda found: networks(found, "smollm2-rotated"),
     "networks-published": networks_published,
     "calibration": calibration,
     "quantising": quantising,
+    "resumption": resumption,
     "training-steps": training_steps,
 }
 
