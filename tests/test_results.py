@@ -294,8 +294,11 @@ def test_calibrations_and_steps_of_training_have_tables():
     fields |= {"peak_bytes": 3e9, "model_bytes": 1e9, "host_peak_bytes": 5e9, "seconds": 61.4}
     fields |= {"read_seconds": 9.6, "first_layer_seconds": 20.2, "further_layer_seconds": 1.25}
     row = fields | {"suite": "calibration", "name": "2B 4", "model": "custom-llama-2B"}
+    row |= {"layers": 8, "layers_of_model": 8}
     text = report.calibration([row])
     assert "| 2B | 2.00 billion | 4 | 61 | 10 | 20 | 1.2 | 3.0 | 1.0 | 5.0 |" in text
+    text = report.calibration([row | {"layers": 5, "model_bytes": None}])
+    assert "| 2B, 5 of 8 layers | 2.00 billion | 4 | 61 | 10 | 20 | 1.2 | 3.0 |  | 5.0 |" in text
     assert report.calibration([]) == report.training_steps([]) == "(No rows yet.)"
     step = fields | {"suite": "training", "median_us": 2500.0, "of_float": 1.0456}
     assert "| 2000.0M | 4 | 2.50 | 1.046 |" in report.training_steps([step])

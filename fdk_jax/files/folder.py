@@ -94,7 +94,7 @@ def read(folder: Path) -> Checkpoint:
         ValueError: a quantisation that is not supported, by its name; a damaged file.
     """
     config = read_config(folder)
-    stored, notes = read_stored(folder), []
+    stored, notes = read_stored(folder, config.get("transformers_weights")), []
     settings = quantisation_settings(folder, config)
     if settings is None:
         _check_plain(folder, stored)

@@ -176,18 +176,20 @@ class Generator:
             yield from self._stream_guesses(request, cache, progress, max_tokens, loop)
             return
         waiting, done, left = progress.token[:, None], progress.done, max_tokens - 1
+        self.programs.fetch_later(waiting, done)
+        width = 1
         while left > 0:
             # Queued before the tokens in hand are read: the device does not wait for the reader. At the
             # end this computes a few tokens that nobody reads.
             limit = request.limit(loop.run)
             cache, progress, following = request.decode(cache, progress, limit, loop)
             self.programs.fetch_later(following, progress.done)
-            yield self.programs.fetch(waiting)
+            yield self.programs.fetch(waiting)[:, :width]
             if self.programs.fetch(done).all():
                 return
-            waiting, done = following[:, :left], progress.done
+            waiting, done, width = following, progress.done, left
             left -= loop.run
-        yield self.programs.fetch(waiting)
+        yield self.programs.fetch(waiting)[:, :width]
 
     def _stream_guesses(
         self, request: Request, cache, progress, max_tokens: int, loop: Loop
