@@ -29,8 +29,8 @@ INTERFACE = 6  # of cpu/bindings/module.cpp
 FEW_TOKENS = 16  # that `dense` takes at most
 _ONE_THREAD = 1 << 20  # bytes of a weight that one thread converts sooner than several start
 _loading = threading.Lock()
-# Of codes that are read and converted at a time, at most, and for each processor: a run passes the interpreter's
-# lock on some twenty times, which costs the more the more threads there are.
+# Of codes that are read and converted at a time, at most, and for each processor: a run passes the
+# interpreter's lock on some twenty times, which costs the more the more threads there are.
 _RUN_BYTES, _RUN_BYTES_EACH = 8 << 20, 1 << 20
 
 
