@@ -140,10 +140,13 @@ def _least_beside_dense(here: list[Row], column: tuple) -> str:
 
 
 def read_shares(found: Iterable[Row]) -> str:
-    """Bytes a second of one-token products over those of the probe that only reads, sample by sample."""
+    """Bytes a second of one-token products over those of the probe that only reads, sample by sample.
+
+    A table for each device and commit, whose probes belong to its products.
+    """
     chosen = _of(found, "cpu_threads")
     texts = []
-    for here in _by(chosen, lambda r: r["device"]):
+    for here in _by(chosen, lambda r: (r["device"], r["commit"])):
         kinds = sorted(
             {(r["arithmetic"], r["k"], r["bits"]) for r in here if r["bits"]},
             key=lambda c: (c[:2], -c[2]),
@@ -159,7 +162,9 @@ def read_shares(found: Iterable[Row]) -> str:
             ]
             for arithmetic, k, bits in kinds:
                 row = [
-                    r for r in same if (r["arithmetic"], r["k"], r["bits"]) == (arithmetic, k, bits)
+                    r
+                    for r in same
+                    if r["bits"] == bits and (r["arithmetic"], r["k"]) == (arithmetic, k)
                 ]
                 cells.append(_share(row[0], read) if row else "")
             lines.append(cells)
@@ -201,7 +206,8 @@ def prompts(found: Iterable[Row]) -> str:
                 ratios = [a / b for a, b in pairs]
                 cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
                 moved = row["bytes_rw"] * row["tokens_per_s"] / 1e9
-                cells.append(f"{moved / row['read_gb_s']:.0%}" if row.get("read_gb_s") else "")
+                alone = row.get("read_gb_s") and row.get("clock") != "processor"
+                cells.append(f"{moved / row['read_gb_s']:.0%}" if alone else "")
                 cells.append(f"{(row['peak_bytes'] - row['base_bytes']) / row['bytes_rw']:.2f}")
                 lines.append(cells)
         head = ["model", "type", "prompt", "by", "first token, s", "llama.cpp's time over it"]

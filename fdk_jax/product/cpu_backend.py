@@ -29,7 +29,9 @@ INTERFACE = 6  # of cpu/bindings/module.cpp
 FEW_TOKENS = 16  # that `dense` takes at most
 _ONE_THREAD = 1 << 20  # bytes of a weight that one thread converts sooner than several start
 _loading = threading.Lock()
-_RUN_BYTES = 1 << 20  # of codes that are read and converted at a time, so that they stay in a cache
+# Of codes that are read and converted at a time, at most, and for each processor: a run passes the
+# interpreter's lock on some twenty times, which costs the more the more threads there are.
+_RUN_BYTES, _RUN_BYTES_EACH = 8 << 20, 1 << 20
 
 
 def _load() -> ModuleType | str:
@@ -353,7 +355,8 @@ def _to_tiled_by_rows(
         for shape, size in zip(shapes, (1, dtype.itemsize), strict=True)
     ]
     width = -(-k * bits // 8)
-    step = max(_RUN_BYTES * 8 // (k * bits * packing.TILE_ROWS), 1) * packing.TILE_ROWS
+    run = min(_RUN_BYTES, _RUN_BYTES_EACH * host_arrays.threads())
+    step = max(run * 8 // (k * bits * packing.TILE_ROWS), 1) * packing.TILE_ROWS
 
     def convert(begin: int) -> None:
         end = min(begin + step, n)
