@@ -304,6 +304,17 @@ def test_calibrations_and_steps_of_training_have_tables():
     assert "| 2000.0M | 4 | 2.50 | 1.046 |" in report.training_steps([step])
 
 
+def test_killed_trainings_went_on_with_the_same_losses():
+    rows = [row for row in report.rows() if row["suite"] == "resumption"]
+    assert rows
+    for row in rows:
+        assert 0 < row["killed_after_step"] < row["steps"] and row["same_curve"]
+        assert row["loss"] == row["loss_resumed"]
+        assert row["packed_loss"] == row["packed_loss_resumed"]
+    text = report.resumption([rows[0] | {"loss": 1.5, "loss_resumed": 1.25}])
+    assert "| 1.5000000 | 1.2500000 |" in text
+
+
 def test_the_default_is_the_fixed_format_of_least_harm():
     """Over networks none without a fit does less harm at worst; on none it is far from the best.
 
