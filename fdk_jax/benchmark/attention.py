@@ -78,8 +78,7 @@ def measure(case: AttentionCase, session: timing.Session) -> timing.Measurement:
         token, cache = _arguments(case, np.random.default_rng(0))
         size = sum(a.nbytes for a in cache)
         ops = 4 * case.batch * _HEADS * case.slots * _DIM
-        with session.turn():
-            result = probes.bound(device, size, ops, case.dtype)
+        result = probes.bound(session, device, size, ops, case.dtype)
         needed = math.ceil(environment.working_set_bytes(device) / size)
         copies = session.copies or max(2, needed)
         result["rel_rms_error"], worst = _errors(token, cache)

@@ -31,7 +31,7 @@ class Session:
         max_seconds: a case whose samples have taken as long gets no more of them than ten.
         checked_rows: rows of a weight whose results are compared with float64, about so many; None for all.
         sample_seconds: about how long a sample takes; None for what the suite holds enough.
-        turns: what runs on one GPU share: they make cases side by side, and each measures alone.
+        turns: what runs on one GPU share: they use it side by side to make cases, and each measures alone.
     """
 
     repetitions: int = 20
@@ -41,12 +41,12 @@ class Session:
     sample_seconds: float | None = None
     turns: "Turns | None" = None
 
-    def making(self) -> AbstractContextManager[None]:
-        """Within it cases are made: no other run that takes turns measures."""
-        return self.turns.making() if self.turns else contextlib.nullcontext()
+    def using(self) -> AbstractContextManager[None]:
+        """Within it the device may be used: no other run that takes turns measures."""
+        return self.turns.using() if self.turns else contextlib.nullcontext()
 
     def turn(self) -> AbstractContextManager[None]:
-        """Within it no other run that takes turns measures or makes cases."""
+        """Within it no other run that takes turns uses the device."""
         return self.turns.alone() if self.turns else contextlib.nullcontext()
 
 
