@@ -29,7 +29,7 @@ class Turns:
         return self._holding(fcntl.LOCK_SH)
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Within it no other run uses the GPU. Inside of `using` it interrupts that: others may measure before."""
+        """Within it no other run uses the GPU. Inside of `using` it interrupts that."""
         return self._holding(fcntl.LOCK_EX)
 
     @contextlib.contextmanager
