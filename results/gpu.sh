@@ -2,7 +2,7 @@
 # The rows of this folder that an NVIDIA GPU measures: gpu.sh OUT [PYTHON [PROCESSES [NAMES]]].
 #
 # PROCESSES runs at a time (6 by default, of up to 20 GB of the GPU's memory each) make cases side by side and measure
-# alone. Each writes OUT/NAME.jsonl and OUT/NAME.log. NAMES is a regular expression of the names below, which are in the
+# alone; with a processor or two for each, products may have 10. Each writes OUT/NAME.jsonl and OUT/NAME.log. NAMES is a regular expression of the names below, which are in the
 # order of what the tables need most. Then
 #
 #   cat OUT/products*.jsonl >rows.jsonl && python -m fdk_jax.benchmark.adopt rows.jsonl results/h200_kernels.jsonl
@@ -21,11 +21,13 @@ one() { # NAME ARGUMENTS...
 export -f one
 
 jobs() {
-  local five='--k 8192,4096,14336,21504 --n 8192,4096,14336,6144' fast='--repetitions 10 --checked_rows 256 --sample_seconds 0.06'
-  five+=' --include (k8192-n8192|k4096-n4096|k14336-n4096|k4096-n14336|k21504-n6144)(-|$)'
+  local fast='--repetitions 10 --checked_rows 256 --sample_seconds 0.03' shape m
   local model='--suite models --batch 1 --prompt 2 --repetitions 12' kmeans='--codebook kmeans' even='--codebook uniform'
-  for m in 1,2 4,8 10,12 14,16 24,32 48,64 96,128 192,256 512; do
-    echo "products-$m $kmeans --bits 16,8,4,2,1 --m $m $five $fast"
+  # A run has one shape, whose weights serve all its numbers of tokens; all shapes come as far.
+  for m in 16,512,1,32,12,192,8,24,14 64,128,4,256,48,96,2,10; do
+    for shape in 8192-8192 4096-4096 4096-14336 14336-4096 21504-6144; do
+      echo "products-$shape-${m%%,*} $kmeans --bits 16,8,4,2,1 --m $m --k ${shape%-*} --n ${shape#*-} $fast"
+    done
   done
   echo "models-12B $model --model custom-llama-12B --bits 4 $kmeans"
   echo "models-12B-even $model --model custom-llama-12B --bits 4 $even"
