@@ -4,7 +4,7 @@ The table holds the fastest choice for each (bits, m, n, k) that was measured, w
 evenly spaced values; a product takes the row of the next larger m and the nearest shape, rather of the same
 device and kind of codebook. Rows are of a class of architectures, those with the same instructions; numbers of
 programs are multiples of the multiprocessors. Nothing is measured on import or on a first call: rows come with
-the package, and `tuning` measures more.
+the package, and `tuning` measures more. A row without "us" follows a neighbour that was measured.
 """
 
 import dataclasses

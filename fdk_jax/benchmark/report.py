@@ -157,7 +157,7 @@ def tuned(folder: Path = source.ROOT / "pallas_kernels") -> str:
         cells = [str(bits)]
         for m in tokens:
             row = times.get(m)
-            text = "" if row is None or row["us"] is None else f"{row['us']:.1f}"
+            text = f"{row['us']:.1f}" if row and "us" in row else ""
             cells.append(text + "*" * bool(text and row and row["kernel"] == "dequantise"))
         lines.append(cells)
     return table.markdown(["bits", *(f"m = {m}" for m in tokens)], lines)
