@@ -10,7 +10,7 @@
 set -uo pipefail
 out=$(realpath -m "${1:?a folder for the rows is needed}") python=${2:-python3} processes=${3:-6} names=${4:-.}
 cd "$(dirname "$0")/.." && mkdir -p "$out" || exit 1
-export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=$PWD out python
+export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} out python
 
 one() { # NAME ARGUMENTS...
   local name=$1
