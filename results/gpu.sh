@@ -9,7 +9,7 @@
 #   python -m fdk_jax.benchmark.report
 set -uo pipefail
 out=$(realpath -m "${1:?a folder for the rows is needed}") python=${2:-python3} processes=${3:-6} names=${4:-.}
-cd "$(dirname "$0")/.." && mkdir -p "$out" || exit 1
+cd "$(dirname "$0")/.." && mkdir -p "$out" && rm -f "$out/turns" || exit 1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} out python
 
 one() { # NAME ARGUMENTS...

@@ -110,3 +110,16 @@ def test_a_run_that_wants_to_measure_comes_before_later_uses(tmp_path):
         for ended in done:
             ended.result(timeout=30)
     assert order == ["measured", "used"]
+
+
+def test_one_run_measures_for_all_that_share_a_file(tmp_path):
+    asked = []
+
+    def measure():
+        asked.append(1)
+        return [1.5, float(len(asked))]
+
+    found = [turns.Turns(tmp_path / "turns").once("device", measure) for _ in range(3)]
+    assert found == [[1.5, 1.0]] * 3
+    assert turns.Turns(tmp_path / "turns").once("another", measure) == [1.5, 2.0]
+    assert turns.Turns(tmp_path / "turns").once("device", measure) == [1.5, 1.0]
