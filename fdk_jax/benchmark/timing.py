@@ -97,13 +97,19 @@ def loop_program(
 
 
 def compile_loop(
-    program: Callable[[Array, Sequence[Any]], Any], x: Array, copies: Sequence[Any]
+    program: Callable[[Array, Sequence[Any]], Any], x: Array, weight: Any, copies: int
 ) -> Callable[[], float]:
-    """Compiles a `loop_program`; returns a function that runs it and returns the seconds it took."""
-    weights = tuple(copies)
-    compiled = jax.jit(program).lower(x, weights).compile()
+    """Compiles a `loop_program`; returns a function that runs it and returns the seconds it took.
+
+    The copies of the weight are made by its first call.
+    """
+    compiled = jax.jit(program).lower(x, (weight,) * copies).compile()
+    weights: tuple[Any, ...] = ()
 
     def run() -> float:
+        nonlocal weights
+        if not weights:
+            weights = tuple(jax.block_until_ready(copy_weight(weight, copies)))
         start = time.perf_counter()
         jax.block_until_ready(compiled(x, weights))
         return time.perf_counter() - start
