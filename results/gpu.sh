@@ -42,8 +42,12 @@ jobs() {
   echo "models-31B-batch $model --batch 64 --steps 16 --model custom-llama-31B --bits 1 $kmeans"
   echo "attention --suite attention --batch 1,16 --slots 1024,8192,32768 --repetitions 10"
   echo "groups $kmeans --m 1 --k 8192,4096 --bits 8,4,2,1 --group_size 16,32,64,128,256,4096 --repetitions 10"
-  echo "products-2048,8192 $kmeans --bits 16,8,4,2,1 --m 2048,8192 --k 8192 $fast"
-  echo "products-even $even --bits 8,4,2 --m 1,16,64,128,256,512 --k 8192,4096 $fast"
+  echo "products-2048 $kmeans --bits 16,8,4,2,1 --m 2048 --k 8192 $fast"
+  echo "products-8192 $kmeans --bits 16,8,4,2,1 --m 8192 --k 8192 $fast"
+  for m in 16,512,1 64,256,128; do
+    echo "products-groups-${m%%,*} $kmeans --group_size 32,64,128 --bits 8,4,2,1 --m $m --k 8192 $fast"
+    echo "products-even-${m%%,*} $even --bits 8,4,2 --m $m --k 8192,4096 $fast"
+  done
   echo "integers $kmeans --arithmetic exact,int8 --bits 16,8,4,2,1 --m 192,512,2048 --k 8192 $fast"
 }
 
