@@ -21,7 +21,7 @@ one() { # NAME ARGUMENTS...
 export -f one
 
 jobs() {
-  local fast='--repetitions 10 --checked_rows 256 --sample_seconds 0.03' shape m
+  local fast='--repetitions 10 --checked_rows 256 --sample_seconds 0.03' shape m bits k
   local model='--suite models --batch 1 --prompt 2 --repetitions 12' kmeans='--codebook kmeans' even='--codebook uniform'
   # A run has one shape, whose weights serve all its numbers of tokens; all shapes come as far.
   for m in 16,512,1,32,12,192,8,24,14 64,128,4,256,48,96,2,10; do
@@ -44,9 +44,11 @@ jobs() {
   echo "groups $kmeans --m 1 --k 8192,4096 --bits 8,4,2,1 --group_size 16,32,64,128,256,4096 --repetitions 10"
   echo "products-2048 $kmeans --bits 16,8,4,2,1 --m 2048 --k 8192 $fast"
   echo "products-8192 $kmeans --bits 16,8,4,2,1 --m 8192 --k 8192 $fast"
-  for m in 16,512,1 64,256,128; do
-    echo "products-groups-${m%%,*} $kmeans --group_size 32,64,128 --bits 8,4,2,1 --m $m --k 8192 $fast"
-    echo "products-even-${m%%,*} $even --bits 8,4,2 --m $m --k 8192,4096 $fast"
+  for bits in 4 1 8 2; do
+    echo "products-groups-$bits $kmeans --group_size 32,64,128 --bits $bits --m 16,64,256,512,1,128 --k 8192 $fast"
+  done
+  for k in 8192 4096; do
+    echo "products-even-$k $even --bits 8,4,2 --m 16,64,256,512,1,128 --k $k $fast"
   done
   echo "integers $kmeans --arithmetic exact,int8 --bits 16,8,4,2,1 --m 192,512,2048 --k 8192 $fast"
 }
