@@ -2,7 +2,9 @@
 
 The table holds the fastest choice for each (bits, m, n, k) that was measured, with any codebook or with
 evenly spaced values; a product takes the row of the next larger m and the nearest shape, rather of the same
-device and kind of codebook. Rows are of a class of architectures, those with the same instructions; numbers of
+device and kind of codebook. Tokens come before shapes, as the fastest kernel differs by tokens more than by
+shapes: so a kernel that is better from some number of tokens on needs a row for the tokens below it, too
+(`tests/test_table.py`). Rows are of a class of architectures, those with the same instructions; numbers of
 programs are multiples of the multiprocessors. Nothing is measured on import or on a first call: rows come with
 the package, and `tuning` measures more. A row without "us" follows a neighbour that was measured.
 """
@@ -47,7 +49,7 @@ _SHIPPED = Path(__file__).with_name("tuned.json")
 FEW = 16  # rows of x that a program of `matvec` takes at most
 _MAX_DECODED_AGAIN = 128  # rows of x for which a kernel may decode the weight again and again
 # A row of another device, or of another kind of codebook, counts like one of a shape twice as large.
-_ANOTHER = math.log(2)
+ANOTHER = math.log(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +223,7 @@ def nearest_rows(case: Case, target: Target) -> list[dict]:
         shape = abs(math.log(row["n"] / case.n)) + abs(math.log(row["k"] / case.k))
         others = (row["device"] != target.kind) + (is_uniform(row) != case.uniform)
         others += 2 * (class_of(architecture_of(row)) != own)
-        return shape + _ANOTHER * others
+        return shape + ANOTHER * others
 
     return sorted((row for row in rows if row["m"] == m), key=distance)
 

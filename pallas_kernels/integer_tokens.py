@@ -1,8 +1,8 @@
-"""The kernel for two to four rows of x and codes of one bit: `integer`, whose columns are those of two tokens.
+"""The kernel for two to four rows of x and codes of one bit: `integer_one`, with the columns of two tokens.
 
-One token of `integer` fills the eight columns of an instruction with four planes, of which an operand has the
-codes of two. Here a column is a byte of one of two tokens and of one of those two planes: all columns are of
-use, and the operands of x are others for planes 0 and 2 than for planes 1 and 3. Three and four tokens are
+One token of `integer_one` fills the eight columns of an instruction with four planes, of which an operand has
+the codes of two. Here a column is a byte of one of two tokens and of one of those two planes: all columns are
+of use, and the operands of x are others for planes 0 and 2 than for planes 1 and 3. Three and four tokens are
 two such pairs, which share the codes that are masked out.
 
 In shared memory the bytes of both planes stand interleaved, as the codes do; a lane clears those that are not

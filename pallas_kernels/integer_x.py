@@ -1,4 +1,4 @@
-"""What a product by integers does before its loop: x becomes integers in shared memory, see `integer`."""
+"""What a product by integers does before its loop: x becomes integers in shared memory, see `integer_one`."""
 
 import functools
 from collections.abc import Callable

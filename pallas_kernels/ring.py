@@ -3,8 +3,8 @@
 At batch 1 memory is what there is to wait for, and it must never stand still. A program's rows of a weight are
 one range of memory. A producer warp copies that to a ring in shared memory, as far ahead as its capacity
 allows, from the first instruction on: in bulk where the GPU can, else 16 bytes a lane at a time. Consumer
-warps prepare x, once a program, and multiply. How they do that is `integer` for codes of one bit and `stream`
-for the others.
+warps prepare x, once a program, and multiply. How they do that is an arithmetic, which `ring_arithmetic`
+chooses: sums of integers for one bit and for evenly spaced values (`integer_one` and its like), else `stream`.
 
 A launch may have several products, each with the outputs of the one before it as its x. Between two of them
 is a grid barrier, a counter in memory, while the copies of what comes next go on; but stores queue up after

@@ -41,14 +41,8 @@ _TOKENS = (
 )
 # The same, with several thread blocks a multiprocessor, which loop over tiles of rows.
 _PERSISTENT = ((1, 8, 1, 1, 4), (1, 16, 1, 1, 2), (1, 16, 1, 2, 2))
-_INTEGER = (
-    (8, 1),
-    (12, 1),
-    (16, 1),
-    (24, 1),
-    (8, 2),
-    (12, 2),
-)  # (workers, thread blocks a multiprocessor)
+# (workers, thread blocks a multiprocessor) of `integer` and of `integer_tokens`.
+_INTEGER = ((8, 1), (12, 1), (16, 1), (24, 1), (8, 2), (12, 2))
 _INTEGER_TOKENS = ((8, 1), (12, 1), (16, 1), (8, 2))
 # (tokens, row_groups, k_groups, stages, cluster, ring) of `wgmma` for at least so many tokens.
 _WGMMA = {

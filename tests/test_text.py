@@ -294,6 +294,81 @@ def test_a_template_that_is_none():
 # --- files ------------------------------------------------------------------------------------
 
 
+ADDED = dict(content="<|system|>", special=True, normalized=False)
+CUT = dict(direction="Right", max_length=3, strategy="LongestFirst", stride=0)
+FILLED = dict(
+    strategy=dict(Fixed=64), direction="Right", pad_id=0, pad_type_id=0, pad_token="<|end|>"
+)
+# Changes of tokenizer_config.json and of tokenizer.json, without an added token or two; and how a text is cut.
+TEXT = "<|begin|>he<|system|>he<|end|>"
+WHOLE = ["<|begin|>", "he", "<|system|>", "he", "<|end|>"]
+CONFIGURED = {
+    "a limit and a width of the training": (
+        {},
+        dict(truncation=CUT, padding=FILLED),
+        (),
+        TEXT,
+        WHOLE,
+    ),
+    "named": ({}, {}, ["<|end|>"], TEXT, WHOLE),
+    "in the decoder": (dict(added_tokens_decoder={"3": ADDED}), {}, ["<|system|>"], TEXT, WHOLE),
+    "additional": (dict(additional_special_tokens=["<|system|>"]), {}, ["<|system|>"], TEXT, WHOLE),
+    "extra": (dict(extra_special_tokens=dict(a="<|system|>")), {}, ["<|system|>"], TEXT, WHOLE),
+    "with the space before it": (
+        dict(added_tokens_decoder={"3": dict(ADDED, lstrip=True)}),
+        {},
+        (),
+        "he <|system|>he",
+        ["he", "<|system|>", "he"],
+    ),
+    "split like any text": (
+        dict(split_special_tokens=True),
+        {},
+        (),
+        "<|end|>",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_tokens_that_the_configuration_names(folder, name):
+    config, file, without, text, wanted = CONFIGURED[name]
+    for path, changes in (("tokenizer_config.json", config), ("tokenizer.json", file)):
+        values = json.loads((folder / path).read_text()) | changes
+        if "added_tokens" in values:
+            added = [one for one in values["added_tokens"] if one["content"] not in without]
+            values["added_tokens"] = added
+        (folder / path).write_text(json.dumps(values))
+    tokenizer = Tokenizer(folder)
+    ids = tokenizer.encode(text, special=False)
+    shown = [tokenizer._tokenizer.id_to_token(number) for number in ids]
+    if wanted is None:
+        assert "<|end|>" not in shown and "".join(shown) == text
+    else:
+        assert shown == wanted
+    if importlib.util.find_spec("transformers") is not None:
+        import transformers
+
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs(text, add_special_tokens=False).input_ids == ids
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(added_tokens_decoder={"x": ADDED}),
+        dict(added_tokens_decoder={"3": "text"}),
+        dict(additional_special_tokens=[7]),
+    ],
+)
+def test_tokens_that_are_none(folder, config):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(ValueError, match="token"):
+        Tokenizer(folder)
+
+
 def test_special_tokens_of_an_older_folder(folder):
     (folder / "tokenizer_config.json").unlink()
     (folder / "generation_config.json").unlink()

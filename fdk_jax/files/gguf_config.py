@@ -1,23 +1,24 @@
 """Model configurations and names of GGUF, as Hugging Face writes them."""
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-# GGUF's architecture: Hugging Face's model_type.
+from fdk_jax.files import gguf_rope
+
+# GGUF's architecture: Hugging Face's model_type, as far as the metadata do not tell another one (`_family`).
 FAMILIES = {
     "llama": "llama",
-    "mistral3": "ministral3",
+    "mistral3": "mistral",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe",
     "smollm3": "smollm3",
     "granite": "granite",
     "gemma2": "gemma2",
-    "gemma3": "gemma3",
+    "gemma3": "gemma3_text",
     "phi3": "phi3",
     "olmo2": "olmo2",
 }
@@ -56,11 +57,16 @@ _OWN: dict[str, dict[str, str]] = {
     "olmo2": _AROUND,
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
     "qwen3moe": {"ffn_gate_inp": "mlp.gate"},
+    "llama": {"ffn_gate_inp": "block_sparse_moe.gate"},
 }
 # Stacked experts [E, N, K]: the name of one of them, by its number.
 _EXPERTS = {
     "qwen3moe": {
         f"ffn_{part}_exps": f"mlp.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")
+    },
+    "llama": {
+        f"ffn_{part}_exps": f"block_sparse_moe.experts.{{}}.{name}"
+        for part, name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
     },
 }
 _PLAIN_KEYS = {
@@ -76,6 +82,10 @@ _PLAIN_KEYS = {
     "attention.sliding_window": "sliding_window",
 }
 _OWN_KEYS: dict[str, dict[str, str]] = {
+    "llama": {
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_experts_per_tok",
+    },
     "granite": {
         "attention.scale": "attention_multiplier",
         "embedding_scale": "embedding_multiplier",
@@ -86,7 +96,10 @@ _OWN_KEYS: dict[str, dict[str, str]] = {
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
     },
-    "gemma3": {"final_logit_softcapping": "final_logit_softcapping"},
+    "gemma3": {
+        "final_logit_softcapping": "final_logit_softcapping",
+        "rope.freq_base_swa": "rope_local_base_freq",
+    },
     "qwen3moe": {
         "expert_count": "num_experts",
         "expert_used_count": "num_experts_per_tok",
@@ -95,8 +108,34 @@ _OWN_KEYS: dict[str, dict[str, str]] = {
 }
 # What every file says, of each layer or of all.
 _COUNTS = ("block_count", "embedding_length", "attention.head_count", "feed_forward_length")
+_EPS = "attention.layer_norm_rms_epsilon"
+_PATTERN = "attention.sliding_window_pattern"
+_TEMPERATURE = "attention.temperature_scale"
+# What else the files of an architecture must say, because llama.cpp has no default for it.
+_NEEDED = {
+    "granite": ("logit_scale",),
+    "qwen3moe": ("expert_count", "expert_used_count", "expert_feed_forward_length"),
+}
 # Understood, and said by other keys or checked below.
 _CHECKED = ("attention.value_length", "rope.dimension_count", "vocab_size", "rope.scaling.")
+_OWN_CHECKED = {
+    "gemma3": (_PATTERN,),
+    "olmo2": (_PATTERN, "rope.freq_base_swa"),
+    "mistral3": (_TEMPERATURE,),
+}
+# Zero means "none" here, as in llama.cpp.
+_ZERO_IS_NONE = (
+    "attention.sliding_window",
+    "attention.scale",
+    "embedding_scale",
+    "residual_scale",
+    "expert_count",
+    "final_logit_softcapping",
+    _TEMPERATURE,
+)
+# Of files that name none, whatever the family's own is.
+_THETA = 10000.0
+_LAYERS_OF_GEMMA3_27B, _LAYERS_OF_GEMMA2_27B = 62, 46
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": {"hidden_activation": "gelu_pytorch_tanh"},
     "gemma3": {"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 10000.0},
@@ -138,7 +177,7 @@ def config(
     metadata: Mapping[str, Any],
     names: Collection[str],
     vocab_size: int,
-    rope_factors: np.ndarray | None,
+    rope_factors: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """Hugging Face's `config.json` of a GGUF file.
 
@@ -146,22 +185,60 @@ def config(
         metadata: of the file.
         names: of its tensors.
         vocab_size: rows of the embedding.
-        rope_factors: the tensor `rope_freqs.weight`: what divides each RoPE frequency.
+        rope_factors: those of its tensors that scale RoPE's frequencies, `gguf_rope.FACTORS`.
 
     Raises:
         ValueError: metadata that is missing, or that is not understood.
     """
     arch = architecture(metadata)
+    own = _own(arch, metadata)
+    keys = _PLAIN_KEYS | _OWN_KEYS.get(arch, {})
+    out = {"model_type": FAMILIES[arch], "rope_theta": _THETA, **_DEFAULTS.get(arch, {})}
+    out |= {name: gguf_rope.number(own[key]) for key, name in keys.items() if key in own}
+    out.setdefault("num_key_value_heads", out["num_attention_heads"])
+    of_layer = out["hidden_size"] // out["num_attention_heads"]
+    out.setdefault("head_dim", of_layer)
+    if own.get("attention.value_length", out["head_dim"]) != out["head_dim"]:
+        raise ValueError(
+            f"GGUF with {arch}.attention.value_length unlike key_length is not supported"
+        )
+    rotary = own.get("rope.dimension_count", out["head_dim"])
+    if rotary != out["head_dim"]:
+        # Half an element more, which rounding down takes away again: dimensions are never one too few.
+        out["partial_rotary_factor"] = (rotary + 0.5) / out["head_dim"]
+    out["vocab_size"] = vocab_size
+    out["tie_word_embeddings"] = "output.weight" not in names
+    # Qwen2 has them by itself, in its queries, keys and values alone.
+    if arch != "qwen2":
+        out["attention_bias"] = "blk.0.attn_q.bias" in names
+    if arch not in ("qwen2", "qwen3", "qwen3moe"):
+        out["mlp_bias"] = "blk.0.ffn_up.bias" in names
+    scaling = gguf_rope.scaling(arch, own, rope_factors, out)
+    if scaling is not None:
+        out["rope_scaling"] = scaling
+    out |= _of_architecture(arch, own, out)
+    if (end := metadata.get("tokenizer.ggml.eos_token_id")) is not None:
+        out["eos_token_id"] = end
+    return out
+
+
+def _own(arch: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of the architecture, without its name before each key and without zeros for "none".
+
+    Raises:
+        ValueError: some that are missing, or that are not understood.
+    """
     own = {
         key.removeprefix(f"{arch}."): v for key, v in metadata.items() if key.startswith(f"{arch}.")
     }
     keys = _PLAIN_KEYS | _OWN_KEYS.get(arch, {})
-    unknown = [key for key in own if key not in keys and not key.startswith(_CHECKED)]
+    checked = (*_CHECKED, *_OWN_CHECKED.get(arch, ()))
+    unknown = [key for key in own if key not in keys and not key.startswith(checked)]
     if unknown:
         raise ValueError(
             f"GGUF metadata {[f'{arch}.{key}' for key in sorted(unknown)]} is not supported"
         )
-    missing = [key for key in _COUNTS if key not in own]
+    missing = [key for key in (*_COUNTS, _EPS, *_NEEDED.get(arch, ())) if key not in own]
     if missing:
         raise ValueError(f"the GGUF file lacks the metadata {[f'{arch}.{key}' for key in missing]}")
     for key in keys:
@@ -170,103 +247,82 @@ def config(
     for key in (*_COUNTS, "rope.dimension_count"):
         if key in own and (type(own[key]) is not int or own[key] < 1):
             raise ValueError(f"GGUF metadata {arch}.{key}={own[key]!r} must be a positive integer")
-    out = {"model_type": FAMILIES[arch], **_DEFAULTS.get(arch, {})}
-    out |= {name: _number(own[key]) for key, name in keys.items() if key in own}
-    out.setdefault("num_key_value_heads", out["num_attention_heads"])
-    width = own.get("rope.dimension_count", out["hidden_size"] // out["num_attention_heads"])
-    out.setdefault("head_dim", width)
-    if own.get("attention.value_length", out["head_dim"]) != out["head_dim"]:
+    return {key: v for key, v in own.items() if key not in _ZERO_IS_NONE or v != 0}
+
+
+def _of_architecture(arch: str, own: Mapping[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says by its architecture, or by what it does not say.
+
+    Raises:
+        ValueError: metadata that do not go together.
+    """
+    of_layer = out["hidden_size"] // out["num_attention_heads"]
+    layers, window = out["num_hidden_layers"], own.get("attention.sliding_window")
+    if arch == "granite" and "attention_multiplier" not in out:
+        return {"attention_multiplier": out["head_dim"] ** -0.5}
+    if arch == "llama" and "num_local_experts" in out:
+        return {"model_type": "mixtral"}
+    if arch == "llama" and window is not None:
+        return {"model_type": "mistral"}
+    if arch == "mistral3":
+        return _mistral3(own, out) | {"sliding_window": window}
+    if arch in ("gemma2", "gemma3"):
+        # Only the largest ones scale by the width of a layer's heads.
+        largest = _LAYERS_OF_GEMMA2_27B if arch == "gemma2" else _LAYERS_OF_GEMMA3_27B
+        made = {"query_pre_attn_scalar": of_layer if layers == largest else out["head_dim"]}
+        if arch == "gemma3":
+            made |= {"sliding_window": window} | _layer_types(own, layers)
+        return made
+    if arch == "olmo2" and window is not None:
+        made = {"model_type": "olmo3"} | _layer_types(own, layers)
+        if (theta := own.get("rope.freq_base_swa")) is not None:
+            local = {"rope_type": "default", "rope_theta": gguf_rope.number(theta)}
+            made["rope_parameters"] = {"sliding_attention": local}
+        return made
+    if arch == "phi3":
+        made = {"sliding_window": window}
+        if (original := own.get("rope.scaling.original_context_length")) is not None:
+            made["original_max_position_embeddings"] = original
+        return made
+    off = arch.startswith(("qwen", "smollm"))  # whose families have the window switched off
+    if off and window is not None and window < out.get("max_position_embeddings", window + 1):
+        raise ValueError(f"GGUF metadata {arch}.attention.sliding_window is not supported")
+    return {}
+
+
+def _mistral3(own: Mapping[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
+    """Ministral 3, whose queries grow with their position, or the text part of a Mistral that reads images."""
+    growth, scaling = own.get(_TEMPERATURE), out.get("rope_scaling")
+    if growth is None:
+        return {}
+    if scaling is None or scaling["rope_type"] != "yarn":
+        raise ValueError(f"GGUF with mistral3.{_TEMPERATURE} and no YaRN is not supported")
+    grown = {**scaling, "llama_4_scaling_beta": gguf_rope.number(growth)}
+    return {"model_type": "ministral3", "rope_scaling": grown}
+
+
+def _layer_types(own: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Which layers have the window, where a file says it: a period or one value a layer.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    pattern = own.get(_PATTERN)
+    if pattern is None:
+        return {}
+    if type(pattern) is int and pattern > 0:
+        pattern = [(i + 1) % pattern != 0 for i in range(layers)]
+    if not isinstance(pattern, list) or len(pattern) != layers:
         raise ValueError(
-            f"GGUF with {arch}.attention.value_length unlike key_length is not supported"
+            f"GGUF metadata {_PATTERN}={pattern!r} must be {layers} values or a period"
         )
-    if own.get("rope.dimension_count", out["head_dim"]) != out["head_dim"]:
-        out["partial_rotary_factor"] = own["rope.dimension_count"] / out["head_dim"]
-    if arch == "llama" and "sliding_window" in out:
-        out["model_type"] = "mistral"
-    if arch == "gemma2":
-        # Only the largest one scales by the width of a layer's heads.
-        of_layer = out["hidden_size"] // out["num_attention_heads"]
-        out["query_pre_attn_scalar"] = (
-            of_layer if out["num_hidden_layers"] == 46 else out["head_dim"]
-        )
-    out["vocab_size"] = vocab_size
-    out["tie_word_embeddings"] = "output.weight" not in names
-    # Qwen2 has them by itself, in its queries, keys and values alone.
-    if arch != "qwen2":
-        out["attention_bias"] = "blk.0.attn_q.bias" in names
-    if arch not in ("qwen2", "qwen3", "qwen3moe"):
-        out["mlp_bias"] = "blk.0.ffn_up.bias" in names
-    scaling = _rope_scaling(arch, own, rope_factors, out)
-    if scaling is not None:
-        out["rope_scaling"] = scaling
-    if (end := metadata.get("tokenizer.ggml.eos_token_id")) is not None:
-        out["eos_token_id"] = end
-    return out
-
-
-def _number(value: Any) -> Any:
-    """A float as it was written before it became a float32: 1e-06, not 9.999999974752427e-07."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    return {"layer_types": ["sliding_attention" if s else "full_attention" for s in pattern]}
 
 
 def _same_in_all_layers(key: str, values: list) -> Any:
     if len(set(values)) != 1:
         raise ValueError(f"GGUF metadata {key} that differs between layers is not supported")
     return values[0]
-
-
-def _rope_scaling(
-    arch: str, own: Mapping[str, Any], factors: np.ndarray | None, out: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    scaling = {
-        key.removeprefix("rope.scaling."): value
-        for key, value in own.items()
-        if key.startswith("rope.scaling.")
-    }
-    kind = scaling.pop("type", "none")
-    scaling.pop("finetuned", None)
-    if factors is not None:
-        if kind not in ("none", "llama3") or arch == "phi3":
-            raise ValueError(
-                f"GGUF with rope_freqs.weight and RoPE scaling {kind!r} is not supported"
-            )
-        return _llama3(factors, out["rope_theta"], out["head_dim"])
-    if kind in ("none", ""):
-        return None
-    names = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
-    if kind == "yarn":
-        names |= {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
-    elif kind != "linear":
-        raise ValueError(f"GGUF with RoPE scaling {kind!r} is not supported")
-    unknown = [key for key in scaling if key not in names]
-    if unknown or "factor" not in scaling:
-        raise ValueError(f"GGUF with RoPE scaling {kind!r} and {sorted(scaling)} is not supported")
-    return {"rope_type": kind} | {names[key]: _number(value) for key, value in scaling.items()}
-
-
-def _llama3(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
-    """Llama 3's RoPE scaling, of which a file keeps only what divides each frequency.
-
-    Raises:
-        ValueError: these are not the factors of any Llama 3 model.
-    """
-    low, high, context = 1.0, 4.0, 8192
-    factor = float(factors.max())
-    inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    wavelength = 2 * math.pi / inverse
-    smooth = (context / wavelength - low) / (high - low)
-    blend = 1 / ((1 - smooth) / factor + smooth)
-    wanted = np.where(wavelength > context / low, factor, blend)
-    wanted = np.where(wavelength < context / high, 1.0, wanted)
-    if factors.shape != wanted.shape or not np.allclose(factors, wanted, rtol=1e-5):
-        raise ValueError("GGUF with rope_freqs.weight other than Llama 3's is not supported")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": context,
-    }
 
 
 def name_of(arch: str, name: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fdk_jax.files import gguf_config, gguf_header, gguf_tokenizer, gguf_types
+from fdk_jax.files import gguf_config, gguf_header, gguf_rope, gguf_tokenizer, gguf_types
 from fdk_jax.files.contents import Checkpoint, Stored, TokenizerFiles
 from fdk_jax.files.requantised import relative_error, requantised
 from fdk_jax.format.quantised_tensor import QuantisedTensor
@@ -67,13 +67,10 @@ def _read(path: Path, requantise: int | None) -> Checkpoint:
             raw[name] = _Raw(file, name, info, header.size, q2_0)
     if "token_embd.weight" not in raw:
         raise ValueError("the GGUF file has no token_embd.weight: it is not a language model")
-    factors = raw.pop("rope_freqs.weight", None)
-    config = gguf_config.config(
-        metadata,
-        raw,
-        raw["token_embd.weight"].shape[0],
-        None if factors is None else factors.floats(),
-    )
+    factors = {
+        name: raw.pop(name).floats().astype(np.float32) for name in gguf_rope.FACTORS if name in raw
+    }
+    config = gguf_config.config(metadata, raw, raw["token_embd.weight"].shape[0], factors)
     notes = _notes(metadata)
     errors: dict[str, float] = {}
     tensors = _tensors(arch, config, raw, requantise, errors)
@@ -191,7 +188,13 @@ class _Raw:
         return data.reshape(shape)
 
     def floats(self, expert: int | None = None) -> np.ndarray:
-        """A tensor of floats in its own dtype."""
+        """A tensor of floats in its own dtype.
+
+        Raises:
+            ValueError: it is of another type.
+        """
+        if self.number not in _FLOATS:
+            raise ValueError(f"{self.name} is {self.name_of_type}, not of floats")
         return self.rows(expert).view(_FLOATS[self.number])
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fdk_jax.files.bits import pack
+from fdk_jax.files.bits import pack, unpack
 from fdk_jax.files.contents import quantised_tensor
 from fdk_jax.format.codebooks import NF4
 from fdk_jax.format.quantised_tensor import QuantisedTensor
@@ -28,14 +28,24 @@ def requantised(weight: np.ndarray, bits: int) -> QuantisedTensor:
     if bits == 8:
         codes = (np.rint(quotients).astype(np.int16) + 128).astype(np.uint8)
     else:
-        codes = np.searchsorted((values[1:] + values[:-1]) / 2, quotients).astype(np.uint8)
+        # How many borders are below: a tenth of a search's time.
+        codes = np.zeros(quotients.shape, np.uint8)
+        for border in (values[1:] + values[:-1]) / 2:
+            codes += quotients > border
     packed = pack(codes.reshape(*weight.shape[:-1], -1)[..., :k], bits)
     return quantised_tensor(packed, scales, values, bits=bits, group_size=GROUP_SIZE, in_features=k)
 
 
 def relative_error(weight: np.ndarray, made: QuantisedTensor) -> float:
-    """|weight - made| / |weight| in the 2-norm; 0 where both are zero."""
-    approximation = np.asarray(made.dequantise(np.float32))
-    size = float(np.linalg.norm(weight.astype(np.float64)))
-    error = float(np.linalg.norm((weight - approximation).astype(np.float64)))
-    return error / size if size else float(error > 0)
+    """|weight - made| / |weight| in the 2-norm; 0 where both are zero.
+
+    By numpy: several threads do this for as many shapes as a file has, and JAX would compile for each.
+    """
+    codes = unpack(np.asarray(made.packed), made.bits, lowest_first=False)[..., : weight.shape[-1]]
+    values = np.asarray(made.codebook).reshape(-1, 2**made.bits)[0].astype(np.float32)
+    scales = np.repeat(np.asarray(made.scales, np.float32), made.group_size, axis=-1)
+    difference = values[codes]
+    difference *= scales[..., : weight.shape[-1]]
+    difference -= weight
+    size, error = (np.sqrt(np.square(a).sum(dtype=np.float64)) for a in (weight, difference))
+    return float(error / size) if size else float(error > 0)

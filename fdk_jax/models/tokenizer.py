@@ -8,7 +8,7 @@ from typing import Any
 
 from fdk_jax import files
 from fdk_jax.files.json_files import read_json
-from fdk_jax.models import chat_template
+from fdk_jax.models import added_tokens, chat_template
 from fdk_jax.models.chat_template import ChatTemplates, Message
 
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -212,9 +212,12 @@ def _read_folder(folder: Path) -> TokenizerParts:
     if "added_tokens_decoder" not in config:
         config |= read_json(folder / "special_tokens_map.json", optional=True)
     special = {name: _text(folder, name, config.get(name)) for name in _NAMED}
+    special = {name: text for name, text in special.items() if text}
+    backend = _read_backend(folder)
+    added_tokens.complete(backend, folder, config, special)
     return TokenizerParts(
-        backend=_read_backend(folder),
-        special={name: text for name, text in special.items() if text},
+        backend=backend,
+        special=special,
         templates=ChatTemplates.read(folder, config),
         stop_tokens=_stop_tokens(folder),
     )
