@@ -22,11 +22,12 @@ _HELD = 6  # weights, of several widths: they serve all numbers of tokens
 # of a Zen 4 server, 2026-11-23: 1.5 against 2.7 ms at m = 1, 8.4 against 5.3 ms at m = 16, 4096 x 4096).
 _ROWS_BELOW = 8
 # Seconds that a sample should take: at the start of each program the host of a GPU writes the addresses of a
-# pass into a graph, 9 us a call, and the device waits, a millisecond in all (H100, 2026-11-26: 17.6 instead of
-# 15.0 us a call in samples of 7 ms).
+# pass into a graph, 9 to 12 us a call, and the device waits, 0.5 to 1.5 ms in all (H100, 2026-11-26: 17.6 instead
+# of 15.0 us a call in samples of 7 ms). So it is longer for each copy of the weight: the start is a fiftieth of it.
 _SAMPLE = {"cpu": 0.05, "gpu": 0.1}
+_SAMPLE_A_COPY = {"cpu": 0.0, "gpu": 5e-4}
 # Calls of a pass and passes that follow the first call, which alone takes far longer to start than to run.
-_MORE_CALLS = {"cpu": (1, 0), "gpu": (8, 8)}
+_MORE_CALLS = {"cpu": (1, 0), "gpu": (8, 24)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _ready(case: KernelCase, session: timing.Session):
             return result | {"status": "failed", "reason": str(outcome)}, None, 0
         copies = session.copies or copies_for(work)
         estimate = max(result["bound_us"] * 1e-6, seconds)
-        sample = session.sample_seconds or _SAMPLE[_kind(work)]
+        sample = _sample_seconds(work, copies, session)
         loops, run = _of_length(work, copies, max(1, round(sample / estimate / copies)), session)
     held = {
         "checked_rows": len(work.reference.rows),
@@ -170,16 +171,19 @@ def _of_length(
 ) -> tuple[int, Callable[[], float]]:
     """The passes of a sample and its compiled loop, made anew where its time is off by half."""
     run = build(work, copies, loops)
-    target = session.sample_seconds or _SAMPLE[_kind(work)]
+    target = _sample_seconds(work, copies, session)
     with session.using():
-        for _ in range(2):  # the first run, or another run of the benchmark, may make it longer
-            seconds = run()
-            if target / 2 < seconds < 2 * target or (loops == 1 and seconds > target):
-                return loops, run
-    if tries == 1:
+        seconds = min(run(), run())  # the first one also makes graphs
+    alright = target / 2 < seconds < 2 * target or (loops == 1 and seconds > target)
+    if alright or tries == 1:
         return loops, run
     del run  # and with it its copies of the weight
     return _of_length(work, copies, math.ceil(loops * target / seconds), session, tries - 1)
+
+
+def _sample_seconds(work: Workload, copies: int, session: timing.Session) -> float:
+    kind = _kind(work)
+    return (session.sample_seconds or _SAMPLE[kind]) + copies * _SAMPLE_A_COPY[kind]
 
 
 def _kind(work: Workload) -> str:
