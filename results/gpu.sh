@@ -36,11 +36,15 @@ jobs() {
   echo "models-4B-even $model --model custom-llama-4B --bits 4 $even"
   echo "models-qwen3-1 $model --model qwen3-8B-tables1,qwen3-4B-tables1,qwen3-1.7B-tables1 --bits 1 --group_size 128 $even"
   echo "models-qwen3-2 $model --model qwen3-8B-tables2,qwen3-4B-tables2,qwen3-1.7B-tables2 --bits 2 $even"
-  echo "models-prompts $model --prompt 128,1024,4096,8100 --steps 8 --model custom-llama-12B --bits 4 $kmeans"
+  for prompt in 8100,4096 1024,128; do
+    echo "models-prompts-${prompt%%,*} $model --prompt $prompt --steps 8 --model custom-llama-12B --bits 4 $kmeans"
+  done
+  echo "models-prompts-16 $model --batch 16 --prompt 1024 --steps 8 --model custom-llama-12B --bits 4 $kmeans"
   echo "models-guesses $model --speculate 4 --model custom-llama-12B --bits 4 $kmeans"
   echo "models-batches $model --batch 16,64 --steps 16 --model custom-llama-12B --bits 4 $kmeans"
   echo "models-31B-batch $model --batch 64 --steps 16 --model custom-llama-31B --bits 1 $kmeans"
-  echo "attention --suite attention --batch 1,16 --slots 1024,8192,32768 --repetitions 10"
+  echo "attention --suite attention --batch 1,16 --slots 1024,8192 --repetitions 10"
+  echo "attention-long --suite attention --batch 1 --slots 32768 --repetitions 10"
   echo "groups $kmeans --m 1 --k 8192,4096 --bits 8,4,2,1 --group_size 16,32,64,128,256,4096 --repetitions 10"
   echo "products-2048 $kmeans --bits 16,8,4,2,1 --m 2048 --k 8192 $fast"
   echo "products-8192 $kmeans --bits 16,8,4,2,1 --m 8192 --k 8192 $fast"

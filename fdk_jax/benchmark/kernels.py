@@ -22,8 +22,9 @@ _HELD = 6  # weights, of several widths: they serve all numbers of tokens
 # of a Zen 4 server, 2026-11-23: 1.5 against 2.7 ms at m = 1, 8.4 against 5.3 ms at m = 16, 4096 x 4096).
 _ROWS_BELOW = 8
 # Seconds that a sample should take: at the start of each program the host of a GPU writes the addresses of a
-# pass into a graph, 9 to 12 us a call, and the device waits, 0.5 to 1.5 ms in all (H100, 2026-11-26: 17.6 instead
-# of 15.0 us a call in samples of 7 ms). So it is longer for each copy of the weight: the start is a fiftieth of it.
+# pass into a graph, 9 to 12 us a call, and the device waits, 0.5 to 1.5 ms in all (H100, 2026-11-26: 17.6
+# instead of 15.0 us a call in samples of 7 ms). So it is longer for each copy of the weight: the start is a
+# fiftieth of it.
 _SAMPLE = {"cpu": 0.05, "gpu": 0.1}
 _SAMPLE_A_COPY = {"cpu": 0.0, "gpu": 5e-4}
 # Calls of a pass and passes that follow the first call, which alone takes far longer to start than to run.
