@@ -181,7 +181,7 @@ def configuration(row: dict, target: Target) -> Any:
 
 def fit(case: Case, config: Any, target: Target) -> Any:
     """A configuration with what follows from the case; None if no configuration of its kernel runs it."""
-    if config == mosaic_matmul.ANY:
+    if isinstance(config, mosaic_matmul.Config) and not mosaic_matmul.divides(case, config):
         return mosaic_matmul.guess(case, target)
     if isinstance(config, matvec.Config):
         columns = 1 if case.m <= FEW // 2 else FEW // 8

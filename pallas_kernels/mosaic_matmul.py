@@ -177,6 +177,11 @@ def even_tokens(m: int) -> list[int]:
     )
 
 
+def divides(case: Case, config: Config) -> bool:
+    """Whether programs of so many tokens share the rows of x evenly: `ANY` never, others near their own m."""
+    return config.tokens in even_tokens(case.m)
+
+
 def _guesses(case: Case) -> Iterator[Config]:
     """Configurations whose programs share the rows of x evenly, of any number of stages."""
     kinds = _plane_us(case)

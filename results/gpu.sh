@@ -24,7 +24,7 @@ jobs() {
   local fast='--repetitions 10 --checked_rows 256 --sample_seconds 0.03' shape m bits k
   local model='--suite models --batch 1 --prompt 2 --repetitions 12' kmeans='--codebook kmeans' even='--codebook uniform'
   # A run has one shape, whose weights serve all its numbers of tokens; all shapes come as far.
-  for m in 16,512,1,32,12,192,8,24,14 64,128,4,256,48,96,2,10; do
+  for m in 512,192,96,16,1,32,12,8,24,14 256,128,64,4,48,2,10; do
     for shape in 8192-8192 4096-4096 4096-14336 14336-4096 21504-6144; do
       echo "products-$shape-${m%%,*} $kmeans --bits 16,8,4,2,1 --m $m --k ${shape%-*} --n ${shape#*-} $fast"
     done

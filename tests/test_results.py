@@ -94,6 +94,23 @@ def test_speed_ups_are_over_bfloat16_of_the_same_product():
     assert many_table.speed_ups(rows[1:]) == "(No rows yet.)"
 
 
+def test_other_groups_stand_beside_groups_of_64_of_the_same_commit():
+    own = dict(codebook="kmeans", date="2", m=16)
+    rows = [
+        _kernel_row("G", 2.0, **own),
+        _kernel_row("G", 3.0, **own | dict(group_size=32)),
+        _kernel_row("G", 9.0, **own | dict(group_size=32, date="1")),
+        _kernel_row("G", 9.0, **own | dict(group_size=128, commit="another")),
+        _kernel_row("G", 1.0, **own | dict(codebook="uniform")),
+        _kernel_row("G", 9.0, **own | dict(group_size=32, codebook="uniform")),
+    ]
+    text = many_table.variants(rows)
+    assert "| groups of 64 | groups of 32 | evenly spaced |" in text
+    assert text.endswith("| 64 x 32 | 4 | 16 | 2.0 | 3.0 (1.50) | 1.0 (0.50) |")
+    assert many_table.variants([rows[0], rows[3]]) == "(No rows yet.)"
+    assert "1.0" not in report.kernels([rows[0], rows[4]])
+
+
 def test_kernels_of_other_gpus_stand_beside_the_gpus_own():
     rows = [
         _kernel_row("G", 2.0),

@@ -17,7 +17,7 @@ from typing import Any
 from fdk_jax import usage
 from fdk_jax.benchmark import cpu_tables, records, source, table
 from fdk_jax.benchmark.group_table import group_sizes
-from fdk_jax.benchmark.many_table import speed_ups
+from fdk_jax.benchmark.many_table import speed_ups, variants
 from fdk_jax.benchmark.model_table import equal_memory, models
 
 FILES = (
@@ -53,6 +53,8 @@ def kernels(found: Iterable[Row], *, spread: bool = False) -> str:
         r
         for r in _products(found)
         if r["group_size"] in (None, _GROUP) and _PRETENDS not in r["device"]
+        # A GPU's evenly spaced values have a table of their own.
+        if r.get("backend") != "pallas" or r.get("codebook") != "uniform"
     ]
     texts = []
     for device in dict.fromkeys(r["device"] for r in chosen):
@@ -339,6 +341,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "integers": integers,
     "attention": attention,
     "speed-ups": speed_ups,
+    "variants": variants,
     "tuned": lambda _: tuned(),
     "kernels-spread": lambda found: kernels(found, spread=True),
     "models": models,
