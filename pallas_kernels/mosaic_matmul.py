@@ -133,8 +133,8 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
 
 # Microseconds a plane of a program by its tokens, for (row_groups, k_groups): of codes that are looked up, of
 # those of 8 bits, and of those of one bit. H200, 8192 x 8192, 2026-11-30; from 96 tokens on, where products one
-# after another leave the card less than its highest clock, 2026-12-01. Of three row groups 6144 x 21504, of four
-# 28672 x 4096, the same day.
+# after another leave the card less than its highest clock, 2026-12-01. Of three row groups 6144 x 21504, of
+# four 28672 x 4096, the same day.
 _LOOKED_UP_US = {
     (1, 2): ((16, 0.138), (64, 0.163), (96, 0.2), (128, 0.248), (192, 0.35), (256, 0.48)),
     (2, 1): ((16, 0.213), (64, 0.281), (96, 0.352), (128, 0.434), (192, 0.6), (256, 0.755)),

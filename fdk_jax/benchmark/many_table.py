@@ -10,8 +10,8 @@ from fdk_jax.benchmark import table
 
 _DENSE = 16
 _GROUP = 64
-# Microseconds that the start of a sample's program takes, alone and for each copy of the weight, and how much of
-# the two samples of a ratio they may differ by: samples of 5 ms beside those of 60 (H200, 2026-12-01).
+# Microseconds that the start of a sample's program takes, alone and for each copy of the weight, and how much
+# of the two samples of a ratio they may differ by: samples of 5 ms beside those of 60 (H200, 2026-12-01).
 _START_US, _START_A_COPY_US, _APART = 450, 12, 0.03
 
 Row = dict[str, Any]
