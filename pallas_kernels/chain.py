@@ -102,7 +102,7 @@ def unsupported_reason(
             case.codebooks > 1 and (case.codebooks % runs or case.n // case.codebooks % 16)
         ):
             return f"{case.codebooks} codebooks and {runs} runs of {case.n} rows are not of whole tiles"
-        reason = ring_arithmetic.unsupported_product(case, config.workers, config.programs)
+        reason = ring_arithmetic.unsupported_product(case, config.consumers, config.programs)
         if reason is not None:
             return reason
     # A slot of the ring is of any product. Rows that have one scale each may be of several lengths.
@@ -192,9 +192,9 @@ def _operands(products: Sequence[Case], config: ring.Config, target: Target) -> 
 
 
 def _plan(case: Case, config: ring.Config, index: int) -> ProductPlan:
-    return ring_arithmetic.of(case, config.workers).plan_class(
+    return ring_arithmetic.of(case, config.consumers).plan_class(
         case=case,
-        workers=config.workers,
+        consumers=config.consumers,
         programs=config.programs,
         position=index,
         gated=index == GATED,
@@ -225,6 +225,6 @@ def _writer(products: Sequence[Case], config: ring.Config, target: Target) -> La
         ]
         if case.residual:
             found |= peers
-        arithmetic = ring_arithmetic.of(case, config.workers)
+        arithmetic = ring_arithmetic.of(case, config.consumers)
         writers.append(arithmetic(plan.products[index], target, ptx, found))
     return Launch(plan, writers, operands["counters"])

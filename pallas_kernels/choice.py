@@ -169,9 +169,11 @@ def portable(case: Case, target: Target) -> matvec.Config | mma.Config:
 def configuration(row: dict, target: Target) -> Any:
     """The launch configuration of a row of the table on a GPU.
 
-    Programs are multiples of the multiprocessors, or of 132 in rows of older files.
+    Programs are multiples of the multiprocessors; in rows of older files of 132, and consumers are workers.
     """
-    values = dict(row["config"])
+    values: dict[str, Any] = dict(row["config"])
+    if "workers" in values:
+        values["consumers"] = values.pop("workers")
     if "programs_each" in values:
         values["programs"] = values.pop("programs_each") * target.multiprocessors
     elif values.get("programs"):

@@ -7,7 +7,7 @@ from pallas_kernels.target import Target
 
 Config = ring.Config
 grid = ring.grid
-_WORKERS_OF_QUARTERS = 16
+_CONSUMERS_OF_QUARTERS = 16
 
 
 def for_groups(case: Case, config: Config, target: Target) -> Config:
@@ -17,12 +17,12 @@ def for_groups(case: Case, config: Config, target: Target) -> Config:
     and 24 warps and by two programs of 12: 4096 x 4096 4.5, 4.7, 4.7, 5.7 us; 8192 x 8192 8.8, 9.3, 9.5, 11.6.
     """
     is_small = case.bits == 1 and case.group_size == integer_quarters.GROUP
-    return Config(_WORKERS_OF_QUARTERS, target.multiprocessors) if is_small else config
+    return Config(_CONSUMERS_OF_QUARTERS, target.multiprocessors) if is_small else config
 
 
 def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:
     """Why the kernel does not take a case, or None."""
-    reason = ring_arithmetic.unsupported_integers(case, config.workers)
+    reason = ring_arithmetic.unsupported_integers(case, config.consumers)
     return reason or ring.unsupported_reason(case, config, target, _arithmetic(case, config))
 
 
@@ -38,4 +38,4 @@ def source(case: Case, config: Config, target: Target) -> str:
 
 
 def _arithmetic(case: Case, config: Config) -> type[Product]:
-    return ring_arithmetic.of(case, config.workers)
+    return ring_arithmetic.of(case, config.consumers)

@@ -150,6 +150,6 @@ class Product(integer_two.Product):
 
     def store_totals(self, tile: Register) -> None:
         """Stores the sums, which the lanes of the first two columns have."""
-        address = self.partial + tile * (self.workers * 4 * TILE_ROWS)
+        address = self.partial + tile * (self.consumers * 4 * TILE_ROWS)
         target = at(address, self.offsets["partial"])
         self.ptx.do("st.shared.v2.b32", target, vector(self.totals), when=self.keeps)

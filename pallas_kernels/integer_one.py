@@ -53,7 +53,7 @@ class Product(Integers):
         """Loads of each codebook the first value and the step to the second one."""
         ptx, case, decoder = self.ptx, self.case, self.decoder
         loads = []
-        for start in range(0, case.codebooks, 32 * self.workers):
+        for start in range(0, case.codebooks, 32 * self.consumers):
             codebook_index = self.thread + start
             in_bounds = codebook_index < case.codebooks
             source = self.operands["codebook"] + codebook_index * 8
@@ -247,5 +247,5 @@ class Product(Integers):
         kept = kept + other
         ptx.do("shfl.sync.bfly.b32", rest, kept, 2, 31, "0xffffffff")
         kept = kept + rest
-        address = self.partial + tile * (self.workers * 4 * TILE_ROWS)
+        address = self.partial + tile * (self.consumers * 4 * TILE_ROWS)
         ptx.do("st.shared.f32", at(address, self.offsets["partial"]), kept, when=self.keeps)

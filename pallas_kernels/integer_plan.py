@@ -39,7 +39,7 @@ class Plan(ProductPlan):
     @property
     def sharers(self) -> int:
         """Warps that share a chunk of x: two, if there are as many for each one."""
-        return 2 if self.case.m == 1 and 2 * self.chunks <= self.workers else 1
+        return 2 if self.case.m == 1 and 2 * self.chunks <= self.consumers else 1
 
     def areas(self) -> dict[str, int]:
         """Integers, scales and sums of x, and codebooks."""

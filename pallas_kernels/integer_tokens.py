@@ -36,7 +36,7 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         )
     if case.residual or case.squares:
         return "it has no residual"
-    reason = unsupported_groups(case, config.workers)
+    reason = unsupported_groups(case, config.consumers)
     return reason or ring.unsupported_reason(case, config, target, Product)
 
 
@@ -148,7 +148,7 @@ class Product(integer_one.Product):
         self.zero = ptx.op("mov.u32", 0)
         address = self.shared + self.warp * (4 * TILE_ROWS) + self.row * 8
         address = address + (self.thread_in_group & 1) * 4
-        self.partial = address + (self.thread_in_group >> 1) * (self.workers * 4 * TILE_ROWS)
+        self.partial = address + (self.thread_in_group >> 1) * (self.consumers * 4 * TILE_ROWS)
         self.first, *self.steps = ptx.registers("f32", 5)
 
     def first_scales(self) -> Register:
@@ -254,5 +254,5 @@ class Product(integer_one.Product):
             kept = ptx.op("selp.f32", lower, upper, self.higher)
             other = ptx.register("f32")
             ptx.do("shfl.sync.bfly.b32", other, given, 1, 31, "0xffffffff")
-            offset = self.offsets["partial"] + 2 * pair * self.workers * 4 * TILE_ROWS
+            offset = self.offsets["partial"] + 2 * pair * self.consumers * 4 * TILE_ROWS
             ptx.do("st.shared.f32", at(address, offset), kept + other)

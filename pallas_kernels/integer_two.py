@@ -25,7 +25,7 @@ _MASK = 0x03030303
 _SHIFTS = (0, 4, 2, 6)
 
 
-def unsupported_product(case: Case, workers: int) -> str | None:
+def unsupported_product(case: Case, consumers: int) -> str | None:
     """Why the arithmetic, of two bits here or of four in `integer_four`, does not take a case, or None."""
     least = MIN_GROUP
     if case.bits not in (2, 4) or case.m != 1 or not case.uniform or case.group_size < least:
@@ -35,7 +35,7 @@ def unsupported_product(case: Case, workers: int) -> str | None:
         )
     if case.k % CHUNK:
         return f"{case.k} weights a row are not whole {CHUNK}"
-    return unsupported_groups(case, workers)
+    return unsupported_groups(case, consumers)
 
 
 class Product(integer_one.Product):
@@ -47,7 +47,7 @@ class Product(integer_one.Product):
     def load_codebooks(self) -> Callable[[], None]:
         """Loads of each codebook the first value and the step."""
         ptx, case, loads, codes = self.ptx, self.case, [], 2**self.case.bits
-        for start in range(0, case.codebooks, 32 * self.workers):
+        for start in range(0, case.codebooks, 32 * self.consumers):
             codebook_index = self.thread + start
             in_bounds = codebook_index < case.codebooks
             index = ptx.op("min.u32", codebook_index, case.codebooks - 1)

@@ -45,19 +45,19 @@ class Integers(ring_product.Product):
         self._locate_bytes()
         rows = self.plan.chunks * case.m  # of x, 512 each: those of a token follow each other
         # With sharers each has one part: there are warps for all.
-        rounds = -(-rows * sharers // self.workers)
+        rounds = -(-rows * sharers // self.consumers)
         own = self.warp // sharers if sharers > 1 else self.warp
         address = self._x_address(own)
         words = (4,) * (2 // sharers)  # of each half, or of one
         for first in range(0, rounds, 3):
             here = range(first, min(first + 3, rounds))
-            blocks = [own + i * self.workers for i in here]
+            blocks = [own + i * self.consumers for i in here]
             in_bounds = [b < rows for b in blocks]
             registers = [[ptx.registers("b32", count) for count in words] for _ in here]
             loads = []
             for i, halves, guard in zip(here, registers, in_bounds, strict=True):
                 for half, target in enumerate(halves):
-                    source = at(address, i * self.workers * _X + half * PLANE)
+                    source = at(address, i * self.consumers * _X + half * PLANE)
                     loads.append(Load(target, source, guard))
                     self._load(loads[-1])
             if not first:

@@ -121,7 +121,7 @@ class Plan:
     def _product(self, index: int, case: Case) -> ProductPlan:
         return integer_plan.Plan(
             case=case,
-            workers=self.config.workers,
+            consumers=self.config.consumers,
             programs=self.config.programs,
             position=index,
             gated=index == GATE_UP,
@@ -130,7 +130,7 @@ class Plan:
     @property
     def head_warps(self) -> int:
         """Warps of a program that compute attention: a power of two, so that all have as many slots."""
-        return min(_MAX_HEAD_WARPS, 1 << self.config.workers.bit_length() - 1)
+        return min(_MAX_HEAD_WARPS, 1 << self.config.consumers.bit_length() - 1)
 
     @property
     def record(self) -> list[str]:
@@ -203,7 +203,7 @@ def unsupported_reason(plan: Plan) -> str | None:
         return f"attention has no kernel of a program a head: {reason}"
     if attention.heads > config.programs:
         return f"{attention.heads} heads are more than {config.programs} programs"
-    if 32 * config.workers < attention.dim:
+    if 32 * config.consumers < attention.dim:
         return f"{config} has fewer threads than a head's {attention.dim} outputs"
     shapes = [(case.n, case.k) for case in plan.products]
     width, hidden = attention.heads * attention.dim, plan.products[DOWN].n

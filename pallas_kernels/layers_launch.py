@@ -112,8 +112,8 @@ class LayersLaunch(Launch):
         ptx.comment("locate: this lane; the addresses of all layers' arrays")
         self._locate_lane()
         ring.is_first_lane = self.lane.eq(0)
-        is_producer = self.warp.eq(self.workers)
-        copies = self.thread.eq(32 * self.workers)
+        is_producer = self.warp.eq(self.consumers)
+        copies = self.thread.eq(32 * self.consumers)
         self._fill_table()
         ptx.do("bra", "fdk_no_ring", when=~copies)
         ring.make(self.shared)
@@ -131,7 +131,7 @@ class LayersLaunch(Launch):
 
     def _fill_table(self) -> None:
         """The first lanes of the warps store the addresses, each a part of them."""
-        ptx, warps = self.ptx, self.workers + 1
+        ptx, warps = self.ptx, self.consumers + 1
         each = -(-len(self.addresses) // warps)
         for warp in range(warps):
             entries = range(warp * each, min((warp + 1) * each, len(self.addresses)))

@@ -41,8 +41,8 @@ class Part(integer_one.Product):
         """
         if not self.case.squares:
             return
-        self._add_squares(self.workers - 1, self.offsets["squares"])
-        self.ptx.do("fence.acq_rel.gpu", when=self.warp.eq(self.workers - 1))
+        self._add_squares(self.consumers - 1, self.offsets["squares"])
+        self.ptx.do("fence.acq_rel.gpu", when=self.warp.eq(self.consumers - 1))
 
     def constants(self) -> None:
         """What can be done before x is there; `_total` leaves out what no warp has stored."""
@@ -54,18 +54,18 @@ class Part(integer_one.Product):
 
     def _total(self, index: Register, run: int, token: int) -> Register:
         """See `Product._total`; of the warps that have a block of the row's tile, if not all have one."""
-        ptx, blocks, workers = self.ptx, self.case.blocks, self.workers
-        if blocks >= workers:
+        ptx, blocks, consumers = self.ptx, self.case.blocks, self.consumers
+        if blocks >= consumers:
             return super()._total(index, run, token)
         tile, row, lower = index >> 4, index & 7, (index >> 3) & 1
-        warp = (tile * blocks).low() % workers + self.odd
+        warp = (tile * blocks).low() % consumers + self.odd
         if run:
             tile = tile + self.tiles * run
         address = self.shared + tile * self.plan.tile_bytes + row * 8 + lower * 4
         parts = []
         for i in range(-(-blocks // 2)):
-            wraps = warp >= workers
-            ptx.do("sub.u32", warp, warp, workers, when=wraps)
+            wraps = warp >= consumers
+            ptx.do("sub.u32", warp, warp, consumers, when=wraps)
             part = ptx.zero()
             source = at(address + warp * (4 * TILE_ROWS), self.offsets["partial"])
             in_bounds = self.odd.eq(0) if 2 * i + 1 == blocks else None

@@ -12,7 +12,7 @@ copies, so these are throttled: all but a few wait for the program's outputs. Th
 the device runs at once: more would never all arrive. The first launch finds the counters at zero, and each
 leaves them so.
 
-Glossary: W consumer warps (`Config.workers`), P programs (`Config.programs`). A tile has 16 rows, a block
+Glossary: W consumer warps (`Config.consumers`), P programs (`Config.programs`). A tile has 16 rows, a block
 of it `Case.span` weights a row. A slot of the ring holds a block for each of the W warps. A run is a range of
 rows; a product whose outputs are gated has two, those of the gate and those of what it lets through.
 """
@@ -64,4 +64,4 @@ def unsupported_target(target: Target) -> str | None:
 
 def _plan(case: Case, config: Config, arithmetic: type[Product]) -> ProductPlan:
     programs = grid(case, config)[0]
-    return arithmetic.plan_class(case=case, workers=config.workers, programs=programs)
+    return arithmetic.plan_class(case=case, consumers=config.consumers, programs=programs)

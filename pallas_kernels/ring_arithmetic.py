@@ -14,8 +14,9 @@ from pallas_kernels.case import Case
 from pallas_kernels.ring_plan import Config, ProductPlan, unsupported_groups
 from pallas_kernels.target import Target
 
-WORKERS = {2: 16, 4: 24, 8: 24}  # consumer warps of `stream` by bits (H100)
-MIN_WORKERS, MAX_WORKERS = 15, 24  # of sums of integers: with more a thread has too few registers
+CONSUMERS = {2: 16, 4: 24, 8: 24}  # consumer warps of `stream` by bits (H100)
+# Consumer warps of sums of integers: with more a thread has too few registers.
+MIN_CONSUMERS, MAX_CONSUMERS = 15, 24
 _ROUND = 4  # warps that one of the parts of a multiprocessor has more than another, if they are not whole fours
 
 
@@ -33,59 +34,59 @@ def config(products: Sequence[Case], target: Target, gated: int | None = None) -
         gated: the index of the product whose outputs are gated.
     """
     programs = target.multiprocessors
-    if any(of(case, MAX_WORKERS) is stream.Product for case in products):
-        return Config(WORKERS.get(products[0].bits, MAX_WORKERS), programs)
+    if any(of(case, MAX_CONSUMERS) is stream.Product for case in products):
+        return Config(CONSUMERS.get(products[0].bits, MAX_CONSUMERS), programs)
 
-    def plans(workers: int) -> list[ProductPlan]:
+    def plans(consumers: int) -> list[ProductPlan]:
         return [
-            of(case, workers).plan_class(
-                case=case, workers=workers, programs=programs, gated=index == gated
+            of(case, consumers).plan_class(
+                case=case, consumers=consumers, programs=programs, gated=index == gated
             )
             for index, case in enumerate(products)
         ]
 
-    def slots(workers: int) -> int:
-        return sum(plan.slots for plan in plans(workers))
+    def slots(consumers: int) -> int:
+        return sum(plan.slots for plan in plans(consumers))
 
     possible = [
-        workers
-        for workers in range(MIN_WORKERS, MAX_WORKERS + 1)
-        if all(unsupported_integers(case, workers) is None for case in products)
-        and len({plan.slot_bytes for plan in plans(workers)}) == 1
+        consumers
+        for consumers in range(MIN_CONSUMERS, MAX_CONSUMERS + 1)
+        if all(unsupported_integers(case, consumers) is None for case in products)
+        and len({plan.slot_bytes for plan in plans(consumers)}) == 1
     ]
     if not possible:
-        return Config(MAX_WORKERS, programs)
+        return Config(MAX_CONSUMERS, programs)
     fewest = min(map(slots, possible))
-    best = [workers for workers in possible if slots(workers) == fewest]
-    whole = [workers for workers in best if (workers + 1) % _ROUND == 0]
+    best = [consumers for consumers in possible if slots(consumers) == fewest]
+    whole = [consumers for consumers in best if (consumers + 1) % _ROUND == 0]
     return Config(min(whole or best), programs)
 
 
-def of(case: Case, workers: int) -> type[ring_product.Product]:
+def of(case: Case, consumers: int) -> type[ring_product.Product]:
     """What multiplies by the weight; groups that are quarters of a plane have an arithmetic of their own."""
     if case.bits == 1:
         is_small = case.group_size == integer_quarters.GROUP
         return integer_quarters.Product if is_small else integer_one.Product
-    if unsupported_integers(case, workers) is not None:
+    if unsupported_integers(case, consumers) is not None:
         return stream.Product
     return integer_two.Product if case.bits == 2 else integer_four.Product
 
 
-def unsupported_integers(case: Case, workers: int) -> str | None:
+def unsupported_integers(case: Case, consumers: int) -> str | None:
     """Why a product is no sum of integers, or None."""
     if case.bits != 1:
-        return integer_two.unsupported_product(case, workers)
+        return integer_two.unsupported_product(case, consumers)
     if case.m != 1 or case.group_size < integer_quarters.GROUP:
         return (
             f"{case.m} tokens, 1 bit in groups of {case.group_size} are not 1 in groups of"
             f" {integer_quarters.GROUP} or more"
         )
-    return unsupported_groups(case, workers)
+    return unsupported_groups(case, consumers)
 
 
-def unsupported_product(case: Case, workers: int, programs: int) -> str | None:
+def unsupported_product(case: Case, consumers: int, programs: int) -> str | None:
     """Why no arithmetic takes a product, or None."""
-    reason = unsupported_integers(case, workers)
+    reason = unsupported_integers(case, consumers)
     if reason is None or case.bits == 1:
         return reason
-    return stream.unsupported_product(case, workers, programs)
+    return stream.unsupported_product(case, consumers, programs)

@@ -12,7 +12,7 @@ from pallas_kernels.ring_plan import BARRIER, LaunchPlan
 from pallas_kernels.ring_product import Product
 from pallas_kernels.ring_slots import Position, Ring
 
-_WORKERS = 1  # the barrier of the consumer warps
+_CONSUMERS = 1  # the barrier of the consumer warps
 # How often a program polls whether the others are ready, about a minute. Then it traps, an error instead of
 # waiting for ever: some other launch holds multiprocessors, and waits for this one.
 _LOOKS = 1 << 26
@@ -42,7 +42,7 @@ class Launch(Writer):
     def __init__(self, plan: LaunchPlan, products: Sequence[Product], counters: Any = None) -> None:
         self.plan, self.products, self.counters = plan, products, counters
         first = products[0]
-        self.ptx, self.workers, self.programs = first.ptx, first.workers, first.plan.programs
+        self.ptx, self.consumers, self.programs = first.ptx, first.consumers, first.plan.programs
         for product in products:
             product.offsets = plan.offsets
             if product is not first:
@@ -57,8 +57,8 @@ class Launch(Writer):
         ptx.comment("locate: this lane and its program's rows")
         self._locate_lane()
         ring.is_first_lane = self.lane.eq(0)
-        is_producer = self.warp.eq(self.workers)
-        copies = self.thread.eq(32 * self.workers) if ring.bulk else is_producer
+        is_producer = self.warp.eq(self.consumers)
+        copies = self.thread.eq(32 * self.consumers) if ring.bulk else is_producer
         first.locate(self)
         ptx.do("bra", "fdk_prepare", when=~copies)
         ptx.comment("copy: the producer makes the ring and fills it")
@@ -137,7 +137,7 @@ class Launch(Writer):
         Each waits until its slot is empty, unless with `empty` it is known to be. Kept scales come with the
         first slot of a run: of `run`, if that slot is among these.
         """
-        ptx, workers, (codes_from, scales_from, left) = self.ptx, self.workers, weight_range
+        ptx, consumers, (codes_from, scales_from, left) = self.ptx, self.consumers, weight_range
         count = ptx.op("mov.u32", 0)
         kept = None
         if product.plan.keeps_scales and run is not None:
@@ -151,7 +151,7 @@ class Launch(Writer):
             ptx.do("add.u32", count, count, 1)
         if not empty:
             self.ring.wait(at(position.barrier, BARRIER), position.parity, name)
-        blocks = ptx.op("min.u32", left, workers)
+        blocks = ptx.op("min.u32", left, consumers)
         codes = (blocks * TILE_BYTES).low()
         ranges, scale_bytes = [(codes_from, codes)], product.plan.block_scales
         if scale_bytes:
@@ -162,7 +162,7 @@ class Launch(Writer):
             ptx.do("mov.u32", kept.size, 0)
         ptx.do("add.u64", codes_from, codes_from, product.plan.codes_bytes)
         if scale_bytes:
-            ptx.do("add.u64", scales_from, scales_from, workers * scale_bytes)
+            ptx.do("add.u64", scales_from, scales_from, consumers * scale_bytes)
         ptx.do("sub.u32", left, left, blocks)
         self.ring.next_slot(position)
         ptx.do("bra", f"fdk_copy_{name}")
@@ -210,7 +210,7 @@ class Launch(Writer):
             ranges, (TILE_BYTES, product.plan.block_scales), strict=False
         ):
             source = start + self.lane * 16
-            for first in range(0, self.workers * block_bytes, 32 * 16):
+            for first in range(0, self.consumers * block_bytes, 32 * 16):
                 in_bounds = (own + first) < size
                 opcode = "cp.async.cg.shared.global.L2::cache_hint"
                 operands = at(target, first), at(source, first), 16, ptx.policy(_READ_ONCE)
@@ -243,7 +243,7 @@ class Launch(Writer):
 
     def _sync_consumers(self) -> None:
         """All consumers wait for each other."""
-        self.ptx.do("barrier.sync", _WORKERS, 32 * self.workers)
+        self.ptx.do("barrier.sync", _CONSUMERS, 32 * self.consumers)
 
     def _first_thread(self) -> Register:
         return self.thread.eq(0)

@@ -21,7 +21,7 @@ BARRIERS = 2 * BARRIER  # those of a slot
 class Config:
     """Launch configuration: W and P of the glossary of `ring`."""
 
-    workers: int = 16
+    consumers: int = 16
     programs: int = 132
     cluster: ClassVar[int] = 1
     rows: ClassVar[int] = TILE_ROWS  # at whose multiples the codebook may change
@@ -29,7 +29,7 @@ class Config:
     @property
     def warps(self) -> int:
         """Warps of a program: the consumers and the producer."""
-        return self.workers + 1
+        return self.consumers + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class ProductPlan(abc.ABC):
 
     Attributes:
         case: what is static about it; with `gated`, N rows of the gate are followed by N others.
-        workers: W.
+        consumers: W.
         programs: P.
         position: its index among the launch's products.
         gated: whether an output is the product of a row of the second half and of the SiLU of the first's.
@@ -48,7 +48,7 @@ class ProductPlan(abc.ABC):
     ahead: ClassVar[int] = 2
 
     case: Case
-    workers: int
+    consumers: int
     programs: int
     position: int = 0
     gated: bool = False
@@ -80,7 +80,7 @@ class ProductPlan(abc.ABC):
     @property
     def keeps_scales(self) -> bool:
         """Whether the scales of all rows of a program are in shared memory, instead of in slots."""
-        return _splits_fours(self.case, self.workers)
+        return _splits_fours(self.case, self.consumers)
 
     @property
     def tile_scales(self) -> int:
@@ -107,17 +107,17 @@ class ProductPlan(abc.ABC):
     @property
     def codes_bytes(self) -> int:
         """Bytes of a slot's codes; its scales follow them."""
-        return self.workers * TILE_BYTES
+        return self.consumers * TILE_BYTES
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of a slot of the ring: a block of each consumer."""
-        return self.codes_bytes + self.workers * self.block_scales
+        return self.codes_bytes + self.consumers * self.block_scales
 
     @property
     def slots(self) -> int:
         """Slots that a program fills in all, at most."""
-        return self.runs * -(-self.max_tiles * self.case.blocks // self.workers)
+        return self.runs * -(-self.max_tiles * self.case.blocks // self.consumers)
 
     @property
     def tokens(self) -> int:
@@ -127,7 +127,7 @@ class ProductPlan(abc.ABC):
     @property
     def tile_bytes(self) -> int:
         """Shared memory of a tile's sums of each token, warp and row."""
-        return self.tokens * self.workers * TILE_ROWS * 4
+        return self.tokens * self.consumers * TILE_ROWS * 4
 
     @property
     def partial_bytes(self) -> int:
@@ -137,7 +137,7 @@ class ProductPlan(abc.ABC):
     @property
     def square_parts(self) -> int:
         """Partial sums of squares that a program leaves: those of each warp with outputs, a tile's."""
-        return min(self.workers, self.max_tiles)
+        return min(self.consumers, self.max_tiles)
 
     @property
     def codebooks_name(self) -> str:
@@ -145,7 +145,7 @@ class ProductPlan(abc.ABC):
         return f"codebooks{self.position}"
 
 
-def unsupported_groups(case: Case, workers: int) -> str | None:
+def unsupported_groups(case: Case, consumers: int) -> str | None:
     """Why the scales of a product's groups are neither copied with its blocks nor kept, or None.
 
     Those of four groups are interleaved: each tile and each slot must begin with such a four, or the scales of
@@ -156,15 +156,15 @@ def unsupported_groups(case: Case, workers: int) -> str | None:
         return None
     if span % g:
         return f"groups of {g} are neither whole blocks of {span} nor parts of one"
-    if _splits_fours(case, workers):
-        return f"{case.k} weights a row, {workers} blocks of {span} at a time, split fours of groups of {g}"
+    if _splits_fours(case, consumers):
+        return f"{case.k} weights a row, {consumers} blocks of {span} at a time, split fours of groups of {g}"
     return None
 
 
-def _splits_fours(case: Case, workers: int) -> bool:
+def _splits_fours(case: Case, consumers: int) -> bool:
     """Whether not every tile and every slot begins with a four of groups."""
     four = 4 * case.group_size
-    return bool(case.blocks * case.span % four or workers * case.span % four)
+    return bool(case.blocks * case.span % four or consumers * case.span % four)
 
 
 @dataclasses.dataclass(frozen=True)

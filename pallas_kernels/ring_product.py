@@ -41,7 +41,7 @@ class Product(OutputWriter, abc.ABC):
         operands: dict[str, Register] | None = None,
     ) -> None:
         super().__init__(plan.case, target, ptx, operands)
-        self.plan, self.workers = plan, plan.workers
+        self.plan, self.consumers = plan, plan.consumers
         self.offsets: dict[str, int] = {}
 
     @property
@@ -123,7 +123,7 @@ class Product(OutputWriter, abc.ABC):
 
     def constants(self) -> None:
         """What can be done before x is there."""
-        if self.case.blocks < self.workers:  # a warp may have no block of a tile
+        if self.case.blocks < self.consumers:  # a warp may have no block of a tile
             self._clear(self.offsets["partial"], self.plan.partial_bytes)
         self.prepare_constants()
 
@@ -132,7 +132,7 @@ class Product(OutputWriter, abc.ABC):
         if self.case.devices > 1 and self.plan.position == 0:
             self._open_mailboxes()
         if self.case.squares:
-            self._add_squares(self.workers - 1, self.offsets["squares"])
+            self._add_squares(self.consumers - 1, self.offsets["squares"])
         self._load_residuals()
 
     def _open_mailboxes(self) -> None:
@@ -175,7 +175,7 @@ class Product(OutputWriter, abc.ABC):
 
     def _clear(self, start: int, size: int) -> None:
         """Writes zeros."""
-        ptx, threads = self.ptx, 32 * self.workers
+        ptx, threads = self.ptx, 32 * self.consumers
         zero = ptx.op("mov.u32", 0)
         address = self.shared + self.thread * 16
         for offset in range(0, size, 16 * threads):
@@ -225,8 +225,8 @@ class Product(OutputWriter, abc.ABC):
         ring.wait(at(position.barrier), position.parity, f"unused_{run}")
         ring.signal_empty(position)
         ptx.label(f"fdk_after_{run}")
-        ptx.do("add.u32", block, block, self.workers)
-        ptx.do("add.u32", slot_end, slot_end, self.workers)
+        ptx.do("add.u32", block, block, self.consumers)
+        ptx.do("add.u32", slot_end, slot_end, self.consumers)
         ring.next_slot(position)
         ptx.do("bra", f"fdk_loop_{run}")
         ptx.label(f"fdk_done_{run}")
@@ -294,7 +294,7 @@ class Product(OutputWriter, abc.ABC):
     @property
     def _row_starts(self) -> range:
         """The first of the rows that the program's threads take at a time, two threads a row."""
-        return range(0, self.plan.max_tiles * TILE_ROWS, TILE_ROWS * self.workers)
+        return range(0, self.plan.max_tiles * TILE_ROWS, TILE_ROWS * self.consumers)
 
     def _load_residuals(self) -> None:
         """Starts loading what the outputs are added to and scaled by: at the end it would be waited for."""
@@ -368,13 +368,13 @@ class Product(OutputWriter, abc.ABC):
             + row * 8
             + lower * 4
         )
-        parts = ptx.registers("f32", -(-self.workers // 2))
+        parts = ptx.registers("f32", -(-self.consumers // 2))
         for i, part in enumerate(parts):
             in_bounds = None
-            if 2 * i + 1 == self.workers:
+            if 2 * i + 1 == self.consumers:
                 ptx.do("mov.f32", part, 0.0)
                 in_bounds = self.odd.eq(0)
-            offset = (token * self.workers + 2 * i) * 4 * TILE_ROWS
+            offset = (token * self.consumers + 2 * i) * 4 * TILE_ROWS
             source = at(address, self.offsets["partial"] + offset)
             ptx.do("ld.shared.f32", part, source, when=in_bounds)
         total = parts[0]

@@ -26,7 +26,7 @@ class Ring:
 
     def __init__(self, ptx: Ptx, plan: LaunchPlan, bulk: bool) -> None:
         self.ptx, self.plan, self.bulk = ptx, plan, bulk
-        self.workers, self.slot_bytes = plan.products[0].workers, plan.products[0].slot_bytes
+        self.consumers, self.slot_bytes = plan.products[0].consumers, plan.products[0].slot_bytes
         self.is_first_lane: Register | None = None
 
     def make(self, shared: Register) -> None:
@@ -40,7 +40,7 @@ class Ring:
             full = at(shared, self.plan.barriers + slot * BARRIERS)
             empty = at(shared, self.plan.barriers + slot * BARRIERS + BARRIER)
             ptx.do("mbarrier.init.shared::cta.b64", full, fillers, when=first)
-            ptx.do("mbarrier.init.shared::cta.b64", empty, self.workers, when=first)
+            ptx.do("mbarrier.init.shared::cta.b64", empty, self.consumers, when=first)
         if self.bulk:
             ptx.do("fence.proxy.async.shared::cta")
         else:

@@ -22,13 +22,13 @@ _MIN_GROUP = 8  # weights of a row that a lane has next to each other
 _AT_ONCE = 8  # vectors of x that a thread loads at once
 
 
-def unsupported_product(case: Case, workers: int, programs: int) -> str | None:
+def unsupported_product(case: Case, consumers: int, programs: int) -> str | None:
     """Why the arithmetic does not take a case, or None."""
     if case.bits == 1 or case.m != 1:
         return f"{case.m} tokens and {case.bits} bits are not 1 and 2 to 8"
     if case.group_size < _MIN_GROUP:
         return f"group_size={case.group_size} is less than {_MIN_GROUP}"
-    if (reason := unsupported_groups(case, workers)) is not None:
+    if (reason := unsupported_groups(case, consumers)) is not None:
         return reason
     if case.codebooks > min(programs, case.tiles):
         return f"{case.codebooks} codebooks are more than {programs} programs or {case.tiles} tiles"
@@ -125,7 +125,7 @@ class Product(ring_product.Product):
 
     def load_codebooks(self) -> Callable[[], None]:
         """Loads the codebook of the program's rows of each run."""
-        ptx, threads, values = self.ptx, 32 * self.workers, 2**self.case.bits
+        ptx, threads, values = self.ptx, 32 * self.consumers, 2**self.case.bits
         codebook, loads = self.operands["codebook"], []
         if self.codebook_index is not None:
             last = ptx.op("min.u32", self.codebook_index, self.plan.run_codebooks - 1)
@@ -154,11 +154,11 @@ class Product(ring_product.Product):
         for run, decoder in enumerate(self.decoders):
             offset = self.codebooks_offset + run * 4 * 2**self.case.bits
             codebook = self.shared + offset
-            decoder.set_up(codebook, self.thread, 32 * self.workers)
+            decoder.set_up(codebook, self.thread, 32 * self.consumers)
 
     def prepare_x(self, meanwhile: Callable[[], object]) -> None:
         """Copies x."""
-        ptx, threads = self.ptx, 32 * self.workers
+        ptx, threads = self.ptx, 32 * self.consumers
         count = self.case.blocks * self.case.span // 8
         address = self._row("x") + self.thread * 16
         target = self.shared + self.thread * 16
@@ -286,7 +286,7 @@ class Product(ring_product.Product):
 
     def store_totals(self, tile: Register) -> None:
         """Stores the sums of the column that has a token."""
-        address = self.partial + tile * (self.workers * 4 * TILE_ROWS)
+        address = self.partial + tile * (self.consumers * 4 * TILE_ROWS)
         target = at(address, self.offsets["partial"])
         self.ptx.do("st.shared.v2.b32", target, vector(self.totals), when=self.keeps)
 

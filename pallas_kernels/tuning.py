@@ -41,7 +41,7 @@ _TOKENS = (
 )
 # The same, with several thread blocks a multiprocessor, which loop over tiles of rows.
 _PERSISTENT = ((1, 8, 1, 1, 4), (1, 16, 1, 1, 2), (1, 16, 1, 2, 2))
-# (workers, thread blocks a multiprocessor) of `integer` and of `integer_tokens`.
+# (consumers, thread blocks a multiprocessor) of `integer` and of `integer_tokens`.
 _INTEGER = ((8, 1), (12, 1), (16, 1), (24, 1), (8, 2), (12, 2))
 _INTEGER_TOKENS = ((8, 1), (12, 1), (16, 1), (8, 2))
 # (tokens, row_groups, k_groups, stages, cluster, ring) of `wgmma` for at least so many tokens.
@@ -94,8 +94,8 @@ def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
             if matvec.Plan.of(case, config).is_persistent:
                 yield "matvec", config
     if case.bits == 1 and case.m in integer_tokens.TOKENS:
-        for workers, each in _INTEGER_TOKENS:
-            config = integer_tokens.Config(workers, each * target.multiprocessors)
+        for consumers, each in _INTEGER_TOKENS:
+            config = integer_tokens.Config(consumers, each * target.multiprocessors)
             yield "integer_tokens", config
     if case.m <= (2 * choice.FEW if target.has_wgmma else choice.FEW):
         for values in _ONE_TOKEN if case.m == 1 else _TOKENS:

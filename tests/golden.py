@@ -136,7 +136,7 @@ def _chains() -> Iterator[tuple[str, str]]:
         shapes = [(4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096)]
         kind = dict(group_size=group_size, scale_dtype=jnp.dtype(scales))
         config = ring.Config(
-            ring_arithmetic.WORKERS.get(bits, ring_arithmetic.MAX_WORKERS), _MULTIPROCESSORS
+            ring_arithmetic.CONSUMERS.get(bits, ring_arithmetic.MAX_CONSUMERS), _MULTIPROCESSORS
         )
         products = [case(1, n, k, bits, **kind) for n, k in shapes]
         assert chain.unsupported_reason(products, config, H200) is None
@@ -144,7 +144,7 @@ def _chains() -> Iterator[tuple[str, str]]:
         yield f"chain {bits} {group_size} {scales}", chain.source(products, config, H200)
     for bits, uniform in (*DECODERS, (2, True)):
         config = ring.Config(
-            ring_arithmetic.WORKERS.get(bits, ring_arithmetic.MAX_WORKERS), _MULTIPROCESSORS
+            ring_arithmetic.CONSUMERS.get(bits, ring_arithmetic.MAX_CONSUMERS), _MULTIPROCESSORS
         )
         for hidden, inner, qkv in ((3072, 8192, 5120), (4096, 14336, 6144), (6144, 21504, 8192)):
             shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (qkv, hidden)]
@@ -168,7 +168,7 @@ def _over_devices() -> Iterator[tuple[str, str]]:
         yield name, peer_sum.source(peer_sum.PeerSum(*arguments), H200)
     for bits, devices in ((1, 2), (2, 2), (4, 2), (8, 2), (4, 4)):
         config = ring.Config(
-            ring_arithmetic.WORKERS.get(bits, ring_arithmetic.MAX_WORKERS), _MULTIPROCESSORS
+            ring_arithmetic.CONSUMERS.get(bits, ring_arithmetic.MAX_CONSUMERS), _MULTIPROCESSORS
         )
         width, inner = 4096 // devices, 14336 // devices
         shapes = [(4096, width), (2 * inner, 4096), (4096, inner), (6144 // devices, 4096)]

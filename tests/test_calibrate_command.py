@@ -126,7 +126,13 @@ def test_the_row_of_a_calibration(tmp_path, monkeypatch):
     times = {path.name: path.stat().st_mtime_ns for path in written.iterdir()}
     calibrating_benchmark.write(written, config)
     assert {path.name: path.stat().st_mtime_ns for path in written.iterdir()} == times
-    row = calibrating_benchmark.measure(tmp_path, "1B", 4, layers=3, tokens=1024, rotate=False)
+    parts = []
+    row = calibrating_benchmark.measure(
+        tmp_path, "1B", 4, layers=3, tokens=1024, rotate=False, part=parts.append
+    )
+    assert [part["layers"] for part in parts] == [1, 2, 3]
+    assert parts[0]["further_layer_seconds"] is None and parts[1]["further_layer_seconds"] > 0
+    assert parts[0]["seconds"] < parts[2]["seconds"] <= row["seconds"]
     assert (row["layers"], row["layers_of_model"], row["tokens"]) == (3, 2, 1024)
     assert row["programs"] > 20 and row["programs_of_further_layers"] == 0  # they are alike
     weights = 3 * ((1 + 2 + 1) * 64 * 64 + 3 * 64 * 128)

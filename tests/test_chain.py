@@ -39,7 +39,7 @@ def test_a_streamed_product(rng, bits, uniform, n, k, codebooks, config, dtype):
     )
     half, single = jnp.dtype(dtype), jnp.dtype(jnp.float32)
     case = Case(1, n, k, bits, 64, codebooks, half, half, single, single, uniform)
-    assert stream.unsupported_product(case, config.workers, config.programs) is None
+    assert stream.unsupported_product(case, config.consumers, config.programs) is None
     bias, y = rng.normal(size=n).astype(np.float32), np.full((1, n), np.nan, np.float32)
     emulator.run(
         ring.source(case, config, H200, stream.Product),
@@ -62,7 +62,7 @@ def test_groups_and_scales_of_a_streamed_product(rng, group_size, bits, uniform,
     half, single = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
     kinds = half, jnp.dtype(scale_dtype), None, single
     case = Case(1, n, k, bits, group_size, 1, *kinds, uniform)
-    assert stream.unsupported_product(case, config.workers, config.programs) is None
+    assert stream.unsupported_product(case, config.consumers, config.programs) is None
     y = np.full((1, n), np.nan, np.float32)
     emulator.run(
         ring.source(case, config, H200, stream.Product),
@@ -323,7 +323,7 @@ def test_bad_chains_are_refused(rng):
 
 
 @pytest.mark.parametrize(
-    ("bits", "uniform", "group_size", "hidden", "inner", "qkv", "workers"),
+    ("bits", "uniform", "group_size", "hidden", "inner", "qkv", "consumers"),
     [
         (1, False, 128, 2048, 6144, 4096, 15),  # any number from 12 on fills as few slots
         (1, False, 128, 2560, 9728, 6144, 19),
@@ -333,11 +333,11 @@ def test_bad_chains_are_refused(rng):
         (4, True, 64, 4096, 14336, 6144, 24),
     ],
 )
-def test_warps_that_fill_the_fewest_slots(bits, uniform, group_size, hidden, inner, qkv, workers):
+def test_warps_that_fill_the_fewest_slots(bits, uniform, group_size, hidden, inner, qkv, consumers):
     shapes = [(hidden, hidden), (2 * inner, hidden), (hidden, inner), (qkv, hidden)]
     products = [
         planar.case(1, n, k, bits, group_size=group_size, uniform=uniform) for n, k in shapes
     ]
     config = ring_arithmetic.config(products, H200, chain.GATED)
-    assert (config.workers, config.programs) == (workers, H200.multiprocessors)
+    assert (config.consumers, config.programs) == (consumers, H200.multiprocessors)
     assert chain.unsupported_reason(products, config, H200) is None

@@ -90,6 +90,19 @@ def test_a_shared_codebook_is_that_of_all_values_together(rng):
     assert np.allclose(shared, together, atol=1e-5)
 
 
+@pytest.mark.parametrize("entries", [2, 4, 16])
+def test_a_fit_goes_on_from_given_levels(rng, entries):
+    values = jnp.asarray(rng.standard_normal(20_000).astype(np.float32))
+    whole = np.asarray(codebooks.fit(values, entries))
+
+    def error(levels):
+        return float(np.square(np.asarray(values)[:, None] - levels).min(1).mean())
+
+    near = np.asarray(codebooks.fit(values[:10_000] * 1.01, entries))
+    later = np.asarray(codebooks.fit_parts([lambda: (values, None)], entries, start=near))
+    assert error(later) < error(near) and error(later) < 1.001 * error(whole)
+
+
 def test_ternary_codes_through_the_product(rng):
     w = rng.standard_normal((32, 128)).astype(np.float32)
     q = fdk_jax.quantise(w, 2, codebook="ternary")

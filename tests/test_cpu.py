@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -249,6 +250,21 @@ def test_group_size_that_is_no_multiple_of_eight(rng):
     x, w = _problem(rng, 1, 16, 60, 4, group_size=12)
     with pytest.raises(NotImplementedError, match="multiple of 8, not 12"):
         fdk_jax.matmul(x, w, backend="cpu")
+
+
+def test_one_of_several_threads_imports_the_library(monkeypatch):
+    imports = []
+
+    @functools.cache
+    def slowly():
+        imports.append(1)
+        time.sleep(0.05)
+        return "a reason"
+
+    monkeypatch.setattr(cpu_backend, "_load_once", slowly)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: cpu_backend.unavailable_reason(), range(4)))
+    assert found == {"a reason"} and imports == [1]
 
 
 def test_missing_library_says_what_to_do(monkeypatch):

@@ -319,6 +319,25 @@ REFUSED = {
         {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"a": {}}}},
         "Hadamard",
     ),
+    "hadamard of another method": (
+        {},
+        {"quant_method": "gptq", "bits": 4, "rotation_config": {"hidden_size": 4096}},
+        "quantization_config has rotation_config=",
+    ),
+    "hadamard inside": (
+        {},
+        {"quant_method": "bitnet", "modules": {"online_hadamard": True}},
+        "quantization_config has modules.online_hadamard=True",
+    ),
+    "gptq without an order": (
+        {
+            "m.qweight": np.zeros((8, 8), np.int32),
+            "m.qzeros": np.zeros((1, 1), np.int32),
+            "m.scales": np.ones((1, 8), np.float16),
+        },
+        {"quant_method": "gptq", "bits": 4, "desc_act": True},
+        "desc_act=true, and m has no g_idx",
+    ),
     "sparse": (
         {},
         {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24"}},

@@ -367,3 +367,8 @@ def test_sentencepiece_tokenizer():
     ids = tokenizer.encode("ab é").ids
     assert [tokens[i] for i in ids] == ["<s>", "▁ab", "▁", "<0xC3>", "<0xA9>"]
     assert tokenizer.decode(ids) == "ab é"
+    for name, wanted in (("Phi-3-mini", ["</s>", "▁ab"]), ("other", ["</s>", "▁", "▁ab"])):
+        made = gguf_tokenizer.files(metadata | {"general.name": name})
+        tokenizer = tokenizers.Tokenizer.from_str(made.tokenizer)
+        ids = tokenizer.encode("</s> ab", add_special_tokens=False).ids
+        assert [tokens[i] for i in ids] == wanted, name

@@ -6,7 +6,7 @@ with gguf's own table of names; `test_families.py` compares the folders with tra
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "olmo3": "olmo2",
     "gemma3_text": "gemma3",
+    "gpt_oss": "gpt-oss",
 }
 LIKE_LLAMA = ("llama", "mistral", "mixtral", "ministral3", "granite", "smollm3")
 # What the converter writes nothing of, or what these tiny shapes have and no model does.
@@ -44,7 +45,7 @@ LOST = {
     "qwen3_moe": "dense layers",
     "qwen3_moe, not normalised": "dense layers",
     "mixtral": "a window",
-    "gpt_oss": "gpt-oss",
+    "gpt_oss": "untruncated YaRN",
 }
 ROWS = [name for name in golden.MODELS if name not in LOST]
 
@@ -71,6 +72,8 @@ def write(
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, layers)
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
+    if family == "gpt_oss":
+        arrays = dict(_parted(arrays))
     experts: dict[str, dict[int, np.ndarray]] = {}
     for name, array in arrays.items():
         if family in LIKE_LLAMA and ".q_proj." in name:
@@ -79,7 +82,7 @@ def write(
             array = interleaved(array, kv)
         if family.startswith("gemma") and name.endswith("norm.weight"):
             array = array + 1
-        if ".experts." in name:
+        if ".experts." in name and family != "gpt_oss":
             before, _, after = name.partition(".experts.")
             index, _, part = after.partition(".")
             experts.setdefault(f"{before}.experts.{part}", {})[int(index)] = array
@@ -99,6 +102,22 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _parted(arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays of gpt-oss with gate and up apart, stacks [E, N, K] and names with an end."""
+    for name, array in arrays.items():
+        kind = "bias" if name.endswith("_bias") else "weight"
+        base = name.removesuffix("_bias")
+        if kind == "weight" and ".mlp.experts." in name:
+            array = array.swapaxes(1, 2)
+        if base.endswith("gate_up_proj"):
+            yield f"{base.replace('gate_up_proj', 'gate_proj')}.{kind}", array[:, ::2]
+            yield f"{base.replace('gate_up_proj', 'up_proj')}.{kind}", array[:, 1::2]
+        elif name.endswith("sinks") or ".mlp.experts." in name:
+            yield f"{base}.{kind}", array
+        else:
+            yield name, array
 
 
 def _add_parameters(writer, family: str, c: dict[str, Any]) -> None:
@@ -164,7 +183,10 @@ def _add_parameters(writer, family: str, c: dict[str, Any]) -> None:
         writer.add_sliding_window_pattern([t == "sliding_attention" for t in c["layer_types"]])
     if family == "mistral" and c.get("sliding_window"):
         writer.add_sliding_window(c["sliding_window"])
-    if family in ("qwen3_moe", "mixtral"):
+    if family == "gpt_oss":
+        writer.add_sliding_window(c["sliding_window"])
+        writer.add_expert_feed_forward_length(c["intermediate_size"])
+    if family in ("qwen3_moe", "mixtral", "gpt_oss"):
         writer.add_expert_count(c.get("num_local_experts") or c["num_experts"])
         writer.add_expert_used_count(c["num_experts_per_tok"])
     if family == "qwen3_moe":
@@ -223,6 +245,43 @@ def test_mixtures_of_experts(name, expected, tmp_path):
             if ".layers.0.mlp" in key
         }
     compare(tmp_path, config, arrays)
+
+
+def test_gpt_oss(expected, tmp_path):
+    """Published ones have YaRN without rounding to whole pairs, which the file does not say."""
+    config, arrays = made("gpt_oss", expected)
+    config["rope_parameters"] = {**config["rope_parameters"], "truncate": False}
+    compare(tmp_path, config, arrays)
+
+
+def test_quantised_experts_of_gpt_oss(rng, tmp_path):
+    """Gates and what they let through are stacks of their own; joined their rows alternate."""
+    kind, rows = gguf.GGMLQuantizationType.MXFP4, {}
+    shapes = {"gate": (3, 32, 64), "up": (3, 32, 64), "down": (3, 64, 32)}
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gpt-oss")
+    sizes = dict(hidden_size=64, intermediate_size=32, num_hidden_layers=1, sliding_window=8)
+    sizes |= dict(num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_local_experts=3)
+    sizes |= dict(num_experts_per_tok=2, max_position_embeddings=64, rms_norm_eps=1e-5)
+    _add_parameters(writer, "gpt_oss", sizes | dict(rope_parameters=golden.YARN))
+    writer.add_tensor("token_embd.weight", rng.standard_normal((8, 64)).astype(np.float32))
+    for part, shape in shapes.items():
+        rows[part] = gguf.quants.quantize(rng.standard_normal(shape).astype(np.float32), kind)
+        writer.add_tensor(f"blk.0.ffn_{part}_exps.weight", rows[part], raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensors = files.read(tmp_path / "m.gguf").tensors
+    exact = {part: gguf.quants.dequantize(data, kind) for part, data in rows.items()}
+    for part, wanted in (
+        ("down", exact["down"]),
+        ("gate_up", np.stack([exact["gate"], exact["up"]], axis=2).reshape(3, 64, 64)),
+    ):
+        stored = tensors[f"model.layers.0.mlp.experts.{part}_proj"]
+        w = stored.read()
+        w.validate()
+        assert stored.shape == wanted.shape
+        np.testing.assert_array_equal(np.asarray(w.dequantise(np.float32)), wanted)
 
 
 def test_gemma3_of_62_layers_has_a_scale_of_its_own(expected, tmp_path):

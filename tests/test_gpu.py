@@ -130,11 +130,11 @@ def test_shapes(rng, dtype, bits, uniform, m, n, k, group_size, codebooks):
 
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize(
-    ("n", "k", "group_size", "workers", "each"),
+    ("n", "k", "group_size", "consumers", "each"),
     [(4096, 4096, 64, 16, 1), (8200, 8192, 128, 24, 1), (700, 1536, 32, 12, 2)],
 )
-def test_sums_of_integers(rng, bits, n, k, group_size, workers, each):
-    config = integer.Config(workers, each * TARGET.multiprocessors)
+def test_sums_of_integers(rng, bits, n, k, group_size, consumers, each):
+    config = integer.Config(consumers, each * TARGET.multiprocessors)
     for dtype in ("bfloat16", "float16"):
         _check(rng, 1, n, k, bits, True, group_size, dtype, config=config)
 

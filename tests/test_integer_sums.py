@@ -36,7 +36,7 @@ def test_integer_kernel_of_two_and_four_bits(
     case = Case(1, n, k, bits, group_size, codebooks, half, arrays[2].dtype, single, single, True)
     # A slot has whole fours of groups.
     whole = 4 * group_size // math.gcd(4 * group_size, case.span)
-    config = dataclasses.replace(config, workers=-(-config.workers // whole) * whole)
+    config = dataclasses.replace(config, consumers=-(-config.consumers // whole) * whole)
     assert choice.unsupported_reason(case, config, H200) is None
     bias = rng.normal(size=n).astype(np.float32)
     wanted.check(_run_ptx(case, config, arrays, bias), bias)

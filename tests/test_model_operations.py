@@ -94,7 +94,7 @@ def test_a_decoding_step_lowers_for_cuda_with_one_copy_of_a_layer(batch, launche
 @ONLY_WITH_A_GPU
 @pytest.mark.parametrize("bits", [1, 4])
 def test_a_decoding_step_of_chains_is_two_launches_a_layer(bits, monkeypatch):
-    monkeypatch.setattr(ring_arithmetic, "WORKERS", {bits: 8})
+    monkeypatch.setattr(ring_arithmetic, "CONSUMERS", {bits: 8})
     monkeypatch.setattr(fused_layers, "choose", lambda *arguments: None)
     config = ModelConfig(1024, 512, 1024, 7, 4, 2, 128)
     graph, state = nnx.split(models.random_model(config, bits=bits, backend="pallas"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from model_data import rewrite
+from safetensors.numpy import load_file, save_file
 from test_command import CHATTY, configure, run
 from test_gguf import write
 
@@ -19,6 +20,12 @@ from fdk_jax.models.tokenizer import Tokenizer
 @pytest.fixture
 def folder(writable):
     return writable(CHATTY)
+
+
+def index(folder: Path, text: str) -> None:
+    """Leaves the folder an index alone."""
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(text)
 
 
 def link(path: Path) -> None:
@@ -75,12 +82,12 @@ LAST = "model.layers.1.mlp.down_proj.weight"
             "says that weights are quantised, and none is",
         ),
         (lambda f: (f / "config.json").write_text('{"a":' * 5000), "config.json is not valid JSON"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "needs a weight_map"),
-        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": 3}'), "weight_map"),
-        (
-            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'),
-            "files in its folder",
-        ),
+        (lambda f: index(f, "{}"), "needs a weight_map"),
+        (lambda f: index(f, '{"weight_map": 3}'), "weight_map"),
+        (lambda f: index(f, '{"weight_map": {"a": "../b"}}'), "files in its folder"),
+        (lambda f: index(f, '{"weight_map": {"a": "b.safetensors"}}'), "names files that do not exist"),
+        (lambda f: configure(f, transformers_weights="../m.safetensors"), "must be a file of the folder"),
+        (lambda f: configure(f, transformers_weights="other.safetensors"), "names files that do not exist"),
         (lambda f: link(f / "generation_config.json"), "generation_config.json is not a file"),
         (lambda f: link(f / "model.safetensors"), "model.safetensors"),
         (spoil("model.norm.weight", np.nan), "model.norm.weight hold NaN or infinity"),
@@ -94,6 +101,24 @@ def test_what_a_folder_says_wrongly_is_named(capsys, folder, change, words):
     assert status == 2 and not out
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
     assert "--debug" not in err  # which is said of what nobody foresaw
+
+
+def test_of_several_weights_those_that_transformers_reads(folder):
+    """`model.safetensors` goes before an index of older files, and what config.json names before both."""
+    arrays = load_file(folder / "model.safetensors")
+    for number, name in enumerate(("old", "named"), 1):
+        save_file(
+            {key: value + number for key, value in arrays.items()}, folder / f"{name}.safetensors"
+        )
+    norm = "model.norm.weight"
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {key: "old.safetensors" for key in arrays}})
+    )
+    np.testing.assert_array_equal(files.read(folder).tensors[norm].read(), arrays[norm])
+    configure(folder, transformers_weights="named.safetensors")
+    np.testing.assert_array_equal(files.read(folder).tensors[norm].read(), arrays[norm] + 2)
+    configure(folder, transformers_weights="model.safetensors.index.json")
+    np.testing.assert_array_equal(files.read(folder).tensors[norm].read(), arrays[norm] + 1)
 
 
 @pytest.mark.parametrize(

@@ -387,7 +387,7 @@ def test_sums_and_norms_around_a_product(
 @pytest.mark.parametrize(
     ("m", "config"),
     [
-        *((1, integer.Config(workers, 3)) for workers in (2, 4, 9)),
+        *((1, integer.Config(consumers, 3)) for consumers in (2, 4, 9)),
         (4, integer_tokens.Config(2, 3)),
     ],
     ids=str,

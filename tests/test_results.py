@@ -100,23 +100,6 @@ def test_speed_ups_are_over_bfloat16_of_the_same_product():
     assert many_table.speed_ups(rows[1:]) == "(No rows yet.)"
 
 
-def test_other_groups_stand_beside_groups_of_64_of_the_same_commit():
-    own = dict(codebook="kmeans", date="2", m=16)
-    rows = [
-        _kernel_row("G", 2.0, **own),
-        _kernel_row("G", 3.0, **own | dict(group_size=32)),
-        _kernel_row("G", 9.0, **own | dict(group_size=32, date="1")),
-        _kernel_row("G", 9.0, **own | dict(group_size=128, commit="another")),
-        _kernel_row("G", 1.0, **own | dict(codebook="uniform")),
-        _kernel_row("G", 9.0, **own | dict(group_size=32, codebook="uniform")),
-    ]
-    text = many_table.variants(rows)
-    assert "| groups of 64 | groups of 32 | evenly spaced |" in text
-    assert text.endswith("| 64 x 32 | 4 | 16 | 2.0 | 3.0 (1.50) | 1.0 (0.50) |")
-    assert many_table.variants([rows[0], rows[3]]) == "(No rows yet.)"
-    assert "1.0" not in report.kernels([rows[0], rows[4]])
-
-
 def test_kernels_of_other_gpus_stand_beside_the_gpus_own():
     rows = [
         _kernel_row("G", 2.0),
@@ -176,6 +159,7 @@ def test_the_sweep_compares_sample_by_sample():
     # Beside dense products alone there is no table of peers.
     assert cpu_tables.sweep(rows[:3]) == "(No rows yet.)"
     assert "| 4 | 3.00 / 2.00 |" in cpu_tables.dense(rows)
+    assert cpu_tables.dense(rows, "ggml") == "(No rows yet.)"
 
 
 def test_dense_rows_belong_to_the_bits_that_they_took_turns_with():
@@ -251,6 +235,7 @@ def test_prompts_beside_llama_cpp():
         "prompt": 512,
     }
     fields |= {"commit": "abcdefgh", "bytes_rw": 100, "base_bytes": 30, "peak_bytes": 140}
+    fields |= {"read_gb_s": 0.02}
     ours = {"backend": "cpu", "arithmetic": "int8", "samples_us": [1e6] * 3, "median_us": 1e6}
     peer = {
         "backend": "llama.cpp",
@@ -263,7 +248,7 @@ def test_prompts_beside_llama_cpp():
         fields | peer | {"decode_us": [25.0] * 3, "tokens_per_s": 4e4},
     ]
     text = cpu_tables.prompts(rows)
-    assert "| 1B | Q4_0 | 512 | cpu int8 | 1.00 | 2.00 | 100000.0 | 2.50 | 1.10 |" in text
+    assert "| 1B | Q4_0 | 512 | cpu int8 | 1.00 | 2.00 | 100000.0 | 2.50 | 50% | 1.10 |" in text
 
 
 def _network_row(bits, codebook, scale, rounding, kl, group_size=64, network="n"):
@@ -315,8 +300,11 @@ def test_calibrations_and_steps_of_training_have_tables():
     fields |= {"peak_bytes": 3e9, "model_bytes": 1e9, "host_peak_bytes": 5e9, "seconds": 61.4}
     fields |= {"read_seconds": 9.6, "first_layer_seconds": 20.2, "further_layer_seconds": 1.25}
     row = fields | {"suite": "calibration", "name": "2B 4", "model": "custom-llama-2B"}
+    row |= {"layers": 8, "layers_of_model": 8}
     text = report.calibration([row])
     assert "| 2B | 2.00 billion | 4 | 61 | 10 | 20 | 1.2 | 3.0 | 1.0 | 5.0 |" in text
+    text = report.calibration([row | {"layers": 5, "model_bytes": None}])
+    assert "| 2B, 5 of 8 layers | 2.00 billion | 4 | 61 | 10 | 20 | 1.2 | 3.0 |  | 5.0 |" in text
     assert report.calibration([]) == report.training_steps([]) == "(No rows yet.)"
     step = fields | {"suite": "training", "median_us": 2500.0, "of_float": 1.0456}
     assert "| 2000.0M | 4 | 2.50 | 1.046 |" in report.training_steps([step])

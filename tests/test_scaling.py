@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import re
+import runpy
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 from flax import nnx
 
 from fdk_jax.benchmark import records
-from fdk_jax.quality import corpus, scaling_report, scaling_runs, step_times
+from fdk_jax.quality import corpus, resuming, scaling_report, scaling_runs, step_times
 from fdk_jax.quality.scaling_model import LanguageModel, Shape, best_attention
 from fdk_jax.quality.scaling_runs import Plan, Run
 
@@ -94,6 +96,21 @@ def test_tokens_are_the_same_again_and_parted_by_documents(text, tmp_path):
     assert max(made.train.max(), made.test.max()) < made.vocabulary <= 320
 
 
+def test_kept_tokens_stand_for_their_text(text, tmp_path, monkeypatch):
+    out = tmp_path / "tokens.npz"
+    monkeypatch.setattr("sys.argv", ["corpus", str(text), str(out), "320"])
+    runpy.run_path(corpus.__file__, run_name="__main__")
+    made, kept = corpus.tokenise(text, 320), corpus.tokenise(out, 320)
+    assert kept.name == made.name == "corpus.xz"
+    assert (kept.digest, kept.vocabulary) == (made.digest, made.vocabulary)
+    assert (kept.train == made.train).all() and (kept.test == made.test).all()
+    with pytest.raises(ValueError, match="tokenise its text again"):
+        corpus.tokenise(out, made.vocabulary - 1)
+    np.savez(tmp_path / "other.npz", train=made.train)
+    with pytest.raises(ValueError, match="it lacks"):
+        corpus.tokenise(tmp_path / "other.npz", 320)
+
+
 def test_every_window_is_read_before_any_comes_again():
     rows = scaling_runs.order(PLAN, 7)
     assert rows.shape == (8, 2)
@@ -144,6 +161,35 @@ def test_a_killed_run_goes_on_with_the_same_losses(bits, data, tmp_path):
     later = run(tmp_path)
     assert later.done == 2 and [p.name for p in tmp_path.glob("[0-9]*")] == ["2"]
     assert losses(later, 2) == whole
+
+
+TRAINING = """
+import json, pathlib, sys, time
+given = dict(a[2:].split("=") for a in sys.argv[1:] if "=" in a)
+place, out = pathlib.Path(given["folder"]), pathlib.Path(given["out"])
+begun = place.exists()
+(place / "run" / "10").mkdir(parents=True, exist_ok=True)
+if MODE == "slow" and place.name == "killed" and not begun:
+    time.sleep(600)
+row = dict.fromkeys(["group_size", "codebook", "dtype", "text", "parameters", "schema", "suite", "name"], 2)
+row |= dict(tokens=400, batch=2, context=4, chunk=4, loss=1.5 + OFF * begun, curve=[3.0, 1.5])
+out.write_text(json.dumps(row))
+"""
+
+
+@pytest.mark.parametrize(("mode", "off"), [("slow", 0.0), ("slow", 0.25), ("fast", 0.0)])
+def test_a_training_is_killed_and_compared(mode, off, tmp_path, monkeypatch):
+    script = tmp_path / "training.py"
+    script.write_text(f"MODE, OFF = {mode!r}, {off}\n{TRAINING}")
+    monkeypatch.setattr(resuming, "_PROGRAM", [sys.executable, str(script)])
+    if mode == "fast":  # it ended before it could be killed
+        monkeypatch.setattr(resuming, "_checkpoints", lambda folder: [])
+        with pytest.raises(RuntimeError, match="give more tokens"):
+            resuming.measure("tiny", 1, 400, tmp_path, options=[])
+        return
+    found = resuming.measure("tiny", 1, 400, tmp_path, options=[])
+    assert (found["steps"], found["killed_after_step"]) == (50, 40)
+    assert (found["loss"], found["loss_resumed"]) == (1.5, 1.5 + off) and found["same_curve"]
 
 
 @pytest.mark.slow

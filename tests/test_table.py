@@ -6,7 +6,7 @@ import math
 import pytest
 from golden import case
 
-from pallas_kernels import choice
+from pallas_kernels import choice, integer
 from pallas_kernels.target import H200, Target
 
 ROWS = choice.table()
@@ -118,3 +118,10 @@ def test_rows_that_are_left_out_are_guessed_as_well_as_by_any_weight_of_tokens(m
     assert right["rule"] >= max(right.values()) - 0.01 * len(few), right
     assert right["rule"] > right[0.5] + 0.05 * len(few), right
     assert right["rule"] > 0.8 * len(few), right
+
+
+def test_rows_of_older_files_are_read():
+    """Those that the search has left in a user's folder."""
+    row = {"kernel": "integer", "config": {"workers": 12, "programs": 264}}
+    half = Target.parse("sm_90:multiprocessors=66", H200)
+    assert choice.configuration(row, half) == integer.Config(consumers=12, programs=132)

@@ -7,18 +7,21 @@ usage: prompt_peers.py [--shape 1B] [--type Q4_0|Q1_0|Q2_0] [--prompts 512,2048]
 The file has the shape of Llama 3.2 1B or of Bonsai 1.7B and random codes. Each case is a process of its own
 with all processors, and they take turns. A row is a case and a prompt: its samples are the time to the first
 token, `decode_us` the time of a later one, `peak_bytes` the most memory that the process held, `base_bytes`
-what it held before it loaded the model (Python, JAX). When all samples are taken, each case of this package is
+what it held before it loaded the model (Python, JAX), `read_gb_s` what reading memory alone reaches in the
+same rounds, with all processors. When all samples are taken, each case of this package is
 held against float32, as in the models suite; a row that is too far off has failed. --site: the packages of
 the environment that llama-cpp-python was built in, if that is another one. --processor_time: what the
 processes computed, for a machine that others use too; on one processor (`taskset -c 0`) nobody spins.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -118,6 +121,18 @@ def llama_cpp(path: Path, context: int) -> tuple[Run, Check, int]:
     return run, lambda tokens: {}, base
 
 
+def probe(pipe: Connection) -> None:
+    """A process: GB/s of reading alone with all processors, for each message."""
+    from fdk_jax.product import cpu_backend
+
+    words = np.ones(1 << 28, np.int32)
+    with contextlib.suppress(EOFError):  # the end of the other process
+        while pipe.recv():
+            begin = time.perf_counter()
+            cpu_backend.library().reduce_sum(words)
+            pipe.send(words.nbytes / (time.perf_counter() - begin) / 1e9)
+
+
 def serve(pipe: Connection, name: str, path: Path, context: int) -> None:
     """A process: makes its case, then runs it once for each message; without steps it is checked."""
     try:
@@ -166,7 +181,12 @@ def measure(args: argparse.Namespace, path: Path) -> list[dict]:
                 continue
             row |= {"base_bytes": loaded}
             running.append((row, pipe, []))
+    reader, other = context.Pipe()
+    context.Process(target=probe, args=(other,), daemon=True).start()
+    read = []
     for round_number in range(args.rounds + 1):
+        reader.send(True)
+        read.append(reader.recv())
         for case in list(running):
             row, pipe, samples = case
             try:
@@ -192,6 +212,7 @@ def measure(args: argparse.Namespace, path: Path) -> list[dict]:
         row |= records.statistics([s * 1e6 for s in first]) | {"peak_bytes": max(peak)}
         row |= {"decode_us": [round(s * 1e6, 1) for s in later]}
         row |= {"tokens_per_s": round(1 / float(np.median(later)), 2)}
+        row |= {"read_gb_s": round(float(np.median(read[1:])), 2)}
     return rows
 
 

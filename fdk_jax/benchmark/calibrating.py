@@ -4,18 +4,21 @@
 
 writes a model of random weights in bfloat16 into FOLDER (on a memory disk, such as /dev/shm, to leave the disk
 out; --write_only does no more than that), and calibrates it on random tokens, which take as long as any others.
-One row a process: a peak is the process's.
+One row a process: a peak is the process's. Until then rows.jsonl.unfinished holds the row of the layers that
+were: a run that was stopped leaves it, with fewer "layers" than "layers_of_model".
 """
 
 import argparse
 import dataclasses
 import itertools
+import json
 import logging
 import shutil
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +37,15 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class _Clock(logging.Handler):
-    """When the model was read and each layer was done, and what was compiled by then."""
+    """When the model was read and each layer was done, and what was compiled by then.
 
-    def __init__(self):
+    Args:
+        layer: called with this clock after each layer.
+    """
+
+    def __init__(self, layer: Callable[["_Clock"], None]):
         super().__init__(logging.INFO)
+        self.layer = layer
         self.times, self.programs = [time.perf_counter()], [0]
         self.compiled: list[float] = []  # seconds of each program
         calibrating.LOG.setLevel(logging.INFO)
@@ -58,6 +66,13 @@ class _Clock(logging.Handler):
             file=sys.stderr,
             flush=True,
         )
+        if self.layers:
+            self.layer(self)
+
+    @property
+    def layers(self) -> int:
+        """That were calibrated."""
+        return max(0, len(self.times) - 2)
 
     def fields(self) -> dict[str, Any]:
         """Of a row. Further layers are those after the first, which compiles what all of them run."""
@@ -91,7 +106,14 @@ def write(where: Path, config: ModelConfig) -> None:
 
 
 def measure(
-    folder: Path, name: str, bits: int, *, layers: int | None, tokens: int, rotate: bool
+    folder: Path,
+    name: str,
+    bits: int,
+    *,
+    layers: int | None,
+    tokens: int,
+    rotate: bool,
+    part: Callable[[dict[str, Any]], None] = lambda fields: None,
 ) -> dict[str, Any]:
     """The fields of a row.
 
@@ -102,17 +124,30 @@ def measure(
         layers: of the model, if not all.
         tokens: of the text, in windows of 512.
         rotate: see `load_calibrated`.
+        part: called after each layer with the fields as they are by then; the size of the model is open yet.
     """
     whole = custom_llama(name).num_layers
     config = _shape(name, layers)
     where = _place(folder, name, config)
+
+    def fields(clock: _Clock, model_bytes: int | None) -> dict[str, Any]:
+        memory = jax.local_devices()[0].memory_stats() or {}
+        return {
+            "suite": SUITE, "name": f"{name} {bits}" + " rotated" * rotate, "bits": bits, "group_size": 64,
+            "codebook": "kmeans", "dtype": "bfloat16", "model": f"custom-llama-{name}", "layers": clock.layers,
+            "layers_of_model": whole, "parameters": config.num_parameters, "tokens": int(rows.size),
+            "seconds": time.perf_counter() - clock.times[0], **clock.fields(), "stored_bytes": stored,
+            "peak_bytes": memory.get("peak_bytes_in_use"), "model_bytes": model_bytes,
+            "host_peak_bytes": loading.peak_host_bytes(),
+        }  # fmt: skip
+
     try:
         write(where, config)
         stored = sum(path.stat().st_size for path in where.iterdir())
         rows = np.random.default_rng(1).integers(
             0, config.vocab_size, (max(1, tokens // _CONTEXT), _CONTEXT)
         )
-        clock = _Clock()
+        clock = _Clock(lambda clock: part(fields(clock, None)))
         with (
             warnings.catch_warnings()
         ):  # the text has fewer tokens than the widest layers have inputs
@@ -125,19 +160,9 @@ def measure(
                 progress=False,
             )
         jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
-        seconds = time.perf_counter() - clock.times[0]
+        return fields(clock, sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))))
     finally:
         shutil.rmtree(where, ignore_errors=True)
-    memory = jax.local_devices()[0].memory_stats() or {}
-    return {
-        "suite": SUITE, "name": f"{name} {bits}" + " rotated" * rotate, "bits": bits, "group_size": 64,
-        "codebook": "kmeans", "dtype": "bfloat16", "model": f"custom-llama-{name}", "layers": config.num_layers,
-        "layers_of_model": whole, "parameters": config.num_parameters, "tokens": int(rows.size),
-        "seconds": seconds, **clock.fields(), "stored_bytes": stored,
-        "peak_bytes": memory.get("peak_bytes_in_use"),
-        "model_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))),
-        "host_peak_bytes": loading.peak_host_bytes(),
-    }  # fmt: skip
 
 
 def main() -> None:
@@ -157,6 +182,12 @@ def main() -> None:
         write(_place(arguments.folder, arguments.model, config), config)
         return
     compilation_cache.keep()
+    device = environment.describe(jax.devices()[0])
+    unfinished = arguments.out.with_name(f"{arguments.out.name}.unfinished")
+
+    def keep(fields: dict[str, Any]) -> None:
+        unfinished.write_text(json.dumps(records.make_row(device, fields)) + "\n", "utf-8")
+
     found = measure(
         arguments.folder,
         arguments.model,
@@ -164,10 +195,12 @@ def main() -> None:
         layers=arguments.layers,
         tokens=arguments.tokens,
         rotate=arguments.rotate,
+        part=keep,
     )
-    row = records.make_row(environment.describe(jax.devices()[0]), found)
+    row = records.make_row(device, found)
     with records.Writer(arguments.out) as writer:
         writer.write(row)
+    unfinished.unlink(missing_ok=True)
     print(
         f"{row['name']}, {row['layers']} layers: {row['seconds']:.1f} s, device peak"
         f" {(row['peak_bytes'] or 0) / 1e9:.2f} GB, host peak {row['host_peak_bytes'] / 1e9:.2f} GB"

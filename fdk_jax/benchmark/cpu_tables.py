@@ -63,6 +63,8 @@ def dense(found: Iterable[Row], peer: str = "torch", without: str | None = None)
     chosen = [r for r in chosen if r["backend"] == "cpu" or r["name"] == _DENSE[peer]]
     chosen = [r for r in chosen if without is None or r["isa"] != without]
     for here in _by(chosen, lambda r: tuple(r.get(key) for key in _PLACE)):
+        if all(r["backend"] == "cpu" for r in here):
+            continue  # its peers are others
         columns = sorted(
             {(r["k"] * r["n"], r["k"], r["n"], r["bits"]) for r in here if r["backend"] == "cpu"},
             key=lambda c: (c[:3], -c[3]),
@@ -174,7 +176,8 @@ def read_shares(found: Iterable[Row]) -> str:
 def prompts(found: Iterable[Row]) -> str:
     """Whole models beside llama.cpp: time to the first token, of a later one, and memory.
 
-    Memory is the peak over what the process held before it loaded the model, in sizes of the file.
+    A later token reads the file once: that rate over what reading alone reached. Memory is the peak over what
+    the process held before it loaded the model, in sizes of the file.
     """
     chosen = _of(found, "prompts")
     texts = []
@@ -197,10 +200,12 @@ def prompts(found: Iterable[Row]) -> str:
                 )
                 ratios = [a / b for a, b in pairs]
                 cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+                moved = row["bytes_rw"] * row["tokens_per_s"] / 1e9
+                cells.append(f"{moved / row['read_gb_s']:.0%}" if row.get("read_gb_s") else "")
                 cells.append(f"{(row['peak_bytes'] - row['base_bytes']) / row['bytes_rw']:.2f}")
                 lines.append(cells)
         head = ["model", "type", "prompt", "by", "first token, s", "llama.cpp's time over it"]
-        head += ["tokens/s", "over llama.cpp's", "peak memory, files"]
+        head += ["tokens/s", "over llama.cpp's", "of reading", "peak memory, files"]
         texts.append(f"{_title(here)}, {commits(here)}:\n\n{markdown(head, lines)}")
     return "\n\n".join(texts) or NO_ROWS
 

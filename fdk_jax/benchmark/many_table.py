@@ -1,6 +1,6 @@
-"""Tables of a sweep over tokens and shapes: how many times as long as a quantised product bfloat16 takes.
+"""The table of a sweep over tokens and shapes: how many times as long as a quantised product bfloat16 takes.
 
-Both are of one commit. Other groups and codebooks stand beside the sweep's.
+Both are of one commit.
 """
 
 from collections.abc import Iterable
@@ -69,38 +69,3 @@ def _start(row: Row) -> float:
     if not row.get("calls"):
         return 0.0
     return (_START_US + _START_A_COPY_US * row["copies"]) / (row["calls"] * row["median_us"])
-
-
-def variants(found: Iterable[Row]) -> str:
-    """Other groups and evenly spaced values beside fitted ones in groups of 64, of one commit, by tokens."""
-    chosen = [r for r in found if r["suite"] == "kernels" and r.get("dtype") == "bfloat16"]
-    chosen = [r for r in chosen if r["backend"] == "pallas" and r["arithmetic"] == "exact"]
-    chosen.sort(key=lambda r: r["date"])  # of several the newest
-    base = {_product(r): r for r in chosen if _counts(r)}
-    others: dict[tuple, dict[str, Row]] = {}
-    for r in chosen:
-        fitted = r["codebook"] == "kmeans"
-        if not _counts(r) and (fitted or r["group_size"] == _GROUP) and _product(r) in base:
-            kind = f"groups of {r['group_size']}" if fitted else "evenly spaced"
-            others.setdefault(_product(r), {})[kind] = r
-    # Tables of one token stand elsewhere.
-    others = {key: by for key, by in others.items() if any(r["m"] > 1 for r in by.values())}
-    kinds = sorted({kind for by in others.values() for kind in by}, key=lambda k: (len(k), k))
-    lines = []
-    for key in sorted(others, key=lambda key: (-key[1] * key[2], -key[4], key[3])):
-        own, (_, k, n, m, bits, _) = base[key]["median_us"], key
-        cells = [f"{k} x {n}", str(bits), str(m), f"{own:.1f}"]
-        for kind in kinds:
-            row = others[key].get(kind)
-            ratio = "" if row is None else f"{row['median_us']:.1f} ({row['median_us'] / own:.2f})"
-            cells.append(ratio)
-        lines.append(cells)
-    if not lines:
-        return "(No rows yet.)"
-    rows = [r for key, by in others.items() for r in (base[key], *by.values())]
-    head = ["k x n", "bits", "tokens", "groups of 64", *kinds]
-    return f"{rows[0]['device']}, {table.commits(rows)}:\n\n{table.markdown(head, lines)}"
-
-
-def _product(row: Row) -> tuple:
-    return row["device"], row["k"], row["n"], row["m"], row["bits"], row["commit"]

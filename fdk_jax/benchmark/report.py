@@ -17,7 +17,7 @@ from typing import Any
 from fdk_jax import usage
 from fdk_jax.benchmark import cpu_tables, records, source, table
 from fdk_jax.benchmark.group_table import group_sizes
-from fdk_jax.benchmark.many_table import speed_ups, variants
+from fdk_jax.benchmark.many_table import speed_ups
 from fdk_jax.benchmark.model_table import equal_memory, models
 
 FILES = (
@@ -254,9 +254,11 @@ def calibration(found: Iterable[Row]) -> str:
     lines = []
     for row in rows:
         turned = " rotated" * row["name"].endswith("rotated")
+        whole = row["layers"] >= row["layers_of_model"]
+        some = "" if whole else f", {row['layers']} of {row['layers_of_model']} layers"
         lines.append(
             [
-                row["model"].removeprefix("custom-llama-") + turned,
+                row["model"].removeprefix("custom-llama-") + turned + some,
                 f"{row['parameters'] / 1e9:.2f} billion",
                 str(row["bits"]),
                 f"{row['seconds']:.0f}",
@@ -264,7 +266,7 @@ def calibration(found: Iterable[Row]) -> str:
                 f"{row['first_layer_seconds']:.0f}",
                 f"{row['further_layer_seconds']:.1f}" if row["further_layer_seconds"] else "",
                 f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else "",
-                f"{row['model_bytes'] / 1e9:.1f}",
+                f"{row['model_bytes'] / 1e9:.1f}" if row["model_bytes"] else "",
                 f"{row['host_peak_bytes'] / 1e9:.1f}",
             ]
         )
@@ -334,6 +336,31 @@ def scaling_variants(found: Iterable[Row]) -> str:
     return scaling_report.variants(found)
 
 
+def resumption(found: Iterable[Row]) -> str:
+    """Trainings that were killed and went on, beside those that were not."""
+    rows = [row for row in found if row["suite"] == "resumption"]
+    head = [
+        "weights of the layers",
+        "bits",
+        "steps",
+        "killed after",
+        "loss",
+        "loss of the killed one",
+    ]
+    lines = [
+        [
+            f"{row['parameters'] / 1e6:.1f}M",
+            str(row["bits"]),
+            str(row["steps"]),
+            str(row["killed_after_step"]),
+            f"{row['loss']:.7f}",
+            f"{row['loss_resumed']:.7f}",
+        ]
+        for row in rows
+    ]
+    return _of_one_device(head, lines, rows)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels": lambda found: kernels(_of_one_shape(found)),
     "portable": portable,
@@ -341,7 +368,6 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "integers": integers,
     "attention": attention,
     "speed-ups": speed_ups,
-    "variants": variants,
     "tuned": lambda _: tuned(),
     "kernels-spread": lambda found: kernels(found, spread=True),
     "models": models,
@@ -362,11 +388,13 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality-variants": lambda found: quality(found, variants=True),
     "networks-minilm": lambda found: networks(found, "minilm"),
     "networks-trained": lambda found: networks(found, "trained"),
+    "networks-trained-huge": lambda found: networks(found, "trained-huge"),
     "networks-smollm2": lambda found: networks(found, "smollm2"),
     "networks-smollm2-rotated": lambda found: networks(found, "smollm2-rotated"),
     "networks-published": networks_published,
     "calibration": calibration,
     "quantising": quantising,
+    "resumption": resumption,
     "training-steps": training_steps,
 }
 

@@ -42,11 +42,6 @@ def weights(
     Raises:
         ValueError: a format that is not supported, by its name.
     """
-    transforms = settings.get("transform_config") or {}
-    if transforms.get("config_groups"):
-        raise ValueError(
-            "compressed-tensors with transform_config (Hadamard-rotated weights) is not supported"
-        )
     sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":
         raise ValueError(f"compressed-tensors with sparsity {sparsity!r} is not supported")

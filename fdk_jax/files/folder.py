@@ -5,6 +5,7 @@ folder, and a list to which it adds what a user should know; it returns the weig
 as one `Stored` called "....weight", and whatever it does not know as it is.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,30 @@ _MARKS = (
     "_blocks",
     ".embedding_quantized",
 )
+# Weights that were transformed so that activations have to be transformed as well.
+_TRANSFORMED = re.compile(
+    r"hadamard|quarot|spinquant|online_had|(^|_)rotat(ion|ed)(_|$)|^transform_config$",
+    re.IGNORECASE,
+)
+
+
+def check_untransformed(settings: Any, path: str = "config.json has ") -> None:
+    """Refuses what says, at any depth of a configuration, that weights were rotated or the like.
+
+    Raises:
+        ValueError: names the key and its value.
+    """
+    for key, value in settings.items() if isinstance(settings, Mapping) else ():
+        named = _TRANSFORMED.search(str(key)) and value
+        # compressed-tensors writes an empty one, too.
+        if key == "transform_config" and isinstance(value, Mapping):
+            named = value.get("config_groups")
+        if named:
+            raise ValueError(
+                f"{path}{key}={value!r} (transformed weights, such as Hadamard-rotated ones), which is not"
+                " implemented"
+            )
+        check_untransformed(value, f"{path}{key}.")
 
 
 def read(folder: Path) -> Checkpoint:
@@ -69,7 +94,7 @@ def read(folder: Path) -> Checkpoint:
         ValueError: a quantisation that is not supported, by its name; a damaged file.
     """
     config = read_config(folder)
-    stored, notes = read_stored(folder), []
+    stored, notes = read_stored(folder, config.get("transformers_weights")), []
     settings = quantisation_settings(folder, config)
     if settings is None:
         _check_plain(folder, stored)
@@ -79,6 +104,7 @@ def read(folder: Path) -> Checkpoint:
         raise ValueError(
             f"{folder}: quant_method={method!r} is not supported; one of {sorted(METHODS)} is"
         )
+    check_untransformed(settings, f"{folder}: quantization_config has ")
     name, weights = METHODS[method]
     try:
         tensors = weights(settings, stored, notes)

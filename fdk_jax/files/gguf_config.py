@@ -21,6 +21,7 @@ FAMILIES = {
     "gemma3": "gemma3_text",
     "phi3": "phi3",
     "olmo2": "olmo2",
+    "gpt-oss": "gpt_oss",
 }
 # Whose rows of queries and keys are ordered for interleaved RoPE; Hugging Face's are for split halves.
 INTERLEAVED = ("llama", "mistral3", "smollm3", "granite")
@@ -56,6 +57,12 @@ _OWN: dict[str, dict[str, str]] = {
     "gemma3": {**_AROUND, "ffn_norm": "pre_feedforward_layernorm"},
     "olmo2": _AROUND,
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
+    # Its experts are stacks, which `gguf_experts` joins.
+    "gpt-oss": {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_gate_inp": "mlp.router",
+        **{f"ffn_{part}_exps": f"mlp.experts.{part}_proj" for part in ("gate", "up", "down")},
+    },
     "qwen3moe": {"ffn_gate_inp": "mlp.gate"},
     "llama": {"ffn_gate_inp": "block_sparse_moe.gate"},
 }
@@ -100,6 +107,10 @@ _OWN_KEYS: dict[str, dict[str, str]] = {
         "final_logit_softcapping": "final_logit_softcapping",
         "rope.freq_base_swa": "rope_local_base_freq",
     },
+    "gpt-oss": {
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_experts_per_tok",
+    },
     "qwen3moe": {
         "expert_count": "num_experts",
         "expert_used_count": "num_experts_per_tok",
@@ -111,10 +122,12 @@ _COUNTS = ("block_count", "embedding_length", "attention.head_count", "feed_forw
 _EPS = "attention.layer_norm_rms_epsilon"
 _PATTERN = "attention.sliding_window_pattern"
 _TEMPERATURE = "attention.temperature_scale"
+_EXPERT_SIZE = "expert_feed_forward_length"
 # What else the files of an architecture must say, because llama.cpp has no default for it.
 _NEEDED = {
     "granite": ("logit_scale",),
     "qwen3moe": ("expert_count", "expert_used_count", "expert_feed_forward_length"),
+    "gpt-oss": ("expert_count", "expert_used_count", "attention.sliding_window"),
 }
 # Understood, and said by other keys or checked below.
 _CHECKED = ("attention.value_length", "rope.dimension_count", "vocab_size", "rope.scaling.")
@@ -122,6 +135,7 @@ _OWN_CHECKED = {
     "gemma3": (_PATTERN,),
     "olmo2": (_PATTERN, "rope.freq_base_swa"),
     "mistral3": (_TEMPERATURE,),
+    "gpt-oss": (_EXPERT_SIZE,),
 }
 # Zero means "none" here, as in llama.cpp.
 _ZERO_IS_NONE = (
@@ -279,6 +293,12 @@ def _of_architecture(arch: str, own: Mapping[str, Any], out: Mapping[str, Any]) 
             local = {"rope_type": "default", "rope_theta": gguf_rope.number(theta)}
             made["rope_parameters"] = {"sliding_attention": local}
         return made
+    if arch == "gpt-oss":
+        if own.get(_EXPERT_SIZE, out["intermediate_size"]) != out["intermediate_size"]:
+            raise ValueError(f"GGUF with gpt-oss.{_EXPERT_SIZE} unlike feed_forward_length")
+        if "rope_scaling" not in out:  # its family has one where a file says nothing
+            raise ValueError("GGUF of gpt-oss without YaRN is not supported")
+        return {"rope_scaling": {**out["rope_scaling"], "truncate": False}}
     if arch == "phi3":
         made = {"sliding_window": window}
         if (original := own.get("rope.scaling.original_context_length")) is not None:
@@ -334,4 +354,11 @@ def name_of(arch: str, name: str) -> str | None:
         return None
     index, part, kind = match.groups()
     names = _LAYER | _OWN.get(arch, {}) | _EXPERTS.get(arch, {})
-    return f"model.layers.{index}.{names[part]}.{kind}" if part in names else None
+    if arch == "gpt-oss" and part == "attn_sinks":
+        return f"model.layers.{index}.self_attn.sinks"
+    if part not in names:
+        return None
+    end = f".{kind}"
+    if arch == "gpt-oss" and part.endswith("_exps"):
+        end = "" if kind == "weight" else "_bias"
+    return f"model.layers.{index}.{names[part]}{end}"

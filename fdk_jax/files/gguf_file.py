@@ -8,7 +8,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fdk_jax.files import gguf_config, gguf_header, gguf_rope, gguf_tokenizer, gguf_types
+from fdk_jax.files import (
+    gguf_config,
+    gguf_experts,
+    gguf_header,
+    gguf_rope,
+    gguf_tokenizer,
+    gguf_types,
+)
 from fdk_jax.files.contents import Checkpoint, Stored, TokenizerFiles
 from fdk_jax.files.requantised import relative_error, requantised
 from fdk_jax.format.quantised_tensor import QuantisedTensor
@@ -219,7 +226,7 @@ def _tensors(
         rows = row_order(arch, config, name, one.shape[0])
         for i in range(one.shape[0]) if "{}" in hugging else (None,):
             tensors[hugging.format(i)] = _stored(one, factor, rows, arch, requantise, i, errors)
-    return tensors
+    return gguf_experts.joined(tensors) if arch == "gpt-oss" else tensors
 
 
 def row_order(

@@ -15,6 +15,14 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_ENDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT_4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    + _ENDS
+    + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    + _ENDS
+    + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # How byte-level vocabularies cut a text into words, by `tokenizer.ggml.pre`: a regular expression, "gpt2" for
 # that of GPT-2, "digits" for the same with single digits.
 _WORDS = {
@@ -34,10 +42,12 @@ _WORDS = {
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "tekken": _TEKKEN,
+    "gpt-4o": _GPT_4O,
 }
 # Whose words that are tokens are not built from merges, and whose texts begin with a token by default.
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 _CONTROL, _USER_DEFINED = 3, 4
+_WITHOUT_SPACE = ("<unk>", "<s>", "<|endoftext|>")  # of Phi 3
 _ENDS_OF_TURNS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 
 
@@ -68,10 +78,18 @@ def files(metadata: Mapping[str, Any]) -> TokenizerFiles:
         raise ValueError(f"the GGUF file's tokenizer is damaged: {error}") from error
     types = _entry(metadata, "token_type") or []
     added = [(t, k) for t, k in zip(tokens, types, strict=False) if k in (_CONTROL, _USER_DEFINED)]
+    # Phi 3 has the white space after them taken along; no file says so, and llama.cpp goes by the name, too.
+    name = str(metadata.get("general.name", "")).lower()
+    takes_space = kind == "llama" and ("phi-3" in name or "phi3" in name)
     for special in (True, False):
         tokenizer.add_tokens(
             [
-                tokenizers.AddedToken(text, normalized=False, special=special)
+                tokenizers.AddedToken(
+                    text,
+                    normalized=False,
+                    special=special,
+                    rstrip=takes_space and text not in _WITHOUT_SPACE,
+                )
                 for text, number in added
                 if (number == _CONTROL) == special
             ]

@@ -32,6 +32,9 @@ def weights(
         raise ValueError(f"GPTQ with checkpoint_format={version!r} is not supported")
     groups, rest = split(stored, "qweight", ("qzeros", "scales", "g_idx"))
     offset = 1 if version == "gptq" else 0
+    unordered = [group.module for group in groups if "g_idx" not in group]
+    if settings.get("desc_act") and unordered:
+        raise ValueError(f"desc_act=true, and {unordered[0]} has no g_idx: which order is it in?")
     made = {f"{group.module}.weight": _weight(group, bits, offset) for group in groups}
     return made | rest
 

@@ -38,18 +38,22 @@ _NUMPY = {
 FLOATS = ("BF16", "F16", "F32", "F64")
 
 
-def read_stored(folder: str | Path) -> dict[str, Stored]:
+def read_stored(folder: str | Path, named: object = None) -> dict[str, Stored]:
     """Every array of a folder's weight files by name; `kind` is its dtype in the header.
 
-    With a `model.safetensors.index.json` the files it names are read, then `model.safetensors`, otherwise
-    every `*.safetensors`.
+    The files are those that transformers reads: `model.safetensors`, else what its index names, else every
+    `*.safetensors`.
+
+    Args:
+        folder: That holds them.
+        named: What `config.json` says of them as `transformers_weights`: a file or an index; None for nothing.
 
     Raises:
         FileNotFoundError: no weights in the folder, or a file that the index names is missing.
         ValueError: a damaged file, or a name that two files hold.
     """
     tensors: dict[str, Stored] = {}
-    for path in weight_files(folder):
+    for path in weight_files(folder, named):
         for name, stored in read_file(path).items():
             if name in tensors:
                 raise ValueError(
@@ -59,13 +63,23 @@ def read_stored(folder: str | Path) -> dict[str, Stored]:
     return tensors
 
 
-def weight_files(folder: str | Path) -> list[Path]:
+def weight_files(folder: str | Path, named: object = None) -> list[Path]:
     """The safetensors files that make up a folder's checkpoint; see `read_stored`."""
     folder = Path(folder)
     index, single = folder / INDEX, folder / "model.safetensors"
-    if index.is_file():
+    if named is not None:
+        name = str(named)
+        if ".." in Path(name).parts or Path(name).is_absolute() or ".safetensors" not in name:
+            raise ValueError(
+                f"{folder}: transformers_weights={named!r} must be a file of the folder"
+            )
+        index, single = (folder / name,) * 2
+        is_index = name.endswith(".json")
+    else:
+        is_index = index.is_file() and not single.is_file()
+    if is_index:
         paths = [folder / name for name in _indexed(index)]
-    elif single.is_file():
+    elif single.is_file() or named is not None:
         paths = [single]
     else:
         paths = sorted(folder.glob("*.safetensors"))
@@ -75,7 +89,8 @@ def weight_files(folder: str | Path) -> list[Path]:
         raise FileNotFoundError(f"{folder} holds no *.safetensors files{hint}")
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"{index.name} names files that do not exist: {missing}")
+        by = index.name if is_index else folder if named is None else "config.json"
+        raise FileNotFoundError(f"{by} names files that do not exist: {missing}")
     return paths
 
 

@@ -156,7 +156,11 @@ def fit(
 
 
 def fit_parts(
-    parts: Sequence[Callable[[], tuple[Array, ArrayLike | None]]], entries: int, *, seed: int = 0
+    parts: Sequence[Callable[[], tuple[Array, ArrayLike | None]]],
+    entries: int,
+    *,
+    seed: int = 0,
+    start: ArrayLike | None = None,
 ) -> Float32[Array, " values"]:
     """One k-means codebook for samples that need not exist at the same time, e.g. all layers of a model.
 
@@ -164,6 +168,7 @@ def fit_parts(
         parts: functions that return (values, importance or None); each is called twice.
         entries: number of levels.
         seed: of the random starts.
+        start: float [entries], ascending: goes on from these levels, of a sample much like this one, alone.
 
     Returns:
         float32 [entries], ascending.
@@ -184,7 +189,9 @@ def fit_parts(
         weight = None if importance is None else jnp.asarray(importance)
         more = _histogram(values, weight, low, high)
         mass, first = mass + more[0], first + more[1]
-    centroids = _lloyd(mass, first, entries, seed)
+    if start is not None:
+        start = np.clip((np.asarray(start, np.float64) - low) / (high - low), 0, 1)
+    centroids = _lloyd(mass, first, entries, seed, start)
     return jnp.asarray((low + centroids * (high - low)).astype(np.float32))
 
 
@@ -258,13 +265,16 @@ def refine(
 
 def _histogram(values, importance, low, high) -> tuple[np.ndarray, np.ndarray]:
     """Weight and weighted mean position of each cell; float64 sums over chunks."""
+    ends = jnp.float32(low), jnp.float32(high)
+    # All chunks are on their way before the first one is waited for.
+    chunks = [
+        _chunk_histogram(values, importance, jnp.int32(s), *ends, min(_CHUNK, values.size - s))
+        for s in range(0, values.size, _CHUNK)
+    ]
     mass, first = np.zeros(_CELLS), np.zeros(_CELLS)
-    for start in range(0, values.size, _CHUNK):
-        ends = jnp.float32(low), jnp.float32(high)
-        count = min(_CHUNK, values.size - start)
-        m, f = _chunk_histogram(values, importance, jnp.int32(start), *ends, count)
-        mass += np.asarray(m, np.float64)
-        first += np.asarray(f, np.float64)
+    for m, f in jax.device_get(chunks):
+        mass += m
+        first += f
     # `first` holds offsets from the centre of a cell.
     return mass, first + mass * ((np.arange(_CELLS) + 0.5) / _CELLS)
 
@@ -284,28 +294,32 @@ def _chunk_histogram(values, weight, start, low, high, count):
     return zeros.at[cell].add(weight), zeros.at[cell].add(weight * offset)
 
 
-def _lloyd(mass: np.ndarray, first: np.ndarray, entries: int, seed: int) -> np.ndarray:
-    """Best of several Lloyd runs on the histogram; float64 [entries] in [0, 1].
+def _lloyd(
+    mass: np.ndarray, first: np.ndarray, entries: int, seed: int, start: np.ndarray | None = None
+) -> np.ndarray:
+    """Best of several Lloyd runs on the histogram, or the run from `start`; float64 [entries] in [0, 1].
 
     A step reads 2**bits entries of running sums, microseconds in numpy; the sums need float64, which JAX has
     switched off by default.
     """
-    density = np.maximum(np.convolve(mass, np.ones(65) / 65, "same"), 0)
+    sums = np.stack([np.cumsum(mass), np.cumsum(first)])
+    sums = np.pad(sums, ((0, 0), (1, 0)))
+    if start is not None:
+        return _lloyd_runs(sums, start[None])[0]
+    near = np.clip(np.arange(_CELLS)[:, None] + (-32, 33), 0, _CELLS)
+    density = np.maximum(np.diff(sums[0][near])[:, 0], 0)  # of 65 cells around each
     uniform_start = np.linspace(0.0, 1.0, entries)
     ranks = (np.arange(entries) + 0.5) / entries
     starts = [uniform_start]
-    for power in (1.0, 1 / 3):
-        cdf = np.cumsum(density**power)
+    for cdf in (np.cumsum(density), np.cumsum(np.cbrt(density))):
         starts.append(np.searchsorted(cdf / cdf[-1], ranks) / _CELLS)
     generator = np.random.default_rng(seed)
-    cdf = np.cumsum(density ** (1 / 3))
     for _ in range(3):
         starts.append(np.sort(np.searchsorted(cdf / cdf[-1], generator.random(entries)) / _CELLS))
-    sums = np.stack([np.cumsum(mass), np.cumsum(first)])
-    sums = np.pad(sums, ((0, 0), (1, 0)))
     runs = _lloyd_runs(sums, np.stack(starts))
     # The starting points of the first run are evenly spaced levels: they take part as they are.
-    return max([*runs, uniform_start], key=functools.partial(_explained, sums))
+    found = np.stack([*runs, uniform_start])
+    return found[np.argmax(_explained(sums, found))]
 
 
 def _cells(sums: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -316,10 +330,10 @@ def _cells(sums: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.diff(sums[0][edges]), np.diff(sums[1][edges])
 
 
-def _explained(sums: np.ndarray, centroids: np.ndarray) -> float:
-    """Squared error is a constant of the sample minus this."""
+def _explained(sums: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Squared errors of centroids [..., entries] are a constant of the sample minus this."""
     mass, first = _cells(sums, centroids)
-    return float(np.sum(2 * centroids * first - centroids**2 * mass))
+    return np.sum(2 * centroids * first - centroids**2 * mass, axis=-1)
 
 
 def _lloyd_runs(sums: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -217,10 +217,11 @@ def fit(matrices: list[Callable[[], Matrix]], form: Format) -> tuple[Array, list
         return values
 
     parts = [part(i) for i in range(len(matrices))]
-    for _ in range(_TURNS if form.scale == "search" else 1):
-        levels = codebooks.fit_parts(parts, 2**form.bits, seed=form.seed)
-        if form.scale == "search":
-            scales = [_search(m(), b, levels, form) for m, b in zip(matrices, bases, strict=True)]
+    levels = codebooks.fit_parts(parts, 2**form.bits, seed=form.seed)
+    for turn in range(_TURNS if form.scale == "search" else 0):
+        if turn:
+            levels = codebooks.fit_parts(parts, 2**form.bits, seed=form.seed, start=levels)
+        scales = [_search(m(), b, levels, form) for m, b in zip(matrices, bases, strict=True)]
     return levels, scales
 
 

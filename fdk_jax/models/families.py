@@ -6,10 +6,10 @@ what a model computes and that its family does not read is an error, never ignor
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fdk_jax.files.folder import check_untransformed
 from fdk_jax.models import config_types, family_layers
 from fdk_jax.models.config import LayerOptions, ModelConfig, Rope
 from fdk_jax.models.family_layers import Keys, Layers
@@ -57,8 +57,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "kv_lora_rank": (),
 }
-# Weights that were transformed so that activations have to be transformed as well.
-_TRANSFORMED = re.compile(r"hadamard|quarot|spinquant|online_had|(^|_)rotation(_|$)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,11 +386,8 @@ def _check_unread(c: Keys, config: Mapping[str, Any], family: str) -> None:
     Raises:
         ValueError: names the first of them.
     """
+    check_untransformed(config)
     for key, value in config.items():
-        if _TRANSFORMED.search(key) and value:
-            raise ValueError(
-                f"config.json has {key}={value!r} (transformed weights), which is not implemented"
-            )
         if key in c.asked or key not in _NEUTRAL or value is None or value in _NEUTRAL[key]:
             continue
         longest = config.get("max_position_embeddings") or 0

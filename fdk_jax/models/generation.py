@@ -129,9 +129,10 @@ class Generator:
                 if speculate:
                     after = request.guess(cache, progress, request.text(), limit, loop)
                     _, at, text, out = after
+                    self.programs.fetch_later(text.steps)
                 else:
                     _, at, out = request.decode(cache, progress, limit, loop)
-                out.copy_to_host_async()
+                self.programs.fetch_later(progress.token, at.step, out)
                 steps = int(at.step) - 1
                 model_steps = steps
                 if text is not None:
@@ -175,17 +176,20 @@ class Generator:
             yield from self._stream_guesses(request, cache, progress, max_tokens, loop)
             return
         waiting, done, left = progress.token[:, None], progress.done, max_tokens - 1
+        self.programs.fetch_later(waiting, done)
+        width = 1
         while left > 0:
             # Queued before the tokens in hand are read: the device does not wait for the reader. At the
             # end this computes a few tokens that nobody reads.
             limit = request.limit(loop.run)
             cache, progress, following = request.decode(cache, progress, limit, loop)
-            yield self.programs.fetch(waiting)
+            self.programs.fetch_later(following, progress.done)
+            yield self.programs.fetch(waiting)[:, :width]
             if self.programs.fetch(done).all():
                 return
-            waiting, done = following[:, :left], progress.done
+            waiting, done, width = following, progress.done, left
             left -= loop.run
-        yield self.programs.fetch(waiting)
+        yield self.programs.fetch(waiting)[:, :width]
 
     def _stream_guesses(
         self, request: Request, cache, progress, max_tokens: int, loop: Loop
@@ -198,6 +202,7 @@ class Generator:
             cache, progress, text, out = request.guess(
                 cache, progress, text, request.limit(left), loop
             )
+            self.programs.fetch_later(progress.step, progress.done, out)
             new = int(progress.step) - count
             yield self.programs.fetch(out)[:, : min(new, left)]
             count += new

@@ -127,6 +127,15 @@ class Programs(Mapping[Hashable, jax.stages.Compiled]):
             return np.asarray(array)
         return multihost_utils.process_allgather(array, tiled=True)
 
+    @staticmethod
+    def fetch_later(*arrays: Array) -> None:
+        """Has arrays copied to the host as soon as they are there.
+
+        A copy that only begins once somebody asks for an array takes 0.4 ms on a GPU, a token of a small model.
+        """
+        for array in arrays:
+            array.copy_to_host_async()
+
     def peak_bytes(self) -> int:
         """Device memory that the hungriest of the programs needs, weights included."""
         peak = 0

@@ -9,6 +9,7 @@ threads, on the arrays where they lie: weights are never copied. `FDK_NUM_THREAD
 import functools
 import importlib.util
 import math
+import threading
 from collections.abc import Callable, Iterable
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -27,12 +28,21 @@ ARITHMETIC = {"exact": 0, "int16": 1, "int8": 2}
 INTERFACE = 6  # of cpu/bindings/module.cpp
 FEW_TOKENS = 16  # that `dense` takes at most
 _ONE_THREAD = 1 << 20  # bytes of a weight that one thread converts sooner than several start
+_loading = threading.Lock()
 _RUN_BYTES = 1 << 20  # of codes that are read and converted at a time, so that they stay in a cache
 
 
-@functools.cache
 def _load() -> ModuleType | str:
-    """The extension module with its handlers registered, or the reason why there is none."""
+    """The extension module with its handlers registered, or the reason why there is none.
+
+    The threads that load a model may be the first to ask: one of them alone imports it.
+    """
+    with _loading:
+        return _load_once()
+
+
+@functools.cache
+def _load_once() -> ModuleType | str:
     package = Path(__file__).parents[1]
     folders = [package, package.parent / "cpu" / "build" / "python"]
     spec = PathFinder.find_spec("_cpu", [str(folder) for folder in folders])

@@ -26,12 +26,23 @@ _SMALL = flags.DEFINE_bool("small", False, "the model of the tests: two minutes 
 _NETWORK = flags.DEFINE_enum(
     "network",
     None,
-    ["smollm2", "smollm2-rotated", "minilm", "trained", "trained-1", "trained-huge"],
+    [
+        "smollm2",
+        "smollm2-rotated",
+        "minilm",
+        "trained",
+        "trained-1",
+        "trained-huge",
+        "trained-tiny",
+    ],
     "a network of a package instead of the one that is trained; or a larger one, trained on --text",
 )
 _TEXT = flags.DEFINE_string("text", None, "file or folder of prose, for --network")
 _INCLUDE = flags.DEFINE_string(
     "include", "", "with --network: formats that this finds, as 4 uniform"
+)
+_TOKENS = flags.DEFINE_integer(
+    "tokens", None, "that --network trained-... is trained on; None for 40 million", lower_bound=1
 )
 _FROM = flags.DEFINE_bool("from_rows", False, "print the table of --out as it is; train nothing")
 
@@ -79,7 +90,9 @@ def main(argv: list[str]) -> None:
     if _NETWORK.value:
         if not _TEXT.value or not Path(_TEXT.value).exists():
             usage.fail(_PROGRAM, f"--network needs a text that exists, got --text={_TEXT.value}")
-        measure_network(_NETWORK.value, Path(_TEXT.value), path, _note, _INCLUDE.value)
+        measure_network(
+            _NETWORK.value, Path(_TEXT.value), path, _note, _INCLUDE.value, tokens=_TOKENS.value
+        )
         return
     if not _FROM.value:
         measure(path, language_model.SMALL if _SMALL.value else language_model.Recipe())

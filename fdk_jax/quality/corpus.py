@@ -1,8 +1,10 @@
 """A large text of packages as one file, and that text as tokens.
 
 python -m fdk_jax.quality.corpus FOLDER corpus.xz [BYTES]
+python -m fdk_jax.quality.corpus corpus.xz tokens.npz VOCABULARY
 
-reads the RFCs (rfc*.txt or rfc*.txt.gz) below FOLDER and writes BYTES of them (190 million unless given).
+The first reads the RFCs (rfc*.txt or rfc*.txt.gz) below FOLDER and writes BYTES of them (190 million unless
+given). The second writes its tokens, which stand for the text wherever one is asked for.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +40,7 @@ class Tokens:
         vocabulary: number of different tokens.
         test_bytes: of the test text in UTF-8.
         digest: of the whole text, however it was compressed; hexadecimal.
+        name: of the text's file.
     """
 
     train: np.ndarray
@@ -44,6 +48,7 @@ class Tokens:
     vocabulary: int
     test_bytes: int
     digest: str
+    name: str
 
 
 def clean(text: str) -> str:
@@ -112,20 +117,28 @@ def tokenise(path: Path, vocabulary: int, cache: Path | None = None) -> Tokens:
     """The text of a file in tokens of byte-pair encoding, whose vocabulary is made from its training part.
 
     Args:
-        path: see `documents`.
+        path: see `documents`; or its tokens, a file `.npz` of `keep`.
         vocabulary: number of tokens, at most 65536.
         cache: a folder that keeps the tokens; None for none.
 
     Returns:
         The same tokens for the same text and version of `tokenizers`.
+
+    Raises:
+        ValueError: fewer than two documents; or kept tokens of another vocabulary.
     """
+    if path.suffix == ".npz":
+        found = kept_tokens(path)
+        if found.vocabulary > vocabulary:
+            raise ValueError(
+                f"{path} has {found.vocabulary} tokens, more than {vocabulary}: tokenise its text again"
+            )
+        return found
     text = _text(path)
     digest = hashlib.sha256(text).hexdigest()[:16]
-    kept = None if cache is None else cache / f"tokens-{digest}-{vocabulary}.npz"
+    kept = None if cache is None else cache / f"text-{digest}-{vocabulary}.npz"
     if kept is not None and kept.exists():
-        with np.load(kept) as found:
-            sizes = found["sizes"].tolist()
-            return Tokens(found["train"], found["test"], sizes[0], sizes[1], digest)
+        return dataclasses.replace(kept_tokens(kept), name=path.name)
     texts = _parted(text, path)
     lengths = np.cumsum([len(text.encode()) for text in texts])
     # A small text gives a tenth of itself.
@@ -134,13 +147,34 @@ def tokenise(path: Path, vocabulary: int, cache: Path | None = None) -> Tokens:
     model = _trained(texts[held:], vocabulary)
     test, train = (_encode(model, part) for part in (texts[:held], texts[held:]))
     size = int(model.get_vocab_size())
-    made = Tokens(train, test, size, int(lengths[held - 1]), digest)
+    made = Tokens(train, test, size, int(lengths[held - 1]), digest, path.name)
     if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_suffix(f".{os.getpid()}.npz")
-        np.savez(unfinished, train=train, test=test, sizes=np.asarray([size, made.test_bytes]))
-        os.replace(unfinished, kept)
+        keep(made, kept)
     return made
+
+
+def keep(tokens: Tokens, path: Path) -> None:
+    """Writes tokens to a file `.npz`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.npz")
+    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in vars(tokens).items()}
+    np.savez(unfinished, **arrays)
+    os.replace(unfinished, path)
+
+
+def kept_tokens(path: Path) -> Tokens:
+    """What `keep` wrote.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    with np.load(path) as found:
+        if missing := {field.name for field in dataclasses.fields(Tokens)} - set(found.files):
+            raise ValueError(f"{path} holds no tokens of a text: it lacks {sorted(missing)}")
+        sizes = int(found["vocabulary"]), int(found["test_bytes"])
+        return Tokens(
+            found["train"], found["test"], *sizes, str(found["digest"]), str(found["name"])
+        )
 
 
 def _trained(texts: list[str], vocabulary: int):
@@ -186,5 +220,11 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 if __name__ == "__main__":
     if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
-    total = write(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
-    print(f"{total} documents, {Path(sys.argv[2]).stat().st_size:,} bytes", file=sys.stderr)
+    source, target = Path(sys.argv[1]), Path(sys.argv[2])
+    if target.suffix == ".npz":
+        tokens = tokenise(source, int(sys.argv[3]) if len(sys.argv) == 4 else sys.exit(__doc__))
+        keep(tokens, target)
+        print(f"{len(tokens.train) + len(tokens.test):,} tokens", file=sys.stderr)
+    else:
+        total = write(source, target, *map(int, sys.argv[3:]))
+        print(f"{total} documents, {target.stat().st_size:,} bytes", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The table on real networks: a row for each format, on the disk before the next is measured."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from fdk_jax.benchmark import environment, records
+from fdk_jax.learning import compiling
 from fdk_jax.quality.formats import FORMATS
 from fdk_jax.quality.networks import NETWORKS, SEEDS, Network
 
@@ -19,7 +21,12 @@ SUITE = "networks"
 
 
 def measure(
-    name: str, text: Path, out: Path, note: Callable[[str], None], include: str = ""
+    name: str,
+    text: Path,
+    out: Path,
+    note: Callable[[str], None],
+    include: str = "",
+    tokens: int | None = None,
 ) -> None:
     """Appends the rows of a network that `out` does not have yet.
 
@@ -29,10 +36,16 @@ def measure(
         out: a JSONL file.
         note: called with a word on what comes next.
         include: regular expression, searched in the names of formats.
+        tokens: that a network is trained on, where it is trained here; None for as many as in the table.
+
+    Raises:
+        ValueError: `tokens` of a network that is not trained here.
     """
+    if tokens is not None and not name.startswith("trained"):
+        raise ValueError(f"{tokens=} is of networks that are trained here, not of {name!r}")
     known = records.read([out]) if out.exists() and out.stat().st_size else []
     done = {row["name"] for row in known if row["suite"] == SUITE}
-    network = NETWORKS[name](text)
+    network = NETWORKS[name](text, **({} if tokens is None else {"tokens": tokens}))
     shared = {
         "suite": SUITE,
         "network": name,
@@ -112,7 +125,7 @@ def _output_error(
     return math.sqrt(float(np.mean(ratios)))
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=compiling.OPTIONS)
 def _mean_squares(error: Array, matrix: Array, second: Array) -> Array:
     def mean_square(a: Array) -> Array:
         return jnp.sum(jnp.matmul(a, second) * a)

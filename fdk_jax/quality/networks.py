@@ -1,5 +1,6 @@
 """Networks that packages ship, and what is left of them when their linear layers are given other weights."""
 
+import dataclasses
 import functools
 import importlib.util
 import re
@@ -166,17 +167,23 @@ class TrainedModel(Network):
         text: see `fdk_jax.quality.corpus.documents`.
         seed: of its weights and of the order of its text.
         size: of `scaling_runs.SIZES`.
+        tokens: of training, see `scaling_runs.Plan`.
     """
 
     measures = LanguageModel.measures
 
-    def __init__(self, text: str | Path, seed: int = 0, size: str = "large"):
+    def __init__(
+        self, text: str | Path, seed: int = 0, size: str = "large", tokens: int | None = None
+    ):
         self._plan = plan = scaling_runs.Plan(seed=seed, reproducible=True)
+        if tokens is not None:
+            self._plan = plan = dataclasses.replace(plan, tokens=tokens)
         vocabulary = max(shape.vocabulary for shape in scaling_runs.SIZES.values())
-        tokens = corpus.tokenise(Path(text), vocabulary, Path(scaling_runs.FOLDER))
-        data = scaling_runs.make_data(plan, Path(text).name, tokens)
+        kept = corpus.tokenise(Path(text), vocabulary, Path(scaling_runs.FOLDER))
+        data = scaling_runs.make_data(plan, kept.name, kept)
         attention = best_attention(plan.batch, plan.context)
-        place = Path(scaling_runs.FOLDER) / f"network-{size}-{seed}-{data.text.split()[-1]}"
+        name = f"network-{size}-{seed}-{kept.digest}-{plan.steps}"
+        place = Path(scaling_runs.FOLDER) / name
         run = scaling_runs.Run(plan, scaling_runs.SIZES[size], 16, data, attention, place)
         while run.done < plan.chunks:
             run.advance()
@@ -287,13 +294,14 @@ def _embed(model: nnx.Module, tokens: Array) -> Array:
     return model(tokens)
 
 
-NETWORKS: dict[str, Callable[[str | Path], Network]] = {
+NETWORKS: dict[str, Callable[..., Network]] = {
     "smollm2": LanguageModel,
     "smollm2-rotated": functools.partial(LanguageModel, rotate=True),
     "minilm": SentenceEncoder,
     "trained": TrainedModel,
     "trained-1": functools.partial(TrainedModel, seed=1),
     "trained-huge": functools.partial(TrainedModel, size="huge"),
+    "trained-tiny": functools.partial(TrainedModel, size="tiny"),
 }
 
 

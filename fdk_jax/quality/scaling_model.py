@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 
 from fdk_jax.layers.linear import QuantisedWeight
+from fdk_jax.learning import compiling
 
 _HEAD = 64
 _THETA = 10_000.0
@@ -169,7 +170,8 @@ def best_attention(batch: int, length: int) -> str:
             out = attend(q, k, v, implementation)
             return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=compiling.OPTIONS)
+        return compiled(q, k, v)
 
     try:
         fused = gradients("cudnn")

@@ -353,7 +353,7 @@ def run(
     """
     known = records.read([out]) if out.exists() and out.stat().st_size else []
     tokens = tokenise(text, max(shape.vocabulary for shape in SIZES.values()), folder)
-    data = make_data(plan, text.name, tokens)
+    data = make_data(plan, tokens.name, tokens)
     note(
         f"{len(tokens.train):,} tokens to train on, {data.test.size:,} held out,"
         f" {data.bytes_per_token:.2f} bytes each; {plan.steps} steps on {jax.devices()[0]}"

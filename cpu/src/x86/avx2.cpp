@@ -11,9 +11,13 @@
 namespace fdk {
 namespace {
 
-template <int kBits, bool kUniform8>
+template <int kBits>
 bool supports_integer(const Plan &plan) {
-  return plan.arithmetic != FDK_EXACT && plan.bits == kBits && (!kUniform8 || plan.uniform);
+  return plan.arithmetic != FDK_EXACT && plan.bits == kBits;
+}
+bool supports_codes(const Plan &plan) { return supports_integer<8>(plan) && plan.uniform; }
+bool supports_bytes(const Plan &plan) {
+  return supports_integer<8>(plan) && plan.arithmetic == FDK_INT8;
 }
 template <int kBits>
 bool supports_exact(const Plan &plan) {
@@ -26,14 +30,20 @@ bool supports_short(const Plan &plan) {
   return supports_exact<kBits>(plan) && plan.codebook_is_bfloat16;
 }
 
+bool supports_even(const Plan &plan) {
+  return supports_exact<8>(plan) && plan.uniform && Float32Even::holds(plan);
+}
+
 constexpr Kernel kKernels[] = {
     Sums<FDK_EXACT>::kernel("avx2.sums_1bit"),
     Sums<FDK_INT16>::kernel("avx2.integer_sums_1bit"),
-    make_kernel<Integer<8, true>>("avx2.integer_8bit_uniform", supports_integer<8, true>),
-    make_kernel<Integer<8, false>>("avx2.integer_8bit", supports_integer<8, false>),
-    make_kernel<Integer<4, false>>("avx2.integer_4bit", supports_integer<4, false>),
-    make_kernel<Integer<2, false>>("avx2.integer_2bit", supports_integer<2, false>),
-    make_kernel<Integer<1, false>>("avx2.integer_1bit", supports_integer<1, false>),
+    make_kernel<Integer<8, 0>>("avx2.integer_8bit_uniform", supports_codes),
+    make_kernel<Integer<8, 1>>("avx2.integer_8bit_bytes", supports_bytes),
+    make_kernel<Integer<8, 2>>("avx2.integer_8bit", supports_integer<8>),
+    make_kernel<Integer<4, 2>>("avx2.integer_4bit", supports_integer<4>),
+    make_kernel<Integer<2, 2>>("avx2.integer_2bit", supports_integer<2>),
+    make_kernel<Integer<1, 2>>("avx2.integer_1bit", supports_integer<1>),
+    make_kernel<Float32Even>("avx2.float32_8bit_even", supports_even),
     make_kernel<Float32<8>>("avx2.float32_8bit", supports_exact<8>),
     make_kernel<Float32Short<4>>("avx2.float32_4bit_bfloat16", supports_short<4>),
     make_kernel<Float32<4>>("avx2.float32_4bit", supports_exact<4>),

@@ -7,7 +7,10 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
+#include <type_traits>
 
 #include "kernel.h"
 #include "numeric.h"
@@ -83,30 +86,89 @@ struct NibbleTables {
   }
 };
 
+// The same by bytes, entries of kEntryBytes: sixteen tables of sixteen, read by the low nibble. A
+// look-up gives zero where bit 7 is set, so that two tables, one of them with that bit turned, are
+// joined by an OR; the other three bits choose. Fewer instructions than reading memory for each
+// code (docs/decisions/011).
+template <int kEntryBytes>
+struct ByteTables {
+  alignas(16) uint8_t bytes[kEntryBytes][16][16];
+
+  void load(const uint16_t *entries) {
+    for (int i = 0; i < 256; ++i)
+      for (int p = 0; p < kEntryBytes; ++p)
+        bytes[p][i / 16][i % 16] = static_cast<uint8_t>(entries[i] >> (8 * p));
+  }
+
+  struct Index {
+    __m256i low, high;  // the codes, for tables 0 .. 7 and 8 .. 15
+    __m256i bits[3];    // bit 7 of bits[i] is bit 4 + i of a code
+  };
+
+  static __m256i look_up(const uint8_t *table, __m256i index) {
+    const __m128i entries = _mm_load_si128(reinterpret_cast<const __m128i *>(table));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), index);
+  }
+
+  // Entries of tables kFirst .. kFirst + kCount - 1 and of those 8 after them.
+  template <int kFirst, int kCount>
+  static __m256i choose(const uint8_t (*tables)[16], const Index &index) {
+    if constexpr (kCount == 1) {
+      return _mm256_or_si256(look_up(tables[kFirst], index.low),
+                             look_up(tables[kFirst + 8], index.high));
+    } else {
+      constexpr int half = kCount / 2;
+      return _mm256_blendv_epi8(choose<kFirst, half>(tables, index),
+                                choose<kFirst + half, half>(tables, index),
+                                index.bits[std::countr_zero(unsigned{half})]);
+    }
+  }
+
+  // use(0, even, odd): entries of bytes 0 and 2 of a row, of 1 and 3.
+  template <typename Use>
+  void look_up(__m256i v, Use use) const {
+    const __m256i even_bytes = _mm256_set1_epi16(255);
+    Index index{v, _mm256_xor_si256(v, _mm256_set1_epi8(-128)), {}};
+    index.bits[2] = _mm256_add_epi8(v, v);
+    for (int i = 1; i >= 0; --i)
+      index.bits[i] = _mm256_add_epi8(index.bits[i + 1], index.bits[i + 1]);
+    const __m256i l = choose<0, 8>(bytes[0], index);
+    __m256i even = _mm256_and_si256(l, even_bytes);
+    __m256i odd = _mm256_srli_epi16(l, 8);
+    if constexpr (kEntryBytes == 2) {
+      const __m256i h = choose<0, 8>(bytes[1], index);
+      even = _mm256_or_si256(even, _mm256_slli_epi16(h, 8));
+      odd = _mm256_or_si256(odd, _mm256_andnot_si256(even_bytes, h));
+    }
+    use(0, even, odd);
+  }
+};
+
+// Tables of entries for codes of kBits, each of kEntryBytes (or fewer, which a nibble's tables do
+// not mind).
+template <int kBits, int kEntryBytes>
+using Tables =
+    std::conditional_t<kBits == 8, ByteTables<kEntryBytes>, NibbleTables<kBits == 8 ? 4 : kBits>>;
+
 // The decode() of each Arithmetic calls use(v, weights) for the vectors v = 0 .. kVectors - 1 of a
 // half of a step, as soon as each is there.
 
-// Integer arithmetic on 16-bit levels. Below 8 bits a nibble looks up the low and the high byte of
-// a level; at 8 bits levels are gathered, or are the codes themselves when the codebook is affine.
-template <int kBits_, bool kUniform8>
+// Integer arithmetic on levels of 16 bits, which are looked up in tables of kEntryBytes; at 0 they
+// are the codes themselves (8 bits, an affine codebook).
+template <int kBits_, int kEntryBytes>
 struct Integer {
   static constexpr int kBits = kBits_;
   static constexpr bool kInteger = true;
-  static constexpr bool kGather = kBits == 8 && !kUniform8;
-  static constexpr int kColumns = kGather ? 1 : 2;
+  static constexpr int kColumns = 2;
   static constexpr int kVectors = static_cast<int>(step_k(kBits)) / kColumns;
   using Sum = __m256i;
 
-  NibbleTables<kBits == 8 ? 4 : kBits> tables;
-  int32_t gathered[kGather ? 256 : 1];
+  Tables<kBits, std::max(kEntryBytes, 1)> tables;
 
   Integer(const Plan &plan, int64_t codebook) {
-    const Levels &levels = plan.levels[codebook];
-    const bool int8 = plan.arithmetic == FDK_INT8;
-    if constexpr (kGather) {
-      for (int q = 0; q < 256; ++q)
-        gathered[q] = int8 ? int32_t{levels.level8[q]} : int32_t{levels.level16[q]};
-    } else if constexpr (kBits < 8) {
+    if constexpr (kEntryBytes > 0) {
+      const Levels &levels = plan.levels[codebook];
+      const bool int8 = plan.arithmetic == FDK_INT8;
       uint16_t entries[1 << kBits];
       for (int q = 0; q < 1 << kBits; ++q)
         entries[q] = int8 ? uint16_t{levels.level8[q]} : static_cast<uint16_t>(levels.level16[q]);
@@ -117,11 +179,7 @@ struct Integer {
   template <typename Use>
   void decode(const uint8_t *step, int half, Use use) const {
     const __m256i v = load_half<kBits>(step, half);
-    if constexpr (kGather) {
-      for (int j = 0; j < 4; ++j)
-        use(j, _mm256_i32gather_epi32(
-                   gathered, _mm256_and_si256(shift_right(v, 8 * j), _mm256_set1_epi32(255)), 4));
-    } else if constexpr (kBits == 8) {
+    if constexpr (kEntryBytes == 0) {
       use(0, _mm256_and_si256(v, _mm256_set1_epi16(255)));
       use(1, _mm256_srli_epi16(v, 8));
     } else {
@@ -134,7 +192,6 @@ struct Integer {
 
   // Column of element i of word `vector`.
   static constexpr int word_column(int vector, int i) {
-    if (kGather) return vector;
     return column_at(kBits, vector % 2 + 2 * i, vector / 2 * kBits);
   }
   static Sum zero() { return _mm256_setzero_si256(); }
@@ -224,6 +281,59 @@ struct Float32Short {
   static constexpr int word_column(int vector, int) {
     return column_at(kBits, vector % 4, vector / 4 * kBits);
   }
+  static Sum zero() { return _mm256_setzero_ps(); }
+  static Sum multiply_add(Sum sum, __m256i weights, __m256i word) {
+    return Float32<kBits>::multiply_add(sum, weights, word);
+  }
+};
+
+// The same at 8 bits where the values were evenly spaced before they were rounded to bfloat16.
+struct Float32Even {
+  static constexpr int kBits = 8;
+  static constexpr bool kInteger = false;
+  static constexpr int kColumns = 1;
+  static constexpr int kVectors = 4;
+  using Sum = __m256;
+
+  __m256 first, step;
+
+  explicit Float32Even(const float *values)
+      : first(_mm256_set1_ps(values[0])),
+        step(_mm256_set1_ps((values[255] - values[0]) / 255.0F)) {}
+  Float32Even(const Plan &plan, int64_t codebook)
+      : Float32Even(plan.codebook + (codebook << kBits)) {}
+
+  // Values of eight codes, rounded to bfloat16; a value halfway between two goes the wrong way.
+  __m256i values_of(__m256i codes) const {
+    const __m256 value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), step, first);
+    const __m256i rounded = _mm256_add_epi32(_mm256_castps_si256(value), _mm256_set1_epi32(0x8000));
+    return _mm256_and_si256(rounded, _mm256_set1_epi32(static_cast<int>(0xffff0000U)));
+  }
+
+  // Whether that is every value of the codebooks.
+  static bool holds(const Plan &plan) {
+    for (int64_t c = 0; c < plan.num_codebooks; ++c) {
+      const float *values = plan.codebook + (c << kBits);
+      const Float32Even even(values);
+      for (int q = 0; q < 256; q += 8) {
+        const __m256i codes =
+            _mm256_add_epi32(_mm256_set1_epi32(q), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        const __m256i wanted = _mm256_castps_si256(_mm256_loadu_ps(values + q));
+        const __m256i equal = _mm256_cmpeq_epi32(even.values_of(codes), wanted);
+        if (_mm256_movemask_epi8(equal) != -1) return false;
+      }
+    }
+    return true;
+  }
+
+  template <typename Use>
+  void decode(const uint8_t *packed, int half, Use use) const {
+    const __m256i v = load_half<kBits>(packed, half);
+    for (int f = 0; f < kVectors; ++f)
+      use(f, values_of(_mm256_and_si256(shift_right(v, 8 * f), _mm256_set1_epi32(255))));
+  }
+
+  static constexpr int word_column(int vector, int) { return vector; }
   static Sum zero() { return _mm256_setzero_ps(); }
   static Sum multiply_add(Sum sum, __m256i weights, __m256i word) {
     return Float32<kBits>::multiply_add(sum, weights, word);
