@@ -6,7 +6,7 @@ device and kind of codebook. Tokens come before shapes, as the fastest kernel di
 shapes: so a kernel that is better from some number of tokens on needs a row for the tokens below it, too
 (`tests/test_table.py`). Rows are of a class of architectures, those with the same instructions; numbers of
 programs are multiples of the multiprocessors. Nothing is measured on import or on a first call: rows come with
-the package, and `tuning` measures more.
+the package, and `tuning` measures more. A row without "us" follows a neighbour that was measured.
 """
 
 import dataclasses
@@ -183,7 +183,7 @@ def configuration(row: dict, target: Target) -> Any:
 
 def fit(case: Case, config: Any, target: Target) -> Any:
     """A configuration with what follows from the case; None if no configuration of its kernel runs it."""
-    if config == mosaic_matmul.ANY:
+    if isinstance(config, mosaic_matmul.Config) and not mosaic_matmul.divides(case, config):
         return mosaic_matmul.guess(case, target)
     if isinstance(config, matvec.Config):
         columns = 1 if case.m <= FEW // 2 else FEW // 8

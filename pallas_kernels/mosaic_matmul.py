@@ -133,11 +133,14 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
 
 # Microseconds a plane of a program by its tokens, for (row_groups, k_groups): of codes that are looked up, of
 # those of 8 bits, and of those of one bit. H200, 8192 x 8192, 2026-11-30; from 96 tokens on, where products one
-# after another leave the card less than its highest clock, 2026-12-01.
+# after another leave the card less than its highest clock, 2026-12-01. Of three row groups 6144 x 21504, of
+# four 28672 x 4096, the same day.
 _LOOKED_UP_US = {
     (1, 2): ((16, 0.138), (64, 0.163), (96, 0.2), (128, 0.248), (192, 0.35), (256, 0.48)),
     (2, 1): ((16, 0.213), (64, 0.281), (96, 0.352), (128, 0.434), (192, 0.6), (256, 0.755)),
     (2, 2): ((16, 0.178), (32, 0.192), (64, 0.254), (80, 0.3)),
+    (3, 1): ((64, 0.444), (96, 0.543), (128, 0.65)),
+    (4, 1): ((64, 0.503),),
 }
 _BYTES_US = {
     (1, 2): ((16, 0.2), (64, 0.23), (96, 0.26), (128, 0.305), (192, 0.45), (256, 0.564)),
@@ -148,6 +151,8 @@ _SELECTED_US = {
     (1, 2): ((16, 0.125), (64, 0.151), (96, 0.181), (128, 0.21), (192, 0.286), (256, 0.422)),
     (2, 1): ((16, 0.172), (64, 0.231), (96, 0.307), (128, 0.366), (192, 0.5), (256, 0.675)),
     (2, 2): ((16, 0.189), (32, 0.206), (64, 0.252)),
+    (3, 1): ((64, 0.415), (96, 0.518), (128, 0.595)),
+    (4, 1): ((64, 0.46),),
 }
 # Rows of x in all stages. More would sometimes fit, and are slower: 6 stages of 256 took 108 us where 4 took 96
 # (1 bit), 6 of 192 took 42.0 where 4 took 40.9 (4 bits).
@@ -170,6 +175,11 @@ def even_tokens(m: int) -> list[int]:
     return sorted(
         {min(256, -(-m // (16 * programs)) * 16) for programs in range(fewest, fewest + 3)}
     )
+
+
+def divides(case: Case, config: Config) -> bool:
+    """Whether programs of so many tokens share the rows of x evenly: `ANY` never, others near their own m."""
+    return config.tokens in even_tokens(case.m)
 
 
 def _guesses(case: Case) -> Iterator[Config]:

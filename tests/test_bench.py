@@ -7,10 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 import types
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -178,64 +175,6 @@ def test_cases_of_a_group_are_sampled_in_turn(max_seconds, repetitions, expected
     assert ran == [4, 1] * (warm + kept)
     for i, found in enumerate(rows):
         assert found["samples_us"] == [2.0 * (warm + j) + i + 1 for j in range(kept)]
-
-
-def test_runs_that_share_a_file_measure_in_turn(tmp_path):
-    """Samples, and what XLA measures when it compiles its own products, wait for another run's turn to end."""
-    fcntl = pytest.importorskip("fcntl")
-    turns = pytest.importorskip("fdk_jax.benchmark.turns")
-    session = timing.Session(3, turns=turns.Turns(tmp_path / "turns"))
-
-    def free(lock=fcntl.LOCK_EX) -> bool:
-        with open(tmp_path / "turns", "a") as file:
-            try:
-                fcntl.flock(file, lock | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-        return True
-
-    def measure(case, session):
-        assert free(fcntl.LOCK_SH) and not free()
-        with session.turn():
-            assert not free(fcntl.LOCK_SH)
-        assert free(fcntl.LOCK_SH) and not free()
-        samples = yield lambda: float(not free(fcntl.LOCK_SH))
-        return records.statistics(samples)
-
-    (made,) = runner.measure(suite(measure), cases.make_cases(**SMALL), session)
-    assert made["status"] == "ok" and made["samples_us"] == [1.0] * 3 and free()
-
-    held = []
-    x = jnp.ones((4, 4))
-    for product in (True, False):
-        lowered = jax.jit(lambda x, p=product: x @ x if p else x + x).lower(x)
-        watched = types.SimpleNamespace(
-            as_text=lowered.as_text, compile=lambda: held.append(not free())
-        )
-        timing.compiled_in_turn(watched, session)
-    assert held == [True, False]
-
-
-def test_runs_that_make_cases_do_not_wait_for_each_other(tmp_path):
-    """Both want to measure while they make a case, and neither while the other does."""
-    turns = pytest.importorskip("fdk_jax.benchmark.turns")
-    inside, most, met = [], [], threading.Barrier(2, timeout=30)
-
-    def run():
-        own = turns.Turns(tmp_path / "turns")
-        with own.making():
-            met.wait()  # two at a time
-            for _ in range(20):
-                with own.alone():
-                    inside.append(1)
-                    most.append(len(inside))
-                    time.sleep(1e-3)
-                    inside.pop()
-
-    with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(run) for _ in range(2)]:
-            done.result(timeout=60)
-    assert most == [1] * 40
 
 
 def test_a_case_that_breaks_while_sampled_leaves_the_others_alone():

@@ -236,7 +236,7 @@ def test_more_copies_than_caches_hold():
 def test_a_sample_of_another_length_gets_other_passes(seconds_a_pass, wanted, monkeypatch):
     built = []
 
-    def build(work, copies, loops, session):
+    def build(work, copies, loops):
         built.append(loops)
         return lambda: loops * seconds_a_pass
 

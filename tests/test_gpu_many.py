@@ -120,6 +120,9 @@ def test_evenly_spaced_values(rng, bits, group, config, scale, dtype):
         Config(256, 2, 1, 4, 2, splits=2),
         Config(64, 1, 4, 8, 2),
         Config(112, 1, 2, 8, 2, cluster=2),
+        Config(128, 3, 1, 8, 3),
+        Config(96, 3, 1, 8, 3, splits=2),
+        Config(64, 4, 1, 8, 3),
     ],
     ids=str,
 )

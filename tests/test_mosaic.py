@@ -111,6 +111,8 @@ def test_codes_of_a_warp_are_in_banks_of_their_own(bits):
         (case(bits=4, bias=BF16), Config(64, 2, 2, 8, 2, splits=2)),
         (case(bits=8, n=256, codebooks=2), Config(64, 1, 2, 8, 2)),
         (case(bits=4, k=2056), Config(64, 1, 4, 8, 2, splits=2)),
+        (case(bits=4, bias=BF16), Config(96, 3, 1, 8, 3, splits=2)),
+        (case(bits=1), Config(64, 4, 1, 8, 3)),
         (case(bits=8, uniform=True), Config(128, 2, 1, 4, 2, splits=2)),
         (case(bits=8, n=256, codebooks=2, dtype=F16, uniform=True), Config(64, 1, 2, 8, 2)),
     ],

@@ -82,6 +82,10 @@ def _tuned_rows():
     return list(rows.values())
 
 
+def test_a_tuned_row_has_a_time_or_says_nothing_of_it():
+    assert all(row.get("us", 1.0) > 0 for row in choice.table())
+
+
 @pytest.mark.parametrize("row", _tuned_rows(), ids=lambda r: "{bits}-{m}-{n}-{k}".format(**r))
 def test_tuned_rows_lower(row):
     case = planar.case(row["m"], row["n"], row["k"], row["bits"], uniform=choice.is_uniform(row))

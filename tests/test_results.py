@@ -91,6 +91,12 @@ def test_speed_ups_are_over_bfloat16_of_the_same_product():
     ]
     text = many_table.speed_ups(rows)
     assert "for 4 / 1 bits" in text and text.endswith("| 1 | 3.00 / 1.50 |")
+    # Starts of 474 us: 1% of one of the two samples, and 5% of the other.
+    rows[0] |= dict(calls=7900, copies=2)
+    for calls, shown in ((4740, "3.00~ / 1.50"), (11850, "3.00 / 1.50")):
+        rows[2] |= dict(calls=calls, copies=2)
+        rows[3] |= dict(calls=11850, copies=2)
+        assert many_table.speed_ups(rows).endswith(f"| 1 | {shown} |")
     assert many_table.speed_ups(rows[1:]) == "(No rows yet.)"
 
 

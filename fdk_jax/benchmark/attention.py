@@ -75,21 +75,24 @@ def measure(case: AttentionCase, session: timing.Session) -> timing.Measurement:
         kernel, reason = attention.choose(case.dtype, shape, _HEADS, current())
         if kernel is None:
             raise NotImplementedError(f"no kernel for {case.name}: {reason}")
-        token, cache = _arguments(case, np.random.default_rng(0))
+        with session.using():
+            token, cache = _arguments(case, np.random.default_rng(0))
         size = sum(a.nbytes for a in cache)
         ops = 4 * case.batch * _HEADS * case.slots * _DIM
-        with session.turn():
-            result = probes.bound(device, size, ops, case.dtype)
+        result = probes.bound(session, device, size, ops, case.dtype)
         needed = math.ceil(environment.working_set_bytes(device) / size)
         copies = session.copies or max(2, needed)
-        result["rel_rms_error"], worst = _errors(token, cache)
+        with session.using():
+            result["rel_rms_error"], worst = _errors(token, cache)
         if not worst < _TOLERANCE:
             reason = f"the error of a head, {worst:.2g}, is above {_TOLERANCE:.2g}"
             return result | {"status": "failed", "reason": reason}
         seconds = result["bound_us"] * 1e-6 + 5e-6  # what a launch takes to start and to end
         target = session.sample_seconds or _SAMPLE
         loops = max(1, round(target / seconds / copies))
-        samples = yield _compiled(token, cache, copies, loops)
+        with session.using():
+            run = _compiled(token, cache, copies, loops)
+        samples = yield run
     calls = copies * loops
     found = {"copies": copies, "calls": calls, "working_set_bytes": copies * size}
     return result | found | records.statistics([s / calls * 1e6 for s in samples])

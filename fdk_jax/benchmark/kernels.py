@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import fdk_jax
@@ -18,16 +17,18 @@ __all__ = ["Workload", "group", "make_cases", "measure", "prepare"]
 
 _SEED = 0
 _MAX_COPIES = 96
+_HELD = 6  # weights, of several widths: they serve all numbers of tokens
 # Below 8 tokens XLA's float product on a CPU is fastest over rows [n, k], above over [k, n] (2 cores
 # of a Zen 4 server, 2026-11-23: 1.5 against 2.7 ms at m = 1, 8.4 against 5.3 ms at m = 16, 4096 x 4096).
 _ROWS_BELOW = 8
-# Seconds that a call on a GPU takes at least, what its start may add to a call alone, and what a sample should
-# take: at the start of each program the host writes the addresses of a pass into a graph, 9 us a call, and
-# the device waits, a millisecond in all (H100, 2026-11-26: 17.6 instead of 15.0 us a call in samples of 7 ms).
-_LEAST_CALL = 3e-6
-_START_NOISE = 1e-4
+# Seconds that a sample should take: at the start of each program the host of a GPU writes the addresses of a
+# pass into a graph, 9 to 12 us a call, and the device waits, 0.5 to 1.5 ms in all (H100, 2026-11-26: 17.6
+# instead of 15.0 us a call in samples of 7 ms). So it is longer for each copy of the weight: the start is a
+# fiftieth of it.
 _SAMPLE = {"cpu": 0.05, "gpu": 0.1}
-_TRIAL = {"cpu": 1.0, "gpu": 0.1}  # of a sample
+_SAMPLE_A_COPY = {"cpu": 0.0, "gpu": 5e-4}
+# Calls of a pass and passes that follow the first call, which alone takes far longer to start than to run.
+_MORE_CALLS = {"cpu": (1, 0), "gpu": (8, 24)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,34 +58,45 @@ class Workload:
         return 2 * self.case.m * self.case.k * self.case.n
 
 
-def prepare(case: KernelCase, checked_rows: int | None = None) -> Workload:
+def prepare(case: KernelCase, session: timing.Session | None = None) -> Workload:
     """Random inputs of a case on its device, with the weight in the layout of its backend.
 
     Args:
         case: what to make ready.
-        checked_rows: see `inputs.reference`.
+        session: how it will be measured.
 
     Raises:
         NotImplementedError: this machine or the backend cannot run the case.
     """
+    session = session or timing.Session()
     device = environment.device_for("xla" if case.dense else case.backend)
-    rng = np.random.default_rng(_SEED)
-    x = inputs.activations(case, rng)
-    with jax.default_device(device):
-        if case.dense:
-            dense = inputs.dense_weight(case, rng)
-            reference = inputs.reference(case, x, dense, checked_rows)
-            rows = case.m < _ROWS_BELOW
-            weight: Any = jnp.asarray(dense if rows else np.ascontiguousarray(dense.T))
-            step = functools.partial(_dense_product, rows=rows)
-        else:
-            quantised = inputs.quantised_weight(case, rng)
-            reference = inputs.reference(case, x, quantised, checked_rows)
-            weight = fdk_jax.prepare(quantised, backend=case.backend)
-            step = functools.partial(
-                fdk_jax.matmul, backend=case.backend, arithmetic=case.arithmetic
-            )
-        return Workload(case, device, jax.jit(step), jnp.asarray(x), weight, reference)
+    rows = case.m < _ROWS_BELOW
+    tokens = 1 if rows or not case.dense else _ROWS_BELOW
+    like = dataclasses.replace(case, m=tokens, arithmetic="exact")
+    held, weight = _weight(like, device, session)
+    x = inputs.activations(case, np.random.default_rng(_SEED))
+    reference = inputs.reference(case, x, held, session.checked_rows)
+    if case.dense:
+        step = functools.partial(_dense_product, rows=rows)
+    else:
+        step = functools.partial(fdk_jax.matmul, backend=case.backend, arithmetic=case.arithmetic)
+    # Without a turn: its copy takes next to nothing from what another run measures.
+    return Workload(case, device, jax.jit(step), jax.device_put(x, device), weight, reference)
+
+
+@functools.lru_cache(maxsize=_HELD)
+def _weight(case: KernelCase, device: jax.Device, session: timing.Session) -> tuple[Any, Any]:
+    """The weight of a case, on the host as `inputs.reference` takes it and on its device."""
+    rng = np.random.default_rng(_SEED + 1)
+    if case.dense:
+        dense = inputs.dense_weight(case, rng)
+        laid = dense if case.m < _ROWS_BELOW else np.ascontiguousarray(dense.T)
+        with session.using():
+            return dense, jax.block_until_ready(jax.device_put(laid, device))
+    with session.using(), jax.default_device(device):
+        quantised = inputs.quantised_weight(case, rng)
+        prepared = fdk_jax.prepare(quantised, backend=case.backend)
+        return jax.tree.map(np.asarray, quantised), jax.block_until_ready(prepared)
 
 
 def _dense_product(x: jax.Array, w: jax.Array, *, rows: bool) -> jax.Array:
@@ -110,10 +122,11 @@ def measure(case: KernelCase, session: timing.Session) -> timing.Measurement:
 
 def _ready(case: KernelCase, session: timing.Session):
     """What is known of a case before it is timed, its compiled loop (None: it is wrong), its calls."""
-    work = prepare(case, session.checked_rows)
+    work = prepare(case, session)
     with jax.default_device(work.device):
-        with session.turn():
-            result = probes.bound(work.device, work.bytes_rw, work.ops, case.dtype, case.arithmetic)
+        result = probes.bound(
+            session, work.device, work.bytes_rw, work.ops, case.dtype, case.arithmetic
+        )
         y, seconds = _first_call(work, session)
         y, expected = y[:, work.reference.rows], work.reference.expected
         result["rel_rms_error"] = inputs.relative_rms_error(y, expected[0].value)
@@ -123,9 +136,8 @@ def _ready(case: KernelCase, session: timing.Session):
             return result | {"status": "failed", "reason": str(outcome)}, None, 0
         copies = session.copies or copies_for(work)
         estimate = max(result["bound_us"] * 1e-6, seconds)
-        # On a GPU, where that is known badly, it is tried on a short loop.
-        trial = (session.sample_seconds or _SAMPLE[_kind(work)]) * _TRIAL[_kind(work)]
-        loops, run = _of_length(work, copies, max(1, round(trial / estimate / copies)), session)
+        sample = _sample_seconds(work, copies, session)
+        loops, run = _of_length(work, copies, max(1, round(sample / estimate / copies)), session)
     held = {
         "checked_rows": len(work.reference.rows),
         "working_set_bytes": copies * work.weight_bytes,
@@ -137,27 +149,32 @@ def _ready(case: KernelCase, session: timing.Session):
 def _first_call(work: Workload, session: timing.Session) -> tuple[np.ndarray, float]:
     """What the loop that is timed gives in its first call, and about how long one takes.
 
-    By the same program, of one pass over one weight.
+    By the same program, of one pass over one weight; on a GPU it goes on with calls enough to be timed.
     """
-    program = timing.loop_program(work.step, work.x, [work.weight], loops=1, link_every=True)
+    first = timing.loop_program(work.step, work.x, [work.weight], loops=1, link_every=True)
+    more, loops = _MORE_CALLS[_kind(work)]
+    rest = timing.loop_program(
+        work.step, work.x, [work.weight] * more, loops=loops, link_every=False
+    )
     arguments = work.x, (work.weight,)
-    compiled = timing.compiled_in_turn(jax.jit(program).lower(*arguments), session)
-    last, results = compiled(*arguments)
-    with session.turn():
+    compiled = timing.compiled_in_turn(
+        jax.jit(lambda x, w: (first(x, w), rest(x, w * more))).lower(*arguments), session
+    )
+    with session.using():
+        (last, results), _ = compiled(*arguments)
+        y = np.asarray(results[0] if results else last)
         seconds = timing.seconds_of_call(lambda: compiled(*arguments)) - timing.seconds_to_start()
-    if work.device.platform != "cpu":  # a single call takes far longer to start than to run
-        seconds = max(_LEAST_CALL, seconds - _START_NOISE)
-    return np.asarray(results[0] if results else last), seconds
+    return y, max(0.0, seconds) / (1 + more * loops)
 
 
 def _of_length(
     work: Workload, copies: int, loops: int, session: timing.Session, tries: int = 3
 ) -> tuple[int, Callable[[], float]]:
     """The passes of a sample and its compiled loop, made anew where its time is off by half."""
-    run = build(work, copies, loops, session)
-    with session.turn():
-        seconds = min(run(), run())
-    target = session.sample_seconds or _SAMPLE[_kind(work)]
+    run = build(work, copies, loops)
+    target = _sample_seconds(work, copies, session)
+    with session.turn():  # beside other runs it would take several times as long
+        seconds = min(run(), run())  # the first one also makes graphs
     alright = target / 2 < seconds < 2 * target or (loops == 1 and seconds > target)
     if alright or tries == 1:
         return loops, run
@@ -165,17 +182,22 @@ def _of_length(
     return _of_length(work, copies, math.ceil(loops * target / seconds), session, tries - 1)
 
 
+def _sample_seconds(work: Workload, copies: int, session: timing.Session) -> float:
+    kind = _kind(work)
+    return (session.sample_seconds or _SAMPLE[kind]) + copies * _SAMPLE_A_COPY[kind]
+
+
 def _kind(work: Workload) -> str:
     return "cpu" if work.device.platform == "cpu" else "gpu"
 
 
-def build(work: Workload, copies: int, loops: int, session: timing.Session) -> Callable[[], float]:
+def build(work: Workload, copies: int, loops: int) -> Callable[[], float]:
     """The compiled loop of a workload; see `timing.loop_program`."""
-    weights = timing.copy_weight(work.weight, copies)
+    weights = [work.weight] * copies
     # XLA runs independent calls side by side on a CPU, in order on a GPU.
     link_every = work.device.platform == "cpu"
     program = timing.loop_program(work.step, work.x, weights, loops=loops, link_every=link_every)
-    return timing.compile_loop(program, work.x, weights, session)
+    return timing.compile_loop(program, work.x, work.weight, copies)
 
 
 def copies_for(work: Workload) -> int:

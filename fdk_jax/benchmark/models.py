@@ -1,6 +1,7 @@
 """The models suite: one decoding step of a whole model a case."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,24 +164,27 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
     device = environment.device_for(case.backend)
     environment.devices_for(case.backend, case.devices)
     with jax.default_device(device):
-        _check_memory(case, device)
-        model, generator = _model(_without_batch(case))
-        result: dict[str, Any] = _fields(case, model, generator, device)
-        if case.bits != _DENSE_BITS:
-            result |= model_errors.check(
-                model,
-                generator.programs.peers,
-                batch=case.batch,
-                prompt=case.prompt,
-                arithmetic=case.arithmetic,
-            )
-            if result.get("status") == "failed":
-                return result
-        rng = np.random.default_rng(case.batch)
-        prompts = rng.integers(0, generator.config.vocab_size, (case.batch, case.prompt)).tolist()
-        if case.speculate:
-            generator = Generator(repeating.without_context(model), backend=case.backend)
-            prompts = [repeating.prompt(generator, prompts[0], case.steps)]
+        with session.using():
+            _check_memory(case, device)
+            model, generator = _model(_without_batch(case))
+            result: dict[str, Any] = _fields(case, model, generator, device, session)
+            if case.bits != _DENSE_BITS:
+                result |= model_errors.check(
+                    model,
+                    generator.programs.peers,
+                    batch=case.batch,
+                    prompt=case.prompt,
+                    arithmetic=case.arithmetic,
+                )
+                if result.get("status") == "failed":
+                    return result
+            rng = np.random.default_rng(case.batch)
+            prompts = rng.integers(
+                0, generator.config.vocab_size, (case.batch, case.prompt)
+            ).tolist()
+            if case.speculate:
+                generator = Generator(repeating.without_context(model), backend=case.backend)
+                prompts = [repeating.prompt(generator, prompts[0], case.steps)]
         first_token: list[float] = []
         model_steps = 0
 
@@ -192,7 +196,8 @@ def measure(case: ModelCase, session: timing.Session) -> timing.Measurement:
             return out.decode_seconds / out.decode_steps
 
         if session.turns is not None:
-            run()  # compiles outside of this run's turn
+            with session.using():
+                run()  # compiles outside of this run's turn
         seconds = yield run
     result |= records.statistics([s * 1e6 for s in seconds])
     first = records.statistics([s * 1e6 for s in first_token[-len(seconds) :]])
@@ -269,7 +274,11 @@ def _make(case: ModelCase) -> Transformer:
 
 
 def _fields(
-    case: ModelCase, model: Transformer, generator: Generator, device: jax.Device
+    case: ModelCase,
+    model: Transformer,
+    generator: Generator,
+    device: jax.Device,
+    session: timing.Session,
 ) -> dict[str, Any]:
     """What one device's step has to read and compute, and how long it needs for that at best."""
     config, head, shards = generator.config, model.lm_head, case.devices
@@ -285,23 +294,21 @@ def _fields(
     products = config.num_parameters - tables
     ops = 2 * case.batch * products // shards
     fields = {"dtype": config.dtype, "parameters": config.num_parameters}
-    fields |= probes.bound(device, size, ops, config.dtype, case.arithmetic)
-    return fields | {"first_token_bound_us": _first_token_bound(case, config, device, size)}
+    bound = functools.partial(probes.bound, session, device, size)
+    fields |= bound(ops, config.dtype, case.arithmetic)
+    ops = _first_token_ops(case, config) // case.devices
+    least = bound(ops, config.dtype, case.arithmetic)["bound_us"]
+    return fields | {"first_token_bound_us": least}
 
 
-def _first_token_bound(
-    case: ModelCase, config: ModelConfig, device: jax.Device, size: int
-) -> float:
-    """Least microseconds to the first token: the weights read once, and the layers of every token."""
+def _first_token_ops(case: ModelCase, config: ModelConfig) -> int:
+    """Multiplications and additions to the first token, of the layers for every token."""
     head = config.vocab_size * config.hidden_size
     layers = config.num_parameters - head * (1 if config.tie_embeddings else 2)
     tokens = case.batch * case.prompt
     # Queries times keys and weights times values, each for half of all pairs.
     pairs = 2 * case.prompt * config.num_layers * config.num_heads * config.head_dim
-    ops = 2 * tokens * layers + 2 * case.batch * head + tokens * pairs
-    return probes.bound(device, size, ops // case.devices, config.dtype, case.arithmetic)[
-        "bound_us"
-    ]
+    return 2 * tokens * layers + 2 * case.batch * head + tokens * pairs
 
 
 def _bytes_of_one(tree: Any) -> int:

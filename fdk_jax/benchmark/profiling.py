@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from fdk_jax.benchmark import kernels, timing
+from fdk_jax.benchmark import kernels
 from fdk_jax.benchmark.cases import KernelCase
 
 _LOOPS = 2
@@ -26,7 +26,7 @@ def profile(case: KernelCase, folder: Path, copies: int | None = None) -> str:
     work = kernels.prepare(case)
     with jax.default_device(work.device):
         copies = copies or min(kernels.copies_for(work), _MAX_COPIES)
-        run = kernels.build(work, copies, _LOOPS, timing.Session())
+        run = kernels.build(work, copies, _LOOPS)
         run()
         with jax.profiler.trace(str(folder)):
             run()

@@ -109,10 +109,9 @@ def measure(
         announce: told the name of a case when work on it starts.
     """
     attempts = []
-    with session.making():
-        for case in cases:
-            announce(case.name)
-            attempts.append(_Attempt(suite, case, session))
+    for case in cases:
+        announce(case.name)
+        attempts.append(_Attempt(suite, case, session))
     active = [a for a in attempts if a.wants_sample]
     with session.turn():
         while active:

@@ -31,7 +31,7 @@ class Session:
         max_seconds: a case whose samples have taken as long gets no more of them than ten.
         checked_rows: rows of a weight whose results are compared with float64, about so many; None for all.
         sample_seconds: about how long a sample takes; None for what the suite holds enough.
-        turns: what runs on one GPU share: they make cases side by side, and each measures alone.
+        turns: what runs on one GPU share: they use it side by side to make cases, and each measures alone.
     """
 
     repetitions: int = 20
@@ -41,12 +41,12 @@ class Session:
     sample_seconds: float | None = None
     turns: "Turns | None" = None
 
-    def making(self) -> AbstractContextManager[None]:
-        """Within it cases are made: no other run that takes turns measures."""
-        return self.turns.making() if self.turns else contextlib.nullcontext()
+    def using(self) -> AbstractContextManager[None]:
+        """Within it the device may be used: no other run that takes turns measures."""
+        return self.turns.using() if self.turns else contextlib.nullcontext()
 
     def turn(self) -> AbstractContextManager[None]:
-        """Within it no other run that takes turns measures or makes cases."""
+        """Within it no other run that takes turns uses the device."""
         return self.turns.alone() if self.turns else contextlib.nullcontext()
 
 
@@ -97,16 +97,19 @@ def loop_program(
 
 
 def compile_loop(
-    program: Callable[[Array, Sequence[Any]], Any],
-    x: Array,
-    copies: Sequence[Any],
-    session: Session,
+    program: Callable[[Array, Sequence[Any]], Any], x: Array, weight: Any, copies: int
 ) -> Callable[[], float]:
-    """Compiles a `loop_program`; returns a function that runs it and returns the seconds it took."""
-    weights = tuple(copies)
-    compiled = compiled_in_turn(jax.jit(program).lower(x, weights), session)
+    """Compiles a `loop_program`; returns a function that runs it and returns the seconds it took.
+
+    The copies of the weight are made by its first call.
+    """
+    compiled = jax.jit(program).lower(x, (weight,) * copies).compile()
+    weights: tuple[Any, ...] = ()
 
     def run() -> float:
+        nonlocal weights
+        if not weights:
+            weights = tuple(jax.block_until_ready(copy_weight(weight, copies)))
         start = time.perf_counter()
         jax.block_until_ready(compiled(x, weights))
         return time.perf_counter() - start
@@ -115,7 +118,10 @@ def compile_loop(
 
 
 def compiled_in_turn(lowered: jax.stages.Lowered, session: Session) -> jax.stages.Compiled:
-    """The compiled program, made in this run's turn where XLA measures how to compute it: its own products."""
+    """The compiled program, made in this run's turn where XLA measures how to compute it: its own products.
+
+    XLA remembers what it found: a later program with the same product is compiled without.
+    """
     with session.turn() if "dot_general" in lowered.as_text() else contextlib.nullcontext():
         return lowered.compile()
 
