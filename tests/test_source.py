@@ -121,6 +121,8 @@ def test_rows_are_adopted_with_their_commit(monkeypatch, tmp_path):
         (dict(digest=None), "no digest"),
         (dict(digest="e" * 16), "no commit has the digest eeee"),
         (dict(samples_us=[1.0] * 9), "9 samples"),
+        (dict(samples_us=[1.0] * 9 + [0.0]), "a sample of 0.0 us"),
+        (dict(decode_us=[2.0, -1.0]), "a sample of -1.0 us"),
         (dict(status="failed", reason="wrong"), "a failed: wrong"),
     ],
 )

@@ -207,8 +207,10 @@ def measure(args: argparse.Namespace, path: Path) -> list[dict]:
             found = pipe.recv()
         except (EOFError, OSError):
             found = "the process ended before it was checked"
-        row |= {"status": "failed", "reason": found} if isinstance(found, str) else found
         first, later, peak = zip(*samples, strict=True)
+        if min(later) <= 0:  # by processor time it is the difference of two generations
+            found = "a later token took less than nothing: --steps are too few"
+        row |= {"status": "failed", "reason": found} if isinstance(found, str) else found
         row |= records.statistics([s * 1e6 for s in first]) | {"peak_bytes": max(peak)}
         row |= {"decode_us": [round(s * 1e6, 1) for s in later]}
         row |= {"tokens_per_s": round(1 / float(np.median(later)), 2)}

@@ -21,7 +21,7 @@ def check_row(row: Mapping[str, Any]) -> None:
     """Refuses a measured row that results/ does not take.
 
     Raises:
-        ValueError: it names no source, has too few samples or was not measured.
+        ValueError: it names no source, has too few samples or one of no time at all, or was not measured.
     """
     name = row.get("name")
     if row.get("status") == "failed":
@@ -31,6 +31,9 @@ def check_row(row: Mapping[str, Any]) -> None:
     samples = row.get("samples_us")
     if row.get("status") == "ok" and samples is not None and len(samples) < records.MIN_SAMPLES:
         raise ValueError(f"{name} has {len(samples)} samples, not {records.MIN_SAMPLES} or more")
+    for times in (samples, row.get("decode_us")):
+        if times and min(times) <= 0:  # a difference of two times that were not long enough
+            raise ValueError(f"{name} has a sample of {min(times)} us")
 
 
 def adopt(rows: list[dict[str, Any]], target: Path) -> int:
