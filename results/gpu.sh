@@ -2,8 +2,8 @@
 # The rows of this folder that an NVIDIA GPU measures: gpu.sh OUT [PYTHON [PROCESSES [NAMES]]].
 #
 # PROCESSES runs at a time (6 by default, of up to 20 GB of the GPU's memory each) make cases side by side and measure
-# alone; with a processor or two for each, products may have 10. Each writes OUT/NAME.jsonl and OUT/NAME.log. NAMES is a regular expression of the names below, which are in the
-# order of what the tables need most. Then
+# alone; with a processor or two for each, products may have 10. Each writes OUT/NAME.jsonl and OUT/NAME.log. NAMES is
+# a regular expression of the names below, which are in the order of what the tables need most. Then
 #
 #   cat OUT/products*.jsonl >rows.jsonl && python -m fdk_jax.benchmark.adopt rows.jsonl results/h200_kernels.jsonl
 #   python -m fdk_jax.benchmark.report

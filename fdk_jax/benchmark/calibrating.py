@@ -8,7 +8,6 @@ One row a process: a peak is the process's. Until then rows.jsonl.unfinished hol
 were: a run that was stopped leaves it, with fewer "layers" than "layers_of_model".
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -26,7 +25,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from fdk_jax import compilation_cache, models
+from fdk_jax import compilation_cache, models, usage
 from fdk_jax.benchmark import environment, loading, records
 from fdk_jax.models import calibrating
 from fdk_jax.models.config import ModelConfig, custom_llama
@@ -167,7 +166,7 @@ def measure(
 
 def main() -> None:
     """Measures one model and appends its row."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = usage.Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="1B", help="1B, 8B, ...: see models.custom_llama")
     parser.add_argument("--bits", type=int, default=4, choices=(1, 2, 4, 8))

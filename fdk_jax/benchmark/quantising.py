@@ -7,7 +7,6 @@ has a figure of its own; what is timed are the calls after it. Where the process
 are the device, their seconds are what counts, all of them together: other programs do not change these.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fdk_jax import usage
 from fdk_jax.benchmark import environment, records
 from fdk_jax.format.quantisation import quantise_array
 from fdk_jax.format.quantised_tensor import QuantisedTensor
@@ -78,7 +78,7 @@ def measure(weight: Array, bits: int, codebook: str, scale: str, samples: int) -
 
 def main() -> None:
     """Writes the rows and prints them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = usage.Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--n", type=int, default=4096, help="rows of the weight")
     parser.add_argument("--k", type=int, default=4096, help="its columns")
     parser.add_argument("--samples", type=int, default=records.MIN_SAMPLES, help="calls timed")

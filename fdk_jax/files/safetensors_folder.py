@@ -66,30 +66,29 @@ def read_stored(folder: str | Path, named: object = None) -> dict[str, Stored]:
 def weight_files(folder: str | Path, named: object = None) -> list[Path]:
     """The safetensors files that make up a folder's checkpoint; see `read_stored`."""
     folder = Path(folder)
-    index, single = folder / INDEX, folder / "model.safetensors"
+    source: Path | None = None  # the file itself, or an index of files
     if named is not None:
         name = str(named)
         if ".." in Path(name).parts or Path(name).is_absolute() or ".safetensors" not in name:
             raise ValueError(
                 f"{folder}: transformers_weights={named!r} must be a file of the folder"
             )
-        index, single = (folder / name,) * 2
-        is_index = name.endswith(".json")
+        source = folder / name
     else:
-        is_index = index.is_file() and not single.is_file()
-    if is_index:
-        paths = [folder / name for name in _indexed(index)]
-    elif single.is_file() or named is not None:
-        paths = [single]
+        usual = folder / "model.safetensors", folder / INDEX
+        source = next((path for path in usual if path.is_file()), None)
+    if source is None:
+        by, paths = folder, sorted(folder.glob("*.safetensors"))
+    elif source.name.endswith(".json"):
+        by, paths = source.name, [folder / name for name in _indexed(source)]
     else:
-        paths = sorted(folder.glob("*.safetensors"))
+        by, paths = "config.json", [source]
     if not paths:
         other = [path.name for path in sorted(folder.glob("*.bin"))[:2]]
         hint = f"; {', '.join(other)} has to be saved as safetensors first" if other else ""
         raise FileNotFoundError(f"{folder} holds no *.safetensors files{hint}")
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        by = index.name if is_index else folder if named is None else "config.json"
         raise FileNotFoundError(f"{by} names files that do not exist: {missing}")
     return paths
 

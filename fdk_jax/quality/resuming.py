@@ -6,7 +6,6 @@ trains a model of the scaling table twice, each time in a process of its own and
 killed once it has written a checkpoint, and started again. A row has the losses of both.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 
 import jax
 
+from fdk_jax import usage
 from fdk_jax.benchmark import environment, records
 from fdk_jax.quality import scaling_runs
 
@@ -93,7 +93,7 @@ def _checkpoints(folder: Path) -> list[int]:
 
 def main() -> None:
     """Trains, kills, and appends the row."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = usage.Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="see fdk_jax.quality.corpus")
     parser.add_argument("--size", default="tiny", choices=list(scaling_runs.SIZES))
     parser.add_argument("--bits", type=int, default=1, choices=(16, 8, 4, 2, 1))
