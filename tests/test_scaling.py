@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import re
 import runpy
+import subprocess
 import sys
 
 import jax
@@ -184,8 +185,17 @@ def test_a_training_is_killed_and_compared(mode, off, tmp_path, monkeypatch):
     monkeypatch.setattr(resuming, "_PROGRAM", [sys.executable, str(script)])
     if mode == "fast":  # it ended before it could be killed
         monkeypatch.setattr(resuming, "_checkpoints", lambda folder: [])
+        started = []
+
+        class Recorded(subprocess.Popen):
+            def __init__(self, *args):
+                super().__init__(*args)
+                started.append(self)
+
+        monkeypatch.setattr(resuming.subprocess, "Popen", Recorded)
         with pytest.raises(RuntimeError, match="give more tokens"):
             resuming.measure("tiny", 1, 400, tmp_path, options=[])
+        assert len(started) == 2 and None not in [process.returncode for process in started]
         return
     found = resuming.measure("tiny", 1, 400, tmp_path, options=[])
     assert (found["steps"], found["killed_after_step"]) == (50, 40)

@@ -79,11 +79,14 @@ def main() -> None:
         spin = f"import os\nos.sched_setaffinity(0, [{processors[-1]}])\nwhile True: pass"
         spinning = subprocess.Popen([sys.executable, "-c", spin]) if busy else None
         samples: dict[int, list[float]] = {threads: [] for threads in pipes}
-        for _ in range(args.rounds):
-            for threads, values in samples.items():
-                values.append(sample(threads))
-        if spinning is not None:
-            spinning.kill()
+        try:
+            for _ in range(args.rounds):
+                for threads, values in samples.items():
+                    values.append(sample(threads))
+        finally:  # an interruption leaves no processor busy
+            if spinning is not None:
+                spinning.kill()
+                spinning.wait()
         for threads, values in samples.items():
             medians[busy, threads] = statistics.median(values)
             rows.append((threads, busy, values))

@@ -6,10 +6,12 @@ trains a model of the scaling table twice, each time in a process of its own and
 killed once it has written a checkpoint, and started again. A row has the losses of both.
 """
 
+import contextlib
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +49,29 @@ def measure(
             "--reproducible",
             f"--sizes={size}",
             f"--bits={bits}",
+            f"--tokens={tokens}",
+            *options,
         ]
-        command += [f"--tokens={tokens}", *options]
 
-        def start(place: Path) -> subprocess.Popen:
-            return subprocess.Popen([*command, f"--folder={place}", f"--out={place}.jsonl"])
+        def start(place: Path) -> contextlib.AbstractContextManager[subprocess.Popen]:
+            return _child([*command, f"--folder={place}", f"--out={place}.jsonl"])
 
-        first, second = start(whole), start(killed)
-        until = time.monotonic() + wait
-        while not (found := _checkpoints(killed)) and second.poll() is None:
-            if time.monotonic() > until:
-                break
-            time.sleep(0.05)
-        second.kill()
-        if second.wait() == 0 or not found:
-            first.kill()
-            raise RuntimeError(
-                f"no checkpoint of {size} {bits} in time to be killed after: give more tokens"
-            )
-        if start(killed).wait() or first.wait():
-            raise RuntimeError(f"a training of {size} {bits} failed")
+        with start(whole) as first:
+            with start(killed) as second:
+                until = time.monotonic() + wait
+                while not (found := _checkpoints(killed)) and second.poll() is None:
+                    if time.monotonic() > until:
+                        break
+                    time.sleep(0.05)
+                second.kill()
+                ended = second.wait() == 0
+            if ended or not found:
+                raise RuntimeError(
+                    f"no checkpoint of {size} {bits} in time to be killed after: give more tokens"
+                )
+            with start(killed) as again:
+                if again.wait() or first.wait():
+                    raise RuntimeError(f"a training of {size} {bits} failed")
         one, other = (records.read([place.with_suffix(".jsonl")])[0] for place in (whole, killed))
     return {
         "suite": SUITE,
@@ -86,6 +91,16 @@ def measure(
     }
 
 
+@contextlib.contextmanager
+def _child(command: list[str]) -> Iterator[subprocess.Popen]:
+    """A process that has ended when the block has, whatever happens in it."""
+    with subprocess.Popen(command) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def _checkpoints(folder: Path) -> list[int]:
     """Chunks that were trained by each checkpoint; one that is being written has another name."""
     return [int(path.name) for path in folder.glob("*/[0-9]*") if path.name.isdigit()]
@@ -102,9 +117,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/resumed.jsonl"))
     arguments = parser.parse_args()
     options = ["--small"] if arguments.small else []
-    found = measure(
-        arguments.size, arguments.bits, arguments.tokens, arguments.text, options=options
-    )
+    try:
+        found = measure(
+            arguments.size, arguments.bits, arguments.tokens, arguments.text, options=options
+        )
+    except RuntimeError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     with records.Writer(arguments.out) as writer:
         writer.write(records.make_row(environment.describe(jax.devices()[0]), found))
     print(
