@@ -74,19 +74,22 @@ def matmul(
         # At most: whole tiles, a last one for each group with rows, and one past them all.
         lead = group_sizes.shape
         tiles_m = case.m // config.tokens + min(*lead, case.m) + 1
-    has_bias, out = arrays.bias is not None, jax.ShapeDtypeStruct((case.m, case.n), case.out_dtype)
+    has_bias = arrays.bias is not None
+    out: Any = jax.ShapeDtypeStruct((case.m, case.n), case.out_dtype)
+    body = functools.partial(_kernel, case, config, lead, has_bias, factors is not None)
+    grid, names = (tiles_m, -(-programs_n // config.cluster)), ("m", "n")
     if config.programs:
+        if group_sizes is not None or factors is not None:
+            raise ValueError(f"groups and integers have no persistent programs: {config.programs=}")
         given = config.programs * config.row_groups, GROUP_ROWS * config.tokens
-        sums = jax.ShapeDtypeStruct(given, jnp.float32)
+        out = out, jax.ShapeDtypeStruct(given, jnp.float32)
         body = functools.partial(_persistent, case, config, has_bias)
-        launch = dict(out_type=(out, sums), grid=(config.programs,), grid_names=("program",))
-    else:
-        body = functools.partial(_kernel, case, config, lead, has_bias, factors is not None)
-        grid = tiles_m, -(-programs_n // config.cluster)
-        launch = dict(out_type=out, grid=grid, grid_names=("m", "n"))
+        grid, names = (config.programs,), ("program",)
     kernel = plgpu.kernel(
         body,
-        **launch,
+        out_type=out,
+        grid=grid,
+        grid_names=names,
         scratch_types=_scratch(case, config),
         num_threads=config.warpgroups + 1,
         thread_name="wg",
