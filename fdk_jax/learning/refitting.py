@@ -172,17 +172,17 @@ def learn(
     """
     options: dict[str, Any] = dict(group_size=group_size, dtype=jnp.dtype(dtype))
     if codebook.ndim == 2:
-        count = len(codebook)
-        parts = [
-            learn(
-                *(jnp.split(a, count)[i] for a in (weight, codes, scales)), codebook[i], second,
-                learns_scales=learns_scales, learns_levels=learns_levels, sweeps=sweeps, damping=damping,
-                **options,
-            )
-            for i in range(count)
-        ]  # fmt: skip
-        codes, scales, levels = zip(*parts, strict=True)
-        return jnp.concatenate(codes), jnp.concatenate(scales), jnp.stack(levels)
+        rows, parts = len(weight) // len(codebook), []
+        for block, own in enumerate(codebook):
+            cut = slice(block * rows, (block + 1) * rows)
+            parts.append(
+                learn(
+                    weight[cut], codes[cut], scales[cut], own, second, learns_scales=learns_scales,
+                    learns_levels=learns_levels, sweeps=sweeps, damping=damping, **options,
+                )
+            )  # fmt: skip
+        made = list(zip(*parts, strict=True))
+        return jnp.concatenate(made[0]), jnp.concatenate(made[1]), jnp.stack(made[2])
     second = _damped(second, jnp.float32(damping))
     best = codes, scales, round_to(codebook, dtype)
     error = output_error(weight, *best, second, **options)
