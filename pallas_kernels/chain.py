@@ -75,7 +75,7 @@ def unsupported_reason(
     products: Sequence[Case], config: ring.Config, target: Target, devices: int = 1
 ) -> str | None:
     """Why the kernel does not take a chain of products, whose sums are of so many devices, or None."""
-    if (reason := ring.unsupported_target(target)) is not None:
+    if (reason := ring.unsupported_chain(config, target)) is not None:
         return reason
     if target.no_grid_barriers:
         return f"its programs wait for each other, but {target.no_grid_barriers}"

@@ -17,7 +17,9 @@ def for_groups(case: Case, config: Config, target: Target) -> Config:
     and 24 warps and by two programs of 12: 4096 x 4096 4.5, 4.7, 4.7, 5.7 us; 8192 x 8192 8.8, 9.3, 9.5, 11.6.
     """
     is_small = case.bits == 1 and case.group_size == integer_quarters.GROUP
-    return Config(_CONSUMERS_OF_QUARTERS, target.multiprocessors) if is_small else config
+    if not is_small:
+        return config
+    return Config(_CONSUMERS_OF_QUARTERS, target.multiprocessors, config.lane_copies)
 
 
 def unsupported_reason(case: Case, config: Config, target: Target) -> str | None:

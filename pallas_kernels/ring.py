@@ -2,9 +2,10 @@
 
 At batch 1 memory is what there is to wait for, and it must never stand still. A program's rows of a weight are
 one range of memory. A producer warp copies that to a ring in shared memory, as far ahead as its capacity
-allows, from the first instruction on: in bulk where the GPU can, else 16 bytes a lane at a time. Consumer
-warps prepare x, once a program, and multiply. How they do that is an arithmetic, which `ring_arithmetic`
-chooses: sums of integers for one bit and for evenly spaced values (`integer_one` and its like), else `stream`.
+allows, from the first instruction on: in bulk where the GPU can and the configuration does not say otherwise,
+else 16 bytes a lane at a time. Consumer warps prepare x, once a program, and multiply. How they do that is an
+arithmetic, which `ring_arithmetic` chooses: sums of integers for one bit and for evenly spaced values
+(`integer_one` and its like), else `stream`.
 
 A launch may have several products, each with the outputs of the one before it as its x. Between two of them
 is a grid barrier, a counter in memory, while the copies of what comes next go on; but stores queue up after
@@ -23,7 +24,7 @@ from pallas_kernels.ring_plan import Config, LaunchPlan, ProductPlan
 from pallas_kernels.ring_product import Product
 from pallas_kernels.target import Target
 
-__all__ = ["Config", "grid", "source", "squares", "unsupported_reason", "unsupported_target"]
+__all__ = ["Config", "grid", "source", "squares", "unsupported_chain", "unsupported_reason"]
 
 
 def grid(case: Case, config: Config) -> tuple[int, int]:
@@ -39,9 +40,8 @@ def squares(case: Case, config: Config, arithmetic: type[Product]) -> int:
 
 def source(case: Case, config: Config, target: Target, arithmetic: type[Product]) -> str:
     """The PTX of a launch with one product."""
-    plan = _plan(case, config, arithmetic)
-    launch = LaunchPlan((plan,), target.shared_bytes)
-    return Launch(launch, [arithmetic(plan, target)]).write()
+    launch = _launch(case, config, target, arithmetic)
+    return Launch(launch, [arithmetic(launch.products[0], target)]).write()
 
 
 def unsupported_reason(
@@ -50,16 +50,23 @@ def unsupported_reason(
     """Why a launch with one product does not take a case, or None."""
 
     def shared_bytes() -> int:
-        return LaunchPlan((_plan(case, config, arithmetic),), target.shared_bytes).shared_bytes
+        return _launch(case, config, target, arithmetic).shared_bytes
 
     return target.unknown or case.unsupported_reason(config, target, shared_bytes)
 
 
-def unsupported_target(target: Target) -> str | None:
-    """Why no launch of several products runs on a GPU, or None."""
-    if target.unknown or target.has_bulk_copies:
+def unsupported_chain(config: Config, target: Target) -> str | None:
+    """Why no launch of several products with a configuration runs on a GPU, or None: they copy in bulk."""
+    if target.unknown or config.copies_in_bulk(target):
         return target.unknown or None
+    if target.has_bulk_copies:
+        return f"{config}: launches of several products copy in bulk"
     return f"{target.architecture} has no bulk copies, which are sm_90's and newer ones'"
+
+
+def _launch(case: Case, config: Config, target: Target, arithmetic: type[Product]) -> LaunchPlan:
+    plan, bulk = _plan(case, config, arithmetic), config.copies_in_bulk(target)
+    return LaunchPlan((plan,), target.shared_bytes, bulk=bulk)
 
 
 def _plan(case: Case, config: Config, arithmetic: type[Product]) -> ProductPlan:

@@ -47,7 +47,7 @@ class Launch(Writer):
             if product is not first:
                 # What this launch has written is not read-only data.
                 product.load_opcode = "ld.global"
-        self.ring = Ring(self.ptx, plan, first.target.has_bulk_copies)
+        self.ring = Ring(self.ptx, plan)
 
     def write(self) -> str:
         """The kernel's PTX."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.case import Case
 from pallas_kernels.layout import FOUR_SCALES, TILE_ROWS
+from pallas_kernels.target import Target
 
 BARRIER = 8  # bytes of a barrier
 BARRIERS = 2 * BARRIER  # those of a slot
@@ -19,10 +20,18 @@ BARRIERS = 2 * BARRIER  # those of a slot
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Launch configuration: W and P of the glossary of `ring`."""
+    """Launch configuration: W and P of the glossary of `ring`, and who copies into the ring.
+
+    Attributes:
+        consumers: W.
+        programs: P.
+        lane_copies: whether the lanes of the producer warp copy 16 bytes each where the GPU has bulk copies,
+            too; where it has none they always do.
+    """
 
     consumers: int = 16
     programs: int = 132
+    lane_copies: bool = False
     cluster: ClassVar[int] = 1
     rows: ClassVar[int] = TILE_ROWS  # at whose multiples the codebook may change
 
@@ -30,6 +39,10 @@ class Config:
     def warps(self) -> int:
         """Warps of a program: the consumers and the producer."""
         return self.consumers + 1
+
+    def copies_in_bulk(self, target: Target) -> bool:
+        """Whether one lane of the producer warp starts bulk copies; else each lane copies its part."""
+        return target.has_bulk_copies and not self.lane_copies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,6 +190,7 @@ class LaunchPlan:
         others: areas of what else the launch computes, or needs more of: names and bytes.
         rounds: how often it runs the products one after another.
         signals: barriers at which the producer waits for outputs, one for each product that another follows.
+        bulk: see `Config.copies_in_bulk`.
     """
 
     products: tuple[ProductPlan, ...]
@@ -184,6 +198,7 @@ class LaunchPlan:
     others: tuple[tuple[str, int], ...] = ()
     rounds: int = 1
     signals: int = 1
+    bulk: bool = True
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:

@@ -20,12 +20,12 @@ class Ring:
     """The slots of a program, each with two barriers: the producer fills one, the consumers empty it.
 
     Attributes:
-        bulk: whether one lane of the producer starts copies in bulk; else each of its lanes copies a part.
+        bulk: see `ring_plan.Config.copies_in_bulk`.
         is_first_lane: whether this is the lane that signals for its warp.
     """
 
-    def __init__(self, ptx: Ptx, plan: LaunchPlan, bulk: bool) -> None:
-        self.ptx, self.plan, self.bulk = ptx, plan, bulk
+    def __init__(self, ptx: Ptx, plan: LaunchPlan) -> None:
+        self.ptx, self.plan, self.bulk = ptx, plan, plan.bulk
         self.consumers, self.slot_bytes = plan.products[0].consumers, plan.products[0].slot_bytes
         self.is_first_lane: Register | None = None
 
@@ -70,6 +70,7 @@ class Ring:
         ptx = self.ptx
         ptx.label(f"fdk_wait_{name}")
         done = ptx.register("pred")
+        # Copies by lanes are as sm_80 has them, which has no `try_wait`: that lets a thread sleep.
         look = "try_wait" if self.bulk else "test_wait"
         ptx.do(f"mbarrier.{look}.parity.shared::cta.b64", done, barrier, parity)
         ptx.do("bra", f"fdk_wait_{name}", when=~done)

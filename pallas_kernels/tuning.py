@@ -87,8 +87,10 @@ def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
     if case.m == 1:
         for values in _DIAGONAL.get(case.bits, ()):
             yield "matvec", matvec.Config(*values[:3], row_warps=values[3], diagonal=True)
-        for values in _INTEGER:
-            yield "integer", integer.Config(values[0], values[1] * target.multiprocessors)
+        ways = (False, True) if target.has_bulk_copies else (False,)
+        for (consumers, each), lane_copies in itertools.product(_INTEGER, ways):
+            programs = each * target.multiprocessors
+            yield "integer", integer.Config(consumers, programs, lane_copies)
         for *values, row_warps, each in _PERSISTENT:
             programs = each * target.multiprocessors
             config = matvec.Config(*values, row_warps=row_warps, programs=programs)

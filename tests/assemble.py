@@ -54,10 +54,13 @@ ARCHITECTURES = (
 # Bytes that kernels spill: chains of 4 bits by 24 warps of 72 registers; layers, whose attention has as many
 # warps as the products; products whose warps have just the registers that they need; sums of 16384 values over
 # eight devices. Groups below 64, whose scales multiply weights, take registers too: `wgmma` at 1 bit and 32
-# tokens (220 bytes), `matvec` at 2 bits and 16 (28).
+# tokens (220 bytes), `matvec` at 2 bits and 16 (28); copies by lanes on sm_100 and
+# sm_103 (4; 8 with a sum).
 SPILLS = {
     "chain": 24,
     "integer+sum": 16,
+    "integer by lanes": 4,
+    "integer by lanes+sum": 8,
     "peer sum": 44,
     "wgmma": 220,
     "matvec": 28,
@@ -188,15 +191,19 @@ def _products(case, target, quick) -> Iterator[tuple[str, str, str, int]]:
         if row["kernel"] in choice.KERNELS:
             config = choice.fit(case, choice.configuration(row, target), target)
             found.append((row["kernel"], config))
+    if target.has_bulk_copies:  # what a row may ask for
+        rings = [row for row in found if isinstance(row[1], ring.Config)]
+        found += [(name, dataclasses.replace(c, lane_copies=True)) for name, c in rings]
     for kernel, config in found:
         if choice.unsupported_reason(case, config, target) is not None:
             continue
         module, name = choice.KERNELS[kernel], f"{_name(case)} {config}"
-        yield kernel, name, module.source(case, config, target), config.warps
+        family = kernel + " by lanes" * getattr(config, "lane_copies", False)
+        yield family, name, module.source(case, config, target), config.warps
         around = dataclasses.replace(case, squares=96, norm_eps=1e-5, residual=True)
         fits = case.m == 1 and config.cluster == 1 and case.x_dtype == jnp.bfloat16
         if fits and choice.unsupported_reason(around, config, target) is None:
-            yield f"{kernel}+sum", name, module.source(around, config, target), config.warps
+            yield f"{family}+sum", name, module.source(around, config, target), config.warps
 
 
 def _candidates(target: Target, m: int) -> Iterator[tuple[str, str, str, int]]:
@@ -315,7 +322,7 @@ def check(
         registers = [r.registers for r in reports]
         shared = max(r.kernel.shared_bytes for r in reports)
         lines.append(
-            f"{architecture:8} {family:14} {len(reports):4} kernels  registers {min(registers):3} to"
+            f"{architecture:8} {family:20} {len(reports):4} kernels  registers {min(registers):3} to"
             f" {max(registers):3}  spilled {max(r.spilled for r in reports):3}  shared {shared:6}"
             f" of {limit}"
         )

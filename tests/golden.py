@@ -25,6 +25,8 @@ from pallas_kernels import (
     chain,
     choice,
     dequantise,
+    integer,
+    integer_tokens,
     layers,
     peer_sum,
     ring,
@@ -68,6 +70,7 @@ def sources() -> Iterator[tuple[str, str]]:
                 if choice.unsupported_reason(around, config, target) is None:
                     yield f"{name} with a residual", module.source(around, config, target)
     yield from _other_groups()
+    yield from _lane_copies()
     yield from _chains()
     yield from _over_devices()
     yield from _layers()
@@ -121,6 +124,23 @@ def _other_groups() -> Iterator[tuple[str, str]]:
         if plan.kernel in choice.KERNELS:
             source = choice.KERNELS[plan.kernel].source(product, plan.config, H200)
             yield f"{bits} {uniform=} {m} {option} {plan.kernel}", source
+
+
+def _lane_copies() -> Iterator[tuple[str, str]]:
+    """Products whose producer warp copies 16 bytes a lane, though the GPU has bulk copies."""
+    for bits, uniform, option in (
+        *((1, False, {}), (1, False, dict(residual=True)), (1, False, dict(group_size=16))),
+        *((1, False, dict(group_size=4096)), (2, True, {}), (4, True, {})),
+    ):
+        product = case(1, 8192, 8192, bits, uniform, **option)
+        config = integer.Config(16, _MULTIPROCESSORS, lane_copies=True)
+        assert integer.unsupported_reason(product, config, H200) is None
+        yield f"lane copies {bits} {uniform=} {option}", integer.source(product, config, H200)
+    config = integer_tokens.Config(16, _MULTIPROCESSORS, lane_copies=True)
+    product = case(3, 8192, 8192, 1)
+    yield "lane copies of three tokens", integer_tokens.source(product, config, H200)
+    config, product = ring.Config(16, _MULTIPROCESSORS, lane_copies=True), case(1, 8192, 8192, 4)
+    yield "lane copies of a stream", ring.source(product, config, H200, stream.Product)
 
 
 # Groups and scales of checkpoints that people have: Q1_0, Q2_0, Q4_0, Q8_0, TQ2_0, GPTQ, MXFP4, NVFP4.

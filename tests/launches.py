@@ -25,6 +25,7 @@ SINGLE = (
         "test_tuned_",
         "test_shapes",
         "test_sums_",
+        "test_copies_",
         "test_groups_",
         "test_every_small_",
         "test_large_",

@@ -31,6 +31,7 @@ SHAPES = [(512, 512), (1024, 512), (512, 512), (96, 512)]
         (16, 2040, 1, ring.Config(4, 132)),
         (64, 512, 1, ring.Config(12, 1)),
         (400, 4096, 1, ring.Config(16, 1)),  # more than the ring holds
+        (70, 1000, 1, ring.Config(8, 3, lane_copies=True)),
     ],
 )
 def test_a_streamed_product(rng, bits, uniform, n, k, codebooks, config, dtype):
@@ -280,6 +281,11 @@ def test_what_no_chain_takes(change, reason):
     config = ring.Config(16, 132)
     assert chain.unsupported_reason(cases, config, H200) is None
     assert reason in chain.unsupported_reason(change(cases), config, H200)
+
+
+def test_chains_copy_in_bulk_alone():
+    products, config = _products(2, 1024, 2048, 1536), ring.Config(16, 132, lane_copies=True)
+    assert "copy in bulk" in (chain.unsupported_reason(products, config, H200) or "")
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="this machine has a GPU")

@@ -27,7 +27,17 @@ from fdk_jax.format import packing
 from fdk_jax.format.dequantisation import round_to
 from fdk_jax.models import fused_layers, fused_products
 from fdk_jax.models.config import ModelConfig
-from pallas_kernels import attention, chain, choice, integer, layers, matvec, ring_arithmetic, wgmma
+from pallas_kernels import (
+    attention,
+    chain,
+    choice,
+    integer,
+    integer_tokens,
+    layers,
+    matvec,
+    ring_arithmetic,
+    wgmma,
+)
 from pallas_kernels.case import Case
 from pallas_kernels.target import Target, current
 
@@ -137,6 +147,27 @@ def test_sums_of_integers(rng, bits, n, k, group_size, consumers, each):
     config = integer.Config(consumers, each * TARGET.multiprocessors)
     for dtype in ("bfloat16", "float16"):
         _check(rng, 1, n, k, bits, True, group_size, dtype, config=config)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size", "consumers", "programs"),
+    [
+        *((4096, 4096, 64, 16, 132), (8200, 8192, 128, 24, 132), (700, 1536, 32, 12, 264)),
+        (2100, 8192, 64, 12, 8),  # more than the ring holds
+        (4100, 4096, 4096, 16, 132),  # scales that are kept
+    ],
+)
+def test_copies_by_lanes(rng, bits, n, k, group_size, consumers, programs):
+    config = integer.Config(consumers, programs, lane_copies=True)
+    for dtype in ("bfloat16", "float16"):
+        _check(rng, 1, n, k, bits, bits > 1, group_size, dtype, config=config)
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_copies_by_lanes_of_several_tokens(rng, m):
+    config = integer_tokens.Config(16, TARGET.multiprocessors, lane_copies=True)
+    _check(rng, m, 8200, 8192, 1, False, 64, "bfloat16", config=config)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -105,6 +105,7 @@ def _other_product(place: int, **changes: Any) -> Callable[[layers.Plan], layers
             "4 heads are more than 3",
         ),
         (lambda plan: dataclasses.replace(plan, config=ring.Config(2, 6)), "threads"),
+        (lambda plan: dataclasses.replace(plan, config=ring.Config(4, 6, True)), "copy in bulk"),
         (
             lambda plan: dataclasses.replace(
                 plan, attention=dataclasses.replace(plan.attention, dim=96)

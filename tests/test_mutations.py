@@ -176,11 +176,12 @@ def test_ptx(case, decoder, spoil, rng, monkeypatch):
 
 
 @MUTATIONS
-def test_ptx_of_integers(spoil, rng, monkeypatch):
+@pytest.mark.parametrize("lane_copies", [False, True])
+def test_ptx_of_integers(lane_copies, spoil, rng, monkeypatch):
+    config = integer.Config(2, 2, lane_copies)
+
     def test():
-        test_ptx_values.test_integer_kernel(
-            rng, 33, 600, 1, integer.Config(2, 2), "bfloat16", False
-        )
+        test_ptx_values.test_integer_kernel(rng, 33, 600, 1, config, "bfloat16", False)
 
     fails(test, spoil, monkeypatch, emulator, "run", _emulated)
 

@@ -1,5 +1,7 @@
 """The PTX of kernels on the emulator: values against float64, at odd shapes and with odd numbers."""
 
+import dataclasses
+
 import emulator
 import jax.numpy as jnp
 import numpy as np
@@ -143,7 +145,7 @@ def test_integer_kernel(rng, n, k, codebooks, config, dtype, wide_scales):
     wanted.check(_run_ptx(case, config, arrays, bias), bias)
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_89"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90"])
 @pytest.mark.parametrize(
     ("n", "k", "group_size", "scale_dtype", "config"),
     [
@@ -156,12 +158,13 @@ def test_integer_kernel(rng, n, k, codebooks, config, dtype, wide_scales):
     ],
 )
 def test_integer_kernel_whose_lanes_copy(rng, n, k, group_size, scale_dtype, config, architecture):
-    """On GPUs without bulk copies each lane of the producer warp copies a part of a slot."""
+    """Each lane of the producer warp copies a part of a slot: without bulk copies, or where asked for."""
     arrays, _, wanted = planar.product(
         rng, 1, n, k, 1, group_size, "bfloat16", scale_dtype=scale_dtype
     )
     kind = dict(group_size=group_size, scales=arrays[2].dtype, out=jnp.dtype(jnp.float32))
     case, target = planar.case(1, n, k, 1, **kind), Target.parse(architecture)
+    config = dataclasses.replace(config, lane_copies=target.has_bulk_copies)
     assert choice.unsupported_reason(case, config, target) is None
     assert "bulk" not in integer.source(case, config, target)
     wanted.check(_run_ptx(case, config, arrays, None, target))
@@ -224,7 +227,7 @@ def test_groups_and_scales_of_the_integer_kernel(
         (64, 2048, 2, 128, "bfloat16", "bfloat16", integer_tokens.Config(5, 3)),
         (48, 3000, 1, 256, "float16", "bfloat16", integer_tokens.Config(4, 2)),
         (33, 8192, 1, 1024, "bfloat16", "float16", integer_tokens.Config(16, 2)),
-        (33, 2104, 1, 2104, "bfloat16", "bfloat16", integer_tokens.Config(5, 2)),
+        (33, 2104, 1, 2104, "bfloat16", "bfloat16", integer_tokens.Config(5, 2, True)),
         (48, 5000, 1, 1024, "float16", "float32", integer_tokens.Config(7, 2)),
     ],
 )

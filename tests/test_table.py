@@ -1,12 +1,13 @@
 """The tuned table and the rule by which products find a row: the next larger m, then the nearest shape."""
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 from golden import case
 
-from pallas_kernels import choice, integer
+from pallas_kernels import choice, integer, tuning
 from pallas_kernels.target import H200, Target
 
 ROWS = choice.table()
@@ -125,3 +126,25 @@ def test_rows_of_older_files_are_read():
     row = {"kernel": "integer", "config": {"workers": 12, "programs": 264}}
     half = Target.parse("sm_90:multiprocessors=66", H200)
     assert choice.configuration(row, half) == integer.Config(consumers=12, programs=132)
+
+
+def test_a_row_may_ask_for_copies_by_lanes(monkeypatch):
+    """Plans say so, groups that have a configuration of their own keep it, and the search records it."""
+    config = {"consumers": 24, "programs_each": 1, "lane_copies": True}
+    row = dict(device=H200.kind, bits=1, m=1, n=8192, k=8192, kernel="integer", config=config)
+    monkeypatch.setattr(choice, "table", lambda: [row])
+    product = case(1, 8192, 8192, 1)
+    plan = choice.choose(product, H200)
+    assert plan.config == integer.Config(24, 132, lane_copies=True)
+    assert str(plan).startswith("integer Config(consumers=24, programs=132, lane_copies=True): ")
+    assert tuning._recorded(plan.config, H200) == config
+    small = choice.choose(dataclasses.replace(product, group_size=16), H200)
+    assert small.config == integer.Config(16, 132, lane_copies=True)
+
+
+def test_the_search_tries_copies_by_lanes_where_there_are_others():
+    for architecture, ways in (("sm_90", {False, True}), ("sm_80", {False})):
+        target = Target.parse(architecture)
+        tried = [c for k, c in tuning.candidates(case(1, 512, 512, 1), target) if k == "integer"]
+        assert {config.lane_copies for config in tried} == ways
+        assert len(tried) == len(set(tried)) == len(ways) * len(tuning._INTEGER)

@@ -96,7 +96,7 @@ std::vector<Case> make_cases(const Options &o, int64_t threads) {
   std::vector<Case> cases;
   const std::regex include(o.include);
   auto memory =
-      std::make_shared<Buffer>(std::max(static_cast<size_t>(o.rotate_mib) << 20, 4 * kProbeBytes));
+      std::make_shared<Buffer>(std::max(static_cast<size_t>(o.rotate_mib) << 20, 2 * kProbeBytes));
   fill_random(*memory);
   cases.push_back(probe_case(memory, false, threads));
   cases.push_back(probe_case(memory, true, threads));
@@ -107,12 +107,18 @@ std::vector<Case> make_cases(const Options &o, int64_t threads) {
       for (const int64_t bits : o.bits)
         for (const std::string &kind : o.codebook) {
           std::shared_ptr<Weights> weights;
+          size_t probe = 0;
           for (const int64_t m : o.m)
             for (const auto &[arithmetic, isa] : pairs(o.arithmetic, o.isa)) {
               Case c = codebook_case(o, m, k, n, bits, arithmetic, kind, threads);
               c.isa = isa;
               if (!std::regex_search(c.name, include)) continue;
-              if (weights == nullptr) weights = make_weights(o, n, k, static_cast<int>(bits), kind);
+              if (weights == nullptr) {
+                weights = make_weights(o, n, k, static_cast<int>(bits), kind);
+                probe = cases.size();
+                cases.push_back(weights_probe(c, weights));
+              }
+              c.probe = probe;
               if (o.busy_cores > 0 && m == 1 && threads > 1 && o.dtype == "bfloat16") {
                 cases.push_back(c);
                 bind_equal_split(cases.back(), weights);
@@ -133,23 +139,24 @@ void run(const Options &o, int64_t threads, std::ofstream &output) {
   int64_t copy = 0;
   for (int round = -1; round < o.rounds; ++round)
     for (Case &c : cases) sample(c, o.round_ms, copy, round >= 0);
-  const Bounds bounds{rate(cases[1]), rate(cases[0])};
   std::printf("\n%s, ISA %s, %d thread(s)\n", processor_name().c_str(), isa.c_str(),
               static_cast<int>(threads));
   std::printf("%-28s %-10s %5s %6s %6s %4s %-8s %10s %9s %9s %7s %9s\n", "case", "ISA", "m", "k",
               "n", "bits", "codebook", "median us", "GB/s", "GFLOP/s", "of read", "error");
   for (const Case &c : cases) {
     // The share of the bandwidth is taken round by round, neighbours in time.
+    const Case &probe = cases[c.probe];
     std::vector<double> shares;
     for (size_t i = 0; i < c.samples_us.size(); ++i)
-      shares.push_back(c.bytes / c.samples_us[i] / (cases[0].bytes / cases[0].samples_us[i]));
+      shares.push_back(c.bytes / c.samples_us[i] / (probe.bytes / probe.samples_us[i]));
     const double median = quantile(c.samples_us, 0.5);
     std::printf("%-28s %-10s %5lld %6lld %6lld %4lld %-8s %10.1f %9.2f %9.1f %6.1f%% %9.2g\n",
                 c.name.c_str(), c.isa.c_str(), static_cast<long long>(c.m),
                 static_cast<long long>(c.k), static_cast<long long>(c.n),
                 static_cast<long long>(c.bits), c.codebook.c_str(), median, rate(c),
                 c.ops / median * 1e-3, 100.0 * quantile(shares, 0.5), c.error);
-    if (output.is_open()) output << to_json(o, c, bounds) << "\n" << std::flush;
+    if (output.is_open())
+      output << to_json(o, c, {rate(cases[1]), rate(probe)}) << "\n" << std::flush;
   }
 }
 

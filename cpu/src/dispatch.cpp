@@ -298,11 +298,14 @@ void run_probe_copy(const void *source, void *target, size_t bytes, const Team &
 
 int64_t run_probe_sum(const int32_t *source, size_t count, const Team &team, int threads) {
   const ProbeSum sum = first_of(&Isa::probe_sum);
+  // Streams lie near one another, as those of a product do.
+  constexpr auto kPiece = int64_t{1} << 16;
+  const auto all = static_cast<int64_t>(count);
   std::atomic<int64_t> total{0};
-  for_pieces(team, threads, static_cast<int64_t>(count), int64_t{1} << 16,
-             [&](int64_t begin, int64_t end) {
-               total.fetch_add(sum(source + begin, static_cast<size_t>(end - begin)));
-             });
+  for_pieces(team, threads, ceil_div(all, kPiece), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin * kPiece; at < std::min(end * kPiece, all); at += kPiece)
+      total.fetch_add(sum(source + at, static_cast<size_t>(std::min(kPiece, all - at))));
+  });
   return total.load();
 }
 

@@ -142,30 +142,30 @@ def _least_beside_dense(here: list[Row], column: tuple) -> str:
 def read_shares(found: Iterable[Row]) -> str:
     """Bytes a second of one-token products over those of the probe that only reads, sample by sample.
 
-    A table for each device and commit, whose probes belong to its products.
+    The probe reads the product's own copies of its weights; in older rows, which have no such
+    probe, other memory. A table for each device and commit, whose probes belong to its products.
     """
     chosen = _of(found, "cpu_threads")
     texts = []
     for here in _by(chosen, lambda r: (r["device"], r["commit"])):
         kinds = sorted(
-            {(r["arithmetic"], r["k"], r["bits"]) for r in here if r["bits"]},
+            {(r["arithmetic"], r["k"], r["bits"]) for r in here if r.get("arithmetic")},
             key=lambda c: (c[:2], -c[2]),
         )
         threads = sorted({r["threads"] for r in here})
         lines = []
         for count in threads:
             same = [r for r in here if r["threads"] == count]
-            probes = {r["name"]: r for r in same if not r["bits"]}
-            read = probes["probe_reduce_sum"]
-            cells = [str(count)] + [
-                f"{r['bytes_rw'] / r['median_us'] / 1e3:.1f}" for r in (read, probes["probe_copy"])
-            ]
+            probes = {(r["name"], r["k"], r["bits"]): r for r in same if not r.get("arithmetic")}
+            whole = [probes[name, None, None] for name in ("probe_reduce_sum", "probe_copy")]
+            cells = [str(count)] + [f"{r['bytes_rw'] / r['median_us'] / 1e3:.1f}" for r in whole]
             for arithmetic, k, bits in kinds:
                 row = [
                     r
                     for r in same
                     if r["bits"] == bits and (r["arithmetic"], r["k"]) == (arithmetic, k)
                 ]
+                read = probes.get(("probe_reduce_sum", k, bits), whole[0])
                 cells.append(_share(row[0], read) if row else "")
             lines.append(cells)
         head = [
