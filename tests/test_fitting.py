@@ -7,10 +7,9 @@ import pytest
 
 import fdk_jax
 from fdk_jax.format import codebooks
+from fdk_jax.format.packing import BITS
 from fdk_jax.learning import refitting, rounding
 from fdk_jax.learning.fitting import calibrate_array
-
-BITS = [1, 2, 4, 8]
 
 
 def make_problem(rng, n=24, k=130):
