@@ -83,6 +83,11 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         help="with --calibrate: fold rotations into the weights first, which helps at 2 and 1 bits",
     )
     weights.add_argument(
+        "--learn",
+        action="store_true",
+        help="with --calibrate: learn scales and levels for the error of the layers' outputs",
+    )
+    weights.add_argument(
         "--requantise",
         type=int,
         choices=(4, 8, 16),
@@ -100,8 +105,9 @@ def check_weights(args: argparse.Namespace) -> None:
     for name in ("head_bits", "calibrate"):
         if getattr(args, name) is not None and args.bits is None:
             raise ValueError(f"--{name} needs --bits")
-    if args.rotate and args.calibrate is None:
-        raise ValueError("--rotate needs --calibrate")
+    for name in ("rotate", "learn"):
+        if getattr(args, name) and args.calibrate is None:
+            raise ValueError(f"--{name} needs --calibrate")
 
 
 def load(
@@ -134,6 +140,7 @@ def load(
                 rows,
                 progress=False if console.quiet else None,
                 rotate=args.rotate,
+                learn=args.learn,
                 **options,
             )
         else:

@@ -50,7 +50,8 @@ def _evaluate(args: argparse.Namespace, console: rich.console.Console) -> str:
     reference = None
     if args.bits is not None:
         plain = argparse.Namespace(
-            **vars(args) | dict(bits=None, calibrate=None, head_bits=None, rotate=False)
+            **vars(args)
+            | dict(bits=None, calibrate=None, head_bits=None, rotate=False, learn=False)
         )
         reference = arguments.load(plain, tokenizer, console, backend=args.backend)
     with warnings.catch_warnings():  # a few tokens are enough to measure with

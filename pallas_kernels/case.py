@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import xla_call
-from pallas_kernels.layout import PLANE, SCALE_GROUPS, TILE_ROWS
+from pallas_kernels import decoding, layout, xla_call
+from pallas_kernels.layout import PART_BYTES, PLANE, SCALE_GROUPS, TILE_ROWS
 from pallas_kernels.target import Target
 
 
@@ -118,12 +118,22 @@ class Case:
     @property
     def planes(self) -> int:
         """E, planes of 64 weights a tile."""
-        return 8 // self.bits
+        return layout.planes(self.bits)
+
+    @property
+    def parts(self) -> int:
+        """Parts of a tile: of each a lane loads 16 bytes."""
+        return layout.parts(self.bits)
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile's codes."""
+        return self.parts * PART_BYTES
 
     @property
     def computes_values(self) -> bool:
         """Whether kernels compute values instead of looking them up, of uniform codebooks; slower at 2 bits."""
-        return self.uniform and self.bits in (4, 8)
+        return self.uniform and self.bits in decoding.COMPUTED
 
     @property
     def span(self) -> int:

@@ -123,6 +123,12 @@ def choose(case: Case, target: Target) -> Plan:
         without = "" if target.triton else ", and Pallas has no Triton lowering"
         return Plan("xla", None, f"dequantises, then dots, because {reason}{without}")
     rows = nearest_rows(case, target)
+    if all(row["bits"] != case.bits for row in table()):
+        why = f"untuned for {target.architecture}: no product of {case.bits} bits has been measured"
+        if case.m > _MAX_DECODED_AGAIN:
+            return Plan("dequantise", None, f"then dot, {why}")
+        config = portable(case, target)
+        return Plan(kernel_of(config), config, why)
     if not rows:
         why = "then dot: more tokens than any for which decoding again paid"
         return Plan("dequantise", None, f"{why}, for {target.architecture}")

@@ -32,11 +32,13 @@ def decoder(ptx: Ptx, bits: int, dtype, *, uniform: bool = False, exact: bool = 
         uniform: whether to compute the values of a uniform codebook, see `Case.computes_values`.
         exact: whether the values are those of the codebook in `dtype`, neighbours in order, `factor` None.
     """
+    if 8 % bits:
+        raise ValueError(f"there is no decoder for codes of {bits} bits")
     if bits == 1:
         return _Select(ptx, dtype) if exact else _Scaled(ptx, dtype)
     if exact or not uniform:
         return _Table(ptx, bits, dtype)
-    return (_UniformNibbles if bits == 4 else _UniformBytes)(ptx, bits, dtype)
+    return COMPUTED[bits](ptx, bits, dtype)
 
 
 def shared_bytes(bits: int, *, uniform: bool = False, exact: bool = False) -> int:
@@ -268,6 +270,10 @@ class _UniformBytes(_Uniform):
             value = ptx.op("prmt.b32", word, "0x43000000", f"0x74{byte}4")
             values.append(value.as_float() - self.offset)
         return self.pack(*values)
+
+
+# By the width of a code: how evenly spaced values are computed. Other widths look them up.
+COMPUTED = {4: _UniformNibbles, 8: _UniformBytes}
 
 
 def _twice(half: int) -> str:

@@ -4,7 +4,7 @@ It decodes by looking every code up in the codebook in memory, in a loop of few 
 once; `plain` unrolls that loop for GPUs.
 
 Glossary: BN rows of the weight and BM rows of x a program; a tile of the planar layout
-(`fdk_jax.format.packing`) holds 8 / bits planes of two halves of 32 weights; G weights a scale.
+(`fdk_jax.format.packing`) holds planes of two halves of 32 weights; G weights a scale.
 """
 
 import functools
@@ -47,7 +47,7 @@ def _kernel(case: Case, x_ref, packed_ref, scales_ref, codebook_ref, *rest):
     safe_rows = jnp.minimum(rows, n - 1)
     tile, row = (safe_rows >> 4)[:, None], (safe_rows & 15)[:, None]
     codebook_index = jax.lax.div(safe_rows, n // codebook_ref.shape[0])[:, None]
-    halves, groups = 16 // bits, -(-k // case.group_size)
+    halves, groups = 2 * case.planes, -(-k // case.group_size)
     h = jnp.arange(HALF_PLANE, dtype=jnp.int32)[None, :]
     columns = jnp.broadcast_to(h, (_BLOCK_N, HALF_PLANE))
 

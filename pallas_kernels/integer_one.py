@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from pallas_kernels import decoding
 from pallas_kernels.integer_plan import CODEBOOK_BYTES, INTEGERS, PLANES, Plan
 from pallas_kernels.integer_x import Integers
-from pallas_kernels.layout import PLANE, TILE_BYTES, TILE_ROWS, scale_offset
+from pallas_kernels.layout import PART_BYTES, PLANE, TILE_ROWS, scale_offset
 from pallas_kernels.registers import Memory, Register, at, vector, wide
 
 MULTIPLY = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
@@ -166,7 +166,7 @@ class Product(Integers):
         codes, scales = slot + self.codes, self.block_scales(slot)
         for half in range(2):
             part = vector(self.words[4 * half : 4 * half + 4])
-            ptx.do("ld.shared.v4.b32", part, at(codes, half * TILE_BYTES // 2))
+            ptx.do("ld.shared.v4.b32", part, at(codes, half * PART_BYTES))
         self._load_factors(scales)
 
     def _load_factors(self, scales: Register) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import chain, choice, gather, matvec, ring, ring_arithmetic, target
+from pallas_kernels import chain, choice, gather, layout, matvec, ring, ring_arithmetic, target
 from pallas_kernels.case import Arrays, Case
 
 
@@ -280,15 +280,14 @@ def _check_chain(x, residual, weights, norm_scales) -> None:
 
 
 def _check(x, packed, scales, codebook, bits, group_size, out_features) -> None:
-    if type(bits) is not int or bits not in (1, 2, 4, 8):
-        raise ValueError(f"{bits=} is not supported; use 1, 2, 4 or 8")
+    span = layout.planes(bits) * layout.PLANE
     if x.ndim != 2 or x.shape[0] < 1:
         raise ValueError(f"{x.shape=} must be [M, K] with M >= 1")
     k = x.shape[1]
     tiles = -(-out_features // 16)
-    blocks = -(-k * bits // 512)
-    groups = -(-blocks * (512 // bits) // group_size)
-    expected = (tiles, blocks, 2, 8, 32)
+    blocks = -(-k // span)
+    groups = -(-blocks * span // group_size)
+    expected = (tiles, blocks, layout.parts(bits), 8, layout.WORDS)
     if packed.dtype != jnp.uint16 or packed.shape != expected:
         raise ValueError(
             f"packed is {packed.dtype}{packed.shape}, must be uint16{expected} for {bits=}, {k=},"

@@ -15,6 +15,7 @@ from pallas_kernels.mosaic_schedule import Schedule, fewest_programs
 from pallas_kernels.target import Target
 
 GROUP_ROWS = 64  # of the weight, a warpgroup's
+BITS = (1, 2, 4, 8)  # of codes that `mosaic_decoding` finds in a tile
 _TABLE_BYTES = 32 * 1024
 _BARRIER_BYTES = 768  # and what the compiler adds
 
@@ -107,6 +108,8 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
     """Why the kernel does not take a case, or None."""
     if not target.has_wgmma:
         return f"{target.architecture} has no wgmma, which is sm_90's alone"
+    if case.bits not in BITS:
+        return f"its decoder has no codes of {case.bits} bits, only of {BITS}"
     if case.x_dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {case.x_dtype}, the tensor cores' inputs are bfloat16 or float16"
     if case.out_dtype != case.x_dtype:

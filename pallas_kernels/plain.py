@@ -112,12 +112,12 @@ def _kernel(
         block = split * each + i
         at_block = jnp.broadcast_to(block, shape)
         words = [
-            packed_ref[at_tile, at_block, jnp.full(shape, half), at_row, at_word].astype(jnp.int32)
-            for half in range(layout.HALVES)
+            packed_ref[at_tile, at_block, jnp.full(shape, part), at_row, at_word].astype(jnp.int32)
+            for part in range(case.parts)
         ]
         sums = list(totals)
         for number, shift in enumerate(layout.shifts(bits)):
-            code = words[shift.half] >> (shift.number * bits) & (2**bits - 1)
+            code = shift.code(words)
             x = x_ref[present[:, None], block, number, word[None, :]]
             for lower in (False, True):
                 if lower not in (shift.lower(0), shift.lower(1)):

@@ -5,7 +5,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pallas_kernels.layout import TILE_BYTES
 from pallas_kernels.ptx import Writer
 from pallas_kernels.registers import Memory, Register, at
 from pallas_kernels.ring_plan import BARRIER, LaunchPlan
@@ -152,7 +151,7 @@ class Launch(Writer):
         if not empty:
             self.ring.wait(at(position.barrier, BARRIER), position.parity, name)
         blocks = ptx.op("min.u32", left, consumers)
-        codes = (blocks * TILE_BYTES).low()
+        codes = (blocks * product.case.tile_bytes).low()
         ranges, scale_bytes = [(codes_from, codes)], product.plan.block_scales
         if scale_bytes:
             ranges.append((scales_from, (blocks * scale_bytes).low()))
@@ -207,7 +206,7 @@ class Launch(Writer):
                 in_bounds = (own + first) < kept.size
                 ptx.do(opcode, *operands, ptx.policy(_READ_ONCE), when=in_bounds)
         for (start, size), block_bytes in zip(
-            ranges, (TILE_BYTES, product.plan.block_scales), strict=False
+            ranges, (product.case.tile_bytes, product.plan.block_scales), strict=False
         ):
             source = start + self.lane * 16
             for first in range(0, self.consumers * block_bytes, 32 * 16):

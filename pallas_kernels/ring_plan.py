@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from pallas_kernels.case import Case
-from pallas_kernels.layout import FOUR_SCALES, TILE_BYTES, TILE_ROWS
+from pallas_kernels.layout import FOUR_SCALES, TILE_ROWS
 from pallas_kernels.target import Target
 
 BARRIER = 8  # bytes of a barrier
@@ -120,7 +120,7 @@ class ProductPlan(abc.ABC):
     @property
     def codes_bytes(self) -> int:
         """Bytes of a slot's codes; its scales follow them."""
-        return self.consumers * TILE_BYTES
+        return self.consumers * self.case.tile_bytes
 
     @property
     def slot_bytes(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from pallas_kernels import mailbox
-from pallas_kernels.layout import FOUR_SCALES, TILE_BYTES, TILE_ROWS
+from pallas_kernels.layout import FOUR_SCALES, TILE_ROWS
 from pallas_kernels.outputs import OutputWriter
 from pallas_kernels.ptx import LOG2_E, Ptx, Writer, over_lanes
 from pallas_kernels.registers import Register, at, vector
@@ -114,7 +114,7 @@ class Product(OutputWriter, abc.ABC):
         ptx, case = self.ptx, self.case
         tile = self.first_tile + run * self.plan.run_tiles
         first = (tile * case.blocks).low()
-        codes = self.operands["packed"] + first * TILE_BYTES
+        codes = self.operands["packed"] + first * case.tile_bytes
         if self.plan.keeps_scales:
             scales = self.operands["scales"] + tile * self.plan.tile_scales
         else:
@@ -244,8 +244,8 @@ class Product(OutputWriter, abc.ABC):
     # Where a lane's part of the warp's block is, in a slot
 
     def codes_in_slot(self) -> Register:
-        """Where this lane's codes are: 16 bytes of each half of a block."""
-        return (self.warp * TILE_BYTES).low() + self.lane * 16
+        """Where this lane's codes are: 16 bytes of each part of a block."""
+        return (self.warp * self.case.tile_bytes).low() + self.lane * 16
 
     def group_in_slot(self) -> Register:
         """Which group of its row the warp's block starts with, counted from the slot's first one."""

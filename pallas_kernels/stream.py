@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import decoding, ring_product
 from pallas_kernels.case import Case
-from pallas_kernels.layout import HALF_PLANE, PLANE, TILE_BYTES, TILE_ROWS, scale_offset
+from pallas_kernels.layout import HALF_PLANE, PART_BYTES, PLANE, TILE_ROWS, scale_offset
 from pallas_kernels.outputs import Load
 from pallas_kernels.registers import Register, at, vector, wide
 from pallas_kernels.ring_plan import ProductPlan, unsupported_groups
@@ -222,14 +222,14 @@ class Product(ring_product.Product):
         """The codes, and the scales of the upper and the lower row."""
         ptx, runs = self.ptx, self.plan.scale_runs
         words = self.plan.scale_bytes // 2  # of a pair of scales
-        self.words = ptx.registers("b32", 8)
+        self.words = ptx.registers("b32", 4 * self.case.parts)
         kind = "f32" if self.case.scale_dtype == jnp.float32 else "b32"
         registers = ptx.registers(kind, runs * words)
         self.scale_pairs = [registers[i * words : (i + 1) * words] for i in range(runs)]
         codes, scales = slot + self.codes, self.block_scales(slot)
-        for half in range(2):
-            part = vector(self.words[4 * half : 4 * half + 4])
-            ptx.do("ld.shared.v4.b32", part, at(codes, half * TILE_BYTES // 2))
+        for i in range(self.case.parts):
+            part = vector(self.words[4 * i : 4 * i + 4])
+            ptx.do("ld.shared.v4.b32", part, at(codes, i * PART_BYTES))
         # Together those that are neighbours for a lane.
         each = words if self.plan.scales_weights else min(4, runs * words)
         for first in range(0, runs * words, each):

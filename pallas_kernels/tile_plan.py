@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import decoding
 from pallas_kernels.case import Case
-from pallas_kernels.layout import HALF_PLANE, PLANE, TILE_BYTES, TILE_ROWS
+from pallas_kernels.layout import HALF_PLANE, PLANE, TILE_ROWS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class TilePlan:
     @property
     def tile_bytes(self) -> int:
         """Shared memory of a tile in the ring: its codes, and a word of each lane for each word of scales."""
-        return TILE_BYTES + 128 * self.scale_words
+        return self.case.tile_bytes + 128 * self.scale_words
 
     @property
     def ring_bytes(self) -> int:

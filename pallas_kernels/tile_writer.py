@@ -4,7 +4,8 @@ Which lane holds what, from the first load to the operands of the tensor cores:
 
 - A lane is (row, thread_in_group): row = lane / 4 is a row g of a tile, together with g + 8;
   thread_in_group = lane % 4 is its index along K.
-- `load` brings 32 bytes of codes of a tile (8 words) and its scales, of rows g and g + 8 next to each other.
+- `load` brings 16 bytes of each part of a tile's codes (of two halves 8 words) and its scales, of rows g and
+  g + 8 next to each other.
 - `decode` makes of them, for a plane of 64 weights a row, four steps of four registers, each with two
   neighbours along K: the operand of `mma.sync.m16n8k16` and `wgmma` that a lane has.
 
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from pallas_kernels import decoding
-from pallas_kernels.layout import FOUR_SCALES, PLANE, TILE_BYTES, scale_offset
+from pallas_kernels.layout import FOUR_SCALES, PART_BYTES, PLANE, scale_offset
 from pallas_kernels.outputs import OutputWriter
 from pallas_kernels.registers import Register, at, wide
 from pallas_kernels.target import Target
@@ -32,7 +33,7 @@ class Block:
     """One block in flight, for each of the warp's tiles.
 
     Attributes:
-        words: codes, 8 registers; in the ring the offset of the tile, in bytes.
+        words: codes, four registers of each part of a tile; in the ring the offset of the tile, in bytes.
         scales: `TilePlan.scale_words` registers; in the ring their offset.
     """
 
@@ -112,7 +113,7 @@ class TileWriter(OutputWriter, abc.ABC):
         for r in range(plan.tiles):
             tile = ptx.op("min.u32", first_tile + r, case.tiles - 1)
             index = self.k_warp + tile * case.blocks
-            address = self.operands["packed"] + index * TILE_BYTES
+            address = self.operands["packed"] + index * case.tile_bytes
             codes.append(address + self.lane * 16)
             index = (tile * case.scale_fours).low()
             address = (
@@ -166,18 +167,18 @@ class TileWriter(OutputWriter, abc.ABC):
         if self.plan.ring:
             first = stage * self.plan.tiles
             offsets = [(first + r) * self.plan.tile_bytes for r in tiles]
-            return Block(offsets, [offset + TILE_BYTES for offset in offsets])
-        words = [self.ptx.registers("b32", 8) for _ in tiles]
+            return Block(offsets, [offset + self.case.tile_bytes for offset in offsets])
+        words = [self.ptx.registers("b32", 4 * self.case.parts) for _ in tiles]
         return Block(words, [self.ptx.registers("b32", self.plan.scale_words) for _ in tiles])
 
     def load(self, block: Block, ahead: int) -> None:
         """Starts the loads of the block `ahead` steps of this warp after the current one."""
         ptx, plan = self.ptx, self.plan
         in_bounds = self.left > ahead
-        step = ahead * plan.k_warps * TILE_BYTES
+        step = ahead * plan.k_warps * self.case.tile_bytes
         for words, packed in zip(block.words, self.packed, strict=True):
-            for half in range(2):
-                self._start(words, 4 * half, 4, packed, step + half * 512, in_bounds)
+            for part in range(self.case.parts):
+                self._start(words, 4 * part, 4, packed, step + part * PART_BYTES, in_bounds)
         if self.plan.scale_mode == "vector":
             self._load_scale_vectors(block, ahead, in_bounds)
         else:
@@ -258,7 +259,7 @@ class TileWriter(OutputWriter, abc.ABC):
         if not self.plan.ring:
             return block
         self.ptx.do("cp.async.wait_group", self.plan.stages - 1)
-        words = [self._from_ring(offset, 8, 4) for offset in block.words]
+        words = [self._from_ring(offset, 4 * self.case.parts, 4) for offset in block.words]
         count, width = self.plan.scale_words, min(4, self.plan.scale_width)
         return Block(words, [self._from_ring(offset, count, width) for offset in block.scales])
 
@@ -287,7 +288,7 @@ class TileWriter(OutputWriter, abc.ABC):
         return codebook
 
     def decode(self, words: list[Register], plane: int) -> Iterator[list[Register]]:
-        """The operands of a plane's steps, from the 8 words of a tile.
+        """The operands of a plane's steps, from the words of a tile.
 
         Of each step four registers with two weights each: of rows g and g + 8, then of them 8 weights further.
         """
@@ -332,7 +333,7 @@ class TileWriter(OutputWriter, abc.ABC):
         self.end_round()
         step = len(blocks) * plan.k_warps
         for address in self.packed:
-            ptx.do("add.u64", address, address, step * TILE_BYTES)
+            ptx.do("add.u64", address, address, step * case.tile_bytes)
         for address in self.addresses_along_k():
             ptx.do("add.u64", address, address, step * case.span * 2)
         if plan.scale_mode == "vector":

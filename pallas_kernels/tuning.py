@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import choice, integer, integer_tokens, matvec, mma, mosaic_matmul, wgmma
 from pallas_kernels.case import Arrays, Case
+from pallas_kernels.layout import PLANES
 from pallas_kernels.target import Target, current
 
 # What was ever the fastest, by what limits it: (tiles, warps, stages, row_warps) of `matvec`.
@@ -85,7 +86,7 @@ def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
     Not all of them run on every GPU: see `choice.unsupported_reason`.
     """
     if case.m == 1:
-        for values in _DIAGONAL[case.bits]:
+        for values in _DIAGONAL.get(case.bits, ()):
             yield "matvec", matvec.Config(*values[:3], row_warps=values[3], diagonal=True)
         ways = (False, True) if target.has_bulk_copies else (False,)
         for (consumers, each), lane_copies in itertools.product(_INTEGER, ways):
@@ -264,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--shapes", type=_shapes, default="4096x4096,8192x8192", help="NxK, comma-separated"
     )
-    parser.add_argument("--bits", type=_numbers, default="1,2,4,8")
+    parser.add_argument("--bits", type=_numbers, default=",".join(map(str, PLANES)))
     parser.add_argument("--m", type=_numbers, default="1,16,32,64,256", help="numbers of tokens")
     parser.add_argument("--codebook", default="any,uniform", help="of these, comma-separated")
     parser.add_argument("--group_size", type=int, default=64)
@@ -274,8 +275,8 @@ def main(argv: list[str] | None = None) -> None:
     codebooks = flags.codebook.split(",")
     if not {*codebooks} <= {"any", "uniform"}:
         parser.error(f"--codebook {flags.codebook}: list any, uniform or both")
-    if not {*flags.bits} <= {1, 2, 4, 8}:
-        parser.error(f"--bits {','.join(map(str, flags.bits))}: list some of 1, 2, 4 and 8")
+    if not {*flags.bits} <= {*PLANES}:
+        parser.error(f"--bits {','.join(map(str, flags.bits))}: list some of {(*PLANES,)}")
     if flags.group_size < 1:
         parser.error(f"--group_size {flags.group_size}: at least 1")
     if jax.default_backend() != "gpu":

@@ -11,8 +11,8 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 
 def unpack(packed: np.ndarray, bits: int, k: int) -> np.ndarray:
     """Integer codes [N, k] of interchange bytes [N, ceil(k * bits / 8)]."""
-    flat = np.unpackbits(packed, axis=-1).reshape(packed.shape[0], -1, bits)
-    return (flat.astype(np.int64) << np.arange(bits - 1, -1, -1)).sum(-1)[:, :k]
+    flat = np.unpackbits(packed, axis=-1)[:, : k * bits].reshape(packed.shape[0], k, bits)
+    return (flat.astype(np.int64) << np.arange(bits - 1, -1, -1)).sum(-1)
 
 
 def weights(w, *, exact_codebook: bool = False) -> np.ndarray:

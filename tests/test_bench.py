@@ -218,9 +218,9 @@ def test_table_shows_rows_that_were_not_measured():
     ("name", "message"),
     [
         ("qwen3-9B", "'9B'"),
-        ("custom-llama-4B-head3", "head have 1, 2, 4 or 8 bits"),
-        ("qwen3-8B-tables16", "tables have 1, 2, 4 or 8 bits"),
-        ("qwen3-8B-tables", "tables have 1, 2, 4 or 8 bits"),
+        ("custom-llama-4B-head3", "head have a width of \\(1, 2, 4, 8\\)"),
+        ("qwen3-8B-tables16", "tables have a width of \\(1, 2, 4, 8\\)"),
+        ("qwen3-8B-tables", "tables have a width of \\(1, 2, 4, 8\\)"),
         ("qwen3-8B-body1", "'8B-body1'"),
     ],
 )

@@ -71,18 +71,20 @@ def test_a_calibrated_checkpoint_is_nearer_to_the_float_one(text, monkeypatch):
     )
     where = {one for leaf in jax.tree.leaves(nnx.state(turned)) for one in leaf.devices()}
     assert where == {jax.local_devices()[0]} != {host}
-    models_ = (plain, fitted, turned)
+    learned = calibrating.load_calibrated(
+        CHATTY, plan, rows, dtype="float32", backend="xla", learn=True
+    )
+    models_ = (plain, fitted, turned, learned)
     errors = [float(jnp.square(m(tokens) - expected).mean()) for m in models_]
-    assert 0 < errors[1] < 0.7 * errors[0]
-    assert 0 < errors[2] < 0.7 * errors[0]
+    assert all(0 < error < 0.7 * errors[0] for error in errors[1:])
+    assert errors[3] != errors[1]
 
 
 @pytest.mark.slow
 def test_commands_end_to_end(text, capfd):
     common = ["--model", str(CHATTY), "--bits", "4", "--group_size", "32", "--dtype", "float32"]
-    status = generate.main(
-        [*common, "--calibrate", str(text), "--prompt", "the quick", "--max_tokens", "3", "--json"]
-    )
+    fitted = [*common, "--calibrate", str(text), "--learn"]
+    status = generate.main([*fitted, "--prompt", "the quick", "--max_tokens", "3", "--json"])
     out = capfd.readouterr().out
     assert status == 0 and len(json.loads(out)["tokens"][0]) == 3
     status = evaluate_command.main(
@@ -103,6 +105,7 @@ def test_commands_end_to_end(text, capfd):
     [
         (["--calibrate", "x"], "--calibrate needs --bits"),
         (["--bits", "2", "--rotate"], "--rotate needs --calibrate"),
+        (["--bits", "2", "--learn"], "--learn needs --calibrate"),
         (["--bits", "4", "--text", "missing.txt"], "missing.txt"),
         (["--context", "1"], "context=1 must be at least 2"),
     ],

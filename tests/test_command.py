@@ -134,7 +134,7 @@ def test_command_errors_are_one_line(capsys, folder, change, arguments, words):
         (generate.main, ["--nonsense"], "--model"),
         (evaluate_command.main, ["--model", "x"], "--text"),
         (doctor.main, ["--nonsense"], "--nonsense"),
-        (tuning.main, ["--bits", "3"], "--bits 3: list some of 1, 2, 4 and 8"),
+        (tuning.main, ["--bits", "3"], "--bits 3: list some of (1, 2, 4, 8)"),
         (tuning.main, ["--shapes", "64"], "64 has shapes that are not NxK"),
         (tuning.main, ["--m", "0"], "0 is no list of numbers from 1 on"),
         (report.main, ["x"], "unrecognized arguments: x"),

@@ -66,7 +66,7 @@ def _codes_of_tiled(tiled: np.ndarray, bits: int, n: int, k: int) -> np.ndarray:
     return codes
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", cpu_backend.BITS)
 @pytest.mark.parametrize(("n", "k", "group_size"), [(16, 64, 64), (37, 101, 24), (1, 7, 8)])
 @pytest.mark.parametrize("traced", [False, True])
 def test_tiled_layout(rng, bits, n, k, group_size, traced):
@@ -87,6 +87,32 @@ def test_tiled_layout(rng, bits, n, k, group_size, traced):
     np.testing.assert_array_equal(back, w.scales)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_library_has_the_widths_that_this_package_says(bits):
+    source, scales = np.zeros(4 * bits, np.uint8), np.zeros(64, np.uint8)
+    targets = np.empty(64 * bits, np.uint8), np.empty(64, np.uint8)
+    spec = dict(bits=bits, group_size=32, out_features=1, in_features=32, scale_size=4)
+    convert = functools.partial(
+        cpu_backend.library().to_tiled, source, scales[:4], *targets, **spec
+    )
+    if bits in cpu_backend.BITS:
+        convert()
+        return
+    with pytest.raises(ValueError, match=f"must be 1, 2, 4 or 8, not {bits}"):
+        convert()
+
+
+def test_a_width_that_only_the_format_has_is_left_to_xla(rng, monkeypatch):
+    w = fdk_jax.quantise(rng.normal(size=(16, 64)).astype(np.float32), 4)
+    x = rng.normal(size=(2, 64)).astype(np.float32)
+    monkeypatch.setattr(cpu_backend, "BITS", (1, 2, 8))
+    prepared = fdk_jax.prepare(w, "cpu")
+    assert "codes of (1, 2, 8) bits, not of 4" in str(fdk_jax.explain(x, prepared))
+    oracle.check_product(fdk_jax.matmul(x, prepared), x, w)
+    with pytest.raises(NotImplementedError, match="not of 4"):
+        fdk_jax.matmul(x, prepared, backend="cpu")
+
+
 def test_tiled_layout_of_stacks(rng):
     spec = dict(bits=4, group_size=32, out_features=19, in_features=70)
     packed = jnp.asarray(rng.integers(0, 256, (2, 3, 19, 35)).astype(np.uint8))
@@ -102,7 +128,7 @@ def test_tiled_layout_of_stacks(rng):
 
 
 @pytest.mark.parametrize("arithmetic", ["exact", "int16", "int8"])
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", cpu_backend.BITS)
 @pytest.mark.parametrize(("m", "dtype"), [(1, "bfloat16"), (5, "float32"), (40, "float16")])
 def test_arithmetic(rng, bits, arithmetic, m, dtype):
     x, w = _problem(rng, m, 75, 456, bits, dtype=dtype)

@@ -11,8 +11,7 @@ import pytest
 from backends import BACKENDS, ONLY_WITH_A_GPU, running
 
 import fdk_jax
-
-BITS = [1, 2, 4, 8]
+from fdk_jax.format.packing import BITS
 
 
 def case(rng, lead, n, k, bits, codebook="uniform", dtype="float32", group=64, bias=False):

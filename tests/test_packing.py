@@ -5,9 +5,9 @@ import numpy as np
 import oracle
 import pytest
 
+from fdk_jax.files import bits as bits_of_files
 from fdk_jax.format import packing
-
-BITS = [1, 2, 4, 8]
+from fdk_jax.format.packing import BITS
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,33 @@ def test_unknown_widths_are_refused(bits):
         packing.pack(np.zeros(8, np.uint8), bits)
     with pytest.raises(ValueError, match="bits="):
         packing.unpack(np.zeros(8, np.uint8), bits, 8)
+
+
+def test_a_width_that_does_not_divide_a_byte_has_to_be_answered(monkeypatch):
+    """Not taken for 8 // 3 codes a byte by whatever takes bytes apart."""
+    monkeypatch.setattr(packing, "BITS", (*packing.BITS, 3))
+    assert packing.row_bytes(3, 11) == 5
+    codes, some = np.zeros((16, 8), np.uint8), np.zeros((16, 3), np.uint8)
+    for call in (
+        lambda: packing.pack(codes, 3),
+        lambda: packing.unpack(some, 3, 8),
+        lambda: packing.from_planar(
+            jnp.zeros((1, 1, 2, 8, 32), jnp.uint16), jnp.ones((1, 1, 64)), **_spec(3)
+        ),
+        lambda: packing.from_tiled(
+            jnp.zeros((1, 1, 64), jnp.uint8), jnp.ones((1, 1, 16)), **_spec(3)
+        ),
+        lambda: bits_of_files.turned(some, 3),
+        lambda: bits_of_files.turn(some, 3),
+        lambda: bits_of_files.pack(codes, 3),
+        lambda: bits_of_files.unpack(some, 3),
+    ):
+        with pytest.raises(ValueError, match="codes of 3 bits do not divide a byte"):
+            call()
+
+
+def _spec(bits):
+    return dict(bits=bits, group_size=64, out_features=16, in_features=8)
 
 
 def test_bad_input_is_refused():

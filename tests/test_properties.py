@@ -27,7 +27,7 @@ from fdk_jax.format import packing
 DOCUMENTED = (TypeError, ValueError, NotImplementedError)
 # Few sizes, so that programs are compiled once: 0, 1, primes, whole tiles and their neighbours.
 SIZES = st.sampled_from([0, 1, 7, 16, 17, 64, 67, 129])
-BITS = st.sampled_from([1, 2, 4, 8])
+BITS = st.sampled_from(packing.BITS)
 GROUPS = st.sampled_from([1, 3, 8, 24, 64, 128, 10**9])
 FLOATS = st.sampled_from(sorted(oracle.DTYPES))
 KEYS = st.text("abc._é/ ", min_size=1, max_size=4) | st.integers(-3, 3)

@@ -11,10 +11,9 @@ from flax.core import FrozenDict
 
 import fdk_jax
 from fdk_jax.format import codebooks, densities, dequantisation
-from fdk_jax.format.quantisation import resolve_scale
+from fdk_jax.format.packing import BITS
+from fdk_jax.format.quantisation import DEFAULTS, resolve_scale
 from fdk_jax.learning import training
-
-BITS = [1, 2, 4, 8]
 
 
 def heavy_tailed(rng, shape, dtype="float32"):
@@ -36,6 +35,10 @@ def test_scales_of_huge_weights_are_finite(rng, scale):
     small = fdk_jax.quantise(w * np.float32(2.0**-120), 4, scale=scale)
     np.testing.assert_array_equal(small.packed, q.packed)
     np.testing.assert_array_equal(small.scales, q.scales * np.float32(2.0**-120))
+
+
+def test_every_width_has_a_codebook_by_default():
+    assert {*DEFAULTS} == {*BITS}
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -14,13 +14,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fdk_jax
+from fdk_jax.format.packing import BITS
 from fdk_jax.learning import training
 from fdk_jax.learning.calibration import calibrate
 from fdk_jax.learning.evaluation import evaluate
 from fdk_jax.quality import language_model
 from fdk_jax.quality.text import ALPHABET, Language
-
-BITS = [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize("bits", BITS)

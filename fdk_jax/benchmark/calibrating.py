@@ -27,6 +27,7 @@ from flax import nnx
 
 from fdk_jax import compilation_cache, models, usage
 from fdk_jax.benchmark import environment, loading, records
+from fdk_jax.format.packing import BITS
 from fdk_jax.models import calibrating
 from fdk_jax.models.config import ModelConfig, custom_llama
 
@@ -169,7 +170,7 @@ def main() -> None:
     parser = usage.Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="1B", help="1B, 8B, ...: see models.custom_llama")
-    parser.add_argument("--bits", type=int, default=4, choices=(1, 2, 4, 8))
+    parser.add_argument("--bits", type=int, default=4, choices=BITS)
     parser.add_argument("--layers", type=int, help="the first ones only")
     parser.add_argument("--tokens", type=int, default=16384, help="of the text")
     parser.add_argument("--write_only", action="store_true", help="write the float model and stop")

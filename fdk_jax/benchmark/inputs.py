@@ -14,7 +14,7 @@ import numpy as np
 
 from fdk_jax.benchmark import accuracy
 from fdk_jax.benchmark.cases import KernelCase
-from fdk_jax.format import codebooks
+from fdk_jax.format import codebooks, packing
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 
 _MOST_INTEGERS = 4  # tokens
@@ -43,10 +43,9 @@ def quantised_weight(case: KernelCase, rng: np.random.Generator) -> QuantisedTen
     if group_size is None or case.codebook is None:
         raise ValueError(f"{case.name} is not quantised")
     codebook = _codebook(case.codebook, bits)
-    codes_per_byte = 8 // bits
-    packed = rng.integers(0, 256, (case.n, -(-case.k // codes_per_byte)), np.uint8)
+    packed = rng.integers(0, 256, (case.n, packing.row_bytes(bits, case.k)), np.uint8)
     # Codes that pad the last byte are zero; the first code of a byte is in its highest bits.
-    packed[:, -1] &= np.uint8(256 - (1 << (-case.k % codes_per_byte) * bits))
+    packed[:, -1] &= np.uint8(256 - (1 << -case.k * bits % 8))
     scale = 1 / math.sqrt(case.k * float(np.mean(np.square(codebook))))
     spread = rng.uniform(0.8, 1.2, (case.n, -(-case.k // group_size)))
     return QuantisedTensor(

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
+from fdk_jax.format.packing import BITS
 from fdk_jax.models import ModelConfig, custom_llama, qwen3
 
 # After a name bits of the head ("-head1") or of it and the embedding ("-tables1").
@@ -46,8 +47,8 @@ class Shape:
                 continue
             size, found = model.removeprefix(prefix), _SUFFIX.search(model)
             kind, bits = found.groups() if found else ("", None)
-            if bits is not None and bits not in ("1", "2", "4", "8"):
-                raise NotImplementedError(f"{model}: {kind} have 1, 2, 4 or 8 bits")
+            if bits is not None and bits not in map(str, BITS):
+                raise NotImplementedError(f"{model}: {kind} have a width of {BITS}")
             try:
                 config = make(_SUFFIX.sub("", size))
             except ValueError as error:

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from fdk_jax.files import small_floats
-from fdk_jax.files.bits import turn, turned, unpack
+from fdk_jax.files.bits import WIDTHS, turn, turned, unpack
 from fdk_jax.files.contents import Stored, quantised_tensor
 from fdk_jax.files.groups import Group, split, without_cache_scales
 from fdk_jax.files.zero_points import with_zeros
-from fdk_jax.format import packing
 
 NAME = "compressed-tensors"
 _PARTS = (
@@ -146,8 +145,10 @@ def _integers(group: Group, schemes: list[dict[str, Any]]) -> Stored:
             f"{group.module}: {packed.shape} words do not hold [{n}, {k}] codes of {sorted(widths)} bits"
         )
     (bits,) = fits
-    if bits not in packing.BITS:
-        raise ValueError(f"{group.module}: compressed-tensors of {bits} bits is not supported")
+    if bits not in WIDTHS:
+        raise ValueError(
+            f"{group.module}: compressed-tensors of {bits} bits is not supported, only of {WIDTHS}"
+        )
     g = _group_size(group, scale.shape, n, k)
     zero = group.parts.get("weight_zero_point")
     if zero is None and not any(s["symmetric"] for s in schemes if s["bits"] == bits):

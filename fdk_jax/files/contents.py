@@ -155,7 +155,7 @@ def quantised_tensor(
         uniform=bits == 1 or codebooks.is_uniform(codebook),
     )
     rows, groups = packed.shape[:-1], -(-in_features // group_size)
-    wanted = (*rows, -(-in_features // packing.codes_per_byte(bits)))
+    wanted = (*rows, packing.row_bytes(bits, in_features))
     if packed.shape != wanted or scales.shape != (*rows, groups):
         raise ValueError(
             f"codes {packed.shape} and scales {scales.shape} do not make rows of {in_features} weights"

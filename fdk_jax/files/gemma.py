@@ -51,7 +51,9 @@ def _bits(settings: Mapping[str, Any], module: str) -> int:
 def _weight(group: Group, codes: str, scales: str, bits: int) -> Stored:
     packed, scale = group.dtype(codes, "I8" if bits == 8 else "U8"), group.dtype(scales, "F32")
     if bits not in (2, 4, 8):
-        raise ValueError(f"{group.module}: Gemma weights of {bits} bits are not supported")
+        raise ValueError(
+            f"{group.module}: Gemma weights of {bits} bits are not supported, only of 2, 4 and 8"
+        )
     n, k = packed.shape[0], packed.shape[1] * 8 // bits
     groups = scale.shape[-1]
     if scale.shape != (n, groups) or not groups or k % groups:

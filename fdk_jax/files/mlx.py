@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fdk_jax.files.bits import turned
+from fdk_jax.files.bits import WIDTHS, turned
 from fdk_jax.files.contents import Stored, quantised_tensor
 from fdk_jax.files.groups import Group, split
-from fdk_jax.format import packing
 
 NAME = "MLX"
 
@@ -38,8 +37,10 @@ def weights(
 
 def _weight(group: Group, bits: int, group_size: int) -> Stored:
     words, scale = group.dtype("weight", "U32"), group.dtype("scales", "BF16", "F16", "F32")
-    if bits not in packing.BITS:
-        raise ValueError(f"{group.module}: MLX weights of {bits} bits are not supported")
+    if bits not in WIDTHS:
+        raise ValueError(
+            f"{group.module}: MLX weights of {bits} bits are not supported, only of {WIDTHS}"
+        )
     n, k, bias = words.shape[0], words.shape[1] * 32 // bits, group["biases"]
 
     def read():

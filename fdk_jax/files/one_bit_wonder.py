@@ -7,6 +7,7 @@ import numpy as np
 
 from fdk_jax.files.contents import Stored, quantised_tensor
 from fdk_jax.files.groups import Group, split
+from fdk_jax.format.packing import check_bits
 
 NAME = "1-Bit-Wonder"
 
@@ -24,6 +25,7 @@ def weights(
 def _weight(group: Group, bits: int, group_size: int) -> Stored:
     packed = group.dtype("weight_packed", "U8")
     scales, centroids = group.dtype("scales", "BF16", "F16", "F32"), group["centroids"]
+    check_bits(bits)
     n, k = packed.shape[0], packed.shape[1] * 8 // bits
 
     def read():

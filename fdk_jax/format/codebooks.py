@@ -51,7 +51,7 @@ _FEW = 16
 
 def uniform(bits: int) -> Float32[np.ndarray, " values"]:
     """float32 [2**bits], evenly spaced on [-1, 1]."""
-    packing.codes_per_byte(bits)
+    packing.check_bits(bits)
     return np.linspace(-1.0, 1.0, 2**bits, dtype=np.float32)
 
 
@@ -81,7 +81,7 @@ def check(values: ArrayLike, bits: int) -> np.ndarray:
     Raises:
         ValueError: too many entries, none, not ascending or not finite.
     """
-    packing.codes_per_byte(bits)
+    packing.check_bits(bits)
     values = np.asarray(values, np.float32)
     if values.ndim not in (1, 2) or not 1 <= values.shape[-1] <= 2**bits:
         raise ValueError(f"a codebook has 1 to {2**bits} entries at {bits=}, got {values.shape=}")
@@ -140,7 +140,7 @@ def kmeans(
     Raises:
         ValueError: nothing to fit, values that are not finite, or an importance that does not fit them.
     """
-    packing.codes_per_byte(bits)
+    packing.check_bits(bits)
     return fit(values, 2**bits, importance=importance, seed=seed)
 
 

@@ -33,16 +33,32 @@ _one_program = functools.partial(jax.jit, inline=True)
 _SPEC = ("bits", "group_size", "out_features", "in_features")
 
 
-def codes_per_byte(bits: int) -> int:
-    """E = 8 / bits, after checking that `bits` is a supported width."""
+def check_bits(bits: int) -> None:
+    """Raises ValueError for a width of codes that there is not."""
     if type(bits) is not int or bits not in BITS:  # 4.0 == 4, but no shape takes it
         raise ValueError(f"{bits=} is not supported; use one of {BITS}")
+
+
+def codes_per_byte(bits: int) -> int:
+    """E = 8 / bits, for what takes bytes apart: refuses a width whose codes do not share bytes evenly."""
+    check_bits(bits)
+    if 8 % bits:
+        raise ValueError(
+            f"codes of {bits} bits do not divide a byte, as this code takes them to;"
+            " docs/gpu/changing.md says what such a width needs"
+        )
     return 8 // bits
+
+
+def row_bytes(bits: int, k: int) -> int:
+    """Bytes of a row of k codes in the interchange layout."""
+    check_bits(bits)
+    return -(-k * bits // 8)
 
 
 def check_widths(bits: int, group_size: int) -> None:
     """Raises ValueError for a width of codes or of groups that is not supported."""
-    codes_per_byte(bits)
+    check_bits(bits)
     if type(group_size) is not int or group_size < 1:
         raise ValueError(f"group_size must be a positive integer, got {group_size!r}")
 
@@ -61,7 +77,7 @@ def pack(codes: UInt8[ArrayLike, "*B K"], bits: int) -> UInt8[Array, "*B bytes"]
         TypeError: the codes are not uint8.
         ValueError: a code does not fit (checked outside jit; inside, its higher bits are dropped).
     """
-    codes_per_byte(bits)
+    check_bits(bits)
     codes = jnp.asarray(codes)
     if codes.dtype != jnp.uint8:
         raise TypeError(
@@ -96,11 +112,11 @@ def unpack(packed: UInt8[ArrayLike, "*B bytes"], bits: int, k: int) -> UInt8[Arr
     Returns:
         uint8 [..., k].
     """
-    e = codes_per_byte(bits)
+    check_bits(bits)
     packed = jnp.asarray(packed)
     if packed.dtype != jnp.uint8:
         raise TypeError(f"packed must be uint8, got {packed.dtype}")
-    if packed.ndim == 0 or packed.shape[-1] != -(-k // e):
+    if packed.ndim == 0 or packed.shape[-1] != row_bytes(bits, k):
         raise ValueError(f"{packed.shape=} does not hold rows of {k=} codes of {bits=}")
     return _unpacked(packed, bits, k)
 
@@ -150,7 +166,7 @@ def to_planar(
             group j (of 4) and h in (0, 1) the scale of row r + 8 h is number (4 r + j) * 2 + h.
     """
     codes = unpack(packed, bits, in_features)
-    lead, planes, per_half = codes.shape[:-2], 8 // bits, 16 // bits
+    lead, planes, per_half = codes.shape[:-2], codes_per_byte(bits), 16 // bits
     pads = [(0, -out_features % TILE_ROWS), (0, -in_features % (planes * PLANE))]
     codes = jnp.pad(codes, [(0, 0)] * len(lead) + pads)
     tiles, blocks = codes.shape[-2] // TILE_ROWS, codes.shape[-1] // (planes * PLANE)
@@ -188,7 +204,7 @@ def from_planar(
     in_features: int,
 ) -> tuple[UInt8[Array, "*B N bytes"], Float[Array, "*B N groups"]]:
     """The inverse of `to_planar`, with its arguments and results exchanged."""
-    lead, planes, per_half = packed.shape[:-5], 8 // bits, 16 // bits
+    lead, planes, per_half = packed.shape[:-5], codes_per_byte(bits), 16 // bits
     tiles, blocks = packed.shape[-5:-3]
     words = packed.reshape(*lead, tiles, blocks, 2, 8, 16, 2)
     words = _permute(words, len(lead), (0, 1, 3, 4, 2, 5))
@@ -236,19 +252,23 @@ def to_tiled(
         packed: uint8 [..., ceil(N / 16), ceil(K / T), 64], T = 32 / bits weights of a row a step.
         scales: [..., ceil(N / 16), ceil(K / G), 16].
     """
-    tiles, steps = -(-out_features // TILE_ROWS), -(-in_features * bits // 32)
+    e, tiles, steps = (
+        codes_per_byte(bits),
+        -(-out_features // TILE_ROWS),
+        -(-in_features * bits // 32),
+    )
     groups = scales.shape[-1]
     codes = unpack(packed, bits, in_features)
     lead = codes.shape[:-2]
     pads = [(0, 0)] * len(lead) + [(0, -out_features % TILE_ROWS)]
     codes = jnp.pad(codes, [*pads, (0, steps * 32 // bits - in_features)])
-    fields, bytes_a_row = (8 // bits, 4) if bits > 1 else (4, 8)
+    fields, bytes_a_row = (e, 4) if bits > 1 else (4, 8)
     codes = codes.reshape(*lead, tiles, TILE_ROWS, steps, fields, bytes_a_row)
     # The axis of codes that share a byte comes last.
     order = (0, 2, 1, 4, 3) if bits > 1 else (0, 2, 3, 1, 4)
-    codes = _permute(codes, len(lead), order).reshape(*lead, tiles, steps, STEP_BYTES, 8 // bits)
+    codes = _permute(codes, len(lead), order).reshape(*lead, tiles, steps, STEP_BYTES, e)
     tiled = jnp.zeros(codes.shape[:-1], jnp.uint8)
-    for i in range(8 // bits):
+    for i in range(e):
         tiled |= codes[..., i] << jnp.uint8(bits * i)
     scales = jnp.pad(scales, [*pads, (0, 0)]).reshape(*lead, tiles, TILE_ROWS, groups)
     return tiled, _permute(scales, len(lead), (0, 2, 1))
@@ -266,12 +286,12 @@ def from_tiled(
 ) -> tuple[UInt8[Array, "*B N bytes"], Float[Array, "*B N groups"]]:
     """The inverse of `to_tiled`, with its arguments and results exchanged."""
     lead, (tiles, steps) = packed.shape[:-3], packed.shape[-3:-1]
-    groups = scales.shape[-2]
+    e, groups = codes_per_byte(bits), scales.shape[-2]
     mask = jnp.uint8(2**bits - 1)
-    fields = [(packed >> jnp.uint8(bits * i)) & mask for i in range(8 // bits)]
+    fields = [(packed >> jnp.uint8(bits * i)) & mask for i in range(e)]
     codes = jnp.stack(fields, axis=-1)
     if bits > 1:
-        codes = codes.reshape(*lead, tiles, steps, TILE_ROWS, 4, 8 // bits)
+        codes = codes.reshape(*lead, tiles, steps, TILE_ROWS, 4, e)
         codes = _permute(codes, len(lead), (0, 2, 1, 4, 3))
     else:
         codes = codes.reshape(*lead, tiles, steps, 4, TILE_ROWS, 8)
@@ -365,7 +385,7 @@ def layout_struct(
 ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of (packed, scales) of one matrix in a layout; `dtype` is that of the scales."""
     n, k = out_features, in_features
-    packed = jax.ShapeDtypeStruct((n, -(-k // codes_per_byte(bits))), jnp.uint8)
+    packed = jax.ShapeDtypeStruct((n, row_bytes(bits, k)), jnp.uint8)
     scales = jax.ShapeDtypeStruct((n, -(-k // group_size)), dtype)
     return jax.eval_shape(
         lambda p, s: convert(

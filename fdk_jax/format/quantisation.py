@@ -111,8 +111,10 @@ def quantise_array(
 
 def resolve_auto(codebook: Any, scale: str, bits: int) -> tuple[Any, str]:
     """The codebook and the rule of the scales that "auto" stands for."""
-    packing.codes_per_byte(bits)
+    packing.check_bits(bits)
     if isinstance(codebook, str) and codebook == "auto":
+        if bits not in DEFAULTS:
+            raise ValueError(f'codebook="auto" has nothing at {bits=}; name one of {CODEBOOKS[1:]}')
         codebook, own = DEFAULTS[bits]
         scale = own if scale == "auto" else scale
     return codebook, resolve_scale(scale, bits)

@@ -23,6 +23,7 @@ from fdk_jax.layers.rules import SKIP
 from fdk_jax.layers.surgery import from_flax, replace_layers
 from fdk_jax.learning import statistics
 from fdk_jax.learning.fitting import (
+    ROUNDINGS,
     Format,
     Matrix,
     calibrate_array,
@@ -34,7 +35,6 @@ from fdk_jax.learning.statistics import Forward, LinearLayer, default_forward
 
 SHARES = ("tensor", "kind", "model")
 IMPORTANCES = ("auto", "activations", "fisher", "none")
-ROUNDINGS = ("auto", "nearest", "corrected")
 
 
 def calibrate(
@@ -50,6 +50,7 @@ def calibrate(
     rounding: str = "auto",
     damping: float = 0.05,
     sweeps: int = 3,
+    learn: bool | str = False,
     skip: str | None = SKIP,
     dtype: Any = None,
     forward: Forward = default_forward,
@@ -82,6 +83,8 @@ def calibrate(
         damping: part of the mean of the second moments' diagonal that is added to the diagonal; more
             guards against too little data.
         sweeps: see `calibrate_array`.
+        learn: True learns each layer's scales and levels for the error of its outputs, once its codes are
+            chosen; "scales" leaves the levels; see `calibrate_array`. Needs data, and True `share="tensor"`.
         skip: regular expression, searched in the dotted name; None skips nothing.
         dtype: compute dtype of the weights; None keeps their own.
         forward: maps (model, batch) to float arrays that depend on the layers.
@@ -103,9 +106,15 @@ def calibrate(
     Warns:
         CalibrationWarning: names the layers that have dead inputs or too little data.
     """
-    form = Format(bits, group_size, codebook, scale, damping, sweeps, seed)
+    form = Format(bits, group_size, codebook, scale, damping, sweeps, seed, rounding, learn)
     form.check()
     importance, rounding = _resolve(importance, rounding, share, batches)
+    if learn and batches is None:
+        raise ValueError(f"{learn=} needs calibration data: give batches")
+    if learn is True and share != "tensor":
+        raise ValueError(
+            f"{learn=} gives each layer levels of its own, which {share=} shares: take learn='scales'"
+        )
     layers = statistics.linear_layers(model, lambda name: bool(skip and re.search(skip, name)))
     if not layers:
         raise TypeError("the model has no nnx.Linear or nnx.LinearGeneral that is not skipped")
@@ -116,12 +125,13 @@ def calibrate(
         if first is None:
             raise ValueError("there is no calibration data: batches is empty")
         layers = statistics.in_call_order(model, layers, first, forward)
-    run = _Run(form, batches, importance, rounding, forward, loss, dtype)
+    form = dataclasses.replace(form, rounding=rounding)
+    run = _Run(form, batches, importance, forward, loss, dtype)
     shared = _shared_codebooks(model, layers, run, share, layers_at_a_time)
     model = model if in_place else nnx.clone(model)
     with progress_bar(progress, len(layers)) as advance:
         for names in statistics.chunks(
-            layers, rounding == "corrected" or importance == "fisher", layers_at_a_time
+            layers, run.needs_moments or importance == "fisher", layers_at_a_time
         ):
             data = run.collect(model, names)
             for name in names:
@@ -155,15 +165,19 @@ class _Run:
     form: Format
     batches: Any
     importance: str
-    rounding: str
     forward: Forward
     loss: Callable[[nnx.Module, Any], Array]
     dtype: Any
 
+    @property
+    def needs_moments(self) -> bool:
+        """Whether second moments are needed as a whole, not their diagonal alone."""
+        return self.form.rounding == "corrected" or bool(self.form.learn)
+
     def collect(self, model: nnx.Module, names: list[str], *, full: bool = True) -> dict[str, dict]:
         """Arguments of `calibrate_array` for layers: "importance" and "second_moment"."""
         out: dict[str, dict] = {name: {} for name in names}
-        full = full and self.rounding == "corrected"
+        full = full and self.needs_moments
         if full or self.importance == "activations":
             moments = statistics.second_moments(
                 model, self.batches, names, forward=self.forward, full=full
@@ -229,8 +243,10 @@ def _replace(model: nnx.Module, name: str, data: dict, run: _Run, levels: Array 
             scale=form.scale,
             axes=axes,
             dtype=run.dtype,
+            rounding=form.rounding,
             damping=form.damping,
             sweeps=form.sweeps,
+            learn=form.learn,
             seed=form.seed,
             **data,
         )

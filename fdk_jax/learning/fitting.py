@@ -24,6 +24,7 @@ from fdk_jax.format.quantisation import (
     scaled,
 )
 from fdk_jax.format.quantised_tensor import QuantisedTensor
+from fdk_jax.learning.refitting import learn as learn_matrix
 from fdk_jax.learning.refitting import refit_levels, refit_scales
 from fdk_jax.learning.rounding import corrected, descend, nearest, search_scales, spread
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 _TURNS = 3
 # At 4 bits and more what a codebook gains by it is below a part in a hundred of the error.
 _REFITTED_BITS = 2
+# 256 levels lie too close for their places to matter, and their system takes 256 products of the moments.
+_LEARNED_BITS = 4
+ROUNDINGS = ("auto", "nearest", "corrected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Format:
     damping: float
     sweeps: int
     seed: int
+    rounding: str = "auto"
+    learn: bool | str = False
 
     @property
     def kind(self) -> str:
@@ -57,6 +63,19 @@ class Format:
     def fitted(self) -> bool:
         return isinstance(self.codebook, str) and self.codebook in ("auto", "kmeans")
 
+    @property
+    def learns_scales(self) -> bool:
+        return bool(self.learn) and self.scale != "none"
+
+    @property
+    def learns_levels(self) -> bool:
+        """Whether levels are learned; even ones stay even, which 1 bit's always are."""
+        if self.learn is not True or self.bits > _LEARNED_BITS:
+            return False
+        if self.fitted or isinstance(self.codebook, str):
+            return self.fitted or self.codebook != "uniform"
+        return self.bits == 1 or not codebooks.is_uniform(codebooks.check(self.codebook, self.bits))
+
     def check(self) -> None:
         if self.scale not in (*SCALES, "search"):
             raise ValueError(f"scale={self.scale!r} is not one of {(*SCALES, 'search')}")
@@ -65,6 +84,15 @@ class Format:
             raise ValueError(f"damping={self.damping} must be above 0")
         if self.sweeps < 0:
             raise ValueError(f"sweeps={self.sweeps} must not be negative")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding={self.rounding!r} is not one of {ROUNDINGS}")
+        if not isinstance(self.learn, bool) and self.learn != "scales":
+            raise ValueError(f"learn={self.learn!r} is not False, True or 'scales'")
+        if self.learn and not (self.learns_scales or self.learns_levels):
+            raise ValueError(
+                f"learn={self.learn!r} has nothing to learn: scale='none' has no scales, and the levels of"
+                f" codebook={self.codebook!r} stay as they are at bits={self.bits}; take another scale"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +118,10 @@ def calibrate_array(
     dtype: Any = None,
     importance: Float[ArrayLike, " ..."] | None = None,
     second_moment: Float[ArrayLike, "*B K K"] | None = None,
+    rounding: str = "auto",
     damping: float = 0.05,
     sweeps: int = 3,
+    learn: bool | str = False,
     seed: int = 0,
 ) -> QuantisedTensor:
     """Quantises one weight for the least weighted error, as `calibrate` does for each layer of a model.
@@ -106,11 +136,17 @@ def calibrate_array(
         dtype: compute dtype; None keeps that of the weight.
         importance: non-negative, how much an error of each weight matters: [K] for each input, or the
             shape of `weight`. None takes the diagonal of `second_moment`, or ones.
-        second_moment: float [..., K, K], the mean of x x^T over inputs x. If given, codes are rounded with
-            error correction (`fdk_jax.learning.rounding.corrected`).
+        second_moment: float [..., K, K], the mean of x x^T over inputs x.
+        rounding: "corrected" (error correction, `fdk_jax.learning.rounding.corrected`, by `second_moment`),
+            "nearest", or "auto": corrected if `second_moment` is given.
         damping: part of the mean of its diagonal that is added to the diagonal.
         sweeps: of coordinate descent after the rounding with error correction, each with refitted scales (of
             "search") and, up to 2 bits, refitted levels (of "kmeans"); 0 for GPTQ's rounding alone.
+        learn: True learns scales and levels for the error of the outputs once the codes are chosen, the
+            former by any rule but "none", and with "corrected" the codes anew with them; "scales" leaves the
+            levels. Evenly spaced levels ("uniform", or given ones with more than two values) stay as they are,
+            and so do those of 8 bits; levels that are equal stay equal. The error, with damped moments, is at
+            most that of False. Needs `second_moment`.
         seed: of the k-means.
 
     Returns:
@@ -120,8 +156,10 @@ def calibrate_array(
         TypeError: the weight is not a float array.
         ValueError: an argument out of range, or data that is not finite or does not fit.
     """
-    form = Format(bits, group_size, codebook, scale, damping, sweeps, seed)
+    form = Format(bits, group_size, codebook, scale, damping, sweeps, seed, rounding, learn)
     form.check()
+    if second_moment is None and (learn or rounding == "corrected"):
+        raise ValueError(f"{learn=} and {rounding=} need the inputs' moments: give second_moment")
     matrix, batch, shape = as_matrix(weight, axes, dtype)
     if not bool(_finite(matrix)):
         raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
@@ -235,17 +273,23 @@ def _quantise_matrix(m: Matrix, form: Format) -> tuple[Array, Array, Array]:
     """(packed, scales, codebook) of a matrix."""
     levels, (scales,) = fit([lambda: m], form)
     options: dict[str, Any] = dict(group_size=form.group_size, dtype=m.weight.dtype)
-    if m.second is None:
+    corrects = m.second is not None and form.rounding != "nearest"
+    if m.second is None or not corrects:
         codes = nearest(m.wide(), scales, levels, **options)
     else:
         codes = corrected(m.wide(), scales, levels, m.second, damping=form.damping, **options)
         for _ in range(form.sweeps):
             if form.fitted and form.bits <= _REFITTED_BITS:
-                levels = refit_levels(m.wide(), codes, scales, levels, m.second, **options)
+                codes, levels = refit_levels(m.wide(), codes, scales, levels, m.second, **options)
             if form.scale == "search":
                 scales = refit_scales(m.wide(), codes, scales, levels, m.second, **options)
             given = (m.wide(), codes, scales, levels, m.second)
             codes = descend(*given, damping=form.damping, **options)
         if form.scale == "search":
             scales = refit_scales(m.wide(), codes, scales, levels, m.second, **options)
+    if form.learn and m.second is not None:
+        codes, scales, levels = learn_matrix(
+            m.wide(), codes, scales, levels, m.second, damping=form.damping, sweeps=corrects,
+            learns_scales=form.learns_scales, learns_levels=form.learns_levels, **options,
+        )  # fmt: skip
     return packing.pack(codes, form.bits), scales.astype(m.weight.dtype), levels

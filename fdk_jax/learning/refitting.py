@@ -1,6 +1,8 @@
 """Scales and levels of least output error for given codes: both have their optimum in closed form.
 
-The glossary is that of `fdk_jax.learning.rounding`.
+For given codes and levels the error of the output, see `fdk_jax.learning.rounding`, whose glossary this is, is
+quadratic in the scales, and for given codes and scales in the levels. So they are learned by linear systems in
+turns, not by steps along a gradient (docs/decisions/020-learned-scales-and-levels.md compares).
 """
 
 import functools
@@ -12,7 +14,11 @@ from jax import Array
 
 from fdk_jax.format.dequantisation import lookup, round_to, spread
 from fdk_jax.learning import compiling
-from fdk_jax.learning.rounding import EXACT, elements, grouped
+from fdk_jax.learning.rounding import EXACT, descend, elements, grouped
+
+# Turns end when one lowers the error by less than this part of it, or after so many.
+_LEAST_GAIN = 1e-3
+_TURNS = 16
 
 
 @functools.partial(
@@ -49,21 +55,18 @@ def refit_scales(
 
     def some(part: tuple[Array, Array, Array]) -> Array:
         w, c, old = part
-        system, right = systems(w, c)
+        # A step from what is there: at 8 bits a sum over whole weights would round off most of its error.
+        system, residual = systems(w - old[..., None] * c, c)
         size = old.shape[1]
         ridge = 1e-4 * jnp.trace(system, axis1=1, axis2=2) / size + jnp.finfo(jnp.float32).tiny
         damped = system + ridge[:, None, None] * jnp.eye(size, dtype=jnp.float32)[None]
-        residual = right - jnp.einsum("rgh,rh->rg", system, old, precision=EXACT)
         root = jnp.linalg.cholesky(damped)  # NaN where it has none: then the row keeps its scales
         step = jax.scipy.linalg.cho_solve((root, True), residual[..., None])[..., 0]
         new = round_to(old + step, dtype)
         new = jnp.where((new > 0) & jnp.isfinite(new), new, old)
-
-        def error(scales: Array) -> Array:
-            square = jnp.einsum("rg,rgh,rh->r", scales, system, scales, precision=EXACT)
-            return square - 2 * jnp.sum(scales * right, axis=1)
-
-        return jnp.where((error(new) < error(old))[:, None], new, old)
+        step = new - old
+        square = jnp.einsum("rg,rgh,rh->r", step, system, step, precision=EXACT)
+        return jnp.where((square < 2 * jnp.sum(step * residual, axis=1))[:, None], new, old)
 
     n, groups = scales.shape
     # Products of a row with each block of the second moments are in memory for so many rows at a time.
@@ -84,50 +87,154 @@ def refit_levels(
     *,
     group_size: int,
     dtype: Any,
-) -> Array:
+) -> tuple[Array, Array]:
     """The codebook of least output error for given codes and scales: a linear system of 2**bits unknowns.
 
     Args:
         weight: float32 [N, K].
         codes: uint8 [N, K].
         scales: float32 [N, ceil(K / G)].
-        codebook: float32 [2**bits].
+        codebook: float32 [2**bits]; levels that are equal stay equal, and those without a code where they are.
         second: float32 [K, K].
         group_size: G.
         dtype: compute dtype of the levels.
 
     Returns:
-        float32 [2**bits], ascending; `codebook` itself where the error would not fall.
+        (codes uint8 [N, K], levels float32 [2**bits] on the grid of `dtype`, ascending): the codes are other
+        numbers where levels changed places. What was given, levels rounded, where the error would not fall.
     """
     factors = spread(scales, group_size, weight.shape[1])
-    every = jnp.arange(codebook.shape[0], dtype=codes.dtype)
+    old = round_to(codebook, dtype)
+    size = codebook.shape[0]
+    every = jnp.arange(size, dtype=codes.dtype)
+    first = jnp.searchsorted(codebook, codebook).astype(codes.dtype)  # of those that are equal
+    known = lookup(codes, first)
+    error = weight - factors * lookup(codes, old)
 
     def of_level(code: Array) -> Array:
         """What a level adds to the weight at a value of one: [N, K]."""
-        return jnp.where(codes == code, factors, 0)
+        return jnp.where(known == code, factors, 0)
 
     def row(code: Array) -> tuple[Array, Array]:
         spread_out = jnp.matmul(of_level(code), second, precision=EXACT)
         return (
             jax.lax.map(lambda other: jnp.sum(spread_out * of_level(other)), every),
-            jnp.sum(spread_out * weight),
+            jnp.sum(spread_out * error),
         )
 
-    system, right = jax.lax.map(row, every)
-    size = codebook.shape[0]
+    system, residual = jax.lax.map(row, every)
     ridge = 1e-6 * jnp.trace(system) / size + jnp.finfo(jnp.float32).tiny
-    residual = right - jnp.matmul(system, codebook, precision=EXACT)
     damped = system + ridge * jnp.eye(size, dtype=jnp.float32)
-    new = codebook + jnp.linalg.solve(damped, residual)
+    new = round_to(old + jnp.linalg.solve(damped, residual), dtype)[first]
+    step = jnp.where(first == every, new - old, 0)
+    lower = step @ jnp.matmul(system, step, precision=EXACT) < 2 * jnp.dot(step, residual)
+    better = jnp.all(jnp.isfinite(new)) & lower
+    order = jnp.argsort(new)
+    moved = lookup(codes, jnp.argsort(order).astype(codes.dtype))
+    return jnp.where(better, moved, codes), jnp.where(better, new[order], old)
 
-    def error(levels: Array) -> Array:
-        levels = round_to(levels, dtype)
-        return levels @ jnp.matmul(system, levels, precision=EXACT) - 2 * jnp.dot(levels, right)
 
-    better = (
-        jnp.all(jnp.diff(new) > 0) & jnp.all(jnp.isfinite(new)) & (error(new) < error(codebook))
-    )
-    return jnp.where(better, new, codebook)
+def learn(
+    weight: Array,
+    codes: Array,
+    scales: Array,
+    codebook: Array,
+    second: Array,
+    *,
+    group_size: int,
+    dtype: Any,
+    learns_scales: bool,
+    learns_levels: bool,
+    sweeps: bool,
+    damping: float,
+) -> tuple[Array, Array, Array]:
+    """Scales and levels of least output error, in turns, until the error hardly falls.
+
+    Args:
+        weight: float32 [N, K].
+        codes: uint8 [N, K].
+        scales: float32 [N, ceil(K / G)].
+        codebook: float32 [2**bits], or [C, 2**bits], each learned from its rows.
+        second: float32 [K, K].
+        group_size: G.
+        dtype: compute dtype, on whose grid scales and levels are.
+        learns_scales: False leaves them.
+        learns_levels: False leaves them; levels that are equal stay equal.
+        sweeps: chooses the codes anew in each turn (`rounding.descend`).
+        damping: this part of the mean of the moments' diagonal is added to the diagonal.
+
+    Returns:
+        (codes, scales, codebook) whose `output_error` with damped moments is less than that of what was given;
+        otherwise that, with levels rounded to `dtype`.
+
+    Raises:
+        ValueError: moments for which an error is negative.
+    """
+    options: dict[str, Any] = dict(group_size=group_size, dtype=jnp.dtype(dtype))
+    if codebook.ndim == 2:
+        rows, parts = len(weight) // len(codebook), []
+        for block, own in enumerate(codebook):
+            cut = slice(block * rows, (block + 1) * rows)
+            parts.append(
+                learn(
+                    weight[cut], codes[cut], scales[cut], own, second, learns_scales=learns_scales,
+                    learns_levels=learns_levels, sweeps=sweeps, damping=damping, **options,
+                )
+            )  # fmt: skip
+        made = list(zip(*parts, strict=True))
+        return jnp.concatenate(made[0]), jnp.concatenate(made[1]), jnp.stack(made[2])
+    second = _damped(second, jnp.float32(damping))
+    best = codes, scales, round_to(codebook, dtype)
+    error = output_error(weight, *best, second, **options)
+    for _ in range(_TURNS):
+        codes, scales, levels = best
+        if sweeps:
+            codes = descend(weight, codes, scales, levels, second, damping=0.0, **options)
+        if learns_levels:
+            codes, levels = refit_levels(weight, codes, scales, levels, second, **options)
+        if learns_scales:
+            scales = refit_scales(weight, codes, scales, levels, second, **options)
+        new = output_error(weight, codes, scales, levels, second, **options)
+        if min(error, new) < 0:
+            raise ValueError(
+                f"an error of the outputs is {min(error, new)}: second moments must be a mean of x x^T"
+            )
+        if not new < error:
+            break
+        gain, error, best = 1 - new / error, new, (codes, scales, levels)
+        if gain < _LEAST_GAIN:
+            break
+    return best
+
+
+def output_error(
+    weight: Array,
+    codes: Array,
+    scales: Array,
+    codebook: Array,
+    second: Array,
+    *,
+    group_size: int,
+    dtype: Any,
+) -> float:
+    """E |(W - Q) x|**2 = trace((W - Q) second (W - Q)^T) of the rounded scales and levels."""
+    options: dict[str, Any] = dict(group_size=group_size, dtype=jnp.dtype(dtype))
+    return float(_output_error(weight, codes, scales, codebook, second, **options))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("group_size", "dtype"), compiler_options=compiling.OPTIONS
+)
+def _output_error(weight, codes, scales, codebook, second, *, group_size, dtype) -> Array:
+    values = lookup(codes, round_to(codebook, dtype))
+    error = weight - spread(round_to(scales, dtype), group_size, weight.shape[1]) * values
+    return jnp.sum(jnp.matmul(error, second, precision=EXACT) * error)
+
+
+@jax.jit
+def _damped(second: Array, damping: Array) -> Array:
+    floor = damping * jnp.diagonal(second).mean()
+    return (second + second.T) / 2 + floor * jnp.eye(len(second), dtype=jnp.float32)
 
 
 def _columns(second: Array, group_size: int) -> Array:

@@ -84,6 +84,7 @@ def load_calibrated(
     arithmetic: str = "exact",
     progress: bool | None = None,
     rotate: bool = False,
+    learn: bool | str = False,
 ) -> Transformer:
     """Loads a model and quantises it by `fdk_jax.calibrate`: codebooks, scales and codes fitted to a text.
 
@@ -103,6 +104,7 @@ def load_calibrated(
         rotate: Folds rotations of the residual stream and of the heads' values into the weights first, which
             helps at 2 and 1 bits (docs/quality.md); a head that is tied to the embedding becomes a matrix of
             its own. See `fdk_jax.models.rotated`.
+        learn: See `fdk_jax.calibrate`.
 
     Returns:
         The model, ready for `fdk_jax.models.Generator`.
@@ -123,6 +125,7 @@ def load_calibrated(
         group_size=q.group_size,
         codebook=q.codebook,
         scale="search" if q.scale == "auto" else q.scale,
+        learn=learn,
     )
     LOG.info("read")
     rotation = Rotation.of(model.config) if rotate else None

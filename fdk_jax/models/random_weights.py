@@ -73,9 +73,9 @@ def random_model(
     """
     if codebook not in ("uniform", "kmeans"):
         raise ValueError(f"{codebook=} is not uniform or kmeans")
-    if embedding_bits not in (None, 1, 2, 4, 8):
+    if embedding_bits not in (None, *packing.BITS):
         raise ValueError(
-            f"{embedding_bits=} is not 1, 2, 4 or 8; None keeps the embedding as it is"
+            f"{embedding_bits=} is not one of {packing.BITS}; None keeps the embedding as it is"
         )
     if config.tie_embeddings and embedding_bits not in (None, head_bits):
         raise ValueError(

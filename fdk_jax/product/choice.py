@@ -111,7 +111,7 @@ def choose(product: Product, operands: Arrays, platform: str) -> Choice:
         if plan.kernel == "xla":
             return Choice("xla", plan.reason)
         return Choice("pallas", f"the weight is prepared for it, on {target.current()}")
-    missing = cpu_backend.unsupported_reason(product.group_size)
+    missing = cpu_backend.unsupported_reason(product.bits, product.group_size)
     if missing is not None:
         return Choice("xla", missing)
     return Choice("cpu", "the weight is prepared for it, on a CPU")

@@ -25,6 +25,7 @@ from jax.core import Tracer
 from fdk_jax.format import host_arrays, packing
 
 ARITHMETIC = {"exact": 0, "int16": 1, "int8": 2}
+BITS = (1, 2, 4, 8)  # of check_bits in cpu/src/plan.cpp
 INTERFACE = 6  # of cpu/bindings/module.cpp
 FEW_TOKENS = 16  # that `dense` takes at most
 _ONE_THREAD = 1 << 20  # bytes of a weight that one thread converts sooner than several start
@@ -86,8 +87,10 @@ def unavailable_reason() -> str | None:
     return module if isinstance(module, str) else None
 
 
-def unsupported_reason(group_size: int) -> str | None:
-    """Why the library cannot multiply by weights of this group size here, or None."""
+def unsupported_reason(bits: int, group_size: int) -> str | None:
+    """Why the library cannot multiply by weights of this width and group size here, or None."""
+    if bits not in BITS:
+        return f"the C++ library has codes of {BITS} bits, not of {bits}"
     if group_size % 8:
         return f"the C++ library needs group_size to be a multiple of 8, not {group_size}"
     return unavailable_reason()
@@ -117,8 +120,8 @@ def kernel_name(x: Any, w: Any, arithmetic: str = "exact") -> str | None:
         w: the weight, a `QuantisedTensor`.
         arithmetic: as given to `matmul`.
     """
-    module = _load()
-    if isinstance(module, str) or w.group_size % 8 or not hasattr(module, "kernel_name"):
+    module, reason = _load(), unsupported_reason(w.bits, w.group_size)
+    if isinstance(module, str) or reason is not None or not hasattr(module, "kernel_name"):
         return None
     return module.kernel_name(
         m=max(math.prod(x.shape[:-1]), 1),
@@ -168,9 +171,9 @@ def matmul(
         y [M, N].
 
     Raises:
-        NotImplementedError: there is no library, or it cannot do this group size.
+        NotImplementedError: there is no library, or it cannot do this width or group size.
     """
-    if (reason := unsupported_reason(group_size)) is not None:
+    if (reason := unsupported_reason(bits, group_size)) is not None:
         raise NotImplementedError(f'backend="cpu" cannot do this: {reason}')
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     call = jax.ffi.ffi_call(
@@ -313,7 +316,7 @@ def prompt_attention(
 def _to_tiled(packed: Array, scales: Array, **spec) -> tuple[Array, Array] | None:
     """`packing.to_tiled` of concrete arrays in this host's memory; None for any others."""
     n, k = spec["out_features"], spec["in_features"]
-    if not _is_native(packed, scales, spec["group_size"]):
+    if not _is_native(packed, scales, spec):
         return None
     tiles = -(-n // packing.TILE_ROWS)
     shapes = (
@@ -327,7 +330,7 @@ def _to_tiled(packed: Array, scales: Array, **spec) -> tuple[Array, Array] | Non
 def _from_tiled(packed: Array, scales: Array, **spec) -> tuple[Array, Array] | None:
     """The inverse of `_to_tiled`."""
     n, k = spec["out_features"], spec["in_features"]
-    if not _is_native(packed, scales, spec["group_size"]):
+    if not _is_native(packed, scales, spec):
         return None
     shapes = ((n, -(-k * spec["bits"] // 8)), (n, scales.shape[-2]))
     lead, heights = packed.shape[:-3], (1, packing.TILE_ROWS)
@@ -381,14 +384,14 @@ def _to_tiled_by_rows(
 packing.STREAMED["tiled"] = _to_tiled_by_rows
 
 
-def _is_native(packed: Array, scales: Array, group_size: int) -> bool:
+def _is_native(packed: Array, scales: Array, spec: dict[str, Any]) -> bool:
     """Whether the library can convert these arrays: concrete, in this host's memory."""
     if any(isinstance(a, Tracer) for a in (packed, scales)):
         return False
     arrays = (a for a in (packed, scales) if isinstance(a, Array))
     return (
         packed.size > 0
-        and unsupported_reason(group_size) is None
+        and unsupported_reason(spec["bits"], spec["group_size"]) is None
         and all(a.devices() == {jax.devices("cpu")[0]} for a in arrays)
     )
 

@@ -33,7 +33,8 @@ class Format:
         scale: a rule of `fdk_jax.quantise`; "signed" (the extreme of a group is the lowest level, so a scale
             may be negative); or "search".
         rounding: "nearest"; "weighted" (scales and fitted levels weighted by the activations); "corrected" (and
-            rounding that makes up for errors, as GPTQ); "descended" (and sweeps of coordinate descent); or
+            rounding that makes up for errors, as GPTQ); "descended" (and sweeps of coordinate descent);
+            "learned" (and scales and levels learned after that), or "nearest-learned" (after "weighted");
             "gptq" (of auto-gptq, see `published_gptq`); or "trained" (a network's `trained`, not `apply`).
         seed: of the text for calibration.
         group_size: weights along K that share a scale.
@@ -121,10 +122,14 @@ class Format:
             raise ValueError(f"{self.name} needs second moments")
         if self.rounding == "weighted":
             options["importance"] = jnp.diagonal(jnp.asarray(second))
-        if self.rounding in ("corrected", "descended"):
+        if self.rounding in ("corrected", "descended", "learned", "nearest-learned"):
             options["second_moment"] = second
         if self.rounding == "corrected":
             options["sweeps"] = 0
+        if self.rounding.endswith("learned"):
+            options["learn"] = True
+        if self.rounding == "nearest-learned":
+            options["rounding"] = "nearest"
         return calibrate_array(matrix, width, **options).dequantise(jnp.float32)
 
     def _codebook(self, matrix: Array) -> Any:
@@ -227,6 +232,13 @@ def _table() -> tuple[Format, ...]:
         for bits, names in descended.items()
         for levels in names
     ]
+    learned = {4: ("kmeans", "nf4", "integers"), 2: ("kmeans",), 1: ("kmeans",), 3: ("kmeans",)}
+    found += [
+        Format(bits, levels, "search", "learned")
+        for bits, names in learned.items()
+        for levels in names
+    ]
+    found += [Format(bits, "kmeans", "search", "nearest-learned") for bits in (4, 2, 1)]
     found += [Format(4, levels, "absmax", "corrected") for levels in ("integers", "nf4")]
     found += [Format(bits, "kmeans", "search", "weighted") for bits in (4, 2, 1, 3)]
     found += [

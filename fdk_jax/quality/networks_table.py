@@ -15,9 +15,11 @@ _COLUMNS = {
     ("signed", "nearest"): "signed",
     ("search", "nearest"): "search",
     ("search", "weighted"): "search, weighted",
+    ("search", "nearest-learned"): "search, weighted, learned",
     ("absmax", "corrected"): "absmax, corrected",
     ("search", "corrected"): "search, corrected",
     ("search", "descended"): "search, corrected, swept",
+    ("search", "learned"): "search, corrected, swept, learned",
     ("auto", "trained"): "trained",
 }
 _TRAININGS = {"trained": ("trained", "trained-1")}  # of one recipe, by seed: one table
