@@ -189,8 +189,8 @@ def configuration(row: dict, target: Target) -> Any:
 
 def fit(case: Case, config: Any, target: Target) -> Any:
     """A configuration with what follows from the case; None if no configuration of its kernel runs it."""
-    if isinstance(config, mosaic_matmul.Config) and not mosaic_matmul.divides(case, config):
-        return mosaic_matmul.guess(case, target)
+    if isinstance(config, mosaic_matmul.Config):
+        return mosaic_matmul.fit(case, config, target)
     if isinstance(config, matvec.Config):
         columns = 1 if case.m <= FEW // 2 else FEW // 8
         diagonal, programs = (config.diagonal, config.programs) if case.m == 1 else (False, 0)

@@ -34,7 +34,7 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
     """Why the kernel does not take a case, whose x is of halves, or None."""
     if case.k % RUN:
         return f"k={case.k} is no multiple of {RUN}"
-    if config.k_groups * config.splits * config.cluster > 1:
+    if config.k_groups * config.splits * config.cluster > 1 or config.programs:
         return "programs and warpgroups do not share K or x"
     if (reason := mosaic_matmul.unsupported_reason(case, config, target)) is not None:
         return reason

@@ -20,40 +20,33 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic_results, mosaic_sums, mosaic_tiles, mosaic_values
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.mosaic_decoding import Decoder
-from pallas_kernels.mosaic_matmul import GROUP_ROWS, Config, columns, scale_fours, slab
+from pallas_kernels.mosaic_matmul import (
+    GROUP_ROWS,
+    Config,
+    columns,
+    scale_fours,
+    schedule,
+    slab,
+)
+from pallas_kernels.mosaic_producer import produce
+from pallas_kernels.mosaic_tiles import Tile
 from pallas_kernels.mosaic_values import SCALAR, U32, inline
 
 _TILES = GROUP_ROWS // 16
 _PRODUCER_REGISTERS = 40
 
 
-class _Tile(NamedTuple):
-    """What a program computes.
+class _Warpgroup(NamedTuple):
+    """Which of those that compute it is: of all, of those with rows of their own, of those of its rows."""
 
-    Attributes:
-        m: the first row of x.
-        rows: how many of them are its own; None for as many as there are.
-        program: along N.
-        group: whose matrix; None if there is one matrix.
-        first_slab: where along K it starts.
-        slabs: how many it takes.
-    """
+    number: Any
+    row_group: Any
+    k_group: Any
 
-    m: Any
-    rows: Any
-    program: Any
-    group: Any
-    first_slab: Any
-    slabs: Any
-
-    def from_row(self, first: Any) -> "_Tile":
-        """The part of it from one of its rows of x on."""
-        rows = None if self.rows is None else jnp.maximum(self.rows - first, 0)
-        return self._replace(m=self.m + first, rows=rows)
-
-    def of_matrix(self, ref: Any, *index: Any) -> Any:
-        """A part of an array with an element for each matrix."""
-        return ref.at[index if self.group is None else (self.group, *index)]
+    @classmethod
+    def of(cls, config: Config, number: Any) -> "_Warpgroup":
+        """The warpgroup of a number."""
+        return cls(number, jax.lax.rem(number, config.row_groups), number // config.row_groups)
 
 
 # A function of its own in the program: products of equal shapes are lowered and compiled once.
@@ -81,14 +74,23 @@ def matmul(
         # At most: whole tiles, a last one for each group with rows, and one past them all.
         lead = group_sizes.shape
         tiles_m = case.m // config.tokens + min(*lead, case.m) + 1
+    has_bias = arrays.bias is not None
+    out: Any = jax.ShapeDtypeStruct((case.m, case.n), case.out_dtype)
+    body = functools.partial(_kernel, case, config, lead, has_bias, factors is not None)
+    grid, names = (tiles_m, -(-programs_n // config.cluster)), ("m", "n")
+    if config.programs:
+        if group_sizes is not None or factors is not None:
+            raise ValueError(f"groups and integers have no persistent programs: {config.programs=}")
+        given = config.programs * config.row_groups, GROUP_ROWS * config.tokens
+        out = out, jax.ShapeDtypeStruct(given, jnp.float32)
+        body = functools.partial(_persistent, case, config, has_bias)
+        grid, names = (config.programs,), ("program",)
     kernel = plgpu.kernel(
-        functools.partial(
-            _kernel, case, config, lead, arrays.bias is not None, factors is not None
-        ),
-        out_type=jax.ShapeDtypeStruct((case.m, case.n), case.out_dtype),
+        body,
+        out_type=out,
+        grid=grid,
+        grid_names=names,
         scratch_types=_scratch(case, config),
-        grid=(tiles_m, -(-programs_n // config.cluster)),
-        grid_names=("m", "n"),
         num_threads=config.warpgroups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
@@ -104,6 +106,8 @@ def matmul(
     operands = (arrays.x, packed, arrays.scales, arrays.codebook.reshape(-1))
     operands += () if arrays.bias is None else (arrays.bias.reshape(-1),)
     operands += factors or ()
+    if config.programs:
+        return kernel(*operands)[0]
     return kernel(*operands, *(() if group_sizes is None else (group_sizes,)))
 
 
@@ -120,7 +124,7 @@ def _scratch(case: Case, config: Config) -> dict[str, Any]:
         views.append(plgpu.SMEM((*x_shape[:2], GROUP_ROWS), case.out_dtype, transforms=(swizzle,)))
     users = config.row_groups  # warpgroups that read a plane of x
     free = plgpu.Barrier
-    if config.splits == 1:
+    if config.splits == 1 and not config.programs:
         free = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
     return dict(
         x_smem=plgpu.RefUnion(*views),
@@ -156,27 +160,80 @@ def _kernel(
     visit = jax.lax.axis_index("m")
     warpgroup = jax.lax.axis_index("wg")
 
-    def run(tile: _Tile) -> None:
-        @pl.when(warpgroup == config.warpgroups)
-        def _():
-            plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-            _produce(case, config, x, w, s, tile, **scratch)
+    def run(tile: Tile) -> None:
+        def consume():
+            own = _Warpgroup.of(config, warpgroup)
+            _set_up(case, config, codebook, tile, scratch["table"])
+            total = _multiply(case, config, tile, own, **scratch)
+            _end(case, config, total, bias, factors, y, tile, own, **scratch)
 
-        @pl.when(warpgroup < config.warpgroups)
-        def _():
-            plgpu.set_max_registers(_registers(config.warpgroups), action="increase")
-            _consume(case, config, bias, factors, codebook, y, tile, warpgroup, **scratch)
+        copy = functools.partial(produce, case, config, x, w, s, tile, **scratch)
+        _specialise(config, warpgroup, copy, consume)
 
     if not lead:
-        run(_Tile(visit * config.tokens, None, program, None, *part))
+        run(Tile(visit * config.tokens, None, program, None, *part))
         return
     group, m, rows = _find(case, config, refs[-2], visit, *lead)
-    pl.when((rows > 0) & (group < lead[0]))(lambda: run(_Tile(m, rows, program, group, *part)))
+    pl.when((rows > 0) & (group < lead[0]))(lambda: run(Tile(m, rows, program, group, *part)))
     pl.when((rows > 0) & (group == lead[0]) & (warpgroup < config.row_groups) & (split == 0))(
         lambda: mosaic_results.copy_rows(
             config.tokens, None, y, m, rows, _first_row(config, program, warpgroup)
         )
     )
+
+
+def _persistent(case: Case, config: Config, has_bias, x, w, s, codebook, *refs, **scratch):
+    """The kernel of programs with a loop over tiles and parts of tiles, see `mosaic_schedule`."""
+    bias, (y, sums) = refs[:1] if has_bias else (), refs[-2:]
+    # Zero at the start, of this launch alone, and zero again at its end.
+    flags = pl.get_global(plgpu.SemaphoreType.REGULAR((config.programs * config.row_groups,)))
+    program, plan = jax.lax.axis_index("program"), schedule(case, config)
+    warpgroup = jax.lax.axis_index("wg")
+    along_n = -(-case.n // config.rows)
+
+    def for_each(body) -> None:
+        """Calls `body` with each piece of the program that has slabs, as a piece and as a tile."""
+
+        def run(step, before):
+            piece = plan.piece(program, step)
+            place = piece.tile // along_n * config.tokens, None, piece.tile % along_n, None
+            tile = Tile(*place, piece.first, piece.slabs, before)
+            pl.when(piece.slabs > 0)(lambda: body(piece, tile))
+            return before + piece.slabs
+
+        steps = plan.steps()
+        jax.lax.fori_loop(steps.start, steps.stop, run, jnp.int32(0))
+
+    def consume() -> None:
+        own = _Warpgroup.of(config, warpgroup)
+        _set_up(case, config, codebook, Tile(0, None, 0, None, 0, 0), scratch["table"])
+
+        def compute(piece, tile):
+            total = _multiply(case, config, tile, own, **scratch)
+            mosaic_results.end_piece(
+                case, config, plan, piece, total, (bias, y, sums, flags), tile, program, **scratch
+            )
+
+        for_each(compute)
+
+    def copy() -> None:
+        for_each(lambda _, tile: produce(case, config, x, w, s, tile, **scratch))
+
+    _specialise(config, warpgroup, copy, consume)
+
+
+def _specialise(config: Config, warpgroup, copy, consume) -> None:
+    """What the producer does, and what the warpgroups that compute do."""
+
+    @pl.when(warpgroup == config.warpgroups)
+    def _():
+        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        copy()
+
+    @pl.when(warpgroup < config.warpgroups)
+    def _():
+        plgpu.set_max_registers(_registers(config.warpgroups), action="increase")
+        consume()
 
 
 def _find(case: Case, config: Config, sizes, visit, groups: int):
@@ -212,75 +269,6 @@ def _registers(warpgroups: int) -> int:
     return min(240, all_of_them // warpgroups // 8 * 8)
 
 
-def _produce(
-    case,
-    config,
-    x,
-    w,
-    s,
-    tile,
-    *,
-    x_smem,
-    w_smem,
-    s_smem,
-    x_full,
-    w_full,
-    x_free,
-    w_free,
-    **_,
-):
-    """Copies codes and scales a slab at a time, and the planes of x that belong to them."""
-    x_smem = x_smem[1]
-    size, tiles, width = slab(case, config), config.rows // 16, columns(case)
-    planes, blocks, fours = size // width, size // case.span, scale_fours(case, config)
-    collective = "cluster" if config.cluster > 1 else None
-
-    slabs = tile.slabs
-
-    def step(i, _):
-        slot = jax.lax.rem(i, config.w_stages)
-        pl.when(i >= config.w_stages)(functools.partial(plgpu.barrier_wait, w_free.at[slot]))
-        here = tile.first_slab + i  # of all slabs
-
-        rows = pl.ds(tile.program * tiles, tiles)
-        plgpu.copy_gmem_to_smem(
-            tile.of_matrix(w, rows, pl.ds(here * blocks, blocks)), w_smem.at[slot], w_full.at[slot]
-        )
-        four = here * size // (4 * case.group_size)
-        plgpu.copy_gmem_to_smem(
-            tile.of_matrix(s, rows, pl.ds(four, fours)), s_smem.at[slot], w_full.at[slot]
-        )
-        for plane in range(planes):
-            index = i * planes + plane
-            slot = jax.lax.rem(index, config.x_stages)
-            pl.when(index >= config.x_stages)(
-                functools.partial(plgpu.barrier_wait, x_free.at[slot])
-            )
-            column = (here * planes + plane) * width
-            plgpu.copy_gmem_to_smem(
-                x.at[pl.ds(tile.m, config.tokens), pl.ds(column, width)],
-                x_smem.at[slot],
-                x_full.at[slot],
-                collective_axes=collective,
-            )
-        return ()
-
-    jax.lax.fori_loop(0, slabs, step, ())
-    # Programs of a cluster end together: their barriers are signalled from outside.
-    if config.cluster > 1:
-        last = slabs * planes
-        for index in range(max(0, last - config.x_stages), last):
-            plgpu.barrier_wait(x_free.at[index % config.x_stages])
-    if config.splits > 1:
-        _sync_splits()
-        _sync_splits()
-
-
-@inline()
-def _sync_splits(_):
-    mosaic_values.sync_cluster()
-
-
 @inline(arg_types=(SCALAR,))
 def _take_turn(_, warpgroup):
     mosaic_values.take_turn(U32(warpgroup.registers.item()))
@@ -291,32 +279,9 @@ def _give_turn(_, warpgroup):
     mosaic_values.give_turn(U32(warpgroup.registers.item()))
 
 
-def _consume(
-    case,
-    config,
-    bias,
-    factors,
-    codebook,
-    y,
-    tile,
-    warpgroup,
-    *,
-    x_smem,
-    w_smem,
-    s_smem,
-    table,
-    x_full,
-    w_full,
-    x_free,
-    w_free,
-):
-    """Decodes a plane while the products of the one before are under way."""
-    x_smem, x_flat = x_smem[0], x_smem[-1]
-    size, width, decoder = slab(case, config), columns(case), Decoder.of(case)
-    planes = size // width
-    slabs, step = tile.slabs, config.k_groups
-    row_group = jax.lax.rem(warpgroup, config.row_groups)
-    k_group = warpgroup // config.row_groups
+def _set_up(case: Case, config: Config, codebook, tile: Tile, table) -> None:
+    """Fills the table of values for a tile's rows."""
+    decoder = Decoder.of(case)
 
     @inline(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR))
     def set_up(_, codebook, table, codebook_index):
@@ -330,6 +295,29 @@ def _consume(
         codebook_index += tile.group * case.codebooks
     set_up(codebook, table, jnp.int32(codebook_index))
 
+
+def _multiply(
+    case,
+    config,
+    tile,
+    own_group,
+    *,
+    x_smem,
+    w_smem,
+    s_smem,
+    table,
+    x_full,
+    w_full,
+    x_free,
+    w_free,
+):
+    """The sums of a warpgroup. It decodes a plane while the products of the one before are under way."""
+    x_smem = x_smem[0]
+    size, width, decoder = slab(case, config), columns(case), Decoder.of(case)
+    planes = size // width
+    slabs, step = tile.slabs, config.k_groups
+    warpgroup, row_group, k_group = own_group
+
     integers = case.x_dtype == jnp.int8
     layout = plgpu.Layout.WGMMA_8BIT if integers else plgpu.Layout.WGMMA
     a_type = plgpu.ShapeDtypeStruct((GROUP_ROWS, width), case.x_dtype, layout=layout)
@@ -342,6 +330,7 @@ def _consume(
 
     # Decoding 8 bits takes the longest. Two warpgroups ask for products in turns, so that one decodes while
     # those of the other are under way: else both would decode at once, and the tensor cores would idle.
+    kept = mosaic_results.kept_planes(config)
     turns = case.bits == 8 and not integers and config.warpgroups == 2
     own, other = jnp.int32(warpgroup), jnp.int32(1 - warpgroup)
     if turns:
@@ -349,7 +338,7 @@ def _consume(
 
     def body(acc):
         def multiply(i, _):
-            w_slot = jax.lax.rem(i, config.w_stages)
+            w_slot = jax.lax.rem(tile.past(i), config.w_stages)
             plgpu.barrier_wait(w_full.at[w_slot])
             # The scales start with four groups; the slab with this one of them.
             group = jax.lax.rem((tile.first_slab + i) * size // case.group_size, 4)
@@ -359,7 +348,7 @@ def _consume(
                 plane = first + (k_group if step > 1 else 0)
                 index = i * planes + plane
                 a = decode(*slot_refs, jnp.int32(group), jnp.int32(plane))
-                slot = jax.lax.rem(index, config.x_stages)
+                slot = jax.lax.rem(tile.past(index, planes), config.x_stages)
                 plgpu.barrier_wait(x_full.at[slot])
                 if turns:
                     _take_turn(own)
@@ -369,10 +358,14 @@ def _consume(
                 # The products of the plane before: what they read may be written now.
                 plgpu.wgmma_wait(1)
 
-                @pl.when(index >= step)
+                over = index >= step
+                if kept:
+                    over &= index <= slabs * planes - kept
+
+                @pl.when(over)
                 def _():
-                    before = jax.lax.rem(index - step, config.x_stages)  # noqa: B023
-                    plgpu.barrier_arrive(x_free.at[before])
+                    before = tile.past(index - step, planes)  # noqa: B023
+                    plgpu.barrier_arrive(x_free.at[jax.lax.rem(before, config.x_stages)])
 
             plgpu.barrier_arrive(w_free.at[w_slot])
             return ()
@@ -381,12 +374,19 @@ def _consume(
         if turns:
             pl.when(warpgroup == 0)(lambda: _take_turn(own))  # the last one it was given
         plgpu.wgmma_wait(0)
-        last = slabs * planes - step + k_group
-        plgpu.barrier_arrive(x_free.at[jax.lax.rem(last, config.x_stages)])
+        if not kept:
+            last = slabs * planes - step + k_group
+            plgpu.barrier_arrive(x_free.at[jax.lax.rem(last, config.x_stages)])
         return acc[...]
 
     sum_dtype = jnp.int32 if integers else jnp.float32
-    total = pl.run_scoped(body, plgpu.ACC((GROUP_ROWS, config.tokens), sum_dtype))
+    return pl.run_scoped(body, plgpu.ACC((GROUP_ROWS, config.tokens), sum_dtype))
+
+
+def _end(case, config, total, bias, factors, y, tile, own, *, x_smem, table, **_) -> None:
+    """Adds the sums of warpgroups and programs that share K, and writes the tile."""
+    x_smem, x_flat = x_smem[0], x_smem[-1]
+    warpgroup, row_group, k_group = own
     first_row = _first_row(config, tile.program, row_group)
     if config.k_groups == config.splits == 1:
         mosaic_results.write(

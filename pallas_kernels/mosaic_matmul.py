@@ -11,6 +11,7 @@ from jax import Array
 
 from pallas_kernels.case import Arrays, Case
 from pallas_kernels.layout import PLANE
+from pallas_kernels.mosaic_schedule import Schedule, fewest_programs
 from pallas_kernels.target import Target
 
 GROUP_ROWS = 64  # of the weight, a warpgroup's
@@ -31,6 +32,7 @@ class Config:
         w_stages: slabs of codes and scales in shared memory.
         cluster: programs that share the copies of x, each with rows of its own: 1 or 2.
         splits: programs that share the K of their rows, of a cluster too: 1 or 2.
+        programs: persistent ones, which share tiles and parts of tiles (`mosaic_schedule`); 0 for one a tile.
     """
 
     tokens: int = 128
@@ -40,6 +42,7 @@ class Config:
     w_stages: int = 2
     cluster: int = 1
     splits: int = 1
+    programs: int = 0
 
     @property
     def rows(self) -> int:
@@ -72,6 +75,12 @@ def slab(case: Case, config: Config) -> int:
 def scale_fours(case: Case, config: Config) -> int:
     """Fours of groups that a slab touches."""
     return -(-slab(case, config) // (4 * case.group_size))
+
+
+def schedule(case: Case, config: Config) -> Schedule:
+    """What each of a configuration's persistent programs computes."""
+    tiles = -(-case.m // config.tokens) * -(-case.n // config.rows)
+    return Schedule(tiles, -(-case.k // slab(case, config)), config.programs)
 
 
 def computes_values(case: Case) -> bool:
@@ -129,9 +138,27 @@ def unsupported_reason(case: Case, config: Config, target: Target) -> str | None
         return "a cluster is of two programs at most"
     if -(-case.k // slab(case, config)) < config.splits:
         return f"{case.k=} is too small to be shared by {config.splits} programs"
+    if config.programs and (reason := _no_persistence(case, config, target)) is not None:
+        return reason
     if case.residual or case.squares:
         return "it has no residual"
     return target.lacks_shared_memory(config, shared_bytes(case, config))
+
+
+def _no_persistence(case: Case, config: Config, target: Target) -> str | None:
+    """Why the programs of a configuration cannot be persistent, or None."""
+    plan = schedule(case, config)
+    if config.k_groups * config.splits * config.cluster > 1:
+        return "persistent programs share K by slabs alone, and no copies of x"
+    if case.codebooks > 1:
+        return "persistent programs fill one table of values"
+    if config.programs > target.multiprocessors:
+        return f"{config.programs} persistent programs do not run at once"
+    if 0 < plan.shared * plan.slabs < config.programs:
+        return f"{case.k=} is too small to be shared by {config.programs} programs"
+    if config.x_stages <= config.row_groups:
+        return f"results take the memory of all {config.x_stages} stages of x"
+    return None
 
 
 # Microseconds a plane of a program by its tokens, for (row_groups, k_groups): of codes that are looked up, of
@@ -161,6 +188,9 @@ _SELECTED_US = {
 # (1 bit), 6 of 192 took 42.0 where 4 took 40.9 (4 bits).
 _MAX_X_ROWS = 1024
 _PROGRAM_US, _SPLIT_US = 6.0, 2.0  # the start and the end of a program, and of sums over two
+# Of persistent programs, by counting: the end of a tile that is not the last one, and sums that all programs at
+# once write to the L2 cache (5.5 TB/s), and that one reads (64 bytes a clock).
+_TILE_US, _GIVEN_KIB_A_US, _TAKEN_KIB_A_US = 1.5, 41.0, 90.0
 
 
 def guess(case: Case, target: Target) -> Config | None:
@@ -208,8 +238,49 @@ def _microseconds(case: Case, config: Config, target: Target) -> float:
     waves = math.ceil(programs * config.splits / target.multiprocessors)
     tokens, times = zip(*_plane_us(case)[config.row_groups, config.k_groups], strict=True)
     plane_us = float(np.interp(config.tokens, tokens, times))
+    if config.programs:
+        return _PROGRAM_US + _persistent_us(case, config, plane_us)
     sums = _SPLIT_US if config.splits > 1 else 0.0
     return waves * (_PROGRAM_US + planes / config.splits * plane_us + sums)
+
+
+def _persistent_us(case: Case, config: Config, plane_us: float) -> float:
+    """What the persistent program with the most slabs takes, without its start and its end. Not measured."""
+    plan = schedule(case, config)
+    us = plan.most * slab(case, config) / PLANE * plane_us + plan.rounds * _TILE_US
+    if plan.shared:
+        kib = config.rows * config.tokens * 4 / 1024
+        us += kib / _GIVEN_KIB_A_US + kib * math.ceil(plan.slabs / plan.most) / _TAKEN_KIB_A_US
+    return us
+
+
+def persistent_guesses(case: Case, target: Target, count: int = 2) -> list[Config]:
+    """The persistent configurations that should be fastest, by the same count; of different tiles."""
+    found: dict[tuple[int, int], Config] = {}
+    for guessed in _guesses(case):
+        if guessed.k_groups * guessed.splits > 1:
+            continue
+        config = for_programs(case, guessed, target)
+        key = config.tokens, config.row_groups
+        if key not in found and not unsupported_reason(case, config, target):
+            found[key] = config
+    return sorted(found.values(), key=lambda c: _microseconds(case, c, target))[:count]
+
+
+def for_programs(case: Case, config: Config, target: Target) -> Config:
+    """A configuration with the persistent programs that a case takes on a GPU."""
+    plan = schedule(case, dataclasses.replace(config, programs=1))
+    programs = fewest_programs(plan.tiles, plan.slabs, target.multiprocessors)
+    return dataclasses.replace(config, programs=programs)
+
+
+def fit(case: Case, config: Config, target: Target) -> Config | None:
+    """A configuration of the table as a case takes it; what `guess` says, where it does not fit the case."""
+    if config.programs:
+        own = [for_programs(case, config, target)] if divides(case, config) else []
+        found = own or persistent_guesses(case, target, 1)
+        config = next((c for c in found if not unsupported_reason(case, c, target)), ANY)
+    return config if divides(case, config) else guess(case, target)
 
 
 def matmul(case: Case, config: Config, arrays: Arrays, group_sizes: Array | None = None) -> Array:

@@ -1,21 +1,91 @@
 """The end of a program of the Mosaic GPU kernel: biases, rounding, the copies to y; see `mosaic_kernel`."""
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic_sums, mosaic_values
+from pallas_kernels import mosaic_shares, mosaic_sums, mosaic_values
 from pallas_kernels.mosaic_decoding import Decoder
-from pallas_kernels.mosaic_matmul import GROUP_ROWS, columns
+from pallas_kernels.mosaic_matmul import GROUP_ROWS, columns, slab
 from pallas_kernels.mosaic_values import SCALAR, U32, inline
 
 
 def x_transforms(case):
+    """How `wgmma` reads x in shared memory."""
     return plgpu.TilingTransform((8, columns(case))), plgpu.SwizzleTransform(128)
 
 
-def write(case, config, total, bias, factors, y, tile, first_row, x_flat, slot, table, sync=True):
-    """Adds the bias, rounds, transposes [rows, tokens] in shared memory, and copies it out."""
+def kept_planes(config):
+    """The last planes of a tile whose memory results take before the next tile's are copied there."""
+    return config.row_groups if config.programs else 0
+
+
+def end_piece(case, config, plan, piece, total, refs, tile, program, *, x_smem, x_free, table, **_):
+    """Gives the sums of a piece away, or adds those of others and writes the tile; see `mosaic_schedule`."""
+    row_group = jax.lax.axis_index("wg")
+    bias, y, sums, flags = refs
+    device, scalars = (plgpu.RefType(),) * 2, (SCALAR,)
+    result = plgpu.ShapeDtypeStruct(total.shape, total.dtype, layout=plgpu.Layout.WGMMA)
+
+    @inline(arg_types=(*device, plgpu.Layout.WGMMA, *scalars))
+    def give(_, sums, flags, total, place):
+        mosaic_shares.give(sums, flags, total, U32(place.registers.item()))
+
+    @inline(arg_types=(*device, plgpu.Layout.WGMMA, *scalars), return_type=result)
+    def take(_, sums, flags, total, place):
+        return mosaic_shares.take(sums, flags, total, U32(place.registers.item()))
+
+    def place(program):
+        return jnp.int32(program * config.row_groups + row_group)
+
+    after = tile.past(tile.slabs) * (
+        slab(case, config) // columns(case)
+    )  # planes, with the tile's own
+
+    def write_tile():
+        whole = total
+        if plan.shared:
+            first = jnp.where(piece.first > 0, plan.first_giver(piece), program)
+            whole = jax.lax.fori_loop(
+                first, program, lambda other, some: take(sums, flags, some, place(other)), total
+            )
+        slot = jax.lax.rem(after - 1 - row_group, config.x_stages)
+        first_row = tile.program * config.rows + row_group * GROUP_ROWS
+        write(
+            case, config, whole, bias, (), y, tile, first_row, x_smem[-1], slot, table, keeps=True
+        )
+
+    if plan.shared:
+        ends = plan.ends(piece)
+        pl.when(ends)(write_tile)
+        pl.when(jnp.logical_not(ends))(lambda: give(sums, flags, total, place(program)))
+    else:
+        write_tile()
+    for i in range(kept_planes(config)):
+        plgpu.barrier_arrive(x_free.at[jax.lax.rem(after - 1 - i, config.x_stages)])
+
+
+def write(
+    case,
+    config,
+    total,
+    bias,
+    factors,
+    y,
+    tile,
+    first_row,
+    x_flat,
+    slot,
+    table,
+    sync=True,
+    keeps=False,
+):
+    """Adds the bias, rounds, transposes [rows, tokens] in shared memory, and copies it out.
+
+    Waits for other warpgroups before, if `sync`, and until the results are in device memory; or, where the
+    program `keeps` running, until their shared memory may be written again.
+    """
     tokens, decoder = total.shape[1], Decoder.of(case)
     part = x_flat.at[slot, pl.ds(0, tokens)]
     target = plgpu.RefType((plgpu.SwizzleTransform(128),))
@@ -47,7 +117,7 @@ def write(case, config, total, bias, factors, y, tile, first_row, x_flat, slot, 
         copy_rows(tokens, part, y, tile.m, tile.rows, first_row)
         return
     plgpu.copy_smem_to_gmem(part, y.at[pl.ds(tile.m, tokens), pl.ds(first_row, GROUP_ROWS)])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=keeps)
 
 
 def copy_rows(tokens, source, y, m, rows, first_row):

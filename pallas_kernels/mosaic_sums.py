@@ -34,6 +34,19 @@ def values_of(total: mgpu.FragmentedArray) -> list[ir.Value]:
     return [llvm.extractelement(register, U32(i).value) for register in registers for i in range(2)]
 
 
+def array_of(values: list[ir.Value], total: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """Values (`values_of`) as an array like `total`, perhaps of fewer tokens."""
+    shape = total.shape[0], 2 * len(values)
+    registers = np.empty(total.layout.registers_shape(shape), dtype=object)
+    vector = ir.VectorType.get((2,), f32())
+    for i in range(registers.size):
+        pair = llvm.mlir_undef(vector)
+        for j in range(2):
+            pair = llvm.insertelement(pair, values[2 * i + j], U32(j).value)
+        registers.flat[i] = pair
+    return mgpu.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
+
+
 def times(values: list[ir.Value], factor: ir.Value) -> list[ir.Value]:
     """Each value times a factor."""
     return [arith.mulf(value, factor) for value in values]
@@ -85,15 +98,7 @@ def add_over_k(
             values[i] = arith.addf(value, load(part, f32()))
     if program is not None:
         values = _exchange(own, values, program, others ^ 1)
-    shape = total.shape[0], 2 * len(values)
-    registers = np.empty(total.layout.registers_shape(shape), dtype=object)
-    vector = ir.VectorType.get((2,), f32())
-    for i in range(registers.size):
-        pair = llvm.mlir_undef(vector)
-        for j in range(2):
-            pair = llvm.insertelement(pair, values[2 * i + j], U32(j).value)
-        registers.flat[i] = pair
-    return mgpu.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
+    return array_of(values, total)
 
 
 def _exchange(pointer: U32, values: list[ir.Value], program: U32, flag: U32) -> list[ir.Value]:

@@ -1,10 +1,48 @@
-"""Which tile of a grouped product a program of the Mosaic GPU kernel computes, in MLIR."""
+"""What a program of the Mosaic GPU kernel computes, and how it finds its tile of a grouped product, in MLIR."""
 
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic.gpu import utils
 
 from pallas_kernels.mosaic_values import U32, i32, minimum, op, thread
+
+
+class Tile(NamedTuple):
+    """What a program computes.
+
+    Attributes:
+        m: the first row of x.
+        rows: how many of them are its own; None for as many as there are.
+        program: along N.
+        group: whose matrix; None if there is one matrix.
+        first_slab: where along K it starts.
+        slabs: how many it takes.
+        before: slabs that a persistent program has gone through before; None of other programs.
+    """
+
+    m: Any
+    rows: Any
+    program: Any
+    group: Any
+    first_slab: Any
+    slabs: Any
+    before: Any = None
+
+    def from_row(self, first: Any) -> "Tile":
+        """The part of it from one of its rows of x on."""
+        rows = None if self.rows is None else jnp.maximum(self.rows - first, 0)
+        return self._replace(m=self.m + first, rows=rows)
+
+    def past(self, count: Any, per_slab: int = 1) -> Any:
+        """A number of slabs (or of planes, with so many a slab), with those before the tile."""
+        return count if self.before is None else self.before * per_slab + count
+
+    def of_matrix(self, ref: Any, *index: Any) -> Any:
+        """A part of an array with an element for each matrix."""
+        return ref.at[index if self.group is None else (self.group, *index)]
 
 
 def find_tile(

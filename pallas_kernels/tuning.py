@@ -77,6 +77,7 @@ _MMA = {
     65: ((64, 2, 4, 2, 4), (64, 2, 2, 2, 2), (64, 2, 2, 4, 2), (128, 1, 4, 2, 2)),
 }
 _MOSAIC = 32  # tokens from which on it may be the fastest
+_PERSISTENT_MOSAIC = 128  # and from which on its persistent programs may be
 
 
 def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
@@ -113,6 +114,9 @@ def candidates(case: Case, target: Target) -> Iterator[tuple[str, Any]]:
             yield "mma", mma.Config(*values, stages=stages, x_stages=x_stages)
     if case.m >= _MOSAIC and (found := mosaic_matmul.guess(case, target)) is not None:
         yield "mosaic", found
+    if case.m >= _PERSISTENT_MOSAIC:
+        for found in mosaic_matmul.persistent_guesses(case, target):
+            yield "mosaic", found
     if case.m >= (128 if target.has_wgmma else 64):
         yield "dequantise", None
 
@@ -156,10 +160,11 @@ def _has_kernels_of_its_own(case: Case) -> bool:
 
 def _recorded(config: Any, target: Target) -> dict:
     """A configuration as a row of the table has it, see `configuration`."""
-    if isinstance(config, mosaic_matmul.Config):  # what its guess says of any case near
+    is_mosaic = isinstance(config, mosaic_matmul.Config)
+    if is_mosaic and not config.programs:  # what its guess says of any case near
         return {"tokens": mosaic_matmul.ANY.tokens}
     values = {} if config is None else dataclasses.asdict(config)
-    if values.get("programs"):
+    if values.get("programs") and not is_mosaic:  # whose number follows from each case
         values["programs_each"] = values.pop("programs") // target.multiprocessors
     return values
 

@@ -142,6 +142,55 @@ def test_the_same_bits_again_and_again(rng, bits):
         np.testing.assert_array_equal(first, again)
 
 
+_PERSISTENT = [
+    Config(256, 2, 1, 4, 2),
+    Config(192, 2, 1, 4, 2),
+    Config(128, 2, 1, 8, 2),
+    Config(128, 3, 1, 4, 2),
+    Config(64, 4, 1, 6, 2),
+]
+# Tiles along M and N, and programs: more than tiles, and fewer, with and without a rest to share.
+_SHARED = [(1, 3, 7), (2, 3, 4), (3, 3, 2), (1, 1, 4), (5, 29, 132), (2, 20, 128)]
+
+
+@pytest.mark.parametrize(
+    ("config", "tiles_m", "tiles_n", "programs"),
+    [(_PERSISTENT[0], *shared) for shared in _SHARED]
+    + [(config, *shared) for config in _PERSISTENT[1:] for shared in _SHARED[:2]],
+    ids=str,
+)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_persistent_programs(rng, bits, config, tiles_m, tiles_n, programs):
+    """Ragged along every axis."""
+    m, n = tiles_m * config.tokens - 3, tiles_n * config.rows - 56
+    k = 9224 if programs > 100 else 3080
+    config = dataclasses.replace(config, programs=programs)
+    _check(rng, m, n, k, bits, 64, "bfloat16", config, bias=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("group", [16, 128, 3080])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_persistent_programs_of_other_groups(rng, group, dtype, uniform):
+    config = Config(256, 2, 1, 4, 2, programs=5)
+    _check(rng, 300, 520, 3080, 8, group, dtype, config, uniform=uniform)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize(("n", "programs"), [(6144, 131), (14336, 132)])
+def test_persistent_programs_give_the_same_bits_again_and_again(rng, bits, n, programs):
+    """Flags are zero again after each launch, and the order of sums does not depend on who comes first."""
+    config = Config(256, 2, 1, 4, 2, programs=programs)
+    case, arrays, wanted, added = _product(rng, 512, n, 4096, bits, 64, "bfloat16", 1, False)
+    assert mosaic_matmul.unsupported_reason(case, config, current()) is None
+    first = mosaic_matmul.matmul(case, config, arrays)
+    wanted.check(first, added)
+    first = np.asarray(first).view(np.uint16)
+    for _ in range(100):
+        again = np.asarray(mosaic_matmul.matmul(case, config, arrays)).view(np.uint16)
+        np.testing.assert_array_equal(first, again)
+
+
 @pytest.mark.parametrize("config", [None, *(config for _, config in grouped._CONFIGS)], ids=str)
 @pytest.mark.parametrize(
     ("bits", "sizes", "past"),
