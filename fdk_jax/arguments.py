@@ -1,11 +1,8 @@
-"""What commands share: the arguments that say which model is loaded, with which weights; and how they end."""
+"""What commands share: the arguments that say which model is loaded, and with which weights."""
 
 import argparse
-import os
-import sys
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,31 +17,6 @@ from fdk_jax.models.tokenizer import Tokenizer
 
 CODEBOOKS = ("auto", "uniform", "nf4", "kmeans")
 SCALES = ("auto", "absmax", "absmean", "rms", "search")
-
-
-def exit_status(action: Callable[[], object], *, debug: bool) -> int:
-    """Runs a command and returns its exit status: errors are one line on stderr, with `debug` a traceback."""
-    try:
-        action()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever read the text has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:
-        if debug:
-            raise
-        print_error(error)
-        return 2
-    return 0
-
-
-def print_error(error: Exception) -> None:
-    """Says on stderr, in one line, what went wrong."""
-    text = " ".join(str(error).split()) or "no reason given"
-    if not isinstance(error, (ValueError, OSError, ImportError, NotImplementedError)):
-        text = f"{type(error).__name__}: {text} (--debug shows where)"
-    print(f"error: {text}", file=sys.stderr)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -21,8 +21,7 @@ import safetensors.flax
 from flax import nnx
 
 from fdk_jax.files.atomic import atomic_path
-from fdk_jax.files.contents import Stored
-from fdk_jax.files.safetensors_folder import read_file
+from fdk_jax.files.safetensors_folder import READABLE, read_file
 from fdk_jax.format.quantised_tensor import QuantisedTensor, is_quantised
 from fdk_jax.layers.trees import prepare
 
@@ -43,7 +42,8 @@ def save(path: str | os.PathLike, tree: Any, *, keep_layout: bool = False) -> No
         keep_layout: writes weights in the layout that they are held in.
 
     Raises:
-        TypeError: a leaf is not an array.
+        TypeError: a leaf is not an array, or a node is of a kind that would come back as another one.
+        ValueError: values of 64 bits that 32 cannot hold, where JAX has no others.
         OSError: the file could not be written; an old one is as it was.
     """
     arrays: dict[str, Any] = {}
@@ -102,26 +102,30 @@ class _Reading:
     """Reads the arrays of a file in threads, and gives each on the device by its name."""
 
     def __init__(self, path: Path):
-        # A context of this thread alone.
-        self._device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+        options: Any = jax.config  # has no types
+        # Contexts of this thread alone.
+        self._device, self._wide = options.jax_default_device, options.jax_enable_x64
         self._stored = read_file(path)
         self._pool = ThreadPoolExecutor(_THREADS)
 
     def __enter__(self) -> Callable[[str], jax.Array]:
-        found = {name: self._pool.submit(self._read, one) for name, one in self._stored.items()}
+        found = {name: self._pool.submit(self._read, name) for name in self._stored}
         return lambda name: found[name].result()
 
     def __exit__(self, *_) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _read(self, stored: Stored) -> jax.Array:
-        with jax.default_device(self._device):
+    def _read(self, name: str) -> jax.Array:
+        stored = self._stored[name]
+        with jax.default_device(self._device), jax.enable_x64(self._wide):
             if jax.default_backend() == "cpu" or not stored.shape:
-                return jax.device_put(stored.array())  # which may stay where it is
+                # It may stay where it is.
+                return jax.device_put(_narrowed(name, stored.array()))
             # A transfer's bytes lie in memory that the device can read, which takes a second for each GB to get
             # and is used again: so each thread waits for its own, and none is long.
             pieces = [
-                jax.block_until_ready(jax.device_put(stored.some(*run))) for run in stored.runs()
+                jax.block_until_ready(jax.device_put(_narrowed(name, stored.some(*run))))
+                for run in stored.runs()
             ]
             if pieces[0].nbytes <= _CODEBOOK_BYTES:
                 np.asarray(
@@ -170,11 +174,19 @@ def _describe(node: Any, name: str, arrays: dict[str, Any]) -> Any:
             )
         items = [[key, _describe(value, child(key), arrays)] for key, value in node.items()]
         return {"kind": "dict", "items": items}
-    if isinstance(node, (list, tuple)):
+    if type(node) in (list, tuple):
         items = [_describe(value, child(i), arrays) for i, value in enumerate(node)]
         return {"kind": type(node).__name__, "items": items}
+    if hasattr(node, "_asdict"):
+        raise TypeError(
+            f"{name or 'the root'} is a named tuple, {type(node).__name__}, and would come back as another kind"
+            " of node: save its _asdict()"
+        )
     if not isinstance(node, (jax.Array, np.ndarray)):
         raise TypeError(f"{name or 'the root'} is a {type(node).__name__}, not an array")
+    if jax.dtypes.issubdtype(node.dtype, jax.dtypes.prng_key):
+        _add(arrays, name, jax.random.key_data(node))
+        return {"kind": "key", "name": name, "impl": str(jax.random.key_impl(node))}
     _add(arrays, name, node)
     return {"kind": "array", "name": name}
 
@@ -182,7 +194,30 @@ def _describe(node: Any, name: str, arrays: dict[str, Any]) -> Any:
 def _add(arrays: dict[str, Any], name: str, array: Any) -> None:
     if name in arrays:
         raise ValueError(f"two arrays would be called {name!r}; rename one of them")
-    arrays[name] = jax.numpy.asarray(array)
+    if name == "__metadata__" or array.dtype not in READABLE:
+        what = "has a name of the format's own" if array.dtype in READABLE else f"is {array.dtype}"
+        raise TypeError(f"{name} {what}, which a checkpoint does not hold: cast or rename it")
+    arrays[name] = jax.numpy.asarray(_narrowed(name, array))
+
+
+def _narrowed(name: str, array: Any) -> Any:
+    """An array in the dtype that JAX gives it: of 32 bits for 64, unless those are switched on.
+
+    Raises:
+        ValueError: integers or infinities would come of it that were not there.
+    """
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype) if isinstance(array, np.ndarray) else None
+    if dtype is None or dtype == array.dtype:
+        return array
+    with np.errstate(over="ignore"):  # a value that is too large is another one
+        narrow = array.astype(dtype)
+    rounded = array.dtype.kind in "fc"
+    if (np.isfinite(array) & ~np.isfinite(narrow) if rounded else narrow != array).any():
+        raise ValueError(
+            f"{name} holds {array.dtype} values too large for {dtype}: cast it on purpose, or switch 64 bits on"
+            ' (jax.config.update("jax_enable_x64", True))'
+        )
+    return narrow
 
 
 def _check_names(path: Path) -> None:
@@ -214,6 +249,8 @@ def _rebuild(node: Any, tensor: Any, names: set[str]) -> Any:
         return None
     if kind == "array":
         return _take(node["name"], tensor, names)
+    if kind == "key":
+        return jax.random.wrap_key_data(_take(node["name"], tensor, names), impl=node["impl"])
     if kind == "dict":
         return _unique([(key, _rebuild(value, tensor, names)) for key, value in node["items"]])
     if kind in ("list", "tuple"):

@@ -1,5 +1,6 @@
 """The command `fdk-jax`: one name for the commands of the package."""
 
+import os
 import subprocess
 import sys
 
@@ -14,7 +15,10 @@ MODULES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs `python -m` of the command's module with the other arguments; returns its exit status."""
+    """Runs `python -m` of the command's module with the other arguments; returns its exit status.
+
+    On POSIX systems this process becomes that one, and there is no return.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     usage = (
         f"usage: fdk-jax {{{','.join(MODULES)}}} [arguments]; `fdk-jax COMMAND --help` says which"
@@ -26,7 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     if module is None:
         print(f"fdk-jax: error: no command {arguments[0]!r}; {usage}", file=sys.stderr)
         return 2
-    return subprocess.call([sys.executable, "-m", module, *arguments[1:]])
+    command = [sys.executable, "-m", module, *arguments[1:]]
+    if os.name == "posix":
+        os.execv(sys.executable, command)  # signals are the command's then: Ctrl-C in a talk, say
+    return subprocess.call(command)
 
 
 if __name__ == "__main__":

@@ -237,6 +237,10 @@ def _dequantised(w: QuantisedTensor) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; 1 when a check failed."""
     usage.Parser(prog="fdk-jax doctor", description=__doc__).parse_args(argv)
+    return usage.exit_status(_report)
+
+
+def _report() -> int:
     print("fdk_jax doctor")
     print("\nversions")
     for name, version in versions().items():

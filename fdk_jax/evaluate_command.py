@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status. Errors are one line on stderr."""
     args = _parser().parse_args(argv)
     console = rich.console.Console(stderr=True, quiet=args.quiet)
-    return arguments.exit_status(lambda: print(_evaluate(args, console)), debug=args.debug)
+    return usage.exit_status(lambda: print(_evaluate(args, console)), debug=args.debug)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     console = rich.console.Console(stderr=True, quiet=args.quiet)
     _use_utf8()
-    return arguments.exit_status(lambda: _run(args, console), debug=args.debug)
+    return usage.exit_status(lambda: _run(args, console), debug=args.debug)
 
 
 def _run(args: argparse.Namespace, console: rich.console.Console) -> None:
@@ -303,7 +303,7 @@ def _chat(args, tokenizer: Tokenizer, console) -> None:
             prompt, new, forgotten = talk.prompt()
         except ValueError as error:
             talk.take_back()
-            arguments.print_error(error)
+            usage.print_error(error)
             continue
         if forgotten:
             console.print(
@@ -330,13 +330,13 @@ def _line(console) -> str:
     """What the user says; "" to end the talk: an empty line, Ctrl-D, or Ctrl-C twice."""
     interrupted = False
     while True:
-        console.print("> ", end="")
         try:
+            console.print("> ", end="")
             return _text(input())
         except EOFError:
             return ""
         except ValueError as error:
-            arguments.print_error(error)
+            usage.print_error(error)
         except KeyboardInterrupt:
             if interrupted:
                 return ""

@@ -15,6 +15,7 @@ os.environ["XLA_FLAGS"] = (
 # they are compiled as users' are.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(not shutil.which("nvidia-smi"))))
 
+import children
 import fuzzing
 import jax
 import numpy as np
@@ -34,6 +35,13 @@ def _programs_of_a_module():
     """Compiled programs go with the module whose tests they are of: all of them together take 7 MB a test."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def start():
+    """`subprocess.Popen` of processes that end with the test, whatever happens in it."""
+    with children.children() as start:
+        yield start
 
 
 # Of a test with more cases than these, others are marked slow: `make test` runs it for this many.

@@ -31,6 +31,7 @@ def names(tree):
         (flatten_dict({"a": {"b": {"kernel": W}}}), {"a.b.kernel"}),
         ({"linear": {"w": W, "b": W[0]}}, {"linear.w"}),
         ({"a": {"kernel": W.astype(np.float64)}}, {"a.kernel"}),
+        ({"a": {"kernel": W.astype(">f4")}}, {"a.kernel"}),
         ({"params": {"a": {"kernel": nn.Partitioned(W, ("x", "y"))}}}, {"params.a.kernel"}),
         ({"a": {"kernel": nn.LogicallyPartitioned(W, ("x", "y"))}}, {"a.kernel"}),
         (
@@ -246,3 +247,60 @@ def test_modules_that_change_themselves_do_so_on_packed_codes_too():
         assert len(small.seen.get_value()) == calls and small.seen.get_value()[-1] == 128
     assert fdk_jax.is_quantised(small.w.get_value())
     assert nnx.state(model, nnx.Intermediate) == nnx.state(small, nnx.Intermediate)
+
+
+@pytest.mark.parametrize("axes", ["nk", "kn", "nkn"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_rule_with_other_axes_changes_no_computation(axes, prepared):
+    """A square kernel fits its transpose, too: the layer went on with that, without a word."""
+    module = nnx.Sequential(
+        nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.Linear(64, 64, rngs=nnx.Rngs(1))
+    )
+    if axes == "nkn":
+        module = nnx.LinearGeneral(8, (8, 8), rngs=nnx.Rngs(0))
+    x = np.random.default_rng(1).standard_normal((3, 8 if axes == "nkn" else 64)).astype(np.float32)
+    small = fdk_jax.quantise(module, 8, axes={"kernel": axes}, group_size=8)
+    small = fdk_jax.prepare(small) if prepared else small
+    if axes == "kn":
+        y = small(x)
+    else:
+        with pytest.warns(fdk_jax.UnfusedWarning, match=f"was quantised as '{axes}'"):
+            y = small(x)
+    assert oracle.relative_rms(y, module(x)) < 2e-2
+
+
+@pytest.mark.parametrize("key", ["net/~/a", ("net", "a"), "net.a"])
+def test_inferred_axes_have_the_names_that_quantise_has(key):
+    """Haiku's names have slashes, flat dictionaries tuples: rules of other names found no leaf."""
+    tree, x = {key: {"odd": W}}, jnp.ones((2, 64))
+    apply = lambda tree, x: x @ tree[key]["odd"].T  # noqa: E731
+    small = fdk_jax.quantise(tree, 8, axes=fdk_jax.infer_axes(apply, tree, x))
+    y = fdk_jax.quantised_apply(apply, unfused="raise")(small, x)
+    assert small[key]["odd"].axes == "nk" and oracle.relative_rms(y, apply(tree, x)) < 2e-2
+
+
+def test_axes_are_inferred_of_boxes_too():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("a", "b"))
+    model, x = nn.Dense(32, kernel_init=init), jnp.ones((2, 64))
+    boxed = model.init(jax.random.key(0), x)
+    axes = fdk_jax.infer_axes(model.apply, boxed, x)
+    assert axes == fdk_jax.infer_axes(model.apply, nn.unbox(boxed), x) != {}
+    assert names(fdk_jax.quantise(boxed, 8, axes=axes)) == {"params.kernel"}
+
+
+def test_numbers_in_the_other_order_of_bytes_are_the_same():
+    codes = [fdk_jax.quantise(w, 4).packed for w in (W, W.astype(">f4"), W.astype(">f8"))]
+    assert (codes[0] == codes[1]).all() and (codes[0] == codes[2]).all()
+
+
+def test_inputs_that_flax_takes():
+    """Lists, and float64 of numpy, which is float32 for JAX."""
+    layer, x = (
+        nnx.Linear(64, 64, rngs=nnx.Rngs(0)),
+        np.random.default_rng(1).standard_normal((3, 64)),
+    )
+    small = fdk_jax.quantise(layer, 8)
+    for inputs in (x, x.tolist(), x.astype(np.float16), (10 * x).astype(np.int32)):
+        with jax.numpy_dtype_promotion("standard"):
+            expected, got = layer(inputs), small(inputs)
+        assert got.dtype == expected.dtype and oracle.relative_rms(got, expected) < 2e-2

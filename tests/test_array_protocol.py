@@ -10,6 +10,7 @@ import pytest
 from flax import nnx, serialization
 
 import fdk_jax
+from fdk_jax.product import rows as product_rows
 
 
 @pytest.fixture
@@ -139,3 +140,36 @@ def test_export(w, backend):
     data = jax.export.export(run, disabled_checks=checks)(x, w).serialize()
     again = jax.export.deserialize(data)
     assert (again.call(x, w) == run(x, w)).all()
+
+
+@pytest.mark.parametrize("rows", [256, 300])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16"])
+def test_narrow_indices_find_their_rows(dtype, rows, rng):
+    """Bytes are tokens of some models; where they index a table of more rows they found NaN, or other rows."""
+    table = fdk_jax.quantise(rng.standard_normal((rows, 64), np.float32), 8)
+    ids = jnp.asarray([[1, 99], [127, 0]], dtype)
+    expected = np.asarray(table.dequantise())[np.asarray(ids)]
+    module = nnx.Embed(rows, 64, rngs=nnx.Rngs(0))
+    module.embedding = nnx.Param(table.dequantise())
+    small = fdk_jax.quantise(module, 8, axes={"embedding": "nk"})
+    for w in (table, fdk_jax.prepare(table, "cpu")):
+        found = {
+            "index": w[ids],
+            "take": fdk_jax.quantised_apply(lambda w, i: jnp.take(w, i, axis=0))(w, ids),
+            "module": fdk_jax.prepare(small, "cpu")(ids),
+            "model": product_rows.take_rows(w, ids, jnp.float32),
+        }
+        for name, got in found.items():
+            np.testing.assert_allclose(got, expected, atol=2e-2, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "float8_e4m3fn"])
+def test_other_dtypes_are_refused(w, dtype):
+    """Scales of another kind made zeros of the weight."""
+    with pytest.raises(TypeError, match=f"not {dtype}: fdk_jax.dequantise"):
+        w.astype(dtype)
+    assert w.astype(np.float64).dtype == jnp.float32  # as JAX's own arrays
+
+
+def test_true_is_no_index(w):
+    assert w[True].shape == (1, *w.shape)

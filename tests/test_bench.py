@@ -355,12 +355,12 @@ def test_a_signal_waits_until_a_row_is_written():
 @pytest.mark.parametrize(
     "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
-def test_interruption_loses_no_finished_row(signum, tmp_path):
+def test_interruption_loses_no_finished_row(signum, start, tmp_path):
     command = [sys.executable, str(ROOT / "bench.py"), "--m=1,2,3,4,5,6,7,8", "--k=256"]
     command += ["--bits=32,4", "--copies=2", "--repetitions=1000000", "--max_seconds=0.3"]
     command += ["--output=rows.jsonl"]
     environ = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    running = subprocess.Popen(
+    running = start(
         command,
         cwd=tmp_path,
         env=environ,

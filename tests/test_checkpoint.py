@@ -8,6 +8,7 @@ import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
@@ -178,3 +179,75 @@ def test_orbax_round_trip_and_changed_metadata(tree, tmp_path):
             other = dataclasses.replace(abstract["kernel"], **change)
             with pytest.raises((ValueError, KeyError)):
                 checkpointer.restore(tmp_path / "orbax", {**abstract, "kernel": other})
+
+
+def test_values_of_64_bits_are_kept_or_refused(tmp_path):
+    """JAX would make other integers, or infinities, of them; of those in a file, too."""
+    path = tmp_path / "model"
+    checkpoint.save(path, {"step": np.int64(7).reshape(1), "rate": np.asarray([1 / 3])})
+    assert checkpoint.load(path)["step"].tolist() == [7]
+    assert checkpoint.load(path)["rate"].tolist() == [np.float32(1 / 3)]
+    for value in (np.asarray([2**40]), np.asarray([2**63], np.uint64), np.asarray([1e300])):
+        with pytest.raises(ValueError, match=r"a\.b holds .*64 values too large for"):
+            checkpoint.save(path, {"a": {"b": value}})
+        with jax.enable_x64(True):
+            checkpoint.save(tmp_path / "wide", {"a": {"b": value}})
+            assert np.array_equal(checkpoint.load(tmp_path / "wide")["a"]["b"], value)
+        with pytest.raises(ValueError, match=r"a\.b holds .*64 values too large for"):
+            checkpoint.load(tmp_path / "wide")
+    assert checkpoint.load(path)["step"].tolist() == [7]
+
+
+def test_what_would_come_back_as_something_else_is_refused(tmp_path):
+    state = optax.adam(1e-3).init({"w": jnp.ones(2)})
+    with pytest.raises(TypeError, match=r"0 is a named tuple, ScaleByAdamState.*_asdict"):
+        checkpoint.save(tmp_path / "model", state)
+    with pytest.raises(TypeError, match="a is a PaddedList, not an array"):
+        checkpoint.save(tmp_path / "model", {"a": type("PaddedList", (list,), {})([jnp.ones(1)])})
+    assert not list(tmp_path.iterdir())
+
+
+def test_random_keys_are_kept(tmp_path):
+    """Any module with Dropout has them."""
+    path, x = tmp_path / "model", jnp.ones((2, 64))
+    dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(3))
+    module = fdk_jax.quantise(nnx.Sequential(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), dropout), 4)
+    checkpoint.save(path, module)
+    again = checkpoint.load(path, like=module)
+    assert (again(x) == module(x)).all() and (again(x) == module(x)).all()
+    for impl in ("threefry2x32", "rbg"):
+        keys = jax.random.split(jax.random.key(1, impl=impl), 3)
+        checkpoint.save(path, {"keys": keys})
+        found = checkpoint.load(path)["keys"]
+        assert found.dtype == keys.dtype and (found == keys).all()
+    checkpoint.save(path, {"keys": jax.random.key(0)})
+    damaged = path.read_bytes().replace(b"fry", b"fly")
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="PRNG"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "int4", "float4_e2m1fn"])
+def test_dtypes_that_could_not_be_read_again_are_not_written(dtype, tmp_path):
+    with pytest.raises(TypeError, match=f"a is {dtype}, which a checkpoint does not hold"):
+        checkpoint.save(tmp_path / "model", {"a": jnp.zeros(2, dtype)})
+    with pytest.raises(TypeError, match="__metadata__ has a name of the format's own"):
+        checkpoint.save(tmp_path / "model", {"__metadata__": jnp.zeros(2)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
+def test_a_link_stays_and_what_is_no_file_is_not_replaced(tmp_path):
+    """A pipe stands for devices: root could replace /dev/null by a file."""
+    (tmp_path / "elsewhere").mkdir()
+    target, link, pipe = tmp_path / "elsewhere" / "model", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(target)
+    checkpoint.save(link, {"a": jnp.zeros(2)})
+    checkpoint.save(link, {"a": jnp.ones(2)})
+    assert link.is_symlink() and checkpoint.load(target)["a"].tolist() == [1, 1]
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="pipe is no ordinary file"):
+        checkpoint.save(pipe, {"a": jnp.ones(2)})
+    with pytest.raises(IsADirectoryError, match="elsewhere is a folder"):
+        checkpoint.save(tmp_path / "elsewhere", {"a": jnp.ones(2)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link", "pipe"]

@@ -36,4 +36,7 @@ def test_the_command_names_its_commands(capsys):
 
     assert command.main([]) == 2 and command.main(["fly"]) == 2
     assert "generate,evaluate,bench,doctor,quality,tune" in capsys.readouterr().out
-    assert command.main(["bench", "--list", "--k=64", "--m=1"]) == 0
+    listed = [sys.executable, "-m", "fdk_jax.command", "bench", "--list", "--k=64", "--m=1"]
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(listed, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "-m1-k64-" in done.stdout

@@ -1,9 +1,14 @@
 """Models written for other programs, read by those programs' own readers and by ours."""
 
+import dataclasses
+import json
+import sys
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_data import DATA
-from test_foreign_files import values
+from foreign import values
+from model_data import DATA, wide_config, write_folder
 from test_gguf import MATRICES, gguf
 from test_load_files import TOKENS, gguf_model, logits
 
@@ -135,3 +140,35 @@ def test_prepared_models_load_without_conversion(source, backend, rng, tmp_path,
         assert again.embedding is again.lm_head.weight
     with pytest.raises(ValueError, match="prepared for bfloat16"):
         models.load(tmp_path / "prepared", dtype="float32")
+
+
+def test_a_prepared_head_is_its_own_where_config_json_ties_it_to_a_quantised_table(tmp_path):
+    like = write_folder(tmp_path / "like", wide_config())
+    settings = json.loads((like / "config.json").read_text())
+    (like / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    options = dict(bits=4, group_size=16, head_bits=4, embedding_bits=8, backend="xla")
+    config = dataclasses.replace(models.read_config(like), tie_embeddings=False)
+    model = models.random_model(config, **options)
+    export(model, tmp_path / "prepared", like=like, format="prepared")
+    tokens = jnp.arange(6)[None]
+    again = models.load(tmp_path / "prepared", backend="xla")
+    np.testing.assert_array_equal(again(tokens), model(tokens))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs limits of files' sizes")
+@pytest.mark.parametrize("format", ["prepared", "compressed-tensors", "gguf"])
+def test_a_full_disk_leaves_nothing(format, rng, tmp_path):
+    """A limit stands for it: writing fails in the middle, with OSError, and what was written is gone."""
+    like = gguf_model(tmp_path / "m.gguf", rng, {}) if format == "gguf" else DATA / "qwen2"
+    quantisation = models.Quantisation(4, 32, INTEGERS[4])
+    model = models.load(like, quantisation=quantisation, backend="xla")
+    import resource  # of POSIX systems alone
+
+    before, limits = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            export(model, tmp_path / "target", like=like, format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(tmp_path.iterdir()) == before

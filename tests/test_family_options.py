@@ -58,6 +58,7 @@ REFUSED = [
     ("llama", dict(residual_multiplier=0.5), "residual_multiplier"),
     ("llama", dict(online_had=True), "transformed weights"),
     ("llama", dict(hadamard_dim=64), "transformed weights"),
+    ("llama", dict(weightRotation=dict(kind="random")), "transformed weights"),
     ("llama", dict(hidden_act="relu"), "hidden_act='relu'"),
     ("llama", dict(num_attention_heads=3, num_key_value_heads=2), "num_kv_heads=2"),
     ("llama", dict(rope_scaling=dict(rope_type="spiral")), "rope_type='spiral'"),
@@ -109,6 +110,7 @@ def test_what_is_not_done_is_refused_by_its_name(family, settings, words):
         dict(partial_rotary_factor=1.0, residual_multiplier=1, num_experts=0),
         dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
         dict(online_had=False),
+        dict(rotated={}, hadamard_dim=0),
     ],
 )
 def test_what_changes_nothing_is_no_error(settings):

@@ -1,7 +1,8 @@
 """Checkpoints of other programs, against what those programs' own dequantisers make of them.
 
-tests/data/make_foreign.py wrote the small files with the programs themselves. GPTQ, AWQ, ModelOpt and MLX have
-none that installs here: their files are written by a second implementation of the layout, below.
+tests/data/make_foreign.py wrote the small files with the programs themselves. ModelOpt and MLX have none that
+installs here: their files are written by a second implementation of the layout, below; so are those of GPTQ and
+AWQ in tests/test_integer_files.py.
 """
 
 import json
@@ -12,35 +13,13 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from foreign import folder, values, words
 
 from fdk_jax import files
 from fdk_jax.files.bits import turn, turned, unpack
 from fdk_jax.files.contents import check_finite
-from fdk_jax.format.quantised_tensor import QuantisedTensor
 
 FOREIGN = sorted((Path(__file__).parent / "data" / "foreign").glob("*.safetensors"))
-
-
-def folder(path: Path, arrays: dict, config: dict, **files_: dict) -> Path:
-    """A checkpoint folder."""
-    path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
-    for name, settings in files_.items():
-        (path / f"{name}.json").write_text(json.dumps(settings))
-    safetensors.numpy.save_file(arrays, path / "model.safetensors")
-    return path
-
-
-def values(w: QuantisedTensor) -> np.ndarray:
-    """Float32 values of an interchange tensor by a few lines that share no code with the library."""
-    per_byte = 8 // w.bits
-    shifts = [8 - w.bits * (i + 1) for i in range(per_byte)]
-    codes = np.stack([(np.asarray(w.packed) >> s) & (2**w.bits - 1) for s in shifts], -1)
-    codes = codes.reshape(*codes.shape[:-2], -1)[..., : w.shape[1]]
-    table = np.asarray(w.codebook).reshape(-1, 2**w.bits)[0]
-    scales = np.asarray(w.scales).astype(np.float32)
-    spread = np.repeat(scales, w.group_size, axis=-1)[..., : w.shape[1]]
-    return table[codes] * spread
 
 
 def copy_of(path: Path, target: Path) -> tuple[Path, np.ndarray, dict]:
@@ -104,101 +83,6 @@ def test_scales_that_are_not_finite_are_refused(dtype, spoilt):
 
 def test_golden_files_are_there():
     assert len(FOREIGN) == 19
-
-
-def words(codes: np.ndarray, bits: int) -> np.ndarray:
-    """int32 words of codes along the last axis, lowest bits first."""
-    per_word = 32 // bits
-    fields = codes.reshape(*codes.shape[:-1], -1, per_word).astype(np.uint64)
-    shifts = np.arange(per_word, dtype=np.uint64) * np.uint64(bits)
-    return (fields << shifts).sum(-1).astype(np.uint32).view(np.int32)
-
-
-def gptq(
-    rng, bits: int, g: int, zeros: np.ndarray | int, n=32, k=128, offset=1
-) -> tuple[dict, np.ndarray]:
-    codes = rng.integers(0, 2**bits, (k, n))
-    scales = (rng.random((k // g, n)) * 0.1).astype(np.float16)
-    zeros = np.broadcast_to(zeros, (k // g, n))
-    arrays = {
-        "m.qweight": words(codes.T, bits).T.copy(),
-        "m.qzeros": words(zeros - offset, bits),
-        "m.scales": scales,
-        "m.g_idx": (np.arange(k) // g).astype(np.int32),
-    }
-    spread = [np.repeat(a, g, axis=0) for a in (zeros, scales.astype(np.float32))]
-    return arrays, ((codes - spread[0]).astype(np.float32) * spread[1]).T
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("g", [32, 128])
-def test_gptq(bits, g, rng, tmp_path):
-    arrays, expected = gptq(rng, bits, g, 2 ** (bits - 1))
-    settings = {
-        "quant_method": "gptq",
-        "bits": bits,
-        "group_size": g,
-        "desc_act": False,
-        "sym": True,
-    }
-    where = folder(tmp_path / "model", arrays, {"quantization_config": settings})
-    stored = files.read(where).tensors["m.weight"]
-    w = stored.read()
-    assert (w.bits, w.group_size, stored.shape) == (bits, g, expected.shape)
-    assert np.array_equal(values(w), expected)
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
-def test_gptq_with_several_zero_points_is_exact_and_wider(bits, version, rng, tmp_path):
-    offset = version == "gptq"
-    zeros = rng.integers(1, 2**bits, (4, 32))
-    arrays, expected = gptq(rng, bits, 32, zeros, offset=int(offset))
-    settings = {"quant_method": "gptq", "bits": bits, "checkpoint_format": version}
-    w = files.read(folder(tmp_path / "m", arrays, {"quantization_config": settings}))
-    w = w.tensors["m.weight"].read()
-    assert w.bits == {2: 4, 4: 8}[bits]
-    assert np.array_equal(values(w), expected)
-
-
-def test_gptq_variants_that_would_be_misread_are_refused(rng, tmp_path):
-    settings = {"quant_method": "gptq", "bits": 4}
-    arrays, _ = gptq(rng, 4, 32, 8)
-    shuffled = arrays | {"m.g_idx": arrays["m.g_idx"][::-1].copy()}
-    where = folder(tmp_path / "a", shuffled, {"quantization_config": settings})
-    with pytest.raises(ValueError, match="act-order"):
-        files.read(where).tensors["m.weight"].read()
-    arrays, _ = gptq(rng, 4, 32, 16)
-    where = folder(tmp_path / "b", arrays, {"quantization_config": settings})
-    with pytest.raises(ValueError, match="zero point of 15"):
-        files.read(where).tensors["m.weight"].read()
-    where = folder(tmp_path / "c", arrays, {"quantization_config": settings | {"bits": 3}})
-    with pytest.raises(ValueError, match="GPTQ of 3 bits"):
-        files.read(where)
-
-
-@pytest.mark.parametrize("even", [True, False])
-def test_awq(even, rng, tmp_path):
-    n, k, g = 64, 256, 128
-    order = [0, 2, 4, 6, 1, 3, 5, 7]
-    pack = lambda a: words(a.reshape(len(a), -1, 8)[..., order].reshape(a.shape), 4)  # noqa: E731
-    codes = rng.integers(0, 16, (k, n))
-    zeros = np.full((k // g, n), 8) if even else rng.integers(0, 16, (k // g, n))
-    scales = (rng.random((k // g, n)) * 0.1).astype(np.float16)
-    arrays = {"m.qweight": pack(codes), "m.qzeros": pack(zeros), "m.scales": scales}
-    settings = {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": g,
-        "version": "gemm",
-        "zero_point": True,
-    }
-    checkpoint = files.read(folder(tmp_path / "m", arrays, {"quantization_config": settings}))
-    w = checkpoint.tensors["m.weight"].read()
-    expected = (codes - np.repeat(zeros, g, 0)) * np.repeat(scales.astype(np.float32), g, 0)
-    assert w.bits == (4 if even else 8)
-    assert np.array_equal(values(w), expected.astype(np.float32).T)
-    assert "8 bits" in checkpoint.notes[0]
 
 
 def test_modelopt_nvfp4(rng, tmp_path):

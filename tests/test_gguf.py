@@ -6,7 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from test_foreign_files import values
+from foreign import values
 
 from fdk_jax import files
 from fdk_jax.files import gguf_config, gguf_types
@@ -249,6 +249,8 @@ def test_what_is_not_supported_is_refused_by_its_name(rng, tmp_path):
 
     refused("architecture 'mamba'", arch="mamba")
     refused("prism.hadamard.size", metadata={"prism.hadamard.size": 128})
+    refused("general.rotated=1", metadata={"general.rotated": 1})
+    files.read(write(path, tensors, metadata={"general.rotated": 0}))
     refused("llama.mystery", metadata={"llama.mystery": 1})
     refused("scaling 'longrope'", metadata={"llama.rope.scaling.type": "longrope"})
     odd = tensors | {"blk.0.ssm_a": (np.ones(4, np.float32), None)}

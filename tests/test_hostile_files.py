@@ -265,26 +265,24 @@ WRITER = """
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_writers_killed_at_any_moment_leave_a_whole_file(tmp_path, rng):
+def test_writers_killed_at_any_moment_leave_a_whole_file(start, tmp_path, rng):
     path = tmp_path / "model"
     checkpoint.save(path, {"a": jnp.zeros((200_000,)), "n": jnp.zeros((1,))})
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(WRITER), str(path)]
     kills, seen = 0, set()
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as writer:
-        for _ in rounds(40 * ROUNDS):
-            writer.stdin.write("\n")
-            writer.stdin.flush()
-            pid = int(writer.stdout.readline())
-            time.sleep(rng.uniform(0, 0.1))
-            os.kill(pid, signal.SIGKILL)
-            tree = checkpoint.load(path)
-            number = float(tree["n"][0])
-            assert (np.asarray(tree["a"]) == number).all()
-            seen.add(number)
-            kills += 1
-        writer.stdin.close()
+    writer = start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for _ in rounds(40 * ROUNDS):
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+        pid = int(writer.stdout.readline())
+        time.sleep(rng.uniform(0, 0.1))
+        os.kill(pid, signal.SIGKILL)
+        tree = checkpoint.load(path)
+        number = float(tree["n"][0])
+        assert (np.asarray(tree["a"]) == number).all()
+        seen.add(number)
+        kills += 1
+    writer.stdin.close()
     leftovers = [name for name in os.listdir(tmp_path) if name != "model"]
     print(f"{kills} writers killed, {len(leftovers)} within a save, contents {sorted(seen)}")
     assert all(name.startswith((".model.", ".tmp")) for name in leftovers)

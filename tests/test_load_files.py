@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from test_foreign_files import values
+from foreign import values
 from test_gguf import HEADS, HIDDEN, INNER, KV, MATRICES, VOCAB, D, blocks, plain, write
 
 from fdk_jax import files, models

@@ -354,3 +354,49 @@ def test_training_on_a_mesh_of_two_axes(bits, codebook, rng):
     exported = training.export(shared)
     x = batches[0][0]
     np.testing.assert_allclose(np.asarray(exported(x)), np.asarray(shared(x)), rtol=1e-4, atol=1e-4)
+
+
+class Twins(nnx.Module):
+    """Two layers of one kernel, and one that may share it in another way."""
+
+    def __init__(self, third=None):
+        self.first, self.second = (nnx.Linear(16, 16, rngs=nnx.Rngs(0)) for _ in range(2))
+        self.second.kernel = self.first.kernel
+        if third is not None:
+            self.third = third
+            name = "embedding" if isinstance(third, nnx.Embed) else "kernel"
+            setattr(third, name, self.first.kernel)
+
+    def __call__(self, x):
+        return self.second(jnp.tanh(self.first(x)))
+
+
+def test_layers_of_one_kernel_train_one(rng):
+    """They were two from then on, and drifted apart."""
+    model = training.quantisation_aware(Twins(), bits=2, group_size=16)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    step = training.make_train_step(lambda model, x: jnp.mean(jnp.square(model(x) - 1)))
+    x = jnp.asarray(rng.standard_normal((8, 16)), jnp.float32)
+    before = np.asarray(model.first.kernel[...])
+    for _ in range(3):
+        step(model, optimizer, x)
+    assert model.first.kernel is model.second.kernel
+    assert np.abs(before - model.first.kernel[...]).max() > 1e-3
+    small = training.export(model)
+    weights = [layer.weight.get_value().dequantise() for layer in (small.first, small.second)]
+    assert (weights[0] == weights[1]).all()
+
+
+@pytest.mark.parametrize("kind", ["table", "adapter", "skipped"])
+def test_a_kernel_that_is_shared_with_what_is_not_trained_is_refused(kind):
+    rngs = nnx.Rngs(0)
+    third = {
+        "table": lambda: nnx.Embed(16, 16, rngs=rngs),
+        "adapter": lambda: nnx.LoRALinear(16, 16, lora_rank=2, rngs=rngs),
+        "skipped": lambda: nnx.Linear(16, 16, rngs=rngs),
+    }[kind]()
+    with pytest.raises(ValueError, match=r"first.kernel and second.kernel and third\.\w+ are one"):
+        training.quantisation_aware(Twins(third), bits=2, group_size=16, skip="third")
+    training.quantisation_aware(
+        nnx.Sequential(Twins(third), nnx.Linear(16, 16, rngs=rngs)), bits=2, skip=r"^layers\.0"
+    )

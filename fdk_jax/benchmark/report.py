@@ -19,6 +19,7 @@ from fdk_jax.benchmark import cpu_tables, records, source, table
 from fdk_jax.benchmark.group_table import group_sizes
 from fdk_jax.benchmark.many_table import speed_ups
 from fdk_jax.benchmark.model_table import equal_memory, models
+from fdk_jax.files.atomic import atomic_path
 
 FILES = (
     "README.md",
@@ -431,7 +432,8 @@ def main(argv: list[str] | None = None) -> int:
         if after != before:
             wrong.append(name)
             if not check:
-                path.write_text(after, encoding="utf-8")
+                with atomic_path(path) as temporary:
+                    Path(temporary).write_text(after, encoding="utf-8")
     print(f"{'not from the rows' if check else 'written'}: {', '.join(wrong) or 'nothing'}")
     return int(check and bool(wrong))
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fdk_jax.files.bits import unpack
 from fdk_jax.files.contents import Stored
-from fdk_jax.files.groups import Group, split
+from fdk_jax.files.groups import Group, size_of, split
 from fdk_jax.files.zero_points import with_zeros
 
 NAME = "AWQ"
@@ -37,16 +37,17 @@ def weights(
         notes.append(
             "AWQ weights with several zero points are held exactly, in 8 bits a weight instead of 4"
         )
-    return {f"{group.module}.weight": _weight(group) for group in groups} | rest
+    size = settings.get("group_size", settings.get("q_group_size"))
+    return {f"{group.module}.weight": _weight(group, size) for group in groups} | rest
 
 
-def _weight(group: Group) -> Stored:
+def _weight(group: Group, group_size: Any) -> Stored:
     words, scale = group.dtype("qweight", "I32"), group.dtype("scales", "F16", "BF16", "F32")
     zero = group.dtype("qzeros", "I32")
     k, n = words.shape[0], words.shape[1] * 8
-    if scale.shape[1] != n or k % scale.shape[0]:
-        raise ValueError(f"{group.module}: scales {scale.shape} do not divide a weight [{n}, {k}]")
-    g = k // scale.shape[0]
+    if len(scale.shape) != 2 or scale.shape[1] != n:
+        raise ValueError(f"{group.module}: scales {scale.shape} do not fit a weight [{n}, {k}]")
+    g = size_of(group.module, k, scale.shape[0], group_size)
 
     def read():
         codes = np.ascontiguousarray(_columns(words.array()).T)

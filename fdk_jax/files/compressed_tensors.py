@@ -12,7 +12,7 @@ import numpy as np
 from fdk_jax.files import small_floats
 from fdk_jax.files.bits import WIDTHS, turn, turned, unpack
 from fdk_jax.files.contents import Stored, quantised_tensor
-from fdk_jax.files.groups import Group, split, without_cache_scales
+from fdk_jax.files.groups import Group, size_of, split, without_cache_scales
 from fdk_jax.files.zero_points import with_zeros
 
 NAME = "compressed-tensors"
@@ -98,7 +98,7 @@ def _weight(group: Group, schemes: list[dict[str, Any]]) -> Stored:
     if "weight_g_idx" in group:
         raise ValueError(f"{group.module}: compressed-tensors with act-order is not supported")
     if "weight_packed" not in group:
-        return _whole(group)
+        return _whole(group, schemes)
     if group["weight_packed"].kind == "I32":
         return _integers(group, schemes)
     group.dtype("weight_packed", "U8")
@@ -112,7 +112,7 @@ def _weight(group: Group, schemes: list[dict[str, Any]]) -> Stored:
     )
 
 
-def _whole(group: Group) -> Stored:
+def _whole(group: Group, schemes: list[dict[str, Any]]) -> Stored:
     """Integers of 8 bits, a byte each, with a scale a group, row or tensor."""
     weight = group["weight"]
     if weight.kind != "I8" or len(weight.shape) != 2:
@@ -122,7 +122,7 @@ def _whole(group: Group) -> Stored:
     if "weight_zero_point" in group:
         raise ValueError(f"{group.module}: int-quantized with zero points is not supported")
     (n, k), scale = weight.shape, group.dtype("weight_scale", "BF16", "F16", "F32")
-    g = _group_size(group, scale.shape, n, k)
+    g = _group_size(group, scale.shape, n, k, [s for s in schemes if s["bits"] == 8])
 
     def read():
         packed = weight.array().view(np.uint8) ^ np.uint8(0x80)
@@ -149,7 +149,7 @@ def _integers(group: Group, schemes: list[dict[str, Any]]) -> Stored:
         raise ValueError(
             f"{group.module}: compressed-tensors of {bits} bits is not supported, only of {WIDTHS}"
         )
-    g = _group_size(group, scale.shape, n, k)
+    g = _group_size(group, scale.shape, n, k, [s for s in schemes if s["bits"] == bits])
     zero = group.parts.get("weight_zero_point")
     if zero is None and not any(s["symmetric"] for s in schemes if s["bits"] == bits):
         raise ValueError(f"{group.module} has symmetric=false and no weight_zero_point")
@@ -185,13 +185,27 @@ def _integers(group: Group, schemes: list[dict[str, Any]]) -> Stored:
     return group.weight((n, k), kind, read, rows=some if by_rows else None)
 
 
-def _group_size(group: Group, scales: tuple[int, ...], n: int, k: int) -> int:
-    """G from the shape of the scales: [N, K / G], [N, 1], or one for the tensor."""
+def _group_size(
+    group: Group, scales: tuple[int, ...], n: int, k: int, schemes: list[dict[str, Any]]
+) -> int:
+    """G from the shape of the scales: [N, groups], [N, 1], or one for the tensor.
+
+    Raises:
+        ValueError: no such shape, or not that of a group size that one of the schemes names, if they do.
+    """
     if int(np.prod(scales)) == 1:
         return k
-    if len(scales) == 2 and scales[0] == n and scales[1] and k % scales[1] == 0:
-        return k // scales[1]
-    raise ValueError(f"{group.module}: scales {scales} do not divide a weight [{n}, {k}]")
+    if len(scales) != 2 or scales[0] != n:
+        raise ValueError(f"{group.module}: scales {scales} do not fit a weight [{n}, {k}]")
+    said = sorted(s["group_size"] for s in schemes if s["group_size"] not in (None, -1))
+    fitting = {size for size in said if size > 0 and -(-k // size) == scales[1]}
+    if scales[1] == 1:
+        return k
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{group.module}: groups of {sorted(fitting)} weights fit its scales alike"
+        )
+    return size_of(group.module, k, scales[1], next(iter(fitting or said), None))
 
 
 def _rows(scales: np.ndarray, n: int) -> np.ndarray:

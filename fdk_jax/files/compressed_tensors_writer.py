@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
+from fdk_jax.files.atomic import new_folder
 from fdk_jax.files.bits import pack, turned, unpack
 from fdk_jax.files.folder import read_config
 from fdk_jax.files.safetensors_folder import INDEX
@@ -67,6 +69,7 @@ def write(
 
     Raises:
         FileExistsError: the folder is there.
+        OSError: it could not be written, and is not there.
         ValueError: a quantised weight that is not scale times integers of 4 or 8 bits.
     """
     target, source = Path(folder), Path(like)
@@ -91,13 +94,14 @@ def write(
         whole = w.group_size >= w.in_features
         schemes.setdefault((w.bits, None if whole else w.group_size), []).append(module)
     config["quantization_config"] = _settings(schemes, plain)
-    temporary = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    copy_texts(source, temporary)
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    safetensors.numpy.save_file(arrays, temporary / "model.safetensors", {"format": "pt"})
-    temporary.rename(target)
+    with new_folder(target) as temporary:
+        copy_texts(source, temporary)
+        text = json.dumps(config, indent=2) + "\n"
+        (temporary / "config.json").write_text(text, encoding="utf-8")
+        try:
+            safetensors.numpy.save_file(arrays, temporary / "model.safetensors", {"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{target} could not be written: {error}") from error
 
 
 def copy_texts(source: Path, target: Path) -> None:

@@ -5,7 +5,6 @@ folder, and a list to which it adds what a user should know; it returns the weig
 as one `Stored` called "....weight", and whatever it does not know as it is.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from fdk_jax.files import (
 from fdk_jax.files.contents import Checkpoint, Stored
 from fdk_jax.files.json_files import read_json
 from fdk_jax.files.safetensors_folder import FLOATS, read_stored
+from fdk_jax.files.transformed import check_untransformed
 
 # quant_method: (name of the format, its `weights`)
 METHODS: dict[str, tuple[str, Callable[..., dict[str, Stored]]]] = {
@@ -60,30 +60,6 @@ _MARKS = (
     "_blocks",
     ".embedding_quantized",
 )
-# Weights that were transformed so that activations have to be transformed as well.
-_TRANSFORMED = re.compile(
-    r"hadamard|quarot|spinquant|online_had|(^|_)rotat(ion|ed)(_|$)|^transform_config$",
-    re.IGNORECASE,
-)
-
-
-def check_untransformed(settings: Any, path: str = "config.json has ") -> None:
-    """Refuses what says, at any depth of a configuration, that weights were rotated or the like.
-
-    Raises:
-        ValueError: names the key and its value.
-    """
-    for key, value in settings.items() if isinstance(settings, Mapping) else ():
-        named = _TRANSFORMED.search(str(key)) and value
-        # compressed-tensors writes an empty one, too.
-        if key == "transform_config" and isinstance(value, Mapping):
-            named = value.get("config_groups")
-        if named:
-            raise ValueError(
-                f"{path}{key}={value!r} (transformed weights, such as Hadamard-rotated ones), which is not"
-                " implemented"
-            )
-        check_untransformed(value, f"{path}{key}.")
 
 
 def read(folder: Path) -> Checkpoint:

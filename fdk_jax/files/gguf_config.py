@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fdk_jax.files import gguf_rope
+from fdk_jax.files.transformed import check_untransformed
 
 # GGUF's architecture: Hugging Face's model_type, as far as the metadata do not tell another one (`_family`).
 FAMILIES = {
@@ -168,9 +169,7 @@ def architecture(metadata: Mapping[str, Any]) -> str:
         raise ValueError(
             f"GGUF architecture {name!r} is not supported; one of {sorted(FAMILIES)} is"
         )
-    for key in metadata:
-        if re.search("hadamard|rotat(ed|ion)|spinquant|quarot", key, re.IGNORECASE):
-            raise ValueError(f"GGUF metadata {key!r} (transformed weights) is not supported")
+    check_untransformed(metadata, "GGUF metadata ")
     return name
 
 

@@ -3,6 +3,7 @@
 The `gguf` package writes the file; its types hold `scale * codebook[code]` where the codebook is one of theirs.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
@@ -193,10 +194,10 @@ def write(
             order = gguf_file.row_order(arch, checkpoint.config, name)
             rows = rows if order is None else rows[np.argsort(order)]
             writer.add_tensor(name, rows, raw_dtype=None if rows.dtype.kind == "f" else kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with contextlib.closing(writer):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
     return errors
 
 

@@ -81,3 +81,27 @@ def without_cache_scales(stored: Mapping[str, Stored], notes: list[str]) -> dict
     """The arrays without the scales of a quantised key-value cache, which is exact here, and a note of that."""
     notes.append("the key-value cache is exact here; the checkpoint was made for a quantised one")
     return {name: one for name, one in stored.items() if not _OF_CACHE.search(name)}
+
+
+def size_of(module: str, inputs: int, count: int, said: Any) -> int:
+    """G of rows of `inputs` weights with `count` scales each.
+
+    Args:
+        module: for messages.
+        inputs: K.
+        count: scales of a row.
+        said: G where the settings name it; None, or anything but a positive integer, where they do not.
+
+    Raises:
+        ValueError: G and the scales contradict each other, or K weights do not make so many groups alike.
+    """
+    if type(said) is int and said > 0:
+        if count != -(-inputs // said):
+            raise ValueError(
+                f"{module}: {count} scales for rows of {inputs} weights are not one for every {said}, which"
+                " group_size says"
+            )
+        return min(said, inputs)
+    if not count or inputs % count:
+        raise ValueError(f"{module}: {count} scales do not divide rows of {inputs} weights")
+    return inputs // count

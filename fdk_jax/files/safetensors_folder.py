@@ -35,6 +35,7 @@ _NUMPY = {
     "U64": np.dtype(np.uint64),
     "I64": np.dtype(np.int64),
 }
+READABLE = frozenset(_NUMPY.values())
 FLOATS = ("BF16", "F16", "F32", "F64")
 
 

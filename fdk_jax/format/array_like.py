@@ -58,9 +58,15 @@ class ArrayLike:
 
     def astype(self: Any, dtype: Any) -> "QuantisedTensor":
         """The same codes with scales in another float dtype, which is the dtype of the weight."""
-        if jnp.dtype(dtype) == self.dtype:
+        wanted = jax.dtypes.canonicalize_dtype(dtype)
+        if wanted.name not in ("bfloat16", "float16", "float32"):
+            raise TypeError(
+                f"a QuantisedTensor is bfloat16, float16 or float32, not {wanted}: fdk_jax.dequantise(w)"
+                " first"
+            )
+        if wanted == self.dtype:
             return self
-        return dataclasses.replace(self, scales=self.scales.astype(dtype))
+        return dataclasses.replace(self, scales=self.scales.astype(wanted))
 
     def __array__(self: Any, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
@@ -91,12 +97,13 @@ class ArrayLike:
         first = index[0] if isinstance(index, tuple) and len(index) == 1 else index
         if first is Ellipsis or (isinstance(first, (tuple, slice)) and first in ((), slice(None))):
             return self
-        if isinstance(first, (int, np.integer)) or _is_indices(first):
+        is_number = isinstance(first, (int, np.integer)) and not isinstance(first, bool)
+        if is_number or _is_indices(first):
             letters = "b" * len(self.stack_shape) + self.orientation[1]
             if letters[0] == "b":
                 return _take_matrix(self, first)
             if letters == "nk" and self.codebook.ndim == 1:
-                rows = jnp.asarray(first)
+                rows = wide_indices(jnp.asarray(first))
                 return take_rows(self, jnp.where(rows < 0, rows + self.out_features, rows))
         return self.dequantise()[index]
 
@@ -109,7 +116,7 @@ def take_rows(w: Any, rows: Array, *, fill: bool = False) -> Array:
         rows: integers, counted from 0.
         fill: rows out of range are NaN; otherwise the nearest row is taken.
     """
-    flat = rows.reshape(-1)
+    flat = wide_indices(rows).reshape(-1)
     packed, scales = _packed_rows(w, jnp.clip(flat, 0, w.out_features - 1))
     if fill:
         inside = (flat >= 0) & (flat < w.out_features)
@@ -162,6 +169,11 @@ def _take_matrix(w: Any, index: Any) -> Any:
         shape, axes = shape[:at] + shape[at + 1 :], axes[:at] + axes[at + 1 :]
     taken = jax.tree.map(lambda a: a[index], w)
     return dataclasses.replace(taken, shape=shape, axes=axes)
+
+
+def wide_indices(indices: Array) -> Array:
+    """Integers of 32 bits where they have 8 or 16, in which neither a number of rows nor a sum with it fits."""
+    return indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices
 
 
 def _is_indices(index: Any) -> bool:

@@ -16,6 +16,13 @@ Item = TypeVar("Item")
 _of_thread = threading.local()
 
 
+def native(array: Item) -> Item:
+    """A numpy array in the machine's order of bytes, which JAX asks for; anything else as it is."""
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
 def aligned(size: int) -> np.ndarray:
     """Bytes uint8 [size] of any values, which `jax.device_put` need not copy on a CPU."""
     whole = np.empty(size + _ALIGNMENT, np.uint8)

@@ -13,7 +13,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from fdk_jax.format import codebooks, densities, packing
+from fdk_jax.format import codebooks, densities, host_arrays, packing
 from fdk_jax.format.dequantisation import round_to, spread
 from fdk_jax.format.orientation import check_axes, to_matrix
 from fdk_jax.format.quantised_tensor import FLOAT_DTYPES, QuantisedTensor
@@ -167,7 +167,7 @@ def as_matrix(
     check_axes(axes)
     # A float64 beyond float32 becomes an infinity, which is refused later.
     with np.errstate(over="ignore"):
-        weight = jnp.asarray(weight)
+        weight = jnp.asarray(host_arrays.native(weight))
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"weights must be bfloat16, float16 or float32, got {weight.dtype}; cast them first"

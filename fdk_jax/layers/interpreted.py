@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 from flax import nnx
 
@@ -83,7 +84,14 @@ def infer_axes(
         argument of `fdk_jax.quantise`. Leaves with a use that needs the unpacked weight are left out.
     """
     if not _is_module(source):
-        return axes_in(function, (source, *args), kwargs, tables)
+        boxed = any(map(_is_box, jax.tree.leaves(source, is_leaf=_is_box)))
+        if not boxed:
+            return axes_in(function, (source, *args), kwargs, tables)
+
+        def of_boxes(values: Any, *args: Any, **kwargs: Any) -> Any:
+            return function(nn.meta.replace_boxed(source, values), *args, **kwargs)
+
+        return axes_in(of_boxes, (nn.meta.unbox(source), *args), kwargs, tables)
     graph, state = nnx.split(source)
 
     def of_values(values: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,6 +100,11 @@ def infer_axes(
         return function(nnx.merge(graph, filled), *args, **kwargs)
 
     return axes_in(of_values, (nnx.to_pure_dict(state), *args), kwargs, tables)
+
+
+def _is_box(leaf: Any) -> bool:
+    """Whether a leaf is an array with names of its axes, which are no part of its own name."""
+    return isinstance(leaf, nn.meta.AxisMetadata) and not is_quantised(leaf)
 
 
 def _is_module(leaf: Any) -> bool:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from fdk_jax.format.array_like import take_rows
+from fdk_jax.format.array_like import take_rows, wide_indices
 from fdk_jax.format.quantisation import quantise_array
 from fdk_jax.format.quantised_tensor import QuantisedTensor, is_quantised
 from fdk_jax.product.dispatch import matmul
@@ -49,6 +49,7 @@ def apply_linear(
     Returns:
         Array [..., *n_shape].
     """
+    x = jnp.asarray(x)  # a list or a float64 of numpy, which Flax's layers take
     quantised = isinstance(w, QuantisedTensor)
     shape, letters = w.orientation if quantised else (w.shape, axes or "kn")
     k_shape = tuple(d for d, a in zip(shape, letters, strict=True) if a == "k")
@@ -261,6 +262,7 @@ class QuantisedEmbed(nnx.Module):
             raise ValueError(f"indices must be integers, got {inputs.dtype}")
         _no_out_sharding(self, out_sharding)
         table = self.embedding.get_value()
+        inputs = wide_indices(inputs)
         if self.num_embeddings == 1:
             inputs = jnp.zeros_like(inputs)
         inputs = jnp.where(inputs < 0, inputs + self.num_embeddings, inputs)

@@ -87,7 +87,8 @@ def unfit(leaf: Any, dtype: Any = None) -> str | None:
     if leaf.ndim < 2:
         return "fewer than two axes"
     # A numpy float64 is a float32 for JAX, unless 64 bits are switched on.
-    if jax.dtypes.canonicalize_dtype(leaf.dtype) not in FLOAT_DTYPES:
+    own = leaf.dtype.newbyteorder("=") if isinstance(leaf, np.ndarray) else leaf.dtype
+    if jax.dtypes.canonicalize_dtype(own) not in FLOAT_DTYPES:
         return f"{leaf.dtype} is not bfloat16, float16 or float32: cast it first"
     return None
 

@@ -26,6 +26,7 @@ from fdk_jax.layers.surgery import (
 )
 from fdk_jax.product.choice import check_backend, default_backend
 from fdk_jax.product.dispatch import prepare_tensor
+from fdk_jax.product.interpretation import dotted as dotted
 
 
 def quantise(
@@ -223,8 +224,10 @@ def _quantise_module(
         if type(layer) is nnx.Embed and chosen_axes["embedding"][1] == "nk" and _is_plain(layer):
             table = one(chosen_axes["embedding"][0], layer.embedding.get_value(), "nk")
             return QuantisedEmbed(table, dtype=layer.dtype)
-        if (plain := plain_linear(layer)) is not None:
-            ((name, orientation),) = chosen_axes.values()
+        plain = plain_linear(layer)
+        # Its class stays where a rule says other axes than those that it multiplies by.
+        if plain is not None and _same_axes(chosen_axes["kernel"][1], axes_of(plain)["kernel"]):
+            name, orientation = chosen_axes["kernel"]
             variable = plain.kernel
             return from_flax(layer, lambda *_: weight_of(name, variable, orientation))
         for attribute, (name, orientation) in chosen_axes.items():
@@ -233,6 +236,11 @@ def _quantise_module(
         return None
 
     return replace_layers(module, replace)
+
+
+def _same_axes(found: str, known: str) -> bool:
+    """Whether axes are those of a layer, perhaps of stacked ones."""
+    return found.lstrip("b") == known.lstrip("b")
 
 
 def _is_plain(layer: nnx.Embed) -> bool:
@@ -374,13 +382,6 @@ def leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """The values of the leaves of a tree by dotted name."""
     return {dotted(path): value_of(leaf) for path, leaf in leaves_with_path(tree)}
-
-
-def dotted(path: tuple) -> str:
-    """The dotted name of a leaf: names with slashes and tuples of names, as flat dictionaries have, too."""
-    keys = [getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path]
-    parts = [p for key in keys for p in (key if isinstance(key, tuple) else (key,))]
-    return ".".join(str(p).replace("/", ".") for p in parts)
 
 
 def classes_on(tree: Any, path: tuple) -> tuple[str, ...]:

@@ -173,9 +173,9 @@ def read_tokens(source: Any) -> np.ndarray:
     tokens = np.asarray(source)
     if tokens.ndim not in (1, 2) or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"tokens must be integers [T] or [B, T], got {tokens.dtype}{tokens.shape}")
-    if tokens.shape[-1] < 2 or not tokens.size or tokens.min() < 0:
+    if tokens.shape[-1] < 2 or not tokens.size or tokens.min() < 0 or tokens.max() >= 2**31:
         raise ValueError(
-            f"tokens of shape {tokens.shape} must be at least 2 a row, and not negative"
+            f"tokens of shape {tokens.shape} must be at least 2 a row, not negative, and below 2**31"
         )
     return tokens
 

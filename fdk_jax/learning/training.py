@@ -313,9 +313,16 @@ def quantisation_aware(
         group_size=group_size, codebook=codebook, scale=scale, dtype=dtype, seed=seed
     )
 
+    _check_ties(model, {f"{name}.kernel": linear.axes for name, linear in layers.items()})
+    shared: dict[int, FakeQuantisedLinear] = {}
+
     def replace(name: str, layer: nnx.Module) -> nnx.Module | None:
-        if name in layers:
-            return FakeQuantisedLinear(layer, layers[name].axes, bits=bits, **options)
+        if name in layers and isinstance(layer, (nnx.Linear, nnx.LinearGeneral)):
+            new = FakeQuantisedLinear(layer, layers[name].axes, bits=bits, **options)
+            first = shared.setdefault(id(layer.kernel), new)
+            # Layers of one kernel train one.
+            new.kernel, new.codebook = first.kernel, first.codebook
+            return new
         if embedding_bits is None or not isinstance(layer, nnx.Embed):
             return None
         if type(layer) is not nnx.Embed:  # a subclass may look rows up in another way
@@ -325,6 +332,32 @@ def quantisation_aware(
         return FakeQuantisedEmbed(layer, bits=embedding_bits, **options)
 
     return replace_layers(model, replace)
+
+
+def _check_ties(model: nnx.Module, kernels: dict[str, str]) -> None:
+    """Refuses kernels that layers share with what is not trained with them: they would be two from then on.
+
+    Args:
+        model: the model.
+        kernels: axes of each kernel that becomes a master weight, by its dotted name.
+
+    Raises:
+        ValueError: names those that share one.
+    """
+    holders: dict[int, list[str]] = {}
+
+    def note(name: str, module: nnx.Module) -> None:
+        for attribute, value in vars(module).items():
+            if isinstance(value, nnx.Variable):
+                holders.setdefault(id(value), []).append(f"{name}.{attribute}")
+
+    replace_layers(model, note, in_place=True)
+    for names in holders.values():
+        if any(name in kernels for name in names) and len({kernels.get(n) for n in names}) > 1:
+            raise ValueError(
+                f"{' and '.join(names)} are one variable, and not all of it can be trained quantised:"
+                " leave these layers out with skip=, or give each a variable of its own"
+            )
 
 
 def export(model: nnx.Module) -> nnx.Module:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fdk_jax.files.folder import check_untransformed
+from fdk_jax.files.transformed import check_untransformed
 from fdk_jax.models import config_types, family_layers
 from fdk_jax.models.config import LayerOptions, ModelConfig, Rope
 from fdk_jax.models.family_layers import Keys, Layers

@@ -2,8 +2,11 @@
 
 import concurrent.futures
 import dataclasses
+import operator
+import reprlib
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +65,8 @@ class Generator:
     def __init__(
         self, model: Transformer, *, max_context: int | None = None, backend: str | None = None
     ):
+        if max_context is not None:
+            _check_count("max_context", max_context, 1)
         if model.parallel is None:
             model = prepare(model, backend)
         self.config = model.config
@@ -140,7 +145,7 @@ class Generator:
                 new = fetch(out)[:, : min(steps, max_tokens - 1)]
         end = time.perf_counter()
         columns = [fetch(progress.token), new] if steps else [fetch(progress.token)]
-        tokens, stopped = _cut(np.column_stack(columns), stop_tokens)
+        tokens, stopped = _cut(np.column_stack(columns), request.stop_tokens)
         seconds = middle.result() - begin, end - middle.result()
         return Generation(tokens, stopped, *seconds, steps, model_steps)
 
@@ -169,6 +174,8 @@ class Generator:
             int32 [B, n]: n new tokens for each prompt. A sequence repeats its stop token once it has
             ended; the iteration ends with the last sequence.
         """
+        if every is not None:
+            _check_count("every", every, 1)
         request = self._request(prompts, max_tokens, sampling, stop_tokens, speculate)
         loop = request.one_run(every or stream_every())
         cache, progress = request.prefill()
@@ -236,6 +243,9 @@ class Generator:
     def _request(self, prompts, max_tokens, sampling, stop_tokens, speculate) -> Request:
         check_prompts(self.config, prompts, max_tokens, self.max_context)
         self._check_batch(len(prompts))
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise TypeError(f"{sampling=} must be a fdk_jax.models.Sampling")
+        _check_integer("speculate", speculate)
         if not 0 <= speculate <= speculation.MOST:
             raise ValueError(f"{speculate=} must be between 0 and {speculation.MOST} tokens a step")
         if speculate and (len(prompts) > 1 or self.programs.parallel is not None):
@@ -244,7 +254,7 @@ class Generator:
                 + (" on several devices" if self.programs.parallel is not None else "")
             )
         self.programs.return_memory()
-        how = sampling or Sampling(), stop_tokens, speculate
+        how = sampling or Sampling(), _checked_stops(stop_tokens), speculate
         return Request(self.programs, prompts, max_tokens, self.max_context, *how)
 
 
@@ -263,19 +273,25 @@ def check_prompts(
         max_context: Most tokens of a prompt and its continuation; None for the model's context length.
 
     Raises:
+        TypeError: a prompt that is no list of integers, or another number that is none.
         ValueError: see `Generator.generate`.
     """
-    if not len(prompts) or not all(len(prompt) for prompt in prompts):
+    if not hasattr(prompts, "__len__") or isinstance(prompts, (str, bytes)):
+        raise TypeError(f"prompts must be a list of lists of tokens, got {type(prompts).__name__}")
+    rows = [np.asarray(prompt) for prompt in prompts]
+    if wrong := [row for row in rows if row.ndim != 1 or (row.size and row.dtype.kind not in "iu")]:
+        raise TypeError(
+            f"a prompt must be a list of numbers of tokens, got {reprlib.repr(wrong[0].tolist())}"
+        )
+    if not rows or not all(map(len, rows)):
         raise ValueError("every prompt needs at least one token (a beginning-of-text token, say)")
-    if max_tokens < 1:
-        raise ValueError(f"{max_tokens=} must be at least 1")
-    lowest = min(min(prompt) for prompt in prompts)
-    highest = max(max(prompt) for prompt in prompts)
+    _check_count("max_tokens", max_tokens, 1)
+    lowest, highest = min(int(row.min()) for row in rows), max(int(row.max()) for row in rows)
     if lowest < 0 or highest >= config.vocab_size:
         raise ValueError(
             f"tokens {lowest} to {highest} do not fit a vocabulary of {config.vocab_size}"
         )
-    lengths = [len(prompt) for prompt in prompts]
+    lengths = [len(row) for row in rows]
     max_context = max_context or config.max_context
     if max(lengths) + max_tokens > max_context:
         raise ValueError(
@@ -283,6 +299,34 @@ def check_prompts(
             f" {max_context}; shorten the prompt, lower max_tokens or raise max_context"
         )
     return lengths
+
+
+def _check_integer(name: str, value: Any) -> None:
+    """Raises TypeError for what is no integer."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be an integer")
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    """Raises TypeError for what is no integer, and ValueError for one that is too small."""
+    _check_integer(name, value)
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def _checked_stops(stop_tokens: Any) -> tuple[int, ...]:
+    """Stop tokens as integers; some may be outside of the vocabulary, and then never come.
+
+    Raises:
+        TypeError: they are none.
+    """
+    try:
+        stops = tuple(operator.index(token) for token in stop_tokens)
+    except TypeError as error:
+        raise TypeError(
+            f"stop_tokens={stop_tokens!r} must be a list of numbers of tokens"
+        ) from error
+    return tuple(token for token in stops if 0 <= token < 2**31)
 
 
 def _time_of(array: Array) -> float:

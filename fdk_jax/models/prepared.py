@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdk_jax import checkpoint, files
+from fdk_jax.files.atomic import new_folder
 from fdk_jax.files.compressed_tensors_writer import copy_texts
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 from fdk_jax.layers.linear import QuantisedWeight
@@ -52,19 +52,17 @@ def write(folder: str | os.PathLike, model: Transformer, *, like: str | os.PathL
     config = dict(files.read_config(like)) | {"dtype": model.config.dtype}
     for key in ("quantization_config", "quantization", "torch_dtype"):
         config.pop(key, None)
-    temporary = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    made = files.read_tokenizer(like)
-    if made is None:
-        copy_texts(like, temporary)
-    else:
-        (temporary / "tokenizer.json").write_text(made.tokenizer, encoding="utf-8")
-        _write_json(temporary / "tokenizer_config.json", dict(made.config))
-        _write_json(temporary / "generation_config.json", {"eos_token_id": list(made.stop_tokens)})
-    _write_json(temporary / "config.json", config)
-    checkpoint.save(temporary / _WEIGHTS, model, keep_layout=True)
-    temporary.rename(target)
+    with new_folder(target) as temporary:
+        made = files.read_tokenizer(like)
+        if made is None:
+            copy_texts(like, temporary)
+        else:
+            (temporary / "tokenizer.json").write_text(made.tokenizer, encoding="utf-8")
+            _write_json(temporary / "tokenizer_config.json", dict(made.config))
+            stops = {"eos_token_id": list(made.stop_tokens)}
+            _write_json(temporary / "generation_config.json", stops)
+        _write_json(temporary / "config.json", config)
+        checkpoint.save(temporary / _WEIGHTS, model, keep_layout=True)
 
 
 def read(path: str | Path, *, dtype: str | None, backend: str, arithmetic: str) -> Transformer:
@@ -91,11 +89,11 @@ def read(path: str | Path, *, dtype: str | None, backend: str, arithmetic: str) 
             set_vector(layer, vector, _at(node, vector))
         for projection in names.layer_projections(config, index):
             place(layer, projection.path, _at(node, projection.path))
-    if quantised and config.tie_embeddings:
+    if "lm_head" in tree:  # of its own, whatever config.json says
+        place(model, ("lm_head",), tree["lm_head"])
+    elif quantised and config.tie_embeddings:
         place(model, ("lm_head",), {"weight": table})
         share_table(model)
-    elif "lm_head" in tree:
-        place(model, ("lm_head",), tree["lm_head"])
     return model
 
 

@@ -21,6 +21,9 @@ from fdk_jax.models.speculation import Text
 class Request:
     """Prompts, and how they are continued.
 
+    Attributes:
+        stop_tokens: Tokens that end a sequence.
+
     Args:
         programs: Of the model.
         prompts: Token numbers, checked.
@@ -49,6 +52,7 @@ class Request:
         tokens = np.zeros((len(prompts), sum(self._runs)), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
+        self.stop_tokens = stop_tokens
         self._programs, self._method = programs, sampling.method
         self._may_stop = len(stop_tokens) > 0
         self._lengths: Array = programs.place(jnp.asarray(lengths))
@@ -59,7 +63,7 @@ class Request:
         ]
         self._options: Options = programs.place(
             Options(
-                jax.random.key(sampling.seed),
+                sampling.key,
                 jnp.float32(sampling.temperature),
                 jnp.float32(sampling.top_p),
                 padded_stops(stop_tokens),

@@ -4,7 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+# Below it quotients may leave float32; long before, no token but the best has any chance.
+_COLDEST = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +28,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
+        for name in ("temperature", "top_p"):
+            if not isinstance(value := getattr(self, name), (int, float, np.number, Array)):
+                raise TypeError(f"{name}={value!r} must be a number")
+        for name in ("seed",) if self.top_k is None else ("seed", "top_k"):
+            if not hasattr(value := getattr(self, name), "__index__"):
+                raise TypeError(f"{name}={value!r} must be an integer")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be a number of at least 0")
         if self.top_k is not None and self.top_k < 1:
@@ -34,9 +44,16 @@ class Sampling:
             raise ValueError(f"seed={self.seed} must be an integer of 64 bits")
 
     @property
+    def key(self) -> Array:
+        """The random key of the draws, of all bits of the seed, of which JAX itself looks at 32."""
+        high, low = (int(self.seed) >> 32) & 0xFFFFFFFF, int(self.seed) & 0xFFFFFFFF
+        key = jax.random.key(low)
+        return jax.random.fold_in(key, high) if high else key
+
+    @property
     def method(self) -> "Method":
         """What a compiled program depends on; the numbers are its inputs."""
-        if self.temperature == 0:
+        if self.temperature < _COLDEST:
             return Method(greedy=True)
         return Method(greedy=False, top_k=self.top_k, nucleus=self.top_p < 1)
 

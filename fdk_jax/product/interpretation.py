@@ -69,7 +69,7 @@ def interpreted(function: Callable, options: Options) -> Callable:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         flat, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_quantised)
-        names = [_name(path[2:]) for path, _ in flat]
+        names = [dotted(path[2:]) for path, _ in flat]
         leaves = [leaf for _, leaf in flat]
         if not any(map(is_quantised, leaves)):
             return function(*args, **kwargs)
@@ -93,7 +93,7 @@ def axes_in(function: Callable, args: tuple, kwargs: dict, tables: bool) -> dict
         and jnp.issubdtype(leaf.dtype, jnp.floating)
         for path, leaf in flat
     ]
-    names = [_name(path[2:]) for path, _ in flat]
+    names = [dotted(path[2:]) for path, _ in flat]
     leaves = [leaf for _, leaf in flat]
 
     def abstract(arrays: list[Any]) -> Any:
@@ -221,9 +221,11 @@ def _is_jax_type(value: Any) -> bool:
     return _is_array(value) or isinstance(value, (bool, int, float, complex, np.generic))
 
 
-def _name(path: tuple) -> str:
+def dotted(path: tuple) -> str:
+    """The dotted name of a leaf: names with slashes and tuples of names, as flat dictionaries have, too."""
     keys = [getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path]
-    return ".".join(map(str, keys))
+    parts = [p for key in keys for p in (key if isinstance(key, tuple) else (key,))]
+    return ".".join(str(p).replace("/", ".") for p in parts)
 
 
 # ---- operations that keep a weight packed

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fdk_jax.format import packing
+from fdk_jax.format.array_like import wide_indices
 from fdk_jax.format.dequantisation import dequantise_matrix
 from fdk_jax.format.quantised_tensor import QuantisedTensor
 
@@ -23,7 +24,7 @@ def take_rows(w: QuantisedTensor, index: Array, dtype: Any) -> Array:
         [..., K].
     """
     n, k = w.shape
-    rows = jnp.clip(index.reshape(-1), 0, n - 1)
+    rows = jnp.clip(wide_indices(index).reshape(-1), 0, n - 1)
     # Every layout but the interchange one has tiles of rows as its first axis.
     per_tile = 1 if w.layout == "interchange" else packing.TILE_ROWS
     packed = w.packed[rows // per_tile, None]
