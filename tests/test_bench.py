@@ -1,5 +1,6 @@
 """The benchmark: rows, sampling, interruption, tables, figures, the command line."""
 
+import contextlib
 import json
 import math
 import os
@@ -350,6 +351,21 @@ def test_a_signal_waits_until_a_row_is_written():
     group = types.SimpleNamespace(measure=measure, group=lambda case: case.bits)
     assert runner.run(group, made, timing.Session(), write) == signal.SIGTERM
     assert written == [made[0].name] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_something_swallows_ends_the_run():
+    written = []
+
+    def measure(case, session):
+        with contextlib.suppress(runner.Interrupted):  # as a destructor does
+            os.kill(os.getpid(), signal.SIGINT)
+        return {}
+        yield
+
+    made = cases.make_cases(**SMALL | dict(bits=[4, 1]))
+    group = types.SimpleNamespace(measure=measure, group=lambda case: case.bits)
+    assert runner.run(group, made, timing.Session(), written.append) == signal.SIGINT
+    assert not written
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,11 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """Within it SIGINT and SIGTERM raise `Interrupted`, so that what was measured is kept and shown."""
+    """Within it SIGINT and SIGTERM raise `Interrupted`, so that what was measured is kept and shown.
+
+    Python drops an exception that a signal raises in a destructor or in a callback of its
+    collector, and a library may take it for an error of its own: `check` raises it again.
+    """
 
     def __init__(self) -> None:
         self._shielded = False
@@ -32,9 +36,14 @@ class Interrupts:
         self._before: dict[signal.Signals, Any] = {}
 
     def _stop(self, signum: int, _frame: Any) -> None:
+        self._pending = signum
         if not self._shielded:
             raise Interrupted(signum)
-        self._pending = signum
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal has come."""
+        if self._pending is not None:
+            raise Interrupted(self._pending)
 
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:
@@ -44,8 +53,7 @@ class Interrupts:
             yield
         finally:
             self._shielded = False
-        if self._pending is not None:
-            raise Interrupted(self._pending)
+        self.check()
 
     def __enter__(self) -> "Interrupts":
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -76,8 +84,14 @@ def run(
     """
     try:
         with Interrupts() as interrupts, _progress(len(cases)) as progress:
+
+            def announce(name: str) -> None:
+                interrupts.check()
+                progress.start(name)
+
             for together in _groups(suite, cases):
-                for row in measure(suite, together, session, progress.start):
+                for row in measure(suite, together, session, announce):
+                    interrupts.check()
                     with interrupts.shield():
                         write(row)
                         progress.finish(row)
