@@ -163,7 +163,7 @@ def read_shares(found: Iterable[Row]) -> str:
                 row = [
                     r
                     for r in same
-                    if r["bits"] == bits and (r["arithmetic"], r["k"]) == (arithmetic, k)
+                    if r["bits"] == bits and (r.get("arithmetic"), r["k"]) == (arithmetic, k)
                 ]
                 read = probes.get(("probe_reduce_sum", k, bits), whole[0])
                 cells.append(_share(row[0], read) if row else "")
