@@ -252,11 +252,8 @@ def to_tiled(
         packed: uint8 [..., ceil(N / 16), ceil(K / T), 64], T = 32 / bits weights of a row a step.
         scales: [..., ceil(N / 16), ceil(K / G), 16].
     """
-    e, tiles, steps = (
-        codes_per_byte(bits),
-        -(-out_features // TILE_ROWS),
-        -(-in_features * bits // 32),
-    )
+    e = codes_per_byte(bits)
+    tiles, steps = -(-out_features // TILE_ROWS), -(-in_features * bits // 32)
     groups = scales.shape[-1]
     codes = unpack(packed, bits, in_features)
     lead = codes.shape[:-2]
